@@ -1,0 +1,1 @@
+"""From dataset folder to batches."""

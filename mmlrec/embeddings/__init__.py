@@ -1,0 +1,1 @@
+"""Tables, sharding plans and initialisation of embeddings."""

@@ -1,0 +1,28 @@
+"""The exceptions that carry a message for the user. Entry points print them without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend: the message names the file, key or row, and the remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used."""
+
+
+class DataError(UserError):
+    """Raw data, a dataset folder or a batch that does not hold what it should."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete, damaged, or belongs to another run."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """A suggestion for a mistyped name, as a sentence with a leading space, or the empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

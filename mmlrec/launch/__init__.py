@@ -1,0 +1,1 @@
+"""TorchX: presets and arguments to an AppDef. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Exact metrics and the task x scenario report."""

@@ -1,0 +1,139 @@
+"""What every method shares: its view of the data, its output, and its base class. Knows torch only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmlrec.config import ConfigError, StrictModel
+from mmlrec.schema import Setting, Task
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network has to know about the data.
+
+    Attributes:
+        tasks: the T tasks, in order.
+        num_scenarios: S; 1 in MTL.
+        fields: field name -> width D_f of its pooled embedding, in the order of concatenation.
+        num_dense: number of dense features, appended after the fields.
+        seed: seed of the initialisation.
+    """
+
+    setting: Setting
+    tasks: tuple[Task, ...]
+    num_scenarios: int
+    fields: dict[str, int]
+    num_dense: int
+    seed: int = 0
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.tasks)
+
+    @property
+    def num_heads(self) -> int:
+        """H = T * S; head (t, s) has index t * S + s."""
+        return len(self.tasks) * self.num_scenarios
+
+    @property
+    def input_width(self) -> int:
+        """d_in: width of the concatenated pooled embeddings and dense features."""
+        return sum(self.fields.values()) + self.num_dense
+
+
+@dataclass
+class Output:
+    """What a network returns.
+
+    Attributes:
+        logits: [B, T], for each sample's own scenario, float32.
+        all_logits: [B, H], every head, only when asked for.
+        named: further logits by name, such as ctr, cvr, ctcvr, each [B].
+        extra_losses: scalars that the loss adds as they are.
+        shared: tensors at the border between shared and branch-specific parts, for gradient balancing.
+    """
+
+    logits: Tensor
+    all_logits: Tensor | None = None
+    named: dict[str, Tensor] = field(default_factory=dict)
+    extra_losses: dict[str, Tensor] = field(default_factory=dict)
+    shared: tuple[Tensor, ...] = ()
+
+
+class MultiTaskModel(nn.Module):
+    """Base class of all methods: maps features to logits and never sees labels, KeyedJaggedTensors, ranks or shards.
+
+    A subclass sets `Config`, builds its layers in `__init__(spec, config)` and implements `forward`. `spec` may have
+    S = 1 or H = 1: run configurations refuse that before (`check_setting`), tests of degenerate cases need it.
+    """
+
+    Config: ClassVar[type[StrictModel]] = StrictModel
+    #: Settings in which the method is defined, with what to use instead for those that are missing.
+    settings: ClassVar[tuple[Setting, ...]] = (Setting.MTL, Setting.MSL, Setting.MTMSL)
+    alternative: ClassVar[str] = ""
+    #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint;
+    #: then x is [B, H, d_in] and fields are [B, H, D_f].
+    tables_per_branch: ClassVar[bool] = False
+
+    def __init__(self, spec: ModelSpec, config: StrictModel) -> None:
+        super().__init__()
+        self.spec = spec
+
+    @classmethod
+    def check_setting(cls, spec: ModelSpec) -> None:
+        """Refuse a setting the method does not support, or data that does not fit the setting.
+
+        Raises:
+            ConfigError: naming the method, the setting and the nearest valid choice.
+        """
+        name, setting = cls.__name__, spec.setting
+        if setting not in cls.settings:
+            raise ConfigError(f"{name} is not defined for setting '{setting}'. {cls.alternative}".rstrip())
+        if setting is not Setting.MSL and spec.num_tasks < 2:
+            raise ConfigError(f"{name} in setting '{setting}' needs at least 2 tasks, got {spec.num_tasks}; use setting 'msl'.")
+        if setting is Setting.MSL and spec.num_tasks != 1:
+            raise ConfigError(
+                f"{name} in setting 'msl' needs exactly 1 task, got {[t.name for t in spec.tasks]}:"
+                " choose one with dataset.tasks, or use setting 'mtmsl'."
+            )
+        if setting is not Setting.MTL and spec.num_scenarios < 2:
+            raise ConfigError(
+                f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: use setting 'mtl'."
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        fields: dict[str, Tensor],
+        scenario: Tensor,
+        *,
+        valid: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_all_heads: bool = False,
+    ) -> Output:
+        """Compute logits.
+
+        Args:
+            x: [B, d_in] float32 (or the autocast type), pooled embeddings in field order, then dense features.
+            fields: field name -> [B, D_f], views of the same embeddings.
+            scenario: [B] int64 in 0..S-1; all 0 in MTL.
+            valid: [B] bool, False where a row is padding: left out of normalisation statistics and dispatch.
+            noise: random numbers of methods with random gates, drawn from (seed, step).
+            return_all_heads: also fill `Output.all_logits`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def own_scenario(all_logits: Tensor, scenario: Tensor, num_scenarios: int) -> Tensor:
+        """Select from [B, H] the logits of each sample's own scenario: z[b, t] = Z[b, t*S + s_b], [B, T]."""
+        if num_scenarios == 1:
+            return all_logits
+        heads = all_logits.view(all_logits.shape[0], -1, num_scenarios)
+        index = scenario.view(-1, 1, 1).expand(-1, heads.shape[1], 1)
+        return torch.gather(heads, 2, index)[:, :, 0]

@@ -1,0 +1,61 @@
+"""Methods by name. A method is one file in `mmlrec/models/`: file name = registry name = YAML `name`, class = CamelCase.
+
+Nothing is registered by hand: a new file is found by its name and imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmlrec.config import ConfigError, StrictModel, validate_section
+from mmlrec.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from mmlrec.models.base import MultiTaskModel
+
+_MODELS = Path(__file__).parent / "models"
+
+
+def method_names() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(p.stem for p in _MODELS.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def method(name: str) -> type[MultiTaskModel]:
+    """The class of a method; `method(name).Config` is its options.
+
+    Raises:
+        ConfigError: no such method; the message lists all and suggests the nearest.
+    """
+    names = method_names()
+    if name not in names:
+        raise ConfigError(f"model.name: unknown method '{name}'.{did_you_mean(name, names)} Methods: {', '.join(names)}.")
+    module = importlib.import_module(f"mmlrec.models.{name}")
+    wanted = name.replace("_", "")
+    for attribute, value in vars(module).items():
+        if isinstance(value, type) and attribute.lower() == wanted and value.__module__ == module.__name__:
+            return value
+    raise ConfigError(f"mmlrec/models/{name}.py defines no class named like its file ({wanted}, in CamelCase).")
+
+
+def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> StrictModel:
+    """Options of the chosen method: `model` over the part of `model_defaults` that the method knows.
+
+    Args:
+        section: the `model` section, `name` included; unknown keys are errors.
+        defaults: the `model_defaults` section; each key must belong to at least one method.
+        source: the config file, for messages.
+
+    Raises:
+        ConfigError: unknown method, unknown key, or a value of the wrong type.
+    """
+    config_class = method(section["name"]).Config
+    known = {key for name in method_names() for key in method(name).Config.model_fields}
+    for key in defaults:
+        if key not in known:
+            raise ConfigError(f"{source}: model_defaults.{key}: no method has this option.{did_you_mean(key, known)}")
+    own = {key: value for key, value in defaults.items() if key in config_class.model_fields}
+    chosen = {key: value for key, value in section.items() if key != "name"}
+    return validate_section(config_class, own | chosen, prefix="model.", source=source)

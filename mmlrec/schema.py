@@ -1,0 +1,199 @@
+"""The data contract between preprocessing and training: what a dataset folder holds.
+
+A dataset folder is `manifest.json`, `vocab/` and one folder of Parquet parts for each split. Columns of the parts:
+
+* `<feature>`          sparse: int64, one id a row; multi: list<int64>; dense: float32
+* `<feature>.weight`   list<float32>, beside a weighted multi-valued feature, of the same lengths
+* `label.<task>`       float32; null = label missing
+* `sample.scenario`    int64 in 0..S-1, when the dataset has scenarios
+* `sample.weight`      float32, when rows are weighted
+* `key.<name>`         int64 or string; identifies the row, never a feature
+
+Ids are table rows: 0 = missing, rare or unseen; 1..V-1 = vocabulary entries or hash buckets.
+The rows of a split are shuffled on disk already. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmlrec.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SCENARIO_COLUMN = "sample.scenario"
+WEIGHT_COLUMN = "sample.weight"
+SPLITS = ("train", "valid", "test")
+_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")
+
+
+def label_column(task: str) -> str:
+    """Name of the Parquet column that holds a task's label."""
+    return f"label.{task}"
+
+
+def key_column(key: str) -> str:
+    """Name of the Parquet column that holds a key."""
+    return f"key.{key}"
+
+
+class Setting(StrEnum):
+    """What a model predicts: several tasks, one task in several scenarios, or both."""
+
+    MTL = "mtl"
+    MSL = "msl"
+    MTMSL = "mtmsl"
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Table(_Contract):
+    """One embedding table. `num_rows` counts row 0 (missing, rare or unseen)."""
+
+    name: str
+    num_rows: int = Field(ge=1)
+    vocabulary: str | None = Field(default=None, description="Parquet file of raw value, id and count, relative to the folder.")
+    hash_seed: int | None = None
+
+
+class Feature(_Contract):
+    """One input column. Sparse and multi features name their table; several features may share one."""
+
+    name: str
+    kind: Literal["sparse", "multi", "dense"]
+    table: str | None = None
+    pooling: Literal["mean", "sum"] = "mean"
+    weighted: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Feature:
+        if not _NAME.match(self.name):
+            raise ValueError(f"feature name {self.name!r} may hold letters, digits, '_' and '-' only")
+        if (self.kind == "dense") != (self.table is None):
+            raise ValueError(f"feature {self.name!r}: sparse and multi features need a table, dense ones have none")
+        if self.weighted and (self.kind != "multi" or self.pooling != "sum"):
+            raise ValueError(f"feature {self.name!r}: weights need kind 'multi' and pooling 'sum'")
+        return self
+
+
+class Task(_Contract):
+    """One label. `implied_by_next` marks a funnel: the next task in order is positive only where this one is."""
+
+    name: str
+    kind: Literal["binary", "regression"] = "binary"
+    role: str | None = Field(default=None, description="Role in a probability chain, such as ctr or ctcvr.")
+    implied_by_next: bool = False
+
+
+class Scenario(_Contract):
+    """What divides the rows: the raw column, and its values in the order of their ids 0..S-1."""
+
+    name: str
+    values: list[str] = Field(min_length=2)
+
+
+class Part(_Contract):
+    """One Parquet file, its path relative to the dataset folder."""
+
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+class Split(_Contract):
+    """One of train, valid, test. `label_counts[task][scenario or 'all']` = [labelled rows, positive rows]."""
+
+    parts: list[Part]
+    num_rows: int
+    scenario_rows: dict[str, int] = {}
+    label_counts: dict[str, dict[str, tuple[int, int]]]
+
+
+class DatasetManifest(_Contract):
+    """`manifest.json`: everything training and evaluation know about a dataset."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    tables: list[Table]
+    features: list[Feature]
+    tasks: list[Task]
+    scenario: Scenario | None = None
+    keys: list[str] = []
+    group_key: str | None = Field(default=None, description="The int64 key by which GAUC groups rows (the user).")
+    num_lanes: int = Field(ge=1, description="Lanes of the reading order; see mmlrec.data.reader.")
+    row_group_size: int = Field(ge=1)
+    splits: dict[str, Split]
+    raw_files: dict[str, str] = Field(default={}, description="Raw file name -> sha256.")
+    terms: str = Field(default="", description="Terms of use of the raw data, shown to the user.")
+    parity: bool = Field(default=False, description="Encoded as the reference benchmark does: vocabularies fitted on all rows.")
+    statistics: dict[str, Any] = Field(default={}, description="What the preprocessing counted or knows, e.g. bayes_auc.")
+    preprocessing: dict[str, Any] = Field(default={}, description="The resolved preprocessing options.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetManifest:
+        tables = {table.name for table in self.tables}
+        for feature in self.features:
+            if feature.table is not None and feature.table not in tables:
+                raise ValueError(f"feature {feature.name!r} names table {feature.table!r}, which is not listed")
+        for what, names in (
+            ("feature", [f.name for f in self.features]),
+            ("table", [t.name for t in self.tables]),
+            ("task", [t.name for t in self.tasks]),
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{what} names are not unique: {names}")
+        if self.group_key is not None and self.group_key not in self.keys:
+            raise ValueError(f"group_key {self.group_key!r} is not among the keys {self.keys}")
+        return self
+
+    @property
+    def sparse_features(self) -> list[Feature]:
+        """Features with an embedding table, in order: the fields of the model."""
+        return [f for f in self.features if f.kind != "dense"]
+
+    @property
+    def dense_features(self) -> list[Feature]:
+        """Numeric features, in order."""
+        return [f for f in self.features if f.kind == "dense"]
+
+    def table(self, name: str) -> Table:
+        """The table of that name."""
+        return next(t for t in self.tables if t.name == name)
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json`. Preprocessing calls this last, inside the temporary folder that it then renames."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> DatasetManifest:
+        """Read and check a dataset folder's manifest.
+
+        Raises:
+            DataError: the folder or its manifest is missing, unreadable, or of another schema version.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            hint = "the folder does not exist" if not Path(folder).is_dir() else "it has no manifest.json"
+            raise DataError(
+                f"{folder} is not a dataset: {hint}. Make one with: python -m preprocessing NAME --raw RAW_DIR --out {folder}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.get("schema_version") if isinstance(content, dict) else None
+            if version != SCHEMA_VERSION:
+                raise DataError(
+                    f"{path}: schema version {version}, this release reads {SCHEMA_VERSION}. Run the preprocessing again."
+                )
+            return cls.model_validate(content)
+        except (ValidationError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {error}. Run the preprocessing again.") from error
