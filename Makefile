@@ -1,0 +1,67 @@
+# `make quickstart` and `make test` need Python 3.11, make and a pip that reaches a package index; nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.installed
+DATASET := data/movielens-100k
+RESULT := runs/quickstart/result.json
+CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
+
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help environment quickstart test test-all lint types tests tests-all clean
+
+help:
+	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks"
+	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
+	@echo "make test-all    the same with the long tests"
+	@echo "make lint        ruff check and ruff format --check"
+	@echo "make types       mypy"
+	@echo "make environment only the environment, in $(VENV)"
+	@echo "make clean       remove the environment and all that tools have cached; data/ and runs/ stay"
+
+environment: $(ENVIRONMENT)
+
+$(ENVIRONMENT): requirements/cpu.txt requirements/dev.txt requirements/install.py setup.py
+	@test -n "$(PYTHON)" || { echo "No python3.11 on PATH. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) requirements/install.py --venv $(VENV)
+	@touch $@
+
+$(DATASET)/manifest.json: | $(ENVIRONMENT)
+	$(RUN) -m preprocessing movielens-100k --raw data/raw/ml-100k --out $(DATASET) --download
+
+$(RESULT): $(DATASET)/manifest.json configs/mtl/movielens-100k.yaml configs/base/train.yaml | $(ENVIRONMENT)
+	@rm -rf $(@D)
+	$(RUN) -m apps.train --config configs/mtl/movielens-100k.yaml --run-dir $(@D)
+
+quickstart: $(RESULT)
+	@echo
+	@echo "Done: the trained model and its metrics are in $(<D)/ (rm -r $(<D) to train again). To try next:"
+	@echo "  source $(VENV)/bin/activate"
+	@echo "  python -m apps.train --config configs/mtl/movielens-100k.yaml model.name=ple"
+	@echo "  torchrun --standalone --nproc-per-node 2 -m apps.train --config configs/mtl/movielens-100k.yaml"
+	@echo "  python -m apps.evaluate --run $(<D)"
+
+# Each of the three runs and reports, whatever the one before it said.
+test: $(ENVIRONMENT)
+	@$(MAKE) --no-print-directory --keep-going lint types tests
+
+test-all: $(ENVIRONMENT)
+	@$(MAKE) --no-print-directory --keep-going lint types tests-all
+
+lint: $(ENVIRONMENT)
+	$(RUN) -m ruff check $(CODE)
+	$(RUN) -m ruff format --check $(CODE)
+
+types: $(ENVIRONMENT)
+	$(RUN) -m mypy
+
+tests: $(ENVIRONMENT)
+	$(RUN) -m pytest -m "not long and not gpu"
+
+tests-all: $(ENVIRONMENT)
+	$(RUN) -m pytest -m "not gpu"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find mmlrec apps preprocessing benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
