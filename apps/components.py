@@ -5,7 +5,6 @@ defined in this very file.
 """
 
 import sys
-from typing import Optional
 
 from torchx import specs
 
@@ -18,10 +17,9 @@ def train(
     *overrides: str,
     config: str,
     preset: str = "local",
-    nodes: Optional[int] = None,  # noqa: UP045  TorchX's parser knows Optional, not X | None
-    nproc: Optional[int] = None,  # noqa: UP045
-    run_dir: Optional[str] = None,  # noqa: UP045
-    resume: bool = False,
+    nodes: int = 0,
+    nproc: int = 0,
+    run_dir: str | None = None,
 ) -> specs.AppDef:
     """Train with torchrun in the shape that a preset of torchx.yaml gives.
 
@@ -29,14 +27,13 @@ def train(
         overrides: key.path=value changes of the config, such as training.max_steps=200
         config: training config, relative to the current folder
         preset: name of a preset in torchx.yaml
-        nodes: number of nodes, instead of the preset's
-        nproc: processes on each node, instead of the preset's
-        run_dir: folder of the run, instead of the config's
-        resume: go on from the last checkpoint of the run folder
+        nodes: number of nodes; 0 takes the preset's
+        nproc: processes on each node; 0 takes the preset's
+        run_dir: folder of the run; one that holds a checkpoint is resumed
     """
     try:
-        shape = load_preset(preset, nodes=nodes, nproc=nproc)
-        return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir, resume=resume)
+        shape = load_preset(preset, nodes=nodes or None, nproc=nproc or None)
+        return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

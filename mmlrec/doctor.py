@@ -17,7 +17,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from mmlrec import __version__
-from mmlrec.errors import UserError
 from mmlrec.launch.shipped import shipped_folder
 
 # torch major.minor -> torchrec and fbgemm that were built for it. fbgemm's operators load with no other torch.
@@ -37,10 +36,6 @@ print("GPU: " + (", ".join(torch.cuda.get_device_name(i) for i in range(count)) 
 """
 
 
-class InstallationError(UserError):
-    """Libraries that are missing or do not belong together."""
-
-
 @dataclass(frozen=True)
 class Installed:
     """What package metadata says: versions by package name, and the CUDA version torch was built for (None: CPU)."""
@@ -55,6 +50,9 @@ class Problem:
 
     what: str
     fix: str
+
+    def __str__(self) -> str:
+        return f"PROBLEM {self.what}\n  Fix: {self.fix}"
 
 
 def installed() -> Installed:
@@ -111,14 +109,12 @@ def problems(found: Installed) -> list[Problem]:
     return result
 
 
-def check() -> None:
-    """Compare versions only: a few milliseconds, no import of the libraries. For entry points, when an import fails.
-
-    Raises:
-        InstallationError: with every problem and its fix.
-    """
-    if found := problems(installed()):
-        raise InstallationError("\n".join(f"{p.what}\n  Fix: {p.fix}" for p in found))
+def explain() -> str:
+    """What to tell a user whose import failed: compares versions only, in milliseconds."""
+    found = problems(installed())
+    if not found:
+        return "The versions of torch, torchrec and fbgemm fit. Find out more with: python -m mmlrec.doctor"
+    return "\n".join(str(problem) for problem in found)
 
 
 def import_problem(command: tuple[str, ...] = (sys.executable, "-c", _IMPORTS)) -> tuple[Problem | None, str]:
@@ -155,7 +151,7 @@ def main() -> int:
         if gpu:
             print(f"  {gpu}")
     for problem in wrong:
-        print(f"PROBLEM {problem.what}\n  Fix: {problem.fix}")
+        print(problem)
     if not wrong:
         print("All is well.")
     return 1 if wrong else 0

@@ -89,8 +89,10 @@ def pip(python: Path, what: str, *options: str) -> None:
     last: deque[str] = deque(maxlen=30)
     for line in process.stdout:
         last.append(line)
-        if fetched := re.match(r"Collecting (\S+)", line):
+        if fetched := re.match(r"(?:Collecting|Processing) (?:\S*/)?(\S+)", line):
             print(f"  {fetched[1]}", flush=True)
+        elif line.startswith("Installing collected packages"):
+            print("  unpacking", flush=True)
     if process.wait() != 0:
         sys.exit(f"pip could not install {what}:\n{''.join(last)}\nThe command was: {' '.join(command)}")
 

@@ -27,7 +27,6 @@ def train_app(
     config: str,
     overrides: list[str],
     run_dir: str | None = None,
-    resume: bool = False,
     python: str = sys.executable,
 ) -> specs.AppDef:
     """The job that runs `apps.train` under torchrun.
@@ -46,8 +45,6 @@ def train_app(
     script = ["--config", config]
     if run_dir is not None:
         script += ["--run-dir", run_dir]
-    if resume:
-        script += ["--resume"]
     name = job_name(config)
     return specs.AppDef(
         name=name,

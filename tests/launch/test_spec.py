@@ -1,0 +1,96 @@
+import subprocess
+import sys
+
+import pytest
+from torchx.specs import macros
+
+from mmlrec.errors import ConfigError
+from mmlrec.launch.presets import Preset, ResourceConfig
+from mmlrec.launch.spec import command, job_name, train_app
+
+RESOURCE = ResourceConfig(cpu=2, gpu=1, memMB=1000)
+ODD = ["a b", "x,y=2", "it's", '"q"', "$HOME", "${app_id}", "$$", "`id`", "back\\slash", "ä*?;&|", ""]
+
+
+def run_by_torchx(text: str, **environment: str) -> str:
+    """What a scheduler does with a role's argument: expand TorchX's macros, then give it to bash."""
+    values = macros.Values(img_root="", app_id="app1", replica_id="0", rank0_env="RANK0")
+    script = values.substitute(text)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_app_of_one_node(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mtl").mkdir()
+    (tmp_path / "mtl" / "ml_1m.yaml").write_text("dataset: {path: d}")
+    preset = Preset(nproc=2, resource=RESOURCE, env={"OMP_NUM_THREADS": "1"})
+    app = train_app(
+        preset, config="mtl/ml_1m.yaml", overrides=["model.name=ple", "training.seed=3"], run_dir="runs/a", python="/py"
+    )
+    (role,) = app.roles
+    assert app.name == role.name == "mtl-ml-1m"
+    assert role.entrypoint == "bash"
+    assert role.args == [
+        "-c",
+        "export OMP_NUM_THREADS=1; exec /py -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --max-restarts 0"
+        " --shutdown-timeout 25 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --rdzv-backend c10d"
+        " --rdzv-endpoint localhost:0 --rdzv-id ${app_id} --tee 3 -m apps.train --config mtl/ml_1m.yaml --run-dir runs/a"
+        " model.name=ple training.seed=3",
+    ]
+    assert role.env == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert (role.num_replicas, role.max_retries) == (1, 0)
+    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (2, 1, 1000)
+
+
+def test_app_of_two_nodes_meets_on_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("dataset: {path: d}")
+    preset = Preset(nodes=2, nproc=8, resource=RESOURCE, max_retries=3, rdzv_port=29700)
+    (role,) = train_app(preset, config="c.yaml", overrides=[]).roles
+    assert (role.num_replicas, role.max_retries, role.port_map) == (2, 3, {"c10d": 29700})
+    endpoint = role.args[1].split("--rdzv-endpoint ")[1].split()[0]
+    assert run_by_torchx(f"echo {endpoint}", RANK0="node7") == "node7:29700\n"
+    assert run_by_torchx(f"echo {endpoint}") == "localhost:29700\n"
+
+
+def test_arguments_and_environment_reach_the_trainer_unchanged(tmp_path):
+    # A stand-in for the interpreter prints its environment and its last arguments, byte for byte.
+    fake = tmp_path / "py thon$"
+    fake.write_text('#!/bin/bash\nprintf "%s\\0" "$ODD" "${@:23}"\n')
+    fake.chmod(0o755)
+    preset = Preset(nproc=1, resource=RESOURCE, env={"ODD": "".join(ODD)})
+    text = command(preset, "apps.train", ODD, str(fake))
+    received = run_by_torchx(text).split("\0")[:-1]
+    assert received == ["".join(ODD), *ODD]
+
+
+def test_torchrun_understands_the_options(tmp_path):
+    """The command runs for real, with a module that needs no torch in place of the trainer."""
+    (tmp_path / "probe.py").write_text("import os, sys; print(sorted(sys.argv[1:]), 'of', os.environ['WORLD_SIZE'])")
+    text = command(Preset(nproc=1, resource=RESOURCE), "probe", ["a=1"], sys.executable)
+    assert "['a=1'] of 1" in run_by_torchx(text, PYTHONPATH=str(tmp_path), PATH="/usr/bin:/bin")
+
+
+def test_missing_or_wrong_config_is_refused_before_submission(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = Preset(nproc=1, resource=RESOURCE)
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file in .*Shipped configs: .*configs"):
+        train_app(preset, config="none.yaml", overrides=[])
+    (tmp_path / "c.yaml").write_text("dataset: {path: d}")
+    with pytest.raises(ConfigError, match=r"training\.batchsize: unknown key\. Did you mean 'batch_size'"):
+        train_app(preset, config="c.yaml", overrides=["training.batchsize=3"])
+    with pytest.raises(ConfigError, match=r"'--lr' is not of the form key\.path=value"):
+        train_app(preset, config="c.yaml", overrides=["--lr"])
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("configs/mtl/movielens-100k.yaml", "mtl-movielens-100k"),
+        ("C.yaml", "c"),
+        ("/a/My Runs/x_1.y.yaml", "my-runs-x-1-y"),
+        ("é.yaml", "train"),
+    ],
+)
+def test_job_names_hold_letters_digits_and_dashes(config, name):
+    assert job_name(config) == name
