@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmlrec.config import ConfigError, StrictModel
+from mmlrec.layers.options import Activation, HiddenOptions, Init
+from mmlrec.layers.scenario import Dispatch, prefers_grouped
+from mmlrec.losses import Loss
 from mmlrec.schema import Setting, Task
+
+Width = Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,20 @@ class Output:
     shared: tuple[Tensor, ...] = ()
 
 
+class NetworkConfig(StrictModel):
+    """Options of all hidden layers of a method."""
+
+    activation: Activation = Field(default="relu", description="Activation of hidden layers.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout after each hidden layer.")
+    use_bn: bool = Field(default=False, description="Batch normalisation before each activation.")
+    init: Init = Field(default="standard", description="'standard' (Kaiming) or 'mmlrec', the benchmark's N(0, 1e-4^2).")
+
+    @property
+    def hidden(self) -> HiddenOptions:
+        """The same, as the layers take it."""
+        return HiddenOptions(self.activation, self.dropout, self.use_bn, self.init)
+
+
 class MultiTaskModel(nn.Module):
     """Base class of all methods: maps features to logits and never sees labels, KeyedJaggedTensors, ranks or shards.
 
@@ -73,17 +94,51 @@ class MultiTaskModel(nn.Module):
     S = 1 or H = 1: run configurations refuse that before (`check_setting`), tests of degenerate cases need it.
     """
 
-    Config: ClassVar[type[StrictModel]] = StrictModel
+    Config: ClassVar[type[NetworkConfig]] = NetworkConfig
+    config: NetworkConfig
     #: Settings in which the method is defined, with what to use instead for those that are missing.
     settings: ClassVar[tuple[Setting, ...]] = (Setting.MTL, Setting.MSL, Setting.MTMSL)
     alternative: ClassVar[str] = ""
     #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint;
     #: then x is [B, H, d_in] and fields are [B, H, D_f].
     tables_per_branch: ClassVar[bool] = False
+    #: What the trainer builds as `loss_class(spec.tasks, spec.num_scenarios, config.loss.scenario_reduction)`.
+    loss_class: ClassVar[type[Loss]] = Loss
 
-    def __init__(self, spec: ModelSpec, config: StrictModel) -> None:
+    def __init__(self, spec: ModelSpec, config: NetworkConfig) -> None:
         super().__init__()
         self.spec = spec
+        self.config = config
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A new source of random initial weights; depends on `spec.seed` only, not on the global state."""
+        return torch.Generator().manual_seed(self.spec.seed)
+
+    def own_dispatch(self, scenario: Tensor, widths: Sequence[int], return_all_heads: bool) -> Dispatch | None:
+        """Rows by scenario, where only each row's own scenario has to be computed; else None: compute all heads.
+
+        Args:
+            widths: outputs of the scenario-specific layers; the widest decides the strategy.
+        """
+        scenarios = self.spec.num_scenarios
+        # Statistics of a head's normalised layers need whole columns, not each row's own slice.
+        if scenarios == 1 or return_all_heads or self.config.use_bn:
+            return None
+        return Dispatch(scenario, scenarios, grouped=prefers_grouped(scenarios, max(widths, default=1)))
+
+    def head_rows(self, scenario: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Rows whose statistics head h sees, real ones of its scenario: bool [H, B]; `valid` itself where that is all the same."""
+        scenarios = self.spec.num_scenarios
+        if scenarios == 1 or not self.config.use_bn:
+            return valid
+        rows = scenario == torch.arange(scenarios, device=scenario.device).view(-1, 1)
+        return (rows if valid is None else rows & valid).repeat(self.spec.num_tasks, 1)
+
+    def select(self, all_logits: Tensor, scenario: Tensor, return_all_heads: bool, shared: tuple[Tensor, ...] = ()) -> Output:
+        """The output of a network that computed all heads [B, H]."""
+        logits = self.own_scenario(all_logits, scenario, self.spec.num_scenarios)
+        return Output(logits, all_logits if return_all_heads else None, shared=shared)
 
     @classmethod
     def check_setting(cls, spec: ModelSpec) -> None:

@@ -1,0 +1,88 @@
+"""Batch normalisation over real rows, with moments shared by all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks. The gradient of a sum that every rank reads is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks, differentiable; `x` itself without a process group or with one rank."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _AllReduceSum.apply(x)
+    return x
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) of a stack of N layer outputs [N, B, o], or of one [B, o].
+
+    Equals `nn.BatchNorm1d(N * o)` on the flattened features, with the same state dict, except that padding rows take
+    no part, that moments are summed over all ranks (so buffers are equal everywhere), and that statistics which have
+    fewer than two rows in the whole batch are left alone: such a layer is normalised by its running statistics.
+    Moments are computed in float32 or wider.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Normalise.
+
+        Args:
+            x: [N, B, o] or [B, o].
+            rows: bool [B], or [N, B]: the rows that count; all when absent.
+        """
+        kind = x.dtype
+        x = x.to(torch.promote_types(kind, torch.float32))
+        shape = (-1, 1, x.shape[-1]) if x.dim() == 3 else (1, x.shape[-1])
+        mean, var = self.running_mean.view(shape).to(x.dtype), self.running_var.view(shape).to(x.dtype)
+        if self.training:
+            mean, var = self._batch_moments(x, rows, mean, var)
+        scale = self.weight.view(shape) * torch.rsqrt(var + self.eps)
+        return ((x - mean) * scale + self.bias.view(shape)).to(kind)
+
+    def _batch_moments(self, x: Tensor, rows: Tensor | None, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        keep = torch.ones(x.shape[-2], dtype=torch.bool, device=x.device) if rows is None else rows
+        keep = keep.unsqueeze(-1)
+        weight = keep.to(x.dtype)
+        count = sum_over_ranks(weight.sum(dim=-2, keepdim=True))
+        some = count.clamp(min=1.0)
+        batch_mean = sum_over_ranks((x * weight).sum(dim=-2, keepdim=True)) / some
+        batch_var = sum_over_ranks(((x - batch_mean).square() * weight).sum(dim=-2, keepdim=True)) / some
+        enough = count >= 2
+        with torch.no_grad():
+            unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
+            step = enough.to(x.dtype) * self.momentum
+            self.running_mean.copy_((mean + step * (batch_mean - mean)).flatten())
+            self.running_var.copy_((var + step * (unbiased - var)).flatten())
+            self.num_batches_tracked.add_(1)
+        return torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)

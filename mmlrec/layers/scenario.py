@@ -1,0 +1,112 @@
+"""Layers with one weight per scenario, applied to each row with the weight of its own scenario only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Dispatch:
+    """The rows of one batch by scenario; made once per step and used by every scenario-specific layer.
+
+    Two strategies give the same numbers. `dense` computes all S outputs and picks one: B*S*i*o multiply-adds, no
+    sorting. `grouped` sorts the rows by scenario and multiplies each group by its own weight: B*i*o. Layers between
+    `arrange` and `restore` see rows in the strategy's order. Padding rows travel with scenario 0: their logits have no
+    loss, hence no gradient.
+
+    Args:
+        scenario: [B] int64 in 0..S-1.
+        num_scenarios: S.
+        grouped: choose the strategy; `prefers_grouped` knows which is faster.
+    """
+
+    def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
+        self.num_scenarios, self.grouped = num_scenarios, grouped
+        self.scenario = scenario
+        if grouped:
+            self.scenario, self.order = torch.sort(scenario, stable=True)
+            self.inverse = torch.empty_like(self.order).scatter_(
+                0, self.order, torch.arange(len(scenario), device=scenario.device)
+            )
+            ids = torch.arange(num_scenarios, device=scenario.device)
+            self.ends = torch.searchsorted(self.scenario, ids, right=True)
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Rows [..., B, i] from batch order into the strategy's order."""
+        return x.index_select(-2, self.order) if self.grouped else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Rows [..., B, o] from the strategy's order back into batch order."""
+        return x.index_select(-2, self.inverse) if self.grouped else x
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y[n, b] = x[n, b] @ weight[n, s_b] + bias[n, s_b].
+
+        Args:
+            x: [N, B, i], rows in the strategy's order.
+            weight: [N * S, i, o], index n * S + s.
+            bias: [N * S, o] or None.
+
+        Returns:
+            [N, B, o]. Scenarios without rows get zero gradients.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            kind = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(kind), weight.to(kind)
+            bias = None if bias is None else bias.to(kind)
+        if self.grouped and x.dtype in (torch.float32, torch.bfloat16):
+            return self._grouped(x, weight, bias)
+        return self._dense(x, weight, bias)
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        (stack, rows, _), scenarios = x.shape, self.num_scenarios
+        fan_in, width = weight.shape[1:]
+        joint = weight.view(stack, scenarios, fan_in, width).transpose(1, 2).reshape(stack, fan_in, scenarios * width)
+        y = torch.bmm(x, joint) if bias is None else torch.baddbmm(bias.view(stack, 1, scenarios * width), x, joint)
+        own = self.scenario.view(1, rows, 1, 1).expand(stack, rows, 1, width)
+        return torch.gather(y.view(stack, rows, scenarios, width), 2, own)[:, :, 0]
+
+    def _grouped(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stack, rows, fan_in = x.shape
+        width = weight.shape[2]
+        # grouped_mm wants every row of its operands to start on a multiple of 16 bytes.
+        unit = 16 // x.element_size()
+        pad_in, pad_out = -fan_in % unit, -width % unit
+        flat = F.pad(x.reshape(stack * rows, fan_in), (0, pad_in))
+        ends = (torch.arange(stack, device=x.device).view(-1, 1) * rows + self.ends).flatten().to(torch.int32)
+        y = F.grouped_mm(flat, F.pad(weight, (0, pad_out, 0, pad_in)), offs=ends)[:, :width].view(stack, rows, width)
+        if bias is None:
+            return y
+        # A product with a one-hot matrix, because its gradient is a GEMM and not a scatter with colliding rows.
+        own = F.one_hot(self.scenario, self.num_scenarios).to(x.dtype)
+        return y + own @ bias.view(stack, self.num_scenarios, width)
+
+
+def prefers_grouped(num_scenarios: int, width: int) -> bool:
+    """Whether sorting beats computing all scenarios, for the widest scenario-specific layer.
+
+    Measured on two CPU cores at B = 4096, i = 128, forward and backward in float32 (dense / grouped, ms): S = 2, o = 64
+    4.2 / 5.3; S = 2, o = 128 7.4 / 5.4; S = 4, o = 64 6.8 / 3.4; S = 8, o = 64 12.7 / 4.0; S = 30, o = 64 42 / 4.9.
+    """
+    return num_scenarios > 2 or width > 64
+
+
+def scenario_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scenario: Tensor, *, grouped: bool | None = None) -> Tensor:
+    """One scenario-specific layer: y[b] = x[b] @ weight[s_b] + bias[s_b].
+
+    Args:
+        x: [B, i] in batch order.
+        weight: [S, i, o].
+        bias: [S, o] or None.
+        scenario: [B] int64 in 0..S-1.
+        grouped: strategy; the faster one when None.
+
+    Returns:
+        [B, o] in batch order. For several layers make one `Dispatch` and keep the rows arranged between them.
+    """
+    num_scenarios, _, width = weight.shape
+    if grouped is None:
+        grouped = prefers_grouped(num_scenarios, width)
+    dispatch = Dispatch(scenario, num_scenarios, grouped=grouped)
+    return dispatch.restore(dispatch.linear(dispatch.arrange(x).unsqueeze(0), weight, bias)[0])

@@ -1,0 +1,120 @@
+"""Masked losses of each task, with denominators over all ranks, and the logit of a product of probabilities."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmlrec.schema import Task
+
+if TYPE_CHECKING:
+    from mmlrec.models.base import Output
+
+Reduction = Literal["pooled", "balanced"]
+
+
+class Loss:
+    """The objectives of one step: each task's mean loss over its labelled rows, all ranks together.
+
+        L_t = sum_b w_b m[b, t] l(z[b, t], y[b, t]) / sum_b w_b m[b, t]
+
+    with l the binary cross-entropy of the logit, or the squared error of a regression task. `pooled` counts every row
+    once; `balanced` is the mean of the per-scenario means, over the scenarios that have labelled rows. A task without
+    rows has loss 0 and zero gradients. A NaN label counts as missing.
+
+    Use: `denominators` on every rank, sum over ranks, then call. With gradients averaged over ranks (DDP), W ranks give
+    the gradient of one process on the whole batch; a returned scalar's mean over ranks is the loss of the whole batch.
+    Methods with other objectives subclass this and set `MultiTaskModel.loss_class`.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, scenario_reduction: Reduction = "pooled") -> None:
+        self.tasks, self.num_scenarios = tasks, num_scenarios
+        self.balanced = scenario_reduction == "balanced" and num_scenarios > 1
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the losses that weights apply to; others in the result (a method's own terms) are added as they are."""
+        return tuple(task.name for task in self.tasks)
+
+    def denominators(self, labels: Tensor, mask: Tensor, scenario: Tensor, weight: Tensor) -> Tensor:
+        """Sums of the weights of this rank's labelled rows, to be summed over ranks.
+
+        Args:
+            labels: [B, T], NaN where missing.
+            mask: [B, T], 1 where the label is present.
+            scenario: [B] int64.
+            weight: [B].
+
+        Returns:
+            [T] float32; [T, S] when balanced.
+        """
+        counted = row_weights(labels, mask, weight)
+        if not self.balanced:
+            return counted.sum(dim=0)
+        return counted.t() @ F.one_hot(scenario, self.num_scenarios).to(counted.dtype)
+
+    def __call__(
+        self,
+        output: Output,
+        labels: Tensor,
+        mask: Tensor,
+        scenario: Tensor,
+        weight: Tensor,
+        denominators: Tensor,
+        world_size: int = 1,
+    ) -> dict[str, Tensor]:
+        """Objectives by name, each a scalar, then the network's extra losses.
+
+        Args:
+            output: of the network; `logits` [B, T].
+            labels, mask, scenario, weight: as for `denominators`.
+            denominators: summed over ranks.
+            world_size: number of ranks over which gradients are averaged.
+        """
+        losses = per_sample(output.logits, labels, self.tasks)
+        share = row_weights(labels, mask, weight).to(losses.dtype) * self._scale(denominators, scenario) * world_size
+        sums = (losses * share).sum(dim=0)
+        return dict(zip(self.objectives, sums.unbind(), strict=True)) | output.extra_losses
+
+    def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
+        """1 / denominator of each row and task, broadcast to [B, T]."""
+        present = denominators > 0
+        scale = torch.where(present, denominators, 1.0).reciprocal()
+        if not self.balanced:
+            return scale
+        return (scale / present.sum(dim=1, keepdim=True).clamp(min=1))[:, scenario].t()
+
+
+def row_weights(labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+    """Weight of each row in each task's loss, [B, T]: 0 where the label is masked or NaN."""
+    return torch.where(labels.isnan(), 0.0, mask * weight.unsqueeze(1))
+
+
+def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...]) -> Tensor:
+    """Loss of each row and task, [B, T], in float32 or wider; NaN labels are read as 0."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Replaced before the loss: 0 * NaN is NaN, so masking after it would be too late.
+    labels = torch.nan_to_num(labels.to(logits.dtype), nan=0.0)
+    binary = [task.kind == "binary" for task in tasks]
+    if all(binary):
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    columns = [
+        F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
+        if is_binary
+        else (logits[:, t] - labels[:, t]).square()
+        for t, is_binary in enumerate(binary)
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def chain_logit(a: Tensor, c: Tensor) -> Tensor:
+    """logit(sigmoid(a) * sigmoid(c)), exact and finite for large inputs: - logsumexp(-a, -c, -(a + c)).
+
+    Because 1/p - 1 = e^-a + e^-c + e^-(a+c) for the product p. Longer chains fold pairwise. Float32 or wider.
+    """
+    kind = torch.promote_types(torch.promote_types(a.dtype, c.dtype), torch.float32)
+    a, c = a.to(kind), c.to(kind)
+    return -torch.logsumexp(torch.stack([-a, -c, -(a + c)]), dim=0)
