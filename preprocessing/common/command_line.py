@@ -1,0 +1,166 @@
+"""The command line: one sub-command a dataset, the closing summary, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mmlrec
+from mmlrec.errors import DataError, UserError
+from mmlrec.schema import MANIFEST, DatasetManifest
+from preprocessing.common.dataset import Dataset, dataset_class, datasets
+from preprocessing.common.download import download
+from preprocessing.common.engine import build
+from preprocessing.common.raw_files import RawFolder
+
+_EXAMPLES = """examples:
+  python -m preprocessing movielens-100k --raw raw/ml-100k --out data/movielens-100k --download
+  python -m preprocessing movielens-1m --raw raw/ml-1m --out data/movielens-1m
+  python -m preprocessing movielens-1m --raw raw/ml-1m --out data/movielens-1m-age --scenario age3
+  python -m preprocessing synthetic --rows 1e6 --tasks 2 --scenarios 3 --out data/synthetic
+  python -m preprocessing synthetic --help
+
+The folder --out appears when it is complete, never half. Then train on it:
+  python -m apps.train --config configs/mtl/movielens.yaml dataset.path=data/movielens-1m
+"""
+_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download"}  # options that do not change what is written
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        dataset_class(arguments[0])
+    options = _parser().parse_args(arguments)
+    kind = dataset_class(options.dataset)
+    recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
+    recorded["mmlrec"] = mmlrec.__version__
+    dataset = kind(options)
+    if kind.raw_files and options.download:
+        download(kind, options.raw)
+    raw = RawFolder(options.raw, kind.raw_files, _advice(kind))
+    if options.out.exists() and not options.overwrite:
+        _refuse_other(options.out, kind.name, recorded, raw)
+        print(f"{options.out}: already there, made from the same raw files and options.")
+        return
+    parity = getattr(options, "parity", False)
+    manifest = build(dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded)
+    _print_summary(manifest, options.out, kind.next_config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m preprocessing",
+        description="Turn raw logs into a dataset folder: Parquet parts train/valid/test, vocabularies, manifest.json.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True)
+    for name, kind in datasets().items():
+        command = commands.add_parser(
+            name,
+            help=kind.summary,
+            description=_description(kind),
+            epilog=kind.examples or None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--out", type=Path, required=True, help="the dataset folder to make")
+        command.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
+        command.add_argument("--seed", type=_seed, default=2024, help="of the split and of generated data (default: 2024)")
+        if kind.raw_files:
+            command.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
+            command.add_argument("--parity", action="store_true", help=_PARITY)
+        if kind.archive:
+            command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
+        command.set_defaults(raw=Path(), download=False)
+        kind.add_options(command)
+    return parser
+
+
+_PARITY = (
+    "encode as the reference benchmark does: vocabularies over all rows in the order of raw values, lists as one id per"
+    " whole string. It sees valid and test: for comparing with published numbers only"
+)
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise ValueError(text)
+    return seed
+
+
+def _description(kind: type[Dataset]) -> str:
+    return f"{kind.name}: {kind.summary}." + (f"\n\n{_advice(kind)}" if kind.raw_files else "")
+
+
+def _advice(kind: type[Dataset]) -> str:
+    names = ", ".join(file.name for file in kind.raw_files)
+    lines = [f"Raw files: {names}, from {kind.home}", f"Terms: {kind.terms}"]
+    if kind.archive:
+        lines.append(f"Put them into --raw (they are in {kind.archive}), or let --download fetch them.")
+    return "\n".join(lines)
+
+
+def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder) -> None:
+    """Raise unless `out` is a complete dataset of the same raw files and options."""
+    remedy = "Choose another --out, or --overwrite it."
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out} exists and is no dataset. {remedy}")
+    manifest = DatasetManifest.load(out)
+    old = {key: value for key, value in manifest.preprocessing.items() if key != "dense_ranges"}
+    if manifest.name != name or old != recorded:
+        differing = [key for key in sorted(old.keys() | recorded.keys()) if old.get(key) != recorded.get(key)]
+        found = ", ".join(f"{key}={old.get(key)!r} (now {recorded.get(key)!r})" for key in differing)
+        raise DataError(f"{out} holds dataset '{manifest.name}' made with other options: {found or 'another name'}. {remedy}")
+    if manifest.raw_files != raw.sha256():
+        raise DataError(f"{out} was made from other raw files. {remedy}")
+    for split in manifest.splits.values():
+        for part in split.parts:
+            path = out / part.path
+            if not path.is_file() or path.stat().st_size != part.num_bytes:
+                raise DataError(f"{path} is missing or cut. Make the dataset again with --overwrite.")
+
+
+def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
+    statistics = manifest.statistics
+    print(f"{manifest.name}: {statistics['rows']:,} rows")
+    print("  " + ", ".join(f"{name} {split.num_rows:,}" for name, split in manifest.splits.items()))
+    names = ["all", *(manifest.scenario.values if manifest.scenario else [])]
+    rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
+    width = max(12, *(len(name) + 2 for name in [*names, *(task.name for task in manifest.tasks)]))
+    print("  label rate".ljust(14) + "".join(f"{task.name:>{width}}" for task in manifest.tasks) + f"{'rows':>16}")
+    for name in names:
+        rates = [statistics["label_rates"][task.name][name] for task in manifest.tasks]
+        shown = "".join(f"{'-' if rate is None else format(rate, '.6f'):>{width}}" for rate in rates)
+        print(f"  {name:<12}{shown}{rows[name]:>16,}")
+    for task, values in statistics.get("bayes_auc", {}).items():
+        print(f"  best possible AUC on test, {task}: " + ", ".join(f"{n} {_shown(v)}" for n, v in values.items()))
+    print("  vocabularies: " + ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables))
+    print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

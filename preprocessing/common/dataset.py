@@ -1,0 +1,171 @@
+"""The contract of a dataset file.
+
+To add a dataset, write one file `preprocessing/my_data.py` with a subclass of `Dataset`, and list it in the file's
+`DATASETS`. Nothing is registered elsewhere: the command line finds the file by itself.
+
+    class MyData(Dataset):
+        name = "my-data"
+        home = "https://example.org/my-data"
+        raw_files = (RawFile("log.csv"),)
+
+        def __init__(self, options: argparse.Namespace) -> None:
+            self.features = (sparse("user"), sparse("item", min_count=2), multi("tags"), dense("price"))
+            self.tasks = (Task(name="click", role="ctr"), Task(name="buy", role="ctcvr"))
+            self.keys = {"user": pa.int64()}
+            self.group_key = "user"
+
+        def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
+            for block in raw.blocks("log.csv", "|", {"user": pa.int64(), "item": pa.string(), ...}):
+                yield pa.RecordBatch.from_pydict({...}, schema=self.canonical_schema())
+
+    DATASETS = (MyData,)
+
+`batches` yields the *canonical table*: raw values, one row per example, in any order and any batch size, in constant
+memory. The engine counts, splits, shuffles, fits vocabularies and scalers on the train rows, encodes and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+
+from mmlrec.errors import DataError, did_you_mean
+from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
+from preprocessing.common.raw_files import RawFile, RawFolder
+
+_FOLDER = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature as a dataset declares it; make it with `sparse`, `multi` or `dense`.
+
+    Attributes:
+        raw_type: Arrow type of one raw value in the canonical table: int64 or string for ids, float32 for dense.
+        table: features that name the same table share one vocabulary.
+        min_count: values seen less often in train get id 0; equal for all features of a table.
+        num_ids: raw values are ids 1..num_ids already (0 = missing), no vocabulary is fitted; None = fit one.
+        scaled: dense values are min-max scaled by the train rows and clipped to [0, 1].
+    """
+
+    name: str
+    kind: Literal["sparse", "multi", "dense"]
+    raw_type: pa.DataType
+    table: str | None = None
+    min_count: int = 1
+    num_ids: int | None = None
+    scaled: bool = False
+
+
+def sparse(
+    name: str, raw_type: pa.DataType | None = None, *, table: str | None = None, min_count: int = 1, num_ids: int | None = None
+) -> Column:
+    """A feature with one raw value a row (string unless told); null = missing."""
+    return Column(name, "sparse", raw_type or pa.string(), table or name, min_count, num_ids)
+
+
+def multi(
+    name: str, raw_type: pa.DataType | None = None, *, table: str | None = None, min_count: int = 1, num_ids: int | None = None
+) -> Column:
+    """A feature with a list of raw values a row, mean pooled; null or an empty list = missing."""
+    return Column(name, "multi", raw_type or pa.string(), table or name, min_count, num_ids)
+
+
+def dense(name: str, *, scaled: bool = True) -> Column:
+    """A numeric feature, float32; null = missing, written as 0."""
+    return Column(name, "dense", pa.float32(), scaled=scaled)
+
+
+class Dataset:
+    """What a dataset file declares. See the module's docstring.
+
+    Attributes:
+        name: the name on the command line, and of the manifest.
+        summary: one line for `--help`. examples: its closing lines.
+        home: where the raw data is had. terms: its terms of use, written into the manifest.
+        raw_files: the files that `--raw DIR` must hold, plain or gzipped. Empty: the dataset is generated.
+        archive: zip file at the home that holds the raw files, for `--download`.
+        split: "random" = seeded permutation of the rows, 8:1:1. "in_order" = rows come shuffled and encoded; the first 80 %
+            are train, the next 10 % valid; needs `num_rows` and features without fitting.
+        parity: encode as the reference benchmark does; set from the command line.
+        features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
+        next_config: config named in the closing line "run next".
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    examples: ClassVar[str] = ""
+    home: ClassVar[str] = ""
+    terms: ClassVar[str] = ""
+    raw_files: ClassVar[tuple[RawFile, ...]] = ()
+    archive: ClassVar[str] = ""
+    split: ClassVar[Literal["random", "in_order"]] = "random"
+    next_config: ClassVar[str] = "configs/mtl/movielens.yaml"
+
+    features: tuple[Column, ...]
+    tasks: tuple[Task, ...]
+    scenario: Scenario | None = None
+    keys: dict[str, pa.DataType] = {}
+    group_key: str | None = None
+    num_rows: int = 0
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Declare features and tasks from the parsed options. Raises ConfigError when options do not fit together."""
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the dataset's own options; they are recorded in the manifest."""
+
+    def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
+        """The canonical table, of `canonical_schema()`. Raises DataError naming file and line of a bad row."""
+        raise NotImplementedError
+
+    def statistics(self) -> dict[str, Any]:
+        """More entries for the manifest's statistics, asked for after the last batch."""
+        return {}
+
+    @classmethod
+    def rebuild_elsewhere(cls, folder: Path) -> str | None:
+        """Put the raw files into `folder` from another source when the home cannot be reached.
+
+        Returns:
+            Words for the source, or None when there is no other source.
+        """
+        return None
+
+    def canonical_schema(self) -> pa.Schema:
+        """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys."""
+        columns = [(f.name, pa.list_(f.raw_type) if f.kind == "multi" else f.raw_type) for f in self.features]
+        columns += [(label_column(task.name), pa.float32()) for task in self.tasks]
+        if self.scenario is not None:
+            columns.append((SCENARIO_COLUMN, pa.int64()))
+        columns += [(key_column(name), kind) for name, kind in self.keys.items()]
+        return pa.schema(columns)
+
+
+def datasets() -> dict[str, type[Dataset]]:
+    """All datasets by name, found by file: each `preprocessing/*.py` lists its own in `DATASETS`."""
+    found: dict[str, type[Dataset]] = {}
+    for path in sorted(_FOLDER.glob("*.py")):
+        if not path.stem.startswith("_"):
+            module = importlib.import_module(f"preprocessing.{path.stem}")
+            found |= {dataset.name: dataset for dataset in module.DATASETS}
+    return found
+
+
+def dataset_class(name: str) -> type[Dataset]:
+    """The dataset of that name.
+
+    Raises:
+        DataError: there is none; the message lists all and suggests the nearest.
+    """
+    known = datasets()
+    if name not in known:
+        raise DataError(f"unknown dataset '{name}'.{did_you_mean(name, known)} Datasets: {', '.join(sorted(known))}.")
+    return known[name]

@@ -1,0 +1,147 @@
+"""`--download`: raw files from the dataset's home, checked; from its second source when the home cannot be reached."""
+
+from __future__ import annotations
+
+import http.client
+import shutil
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from mmlrec.errors import DataError
+from preprocessing.common.dataset import Dataset
+from preprocessing.common.progress import progress
+from preprocessing.common.raw_files import RawFile, file_sha256
+
+_CONNECT_SECONDS = 5.0
+_CHUNK_BYTES = 1 << 20
+
+
+def download(dataset: type[Dataset], folder: Path) -> None:
+    """Put the dataset's raw files into `folder`; nothing is fetched when all are there and right.
+
+    Raises:
+        DataError: no source can be reached, what came is not the official data, or the folder cannot be written.
+    """
+    if all(_there(folder, file) for file in dataset.raw_files):
+        print(f"{folder}: the raw files are there already.", file=sys.stderr)
+        return
+    print(f"Terms of use: {dataset.terms}", file=sys.stderr)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
+            fresh = Path(name)
+            source = _fetch(dataset, folder, fresh)
+            for file in dataset.raw_files:
+                _check(fresh / file.name, file, source)
+            for file in dataset.raw_files:
+                (fresh / file.name).replace(folder / file.name)
+    except OSError as error:
+        raise DataError(f"{folder}: the raw files cannot be written: {error.strerror or error}.") from error
+    print(f"{folder}: {', '.join(file.name for file in dataset.raw_files)} from {source}", file=sys.stderr)
+
+
+def _there(folder: Path, file: RawFile) -> bool:
+    """A file with a known checksum counts when it matches; one without when its size does, or when it lies there gzipped."""
+    path, gzipped = folder / file.name, folder / f"{file.name}.gz"
+    if not path.is_file():
+        return file.sha256 is None and gzipped.is_file()
+    if path.stat().st_size != file.num_bytes:
+        return False
+    return file.sha256 is None or file_sha256(path) == file.sha256
+
+
+def _check(path: Path, file: RawFile, source: str) -> None:
+    size = path.stat().st_size
+    if size != file.num_bytes or (file.sha256 is not None and file_sha256(path) != file.sha256):
+        raise DataError(
+            f"{file.name} from {source} is not the official file: {size:,} bytes ({file.num_bytes:,} expected), or another"
+            " sha256. Nothing was kept; try again later."
+        )
+
+
+def _fetch(dataset: type[Dataset], folder: Path, fresh: Path) -> str:
+    """Put the files into `fresh`; returns words for where they came from."""
+    archive = folder / f".{dataset.archive.rpartition('/')[2]}.part"
+    try:
+        _fetch_url(dataset.archive, archive)
+    except _UnreachableError as home:
+        try:
+            source = dataset.rebuild_elsewhere(fresh)
+        except DataError as second:
+            raise DataError(f"{home} {second}\n{_by_hand(dataset, folder)}") from second
+        if source is None:
+            raise DataError(f"{home}\n{_by_hand(dataset, folder)}") from home
+        print(f"{home} Using {source} instead.", file=sys.stderr)
+        return source
+    try:
+        with zipfile.ZipFile(archive) as content:
+            members = {name.rpartition("/")[2]: name for name in content.namelist()}
+            for file in dataset.raw_files:
+                with content.open(members[file.name]) as packed, (fresh / file.name).open("wb") as plain:
+                    shutil.copyfileobj(packed, plain)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise DataError(f"{dataset.archive}: what came is not the expected zip archive ({error}). Try again later.") from error
+    finally:
+        archive.unlink()
+    return dataset.archive
+
+
+def _by_hand(dataset: type[Dataset], folder: Path) -> str:
+    names = ", ".join(file.name for file in dataset.raw_files)
+    return f"Fetch {names} from {dataset.home} on a machine that reaches it, and put them into {folder}."
+
+
+class _UnreachableError(Exception):
+    """A source does not answer."""
+
+
+def _fetch_url(url: str, path: Path) -> None:
+    """Fetch to `path`, going on where an earlier try stopped; what came stays there when the line breaks."""
+    start = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    response = _open(request)
+    if response is None:  # the range lies behind the end: the file changed, or was complete
+        path.unlink()
+        return _fetch_url(url, path)
+    resumed = response.status == http.client.PARTIAL_CONTENT
+    length = response.headers.get("Content-Length")
+    expected = int(length) if length else None
+    received = 0
+    try:
+        with response, path.open("ab" if resumed else "wb") as file, progress(f"fetch {url}", expected, "bytes") as done:
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                received += len(chunk)
+                done.update(len(chunk))
+    except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise DataError(f"{url}: the line broke ({error}). Give the same command again: it goes on from there.") from error
+    if expected is not None and received < expected:
+        raise DataError(f"{url}: the line broke after {received:,} bytes. Give the same command again: it goes on from there.")
+    return None
+
+
+def _open(request: urllib.request.Request) -> http.client.HTTPResponse | None:
+    """The response; None when the server has no such range. Name resolution has no timeout of its own, hence the thread."""
+    outcome: list[http.client.HTTPResponse | Exception] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(urllib.request.urlopen(request, timeout=_CONNECT_SECONDS))
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_CONNECT_SECONDS + 1)
+    result = outcome[0] if outcome else TimeoutError("no answer")
+    if isinstance(result, urllib.error.HTTPError) and result.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+        return None
+    if isinstance(result, Exception):
+        reason = result.reason if isinstance(result, urllib.error.URLError) else result
+        raise _UnreachableError(f"{request.full_url} cannot be reached ({reason}).") from result
+    return result

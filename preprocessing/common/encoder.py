@@ -1,0 +1,171 @@
+"""Raw values to ids and scaled numbers: counted on some rows, frozen, then applied to all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmlrec.errors import DataError
+from mmlrec.schema import Table
+from preprocessing.common.dataset import Column
+
+
+class ValueCounter:
+    """Counts of distinct raw values; memory grows with the distinct values, not with the rows."""
+
+    def __init__(self, raw_type: pa.DataType) -> None:
+        schema = pa.schema([("value", raw_type), ("count", pa.int64())])
+        self._merged = schema.empty_table()
+        self._pending: list[pa.Table] = []
+        self._pending_rows = 0
+
+    def add(self, values: pa.Array) -> None:
+        """Count an array of raw values; nulls are left out."""
+        counts = pc.value_counts(values.drop_null())
+        self._pending.append(pa.table({"value": counts.field(0), "count": counts.field(1)}, schema=self._merged.schema))
+        self._pending_rows += len(counts)
+        if self._pending_rows > max(len(self._merged), 1 << 18):
+            self._merge()
+
+    def counts(self) -> pa.Table:
+        """Distinct values and their counts: columns `value` and `count` (int64), in no particular order."""
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        every = pa.concat_tables([self._merged, *self._pending])
+        summed = every.group_by("value").aggregate([("count", "sum")])
+        self._merged = summed.select(["value", "count_sum"]).rename_columns(["value", "count"])
+        self._pending, self._pending_rows = [], 0
+
+
+class Vocabulary:
+    """Ids 1..V-1 of raw values; id 0 = missing, rare or unseen.
+
+    Ids go by descending count, ties by raw value; in the parity form by raw value alone (numeric order for integers, byte
+    order for strings), as a label encoder gives.
+    """
+
+    def __init__(self, counts: pa.Table, min_count: int, parity: bool) -> None:
+        kept = counts.filter(pc.greater_equal(counts["count"], min_count))
+        order = [("value", "ascending")] if parity else [("count", "descending"), ("value", "ascending")]
+        self._entries = kept.sort_by(order).combine_chunks()
+        self._values = self._entries["value"].combine_chunks()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table, row 0 included."""
+        return len(self._entries) + 1
+
+    def encode(self, values: pa.Array) -> pa.Array:
+        """Ids of raw values, int64, without nulls."""
+        found = pc.index_in(values, value_set=self._values).cast(pa.int64())
+        return pc.add(found, 1).fill_null(0)
+
+    def save(self, path: Path) -> None:
+        """Write columns `value`, `id` (int64) and `count` (int64), in the order of ids."""
+        ids = pa.array(np.arange(1, self.num_rows, dtype=np.int64))
+        pq.write_table(pa.table({"value": self._values, "id": ids, "count": self._entries["count"]}), path)
+
+
+@dataclass
+class DenseRange:
+    """Least and greatest value seen of a dense feature."""
+
+    low: float = field(default=float("inf"))
+    high: float = field(default=float("-inf"))
+
+    def add(self, values: pa.Array) -> None:
+        """Widen the range by an array; nulls are left out."""
+        found = pc.min_max(values)
+        if found["min"].is_valid:
+            self.low, self.high = min(self.low, found["min"].as_py()), max(self.high, found["max"].as_py())
+
+    def scale(self, values: pa.Array) -> pa.Array:
+        """Min-max scaled and clipped to [0, 1], float32; null becomes 0, and so does all when the range is empty or a point."""
+        width = self.high - self.low
+        if not 0 < width < float("inf"):
+            return pa.array(np.zeros(len(values), np.float32))
+        scaled = (values.cast(pa.float64()).fill_null(self.low).to_numpy(zero_copy_only=False) - self.low) / width
+        return pa.array(np.clip(scaled, 0, 1).astype(np.float32))
+
+
+class Encoder:
+    """Fits vocabularies and ranges with `fit`, freezes them with `freeze`, turns canonical rows into ids with `encode`."""
+
+    def __init__(self, features: tuple[Column, ...], parity: bool) -> None:
+        self._features = features
+        self._parity = parity
+        self._fitted = [f for f in features if f.kind != "dense" and f.num_ids is None]
+        self._counters = {f.table: ValueCounter(f.raw_type) for f in self._fitted}
+        self.ranges = {f.name: DenseRange() for f in features if f.scaled}
+        self.vocabularies: dict[str, Vocabulary] = {}
+
+    @property
+    def needs_fitting(self) -> bool:
+        """Whether any feature has a vocabulary or a range."""
+        return bool(self._counters or self.ranges)
+
+    def fit(self, rows: pa.RecordBatch) -> None:
+        """Count the values of these canonical rows."""
+        for feature in self._fitted:
+            column = rows.column(feature.name)
+            self._counters[feature.table].add(column.flatten() if feature.kind == "multi" else column)
+        for name, seen in self.ranges.items():
+            seen.add(rows.column(name))
+
+    def freeze(self) -> None:
+        """Turn the counts into vocabularies."""
+        min_counts = {f.table: 1 if self._parity else f.min_count for f in self._fitted}
+        for table, counter in self._counters.items():
+            assert table is not None
+            self.vocabularies[table] = Vocabulary(counter.counts(), min_counts[table], self._parity)
+        self._counters.clear()
+
+    def encode(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """The same rows with ids int64, lists of ids list<int64>, dense float32; other columns untouched."""
+        encoded = {f.name: self._encode_column(f, rows.column(f.name)) for f in self._features}
+        others = {name: rows.column(name) for name in rows.schema.names if name not in encoded}
+        return pa.RecordBatch.from_pydict(encoded | others)
+
+    def tables(self) -> list[Table]:
+        """The tables of the manifest, in order of first use."""
+        found: dict[str, Table] = {}
+        for f in self._features:
+            if f.table is not None and f.table not in found:
+                if f.num_ids is None:
+                    vocabulary = self.vocabularies[f.table]
+                    found[f.table] = Table(name=f.table, num_rows=vocabulary.num_rows, vocabulary=f"vocab/{f.table}.parquet")
+                else:
+                    found[f.table] = Table(name=f.table, num_rows=f.num_ids + 1)
+        return list(found.values())
+
+    def save(self, folder: Path) -> None:
+        """Write `<table>.parquet` for each vocabulary."""
+        folder.mkdir()
+        for table, vocabulary in self.vocabularies.items():
+            vocabulary.save(folder / f"{table}.parquet")
+
+    def _encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
+        if feature.kind == "dense":
+            return self.ranges[feature.name].scale(values) if feature.scaled else values.fill_null(0.0)
+        if feature.kind == "multi":
+            filled = values.fill_null([]) if values.null_count else values
+            offsets = pa.array(np.concatenate([[0], np.cumsum(filled.value_lengths().to_numpy())]).astype(np.int32))
+            return pa.ListArray.from_arrays(offsets, self._ids(feature, filled.flatten()))
+        return self._ids(feature, values)
+
+    def _ids(self, feature: Column, values: pa.Array) -> pa.Array:
+        if feature.num_ids is None:
+            return self.vocabularies[str(feature.table)].encode(values)
+        ids = values.fill_null(0)
+        if len(ids) and not 0 <= pc.min(ids).as_py() <= pc.max(ids).as_py() <= feature.num_ids:
+            raise DataError(
+                f"feature '{feature.name}': ids must lie in 0..{feature.num_ids}; mend the dataset file's generator."
+            )
+        return ids

@@ -1,0 +1,82 @@
+"""The dataset folder comes into being at once: built beside its place, then renamed. Never half."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmlrec.errors import DataError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; at a clean exit it takes the place of `out`, otherwise it is removed.
+
+    What a killed run left behind is removed at the start. An old `out` is replaced only when the new one is complete.
+
+    Raises:
+        DataError: the place cannot be written, the disk is full, or another run is writing there.
+    """
+    temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
+    lock = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            lock = None
+            raise DataError(f"{out}: another run is writing this dataset. Wait for it, or choose another --out.") from None
+        _mend(out, temporary, old)
+        yield temporary
+        _sync(temporary)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+        _sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{out}: the dataset cannot be written: {error.strerror or error}. Free space, or choose another --out; nothing was"
+            " left behind."
+        ) from error
+    finally:
+        if lock is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def _mend(out: Path, temporary: Path, old: Path) -> None:
+    if old.exists():  # killed between the two renames, or just after them
+        if out.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+    for path in temporary.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync_folder(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

