@@ -1,0 +1,130 @@
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (REPOSITORY / "requirements" / name).read_text().splitlines()
+    named = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in named}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the sources alone, without the network and without touching the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in (
+        "mmlrec",
+        "apps",
+        "preprocessing",
+        "configs",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "torchx.yaml",
+    ):
+        (source / name).symlink_to(REPOSITORY / name)
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(folder)]
+    command += ["bdist_wheel", "--bdist-dir", str(folder / "bdist"), "--dist-dir", str(folder)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_packages_the_configs_and_the_presets(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for folder in ("mmlrec", "apps", "preprocessing"):
+        modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / folder).rglob("*.py")}
+        assert modules <= names
+    configs = {f"mmlrec/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert configs <= names
+    assert "mmlrec/torchx.yaml" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mmlrec", "apps", "preprocessing"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_installed_wheel_finds_its_configs_from_anywhere(wheel, tmp_path):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "from mmlrec.launch.presets import load_preset; from mmlrec.launch.shipped import shipped_folder;"
+        "from mmlrec.config import load_config; folder = shipped_folder(); print(folder);"
+        "print(load_config(folder / 'configs/mtl/movielens.yaml').dataset.path, load_preset('local').nproc)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [str(site / "mmlrec"), "data/movielens-1m 2"]
+
+
+def test_locks_pin_exactly_and_agree():
+    cpu, cuda, dev = pins("cpu.txt"), pins("cuda.txt"), pins("dev.txt")
+    assert cpu.keys() & dev.keys() == set()
+    assert {name: cpu[name] for name in cuda.keys() & cpu.keys()} == {name: cuda[name] for name in cuda.keys() & cpu.keys()}
+    assert cpu.keys() - {"fbgemm-gpu-cpu"} >= cuda.keys() - {"fbgemm-gpu"}
+    assert "fbgemm-gpu" not in cpu
+    assert "torchx" not in cpu
+
+
+def test_lock_is_complete_and_holds_nothing_else():
+    """Walks the installed metadata from what the project imports; the lock must be exactly what is reached."""
+    from importlib.metadata import distribution
+
+    from packaging.requirements import Requirement
+
+    def reached(names: list[str]) -> set[str]:
+        found: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+            # torchrec asks for fbgemm-gpu, which fbgemm-gpu-cpu stands in for.
+            if name in found or name == "fbgemm-gpu":
+                continue
+            found.add(name)
+            wanted = [Requirement(text) for text in distribution(name).requires or []]
+            waiting += [r.name for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+        return found
+
+    if "fbgemm-gpu-cpu" not in {name for name in pins("cpu.txt") if is_installed(name)}:
+        pytest.skip("not the CPU environment")
+    direct = ["torch", "torchrec", "fbgemm-gpu-cpu", "torchx-nightly", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy"]
+    direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel"]
+    assert reached(direct) == pins("cpu.txt").keys()
+    tools = ["pytest", "pytest-timeout", "mypy", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"]
+    assert reached(tools) - pins("cpu.txt").keys() == pins("dev.txt").keys()
+
+
+def test_extras_name_the_same_pairing_as_the_locks():
+    from mmlrec.doctor import PAIRS
+
+    setup = (REPOSITORY / "setup.py").read_text()
+    cuda = pins("cuda.txt")
+    extra = ast.literal_eval(re.search(r'"cuda": (\[.*?\])', setup)[1])
+    assert extra == [f"{name}=={cuda[name]}" for name in ("torch", "torchrec", "fbgemm-gpu")]
+    assert f"torchx-nightly=={cuda['torchx-nightly']}" in setup
+    assert PAIRS[".".join(cuda["torch"].split(".")[:2])] == (cuda["torchrec"], cuda["fbgemm-gpu"])
+
+
+def is_installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
