@@ -1,0 +1,212 @@
+"""Who may import whom (docs/architecture.md), what starts without heavy libraries, and where files lie."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("mmlrec", "apps", "preprocessing", "benchmarks")
+CONTRACT = ("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.errors")
+HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
+EVERYTHING = ("mmlrec", "apps", "preprocessing", *HEAVY)
+
+# Importer -> prefixes of ours and of HEAVY that it may import besides itself and CONTRACT. The longest importer counts.
+# Modules that are not listed may import CONTRACT only.
+RULES = {
+    "mmlrec.doctor": ("mmlrec.launch.shipped", "mmlrec.__version__"),
+    "mmlrec.launch": ("torchx.specs",),
+    "preprocessing": ("mmlrec.hashing",),
+    "mmlrec.layers": ("torch",),
+    "mmlrec.models": ("torch", "mmlrec.layers", "mmlrec.losses", "mmlrec.models.base"),
+    "mmlrec.losses": ("torch",),
+    "mmlrec.balancing": ("torch", "mmlrec.losses"),
+    "mmlrec.metrics": ("torch",),
+    "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing"),
+    "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
+    "mmlrec.training": (
+        *("torch", "torchrec", "fbgemm_gpu", "tensorboard", "mmlrec.__version__", "mmlrec.hashing", "mmlrec.data"),
+        *("mmlrec.embeddings", "mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.metrics", "mmlrec.models.base"),
+    ),
+    "mmlrec.export": (
+        "torch",
+        "torchrec",
+        "fbgemm_gpu",
+        "mmlrec.embeddings",
+        "mmlrec.layers",
+        "mmlrec.models.base",
+        "mmlrec.training",
+    ),
+    "apps": EVERYTHING,
+    "benchmarks": (*EVERYTHING, "benchmarks"),
+}
+# A package may import its own modules, except for methods: one file each, independent of each other.
+METHODS = "mmlrec.models"
+STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.doctor", "mmlrec.launch.shipped")
+CONTRACT_LIBRARIES = {"yaml", "pydantic"}
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imported(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Dotted names that a module imports anywhere, functions included; blocks under TYPE_CHECKING do not count."""
+    names: set[str] = set()
+    package = module if is_package else module.rpartition(".")[0]
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                visit(child)
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            start = ".".join(part for part in (base, node.module) if part)
+            names.update(f"{start}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return names
+
+
+def breaches(module: str, names: set[str]) -> list[str]:
+    """The imports of a module that its rule does not allow."""
+    importer = max((rule for rule in RULES if within(module, rule)), key=len, default=module)
+    allowed = (*RULES.get(importer, ()), *CONTRACT, *((importer,) if importer != METHODS else ()))
+    ours = [name for name in names if name.split(".")[0] in (*PACKAGES, *HEAVY)]
+    wrong = [name for name in ours if not any(within(name, prefix) for prefix in allowed)]
+    # `import mmlrec` alone, for its version or its folder.
+    wrong = [name for name in wrong if name != "mmlrec"]
+    others = {name.split(".")[0] for name in names} - set(PACKAGES) - set(sys.stdlib_module_names)
+    if module in STANDARD_LIBRARY_ONLY:
+        wrong += sorted(others)
+    elif module in CONTRACT:
+        wrong += sorted(others - CONTRACT_LIBRARIES)
+    return sorted(wrong)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_rules(module):
+    path = MODULES[module]
+    names = imported(path.read_text(encoding="utf-8"), module, is_package=path.name == "__init__.py")
+    assert breaches(module, names) == [], f"{module} must not import these; the rules are in docs/architecture.md"
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("preprocessing.x", "import torch", ["torch"]),
+        ("preprocessing.x", "def f():\n    from torch import nn", ["torch.nn"]),
+        ("preprocessing.x", "from mmlrec.data import reader", ["mmlrec.data.reader"]),
+        ("preprocessing.x", "import pyarrow\nfrom mmlrec.schema import Table\nfrom preprocessing.common import a", []),
+        ("mmlrec.layers.x", "from torchrec import KeyedJaggedTensor", ["torchrec.KeyedJaggedTensor"]),
+        ("mmlrec.models.ple", "from mmlrec.models.mmoe import MMoE", ["mmlrec.models.mmoe.MMoE"]),
+        ("mmlrec.models.ple", "from mmlrec.models import base\nfrom mmlrec.models.base import Output", []),
+        ("mmlrec.models.ple", "from . import mmoe", ["mmlrec.models.mmoe"]),
+        (
+            "mmlrec.data.x",
+            "from torchrec.sparse.jagged_tensor import A\nfrom torchrec.distributed import B",
+            ["torchrec.distributed.B"],
+        ),
+        ("mmlrec.training.x", "from mmlrec.models.mmoe import MMoE", ["mmlrec.models.mmoe.MMoE"]),
+        ("mmlrec.training.x", "from apps.train import main", ["apps.train.main"]),
+        ("mmlrec.launch.x", "from torchx.components.dist import ddp", ["torchx.components.dist.ddp"]),
+        ("mmlrec.schema", "import numpy", ["numpy"]),
+        ("mmlrec.schema", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch", []),
+        ("mmlrec.doctor", "import pydantic", ["pydantic"]),
+        ("mmlrec.new_module", "import torch", ["torch"]),
+    ],
+)
+def test_the_checker_finds_breaches(module, source, expected):
+    assert breaches(module, imported(source, module)) == expected
+
+
+def entry_points() -> list[str]:
+    """Modules of apps that run as scripts, and those of the library and preprocessing."""
+    scripts = [module for module, path in MODULES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
+    names = [module for module in scripts if module.split(".")[0] in ("apps", "mmlrec")]
+    return names + (["preprocessing"] if "preprocessing.__main__" in MODULES else [])
+
+
+@pytest.mark.parametrize("module", entry_points())
+def test_help_does_not_import_torchrec(module):
+    code = f"""
+import runpy, sys
+sys.argv = ["x", "--help"]
+try:
+    runpy.run_module("{module}", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("\\nHEAVY", sorted({{"torchrec", "fbgemm_gpu"}} & sys.modules.keys()))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
+    assert result.stdout.endswith("HEAVY []\n")
+
+
+def test_contract_preprocessing_and_launch_run_without_torch():
+    light = [m for m in MODULES if m in (*CONTRACT, "mmlrec.doctor", "mmlrec.hashing", "apps.components")]
+    light += [m for m in MODULES if (within(m, "preprocessing") and "__main__" not in m) or within(m, "mmlrec.launch")]
+    code = f"import importlib, sys\nfor m in {light}: importlib.import_module(m)\nprint('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "False\n"
+
+
+TOP_LEVEL = {
+    *("mmlrec", "apps", "preprocessing", "benchmarks", "configs", "docs", "tests", "requirements"),
+    *("setup.py", "pyproject.toml", "Makefile", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("torchx.yaml", ".torchxconfig", ".torchxignore", ".gitignore", ".ci"),
+}
+
+
+def test_top_level_holds_what_it_should():
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
+    assert {name.split("/")[0] for name in listed if name} <= TOP_LEVEL
+
+
+def python_files() -> list[Path]:
+    return [path for folder in (*PACKAGES, "tests", "requirements") for path in (REPOSITORY / folder).rglob("*.py")]
+
+
+def test_files_are_short_well_named_and_not_deep():
+    for path in python_files():
+        place = path.relative_to(REPOSITORY)
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, f"{place}: more than 600 lines"
+        assert path.name not in ("utils.py", "util.py", "helpers.py", "misc.py"), f"{place}: name it after what it holds"
+        assert len(place.parts) - 1 <= 3, f"{place}: more than three folder levels"
+
+
+def test_project_files_name_no_machine():
+    """No absolute path of a developer's machine in anything that ships."""
+    texts = [p for p in python_files() if p.parts[len(REPOSITORY.parts)] != "tests"]
+    texts += [p for folder in ("configs", "docs") for p in (REPOSITORY / folder).rglob("*.*") if p.is_file()]
+    texts += [REPOSITORY / name for name in TOP_LEVEL if (REPOSITORY / name).is_file()]
+    for path in texts:
+        for place in ("/work/", "/root/", "/home/", "/opt/"):
+            assert place not in path.read_text(encoding="utf-8"), f"{path.relative_to(REPOSITORY)} names {place}"
