@@ -1,0 +1,45 @@
+"""Evaluate the best checkpoint of a run.
+
+python -m apps.evaluate --run DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apps.cli import run
+
+
+def parse() -> argparse.Namespace:
+    """Command line of this entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.evaluate",
+        description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
+        " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",
+        epilog="example: python -m apps.evaluate --run runs/mtl-movielens-mmoe-seed0",
+    )
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--split", default="test", choices=["train", "valid", "test"])
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Load, evaluate, report."""
+    arguments = parse()
+    from mmlrec.training.distributed import process_group
+    from mmlrec.training.evaluation import evaluate_split, write_result
+    from mmlrec.training.run_folder import RunFolder
+    from mmlrec.training.session import load_session
+
+    folder = RunFolder(Path(arguments.run))
+    with process_group() as world:
+        session, step = load_session(folder, world, arguments.overrides)
+        report = evaluate_split(session, arguments.split)
+        if world.is_main:
+            print(write_result(folder, arguments.split, report, step=step))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,43 @@
+"""Score a dataset with the best checkpoint of a run.
+
+python -m apps.predict --run DIR --input DATASET --output FILE.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apps.cli import run
+
+
+def parse() -> argparse.Namespace:
+    """Command line of this entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.predict",
+        description="Score the rows of a dataset folder and write one Parquet file: the key columns, the scenario,"
+        " and score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
+        epilog="example: python -m apps.predict --run runs/NAME --input data/movielens-1m --output scores.parquet",
+    )
+    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--input", required=True, help="dataset folder, encoded with the vocabularies the run was trained on")
+    parser.add_argument("--output", required=True, help="Parquet file to write")
+    parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Load, score, write."""
+    arguments = parse()
+    from mmlrec.training.distributed import process_group
+    from mmlrec.training.prediction import write_predictions
+    from mmlrec.training.run_folder import RunFolder
+    from mmlrec.training.session import load_session
+
+    with process_group() as world:
+        session, _ = load_session(RunFolder(Path(arguments.run)), world, [])
+        write_predictions(session, Path(arguments.input), arguments.split, Path(arguments.output))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,57 @@
+"""Train one configuration with several seeds.
+
+python -m apps.seeds --config FILE --seeds 0,2,4
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apps.cli import run
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parse() -> argparse.Namespace:
+    """Command line of this entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.seeds",
+        description="Train one configuration once for each seed and print mean and standard deviation of the test metrics."
+        " Seeds that are complete already are not trained again.",
+        epilog="example: python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
+    )
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
+    parser.add_argument("--run-dir", help="folder for one run folder per seed; default: as apps.train names them")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Train each seed, then summarise."""
+    arguments = parse()
+    from mmlrec.config import load_config
+
+    configs = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
+    from mmlrec.metrics.report import seeds_table
+
+    from mmlrec.training.distributed import process_group
+    from mmlrec.training.run import default_run_dir, train
+
+    with process_group() as world:
+        reports = []
+        for config in configs:
+            name = default_run_dir(config, Path(arguments.config))
+            run_dir = Path(arguments.run_dir) / f"seed{config.training.seed}" if arguments.run_dir else name
+            reports.append(train(config, run_dir, world, source=arguments.config))
+        if world.is_main:
+            print(
+                f"\nTest over seeds {', '.join(map(str, arguments.seeds))} (mean ± standard deviation):\n{seeds_table(reports)}"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

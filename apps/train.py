@@ -1,0 +1,59 @@
+"""Train one configuration.
+
+python -m apps.train --config FILE [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apps.cli import run
+
+_EPILOG = """\
+examples:
+  python -m apps.train --config configs/mtl/movielens.yaml
+  python -m apps.train --config configs/mtl/movielens.yaml model.name=shared_bottom training.max_steps=200
+  torchrun --nproc-per-node 2 -m apps.train --config configs/mtl/movielens.yaml
+
+A run folder that holds a complete checkpoint is resumed, also with another number of processes. The test split is
+evaluated once, at the end, with the checkpoint that was best in validation.
+"""
+
+
+def parse() -> argparse.Namespace:
+    """Command line of this entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--run-dir", help="where to write; default: run_dir of the config, else a name made from it")
+    parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Check the configuration, then train."""
+    arguments = parse()
+    from mmlrec.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.show:
+        print(config.to_yaml(), end="")
+        return
+    from mmlrec.metrics.report import report_table
+
+    from mmlrec.training.distributed import process_group
+    from mmlrec.training.run import default_run_dir, train
+
+    run_dir = Path(arguments.run_dir) if arguments.run_dir else default_run_dir(config, Path(arguments.config))
+    with process_group() as world:
+        report = train(config, run_dir, world, resume=arguments.resume, source=arguments.config)
+        if world.is_main:
+            print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_table(report)}")
+
+
+if __name__ == "__main__":
+    run(main)

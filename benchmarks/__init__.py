@@ -1,0 +1,1 @@
+"""Speed and quality, each against a baseline in the same run."""

@@ -1,0 +1,104 @@
+"""From the manifest to embedding tables, and their initial weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec.distributed.types import ShardedTensor
+
+from mmlrec.errors import DataError
+from mmlrec.schema import DatasetManifest, Feature, Table
+
+#: Rows drawn from one random stream. Part of the definition of the initial weights: changing it changes every run.
+_BLOCK_ROWS = 16384
+
+
+def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | None = None) -> list[EmbeddingBagConfig]:
+    """One EmbeddingBagConfig for each table of the manifest, or for each branch and table.
+
+    Args:
+        dim: width of every table.
+        branches: names of branches that have tables of their own; tables and features are then named `branch/name`.
+
+    Raises:
+        DataError: features that share a table are pooled differently, which one table cannot do.
+    """
+    configs = []
+    for prefix in [""] if branches is None else [f"{branch}/" for branch in branches]:
+        for table in manifest.tables:
+            features = [f for f in manifest.sparse_features if f.table == table.name]
+            if not features:
+                continue
+            configs.append(
+                EmbeddingBagConfig(
+                    name=prefix + table.name,
+                    embedding_dim=dim,
+                    num_embeddings=table.num_rows,
+                    feature_names=[prefix + f.name for f in features],
+                    pooling=_pooling(table, features),
+                )
+            )
+    return configs
+
+
+def _pooling(table: Table, features: list[Feature]) -> PoolingType:
+    # A bag of one id is its own mean: SUM spares the kernel the division.
+    pooled = {f.pooling for f in features if f.kind == "multi"}
+    if len(pooled) > 1:
+        raise DataError(
+            f"features {[f.name for f in features]} share table '{table.name}' but are pooled differently: {sorted(pooled)}"
+        )
+    return PoolingType.MEAN if pooled == {"mean"} else PoolingType.SUM
+
+
+def build_tables(configs: list[EmbeddingBagConfig]) -> EmbeddingBagCollection:
+    """The unsharded collection without storage; `DistributedModelParallel` makes the shards, `initialize` fills them."""
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+
+
+def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: int) -> Tensor:
+    """Initial weights of rows start..stop-1 of a table: N(0, std^2), a function of (seed, table, row) only.
+
+    Each block of rows has its own counter-based stream (Philox), so a shard computes its rows without the others.
+
+    Returns:
+        [stop - start, dim] float32 on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}/{table}".encode()).digest()
+    key = np.frombuffer(digest[:16], dtype=np.uint64)
+    rows = np.empty((stop - start, dim), dtype=np.float32)
+    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, block, 0], dtype=np.uint64)))
+        first = block * _BLOCK_ROWS
+        low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
+        drawn = generator.standard_normal(size=(high - first, dim), dtype=np.float32)
+        rows[low - start : high - start] = drawn[low - first :]
+    rows *= np.float32(std)
+    return torch.from_numpy(rows)
+
+
+def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    """Local pieces of a plain or sharded tensor, each with the offset of its first element in the whole."""
+    if isinstance(tensor, ShardedTensor):
+        for shard in tensor.local_shards():
+            yield shard.tensor, tuple(shard.metadata.shard_offsets)
+    else:
+        yield tensor, (0,) * tensor.dim()
+
+
+@torch.no_grad()
+def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
+    """Overwrite the local shards of a (sharded) EmbeddingBagCollection with their initial weights.
+
+    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan.
+    """
+    for key, weight in tables.state_dict().items():
+        name = key.removeprefix("embedding_bags.").removesuffix(".weight")
+        for shard, offsets in local_shards(weight):
+            rows = initial_rows(name, offsets[0], offsets[0] + shard.shape[0], weight.shape[1], std, seed)
+            shard.copy_(rows[:, offsets[1] : offsets[1] + shard.shape[1]])

@@ -1,0 +1,50 @@
+"""The best checkpoint: the weights to evaluate, chosen by validation.
+
+A method whose branches have tables of their own (Single-Task) has a best checkpoint for each branch. They are kept as one:
+the tensors of each branch come from that branch's best step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmlrec.embeddings.tables import local_shards
+from mmlrec.training import checkpoint
+from mmlrec.training.session import Session
+
+
+def save_best(session: Session, folder: Path, improved: list[str], state: dict[str, Any]) -> None:
+    """Write the weights of the whole model, or of the branches that improved and the former best of the others."""
+    tensors = checkpoint.model_tensors(session.model)
+    branches = [name for name, _, _ in session.branches()]
+    if branches and checkpoint.damage(folder) is None and set(improved) != set(branches):
+        current = {key: [piece.clone() for piece, _ in local_shards(value)] for key, value in tensors.items()}
+        checkpoint.load(folder, tensors, session.world)
+        for name in improved:
+            _copy_branch(tensors, current, branches.index(name), name, len(branches))
+        checkpoint.save(folder, tensors, state, session.world)
+        with torch.no_grad():
+            for key, pieces in current.items():
+                for (piece, _), kept in zip(local_shards(tensors[key]), pieces, strict=True):
+                    piece.copy_(kept)
+        return
+    checkpoint.save(folder, tensors, state, session.world)
+
+
+@torch.no_grad()
+def _copy_branch(tensors: dict[str, Any], current: dict[str, list[Tensor]], index: int, name: str, count: int) -> None:
+    """Put one branch's current values back: its tables, and its slice (dimension 0) of every stacked tensor."""
+    for key, pieces in current.items():
+        shards = [piece for piece, _ in local_shards(tensors[key])]
+        if f".{name}/" in key:
+            for shard, kept in zip(shards, pieces, strict=True):
+                shard.copy_(kept)
+        elif key.startswith("model.head.network."):
+            # A layer over all branches holds `count` equal blocks, branch after branch.
+            (shard,), (kept,) = shards, pieces
+            size = shard.shape[0] // count
+            shard[index * size : (index + 1) * size].copy_(kept[index * size : (index + 1) * size])

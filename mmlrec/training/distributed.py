@@ -1,0 +1,129 @@
+"""Process group, device, seeds, and a logger that speaks on rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mmlrec.errors import UserError
+
+logger = logging.getLogger("mmlrec")
+
+#: Longest wait in a collective. A rank that is stuck longer is taken for dead.
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who and where this process is.
+
+    Attributes:
+        control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone logs and writes files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when `flag` is true on at least one."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor([int(flag)])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return bool(tensor.item())
+
+    def from_main(self, value: object) -> object:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def raise_together(self, error: UserError | None) -> None:
+        """Raise on every rank when one rank has an error, so that none is left waiting in a collective."""
+        errors: list[UserError | None] = [None] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(errors, error, group=self.control)
+        else:
+            errors = [error]
+        for found in errors:
+            if found is not None:
+                raise found
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[World]:
+    """Join the process group that torchrun describes, or a group of one, and leave it at the end.
+
+    NCCL when there is a GPU, gloo otherwise.
+    """
+    quiet_libraries()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+            raise UserError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes on this node but {torch.cuda.device_count()} GPUs:"
+                " start torchrun with --nproc-per-node set to the number of GPUs."
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    store = dist.HashStore() if "RANK" not in os.environ else None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    try:
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        assert control is not None
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        configure_logging(rank)
+        yield World(rank, world_size, local_world_size, device, control)
+    finally:
+        # Without this a finished gloo process may abort in its destructors.
+        dist.destroy_process_group()
+
+
+def configure_logging(rank: int) -> None:
+    """Log to standard error on rank 0; only warnings elsewhere."""
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+
+
+def quiet_libraries() -> None:
+    """Silence, one by one, the messages of torchrec and fbgemm that no user can act on."""
+    for message in (
+        ".*ShardedTensor.*",
+        ".*broadcast_buffers.*",
+        ".*torch.distributed.*is deprecated.*",
+        ".*[Ss]et timer.*",
+        ".*TypedStorage is deprecated.*",
+        ".*You are using `torch.load`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)

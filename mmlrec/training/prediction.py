@@ -1,0 +1,83 @@
+"""Scores of a dataset, as a Parquet file beside the keys of its rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmlrec.errors import DataError, UserError
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, key_column
+from mmlrec.training.distributed import logger
+from mmlrec.training.evaluation import predict_split
+from mmlrec.training.session import Session
+
+
+def write_predictions(session: Session, dataset: Path, split: str, output: Path) -> None:
+    """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
+
+    Raises:
+        DataError: the dataset does not have the features and tables the run was trained on.
+        UserError: the output cannot be written; no part of it is left.
+    """
+    manifest = DatasetManifest.load(dataset)
+    _check_same_inputs(session.manifest, manifest, dataset)
+    reader = session.reader(split, dataset)
+    rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=f"scoring {split}")
+    error: UserError | None = None
+    if rows is not None:
+        try:
+            _write(session, manifest, dataset, split, rows.logits, output)
+            logger.info("%s: %d rows", output, len(rows.logits))
+        except OSError as cause:
+            error = UserError(f"{output}: cannot be written: {cause}. Free space or choose another --output.")
+    session.world.raise_together(error)
+
+
+def _check_same_inputs(trained: DatasetManifest, given: DatasetManifest, folder: Path) -> None:
+    if trained.features != given.features:
+        names = sorted({f.name for f in trained.features} ^ {f.name for f in given.features}) or "their kinds or tables"
+        raise DataError(f"{folder}: its features differ from those the run was trained on: {names}.")
+    for table in trained.tables:
+        if table.num_rows != given.table(table.name).num_rows:
+            raise DataError(
+                f"{folder}: table '{table.name}' has {given.table(table.name).num_rows} rows, the run was trained with"
+                f" {table.num_rows}: the ids mean something else. Encode the input with the vocabularies of the training data."
+            )
+
+
+def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: str, logits: np.ndarray, output: Path) -> None:
+    columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
+    temporary = output.with_name(output.name + ".tmp")
+    writer = None
+    start = 0
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for part in manifest.splits[split].parts:
+            with pq.ParquetFile(dataset / part.path) as file:
+                for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
+                    scores = logits[start : start + batch.num_rows]
+                    arrays, names = list(batch.columns), list(columns)
+                    for index, task in enumerate(session.spec.tasks):
+                        values = scores[:, index]
+                        if task.kind == "binary":
+                            values = (1.0 / (1.0 + np.exp(-values.astype(np.float64)))).astype(np.float32)
+                        arrays.append(pa.array(values))
+                        names.append(f"score.{task.name}")
+                    table = pa.table(arrays, names=names)
+                    writer = writer or pq.ParquetWriter(temporary, table.schema)
+                    writer.write_table(table)
+                    start += len(scores)
+        if writer is not None:
+            writer.close()
+            writer = None
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(output)
+    finally:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""Tables, network and loss joined in one module, in the form that TorchRec's pipelines expect."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, KeyedTensor
+
+from mmlrec.config import RunConfig
+from mmlrec.data.batch import Batch
+from mmlrec.losses import Loss
+from mmlrec.models.base import MultiTaskModel
+from mmlrec.schema import Setting
+
+#: Where the tables are inside `Recommender`; sharding plans and checkpoints name them by it.
+TABLES = "tables"
+
+
+class Predictions(NamedTuple):
+    """What a forward pass hands to logging and evaluation, detached.
+
+    Attributes:
+        logits: [B, T] float32, own scenario.
+        objectives: this rank's share of each objective of the loss; the mean over ranks is the loss of the global batch.
+    """
+
+    logits: Tensor
+    objectives: Tensor
+
+
+class Head(nn.Module):
+    """Everything behind the lookup: concatenation, network, masked losses with global denominators, one scalar.
+
+    Args:
+        prefixes: prefix of the features of each branch that has its own tables; [""] when tables are shared.
+    """
+
+    loss_weights: Tensor
+
+    def __init__(self, network: MultiTaskModel, loss: Loss, config: RunConfig, prefixes: list[str]) -> None:
+        super().__init__()
+        self.network = network
+        self.loss = loss
+        self.keys = [[prefix + name for name in network.spec.fields] for prefix in prefixes]
+        self.stacked = network.tables_per_branch
+        self.multi_scenario = config.dataset.setting is not Setting.MTL
+        self.l2_tables = config.embeddings.l2
+        self.l2_dense = config.dense.l2
+        self.bf16 = config.training.precision == "bf16"
+        weights = [config.balancing.loss_weights.get(name, 1.0) for name in loss.objectives]
+        self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
+
+    def forward(self, pooled: KeyedTensor, batch: Batch) -> tuple[Tensor, Predictions]:
+        """Compute the training loss and the predictions of one batch.
+
+        Returns:
+            The scalar to differentiate, and `Predictions`.
+        """
+        x, fields = self.inputs(pooled, batch.dense)
+        scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.network(x, fields, scenario, valid=batch.valid)
+        local = self.loss.denominators(batch.labels, batch.mask, scenario, batch.weight)
+        sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
+        world_size = dist.get_world_size()
+        if world_size > 1:
+            dist.all_reduce(sums)
+        denominators = sums[:-1].view_as(local)
+        losses = self.loss(output, batch.labels, batch.mask, scenario, batch.weight, denominators, world_size)
+        objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
+        total = torch.sum(objectives * self.loss_weights)
+        for method_term in losses.values():
+            total = total + method_term
+        if self.l2_tables:
+            looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
+            total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
+        if self.l2_dense:
+            total = total + self.l2_dense * torch.stack([p.square().sum() for p in self.network.parameters()]).sum()
+        return total, Predictions(output.logits.detach(), objectives.detach())
+
+    def inputs(self, pooled: KeyedTensor, dense: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Model input x, [B, d_in] or [B, U, d_in] with tables for each branch, and the fields as views of it.
+
+        Columns are taken by key: the order in which sharded tables come back depends on the plan.
+        """
+        tail = [dense] if dense.shape[1] else []
+        if len(self.keys) == 1 and pooled.keys() == self.keys[0]:
+            # The order is ours already: many narrow copies less, forward and backward.
+            branches = [torch.cat([pooled.values(), *tail], dim=1) if tail else pooled.values()]
+        else:
+            by_key = pooled.to_dict()
+            branches = [torch.cat([by_key[key] for key in keys] + tail, dim=1) for keys in self.keys]
+        x = torch.stack(branches, dim=1) if self.stacked else branches[0]
+        spec = self.network.spec
+        views = x.split([*spec.fields.values(), spec.num_dense], dim=-1)
+        return x, dict(zip(spec.fields, views, strict=False))
+
+
+class Recommender(nn.Module):
+    """Lookup, then `Head`."""
+
+    def __init__(self, tables: EmbeddingBagCollection, head: Head) -> None:
+        super().__init__()
+        self.tables = tables
+        self.head = head
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
+        """Training loss (a scalar) and predictions of one batch."""
+        return self.head(self.tables(batch.sparse), batch)

@@ -1,0 +1,129 @@
+"""What a run tells while it trains: progress bar, log file, metrics.jsonl and TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from mmlrec.training.distributed import World, logger
+from mmlrec.training.run_folder import RunFolder
+
+
+class Reporter:
+    """Context manager that owns the progress bar and the open files of one run.
+
+    Args:
+        total_steps: last step of the run, for the bar's estimate.
+        first_step: step at which this process starts.
+    """
+
+    def __init__(self, folder: RunFolder, world: World, *, first_step: int, total_steps: int, batch_size: int) -> None:
+        self._main = world.is_main
+        self._folder = folder
+        self._batch_size = batch_size
+        self._first_step, self._total_steps = first_step, total_steps
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._window_start, self._window_step = time.perf_counter(), self._first_step
+        if not self._main:
+            return self
+        self._metrics = self._stack.enter_context(self._folder.metrics.open("a", encoding="utf-8", buffering=1))
+        self._tensorboard = self._stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._first_step))
+        file = logging.FileHandler(self._folder.log, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger.addHandler(file)
+        self._stack.callback(file.close)
+        self._stack.callback(logger.removeHandler, file)
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=self._total_steps,
+                initial=self._first_step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+                smoothing=0.1,
+            )
+        )
+        if not self._bar.disable:
+            self._stack.enter_context(logging_redirect_tqdm([logger]))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def advance(self) -> None:
+        """One step done."""
+        if self._main:
+            self._bar.update()
+
+    def train_metrics(self, step: int, epoch: int, losses: dict[str, float], rate: float, waited: float) -> None:
+        """Report the losses since the last report.
+
+        Args:
+            rate: factor of the learning-rate schedule.
+            waited: seconds spent waiting for data since the last report.
+        """
+        now = time.perf_counter()
+        seconds, steps = now - self._window_start, step - self._window_step
+        self._window_start, self._window_step = now, step
+        if not self._main or steps == 0:
+            return
+        speed = steps * self._batch_size / seconds
+        share = min(1.0, waited / seconds)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}", refresh=False)
+        if self._bar.disable:
+            logger.info(
+                "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%",
+                epoch,
+                step,
+                self._total_steps,
+                shown,
+                f"{speed:,.0f}",
+                100 * share,
+            )
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "split": "train",
+            "loss": losses,
+            "samples_per_second": round(speed, 1),
+            "data_wait_share": round(share, 4),
+            "learning_rate_factor": rate,
+        }
+        self._write(record)
+        for name, value in losses.items():
+            self._tensorboard.add_scalar(f"train/loss/{name}", value, step)
+        self._tensorboard.add_scalar("train/samples_per_second", speed, step)
+        self._tensorboard.add_scalar("train/data_wait_share", share, step)
+
+    def validation(self, step: int, epoch: int, report: dict[str, Any], note: str) -> None:
+        """Report a validation; the time it took does not count as training time."""
+        self._window_start = time.perf_counter()
+        if not self._main:
+            return
+        aucs = {name: task.get("auc") for name, task in report["tasks"].items()}
+        shown = " ".join(f"{name} {'-' if auc is None else format(auc, '.4f')}" for name, auc in aucs.items())
+        logger.info("epoch %d step %d | valid auc %s | %s", epoch, step, shown, note)
+        self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
+        for name, task in report["tasks"].items():
+            for metric, value in task.items():
+                if isinstance(value, float):
+                    self._tensorboard.add_scalar(f"valid/{metric}/{name}", value, step)
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last report (a checkpoint, say) out of the speed."""
+        self._window_start = time.perf_counter()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")

@@ -1,0 +1,109 @@
+"""One whole run: start or resume, train, evaluate the best checkpoint on test once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmlrec.config import RunConfig
+from mmlrec.embeddings.sharding import plan_table
+from mmlrec.errors import CheckpointError, UserError
+from mmlrec.training import checkpoint
+from mmlrec.training.distributed import World, logger
+from mmlrec.training.evaluation import evaluate_split, write_result
+from mmlrec.training.run_folder import RunFolder
+from mmlrec.training.session import Session, build_session
+from mmlrec.training.trainer import Trainer
+
+
+def default_run_dir(config: RunConfig, source: Path) -> Path:
+    """`run_dir` of the configuration, else a name made of config file, method and seed."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    stem = f"{config.dataset.setting}-{source.stem}-{config.model['name']}-seed{config.training.seed}"
+    return Path("runs") / stem
+
+
+def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = False, source: str = "config") -> dict[str, Any]:
+    """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
+
+    Args:
+        resume: insist on a checkpoint to resume from.
+        source: config file, for messages.
+
+    Returns:
+        The test report, on every rank.
+
+    Raises:
+        UserError: configuration, data, checkpoint or folder are unusable, or a signal stopped the run.
+    """
+    folder = RunFolder(run_dir)
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            folder.create()
+        except UserError as cause:
+            error = cause
+    world.raise_together(error)
+    found = checkpoint.latest(folder.checkpoints, world)
+    if found is None and resume:
+        raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
+    if found is not None:
+        folder.check_same_run(config)
+        if _complete(folder, found, config):
+            report = json.loads(folder.result.read_text(encoding="utf-8"))["test"]
+            logger.info(
+                "%s is complete; nothing left to train. Delete it, or choose another --run-dir, to train again.", run_dir
+            )
+            return report
+
+    session = build_session(config, world, for_training=True, source=source)
+    trainer = Trainer(session, folder)
+    if found is not None:
+        trainer.resume(found)
+    world.barrier()
+    if world.is_main:
+        folder.write_description(config, world, session.plan)
+        folder.keep_metrics_until(trainer.progress.step)
+    _announce(session, trainer, run_dir, found)
+    trainer.fit()
+
+    checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+    report = evaluate_split(session, "test")
+    if world.is_main:
+        write_result(folder, "test", report, step=trainer.progress.step)
+    return report
+
+
+def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
+    """True when the run has its test result and this configuration asks for no more steps than it took."""
+    if not folder.result.is_file() or "test" not in json.loads(folder.result.read_text(encoding="utf-8")):
+        return False
+    state = checkpoint.read_state(found)
+    before = state["config"]["training"]
+    same_length = all(before[key] == getattr(config.training, key) for key in ("max_steps", "epochs"))
+    return bool(state["finished"]) and same_length
+
+
+def _announce(session: Session, trainer: Trainer, run_dir: Path, found: Path | None) -> None:
+    world, config = session.world, session.config
+    dense = sum(p.numel() for p in session.network.parameters())
+    tables = sum(row["rows"] * row["dim"] for row in session.plan)
+    logger.info(
+        "%s, setting %s, tasks %s, %d scenarios | %d rank(s) on %s, %s | %s dense and %s table parameters",
+        config.model["name"],
+        config.dataset.setting,
+        ", ".join(task.name for task in session.spec.tasks),
+        len(session.manifest.scenario.values) if session.manifest.scenario else 1,
+        world.world_size,
+        world.device.type,
+        config.training.precision,
+        f"{dense:,}",
+        f"{tables:,}",
+    )
+    logger.info("sharding plan:\n%s", plan_table(session.plan))
+    if session.manifest.terms:
+        logger.info("terms of the data: %s", session.manifest.terms)
+    start = f"resumed from {found}" if found else "new run"
+    logger.info("%s: %s at step %d of at most %d", run_dir, start, trainer.progress.step, trainer.total_steps)

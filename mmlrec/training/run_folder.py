@@ -1,0 +1,151 @@
+"""The run folder: everything a run leaves behind, under fixed names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmlrec.config import RunConfig, StrictModel, load_config
+from mmlrec.errors import ConfigError, UserError
+from mmlrec.training.distributed import World
+
+#: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
+_MAY_DIFFER = (
+    "run_dir",
+    "dataset.path",
+    "embeddings.sharding",
+    "embeddings.table_sharding",
+    "training.max_steps",
+    "training.epochs",
+    "training.eval_batch_size",
+    "training.log_every_steps",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+)
+
+
+class RunFolder:
+    """Paths and small files of one run. Rank 0 alone writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.plan = path / "plan.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "train.log"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "checkpoints" / "best"
+        self.result = path / "result.json"
+
+    def create(self) -> None:
+        """Make the folders and prove that they can be written.
+
+        Raises:
+            UserError: they cannot.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.write_text("", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: the run folder cannot be written: {error}. Choose another with --run-dir."
+            ) from error
+
+    def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]]) -> None:
+        """Write the resolved configuration, the environment and the sharding plan."""
+        write_atomically(self.config, config.to_yaml())
+        write_atomically(self.environment, json.dumps(_environment(world), indent=1))
+        write_atomically(self.plan, json.dumps(plan, indent=1))
+
+    def read_config(self, overrides: list[str] | None = None) -> RunConfig:
+        """The configuration the run was started with.
+
+        Raises:
+            UserError: this is no run folder.
+        """
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.path} is not a run folder: it has no config.yaml. Train first: python -m apps.train --config FILE"
+            )
+        return load_config(self.config, overrides)
+
+    def check_same_run(self, config: RunConfig) -> None:
+        """Refuse to resume under a configuration that trains something else.
+
+        Raises:
+            ConfigError: listing each key that differs, with both values.
+        """
+        before, now = _flat(self.read_config()), _flat(config)
+        different = [
+            f"  {key}: {before.get(key)!r} in the run folder, {now.get(key)!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER)
+        ]
+        if different:
+            raise ConfigError(
+                f"{self.path} holds a run with another configuration:\n" + "\n".join(different) + "\n"
+                "Choose another folder with --run-dir, delete this one, or undo the change."
+            )
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.metrics, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text file so that readers see the old or the new content, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _flat(config: StrictModel) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def visit(value: Any, prefix: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                visit(inner, f"{prefix}.{key}" if prefix else key)
+        else:
+            flat[prefix] = value
+
+    visit(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), "")
+    return flat
+
+
+def _environment(world: World) -> dict[str, Any]:
+    versions = {}
+    for package in ("mmlrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": git.stdout.strip() or None,
+        "world_size": world.world_size,
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads_per_rank": torch.get_num_threads(),
+        "torchx_job_id": os.environ.get("TORCHX_JOB_ID"),
+    }

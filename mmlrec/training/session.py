@@ -1,0 +1,175 @@
+"""From a configuration to a sharded model on this rank: shared by training, evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
+from mmlrec.data.batch import Batch
+from mmlrec.data.branches import branch_names, expand_branches
+from mmlrec.data.reader import Reader
+from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, make_plan, plan_report
+from mmlrec.embeddings.tables import build_tables, initialize, table_configs
+from mmlrec.errors import did_you_mean
+from mmlrec.models.base import ModelSpec, MultiTaskModel
+from mmlrec.registry import method, model_config
+from mmlrec.schema import DatasetManifest, Setting, Task
+from mmlrec.training import checkpoint
+from mmlrec.training.distributed import World
+from mmlrec.training.optim import build_optimizer
+from mmlrec.training.recommender import TABLES, Head, Predictions, Recommender
+from mmlrec.training.run_folder import RunFolder
+
+Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Predictions]
+
+
+@dataclass
+class Session:
+    """A model, sharded over the ranks, with all that is needed to feed it."""
+
+    config: RunConfig
+    world: World
+    manifest: DatasetManifest
+    spec: ModelSpec
+    network: MultiTaskModel
+    objectives: tuple[str, ...]
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    pipeline: Pipeline
+    plan: list[dict[str, Any]]
+
+    def reader(self, split: str, folder: Path | None = None) -> Reader:
+        """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration."""
+        training = self.config.training
+        return Reader(
+            folder or Path(self.config.dataset.path),
+            self.manifest if folder is None else DatasetManifest.load(folder),
+            split,
+            tasks=[task.name for task in self.spec.tasks],
+            batch_size=training.batch_size if split == "train" else training.eval_batch_size * self.world.world_size,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            seed=training.seed,
+        )
+
+    def branches(self) -> list[tuple[str, str, str | None]]:
+        """(name, task, scenario value or None) of each branch that trains independently; empty when they train as one."""
+        if not self.network.tables_per_branch:
+            return []
+        names = branch_names(self.spec.setting, self.spec.tasks, self.manifest.scenario)
+        values: list[str | None] = [None]
+        if self.spec.setting is not Setting.MTL and self.manifest.scenario is not None:
+            values = list(self.manifest.scenario.values)
+        pairs = [(task.name, value) for task in self.spec.tasks for value in values]
+        return [(name, task, value) for name, (task, value) in zip(names, pairs, strict=True)]
+
+    def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
+        """Batches as the model wants them: with the features of each branch, when branches have tables of their own."""
+        if not self.network.tables_per_branch:
+            return batches
+        names = [name for name, _, _ in self.branches()]
+        return (expand_branches(b, names, self.spec.num_scenarios, training=training) for b in batches)
+
+
+def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
+    """What the network has to know, from the configuration's selection of the manifest.
+
+    Raises:
+        ConfigError: a task that the dataset does not have, or features the model cannot take.
+    """
+    tasks = _selected_tasks(config, manifest)
+    multi_scenario = config.dataset.setting is not Setting.MTL
+    scenarios = len(manifest.scenario.values) if multi_scenario and manifest.scenario else 1
+    return ModelSpec(
+        setting=config.dataset.setting,
+        tasks=tuple(tasks),
+        num_scenarios=scenarios,
+        fields={feature.name: config.embeddings.dim for feature in manifest.sparse_features},
+        num_dense=len(manifest.dense_features),
+        seed=config.training.seed,
+    )
+
+
+def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
+    by_name = {task.name: task for task in manifest.tasks}
+    names = config.dataset.tasks or list(by_name)
+    for name in [*names, *config.balancing.loss_weights]:
+        if name not in by_name:
+            raise ConfigError(
+                f"dataset.tasks: '{name}' is not a task of {config.dataset.path}.{did_you_mean(name, by_name)}"
+                f" Tasks: {', '.join(by_name)}."
+            )
+    if len(set(names)) != len(names):
+        raise ConfigError(f"dataset.tasks: a task is named twice: {names}.")
+    return [by_name[name] for name in names]
+
+
+def build_session(config: RunConfig, world: World, *, for_training: bool, source: str = "config") -> Session:
+    """Build network and tables, shard them, and write the initial weights.
+
+    Args:
+        for_training: False leaves out the optimizers' state (evaluation and prediction need none).
+        source: config file, for messages.
+
+    Raises:
+        ConfigError: the method, its options, the setting or the sharding do not fit.
+        DataError: the dataset folder is missing or damaged.
+    """
+    manifest = DatasetManifest.load(Path(config.dataset.path))
+    spec = build_spec(config, manifest)
+    options = model_config(config.model, config.model_defaults, source)
+    network_class = method(config.model["name"])
+    network_class.check_setting(spec)
+    network = network_class(spec, options)
+
+    prefixes = [""]
+    branches = None
+    if network.tables_per_branch:
+        branches = branch_names(spec.setting, spec.tasks, manifest.scenario)
+        prefixes = [f"{name}/" for name in branches]
+    tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
+    optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
+    apply_table_optimizer(tables, optimizer_config, world.device)
+    loss = network.loss_class(spec.tasks, spec.num_scenarios, config.loss.scenario_reduction)
+    recommender = Recommender(tables, Head(network, loss, config, prefixes))
+    plan = make_plan(
+        recommender,
+        TABLES,
+        tables,
+        config.embeddings,
+        world_size=world.world_size,
+        local_world_size=world.local_world_size,
+        device=world.device,
+        batch_size=-(-config.training.batch_size // world.world_size),
+    )
+    report = plan_report(plan, TABLES, tables)
+    model = DistributedModelParallel(recommender, device=world.device, plan=plan, sharders=[PortableSharder()])
+    sharded = get_unwrapped_module(model)
+    initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
+    dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
+    optimizer = build_optimizer(model, dense)
+    pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
+    torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
+    return Session(config, world, manifest, spec, sharded.head.network, loss.objectives, model, optimizer, pipeline, report)
+
+
+def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple[Session, int]:
+    """The best checkpoint of a run, for evaluation and prediction, and the step it was taken at.
+
+    Raises:
+        UserError: the folder is no run, or has no usable best checkpoint.
+    """
+    config = folder.read_config(overrides)
+    state = checkpoint.read_state(folder.best)
+    session = build_session(config, world, for_training=False, source=str(folder.config))
+    checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+    return session, int(state["step"])
