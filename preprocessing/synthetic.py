@@ -4,9 +4,9 @@ A row has a scenario s, ids i_f and numbers x_d. The score of task t is
 
     score_t = b[t, s] + a * sum_f g[s, f] * e_t(f, i_f) + c * sum_d v[t, d] * (x_d - 1/2)
 
-and its label is Bernoulli(sigmoid(score_t)). The effect e_t(f, i) of an id has mean 0 and variance 1 over the ids and comes from
-a hash of (seed, feature, id), so that a billion ids cost no memory. A multi-valued feature contributes the mean over its list.
-g[s, f] says how much a scenario heeds a feature. The effects of neighbouring tasks have correlation `--conflict`.
+and its label is Bernoulli(sigmoid(score_t)). The effect e_t(f, i) of an id has mean 0 and variance 1 over the ids and comes
+from a hash of (seed, feature, id), so that a billion ids cost no memory. A multi-valued feature contributes the mean over its
+list. g[s, f] says how much a scenario heeds a feature. Effects of neighbouring tasks have correlation `--conflict`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Synthetic(Dataset):
         )
 
     def _draw_hidden(self, num_features: int) -> None:
-        """b [T, S], g [S, F], v [T, D] and the scenarios' shares [S]."""
+        """Draw b [T, S], g [S, F], v [T, D] and the scenarios' shares [S]."""
         if not -1 <= self._conflict <= 1:
             raise ConfigError(f"--conflict must lie in -1..1, found {self._conflict}.")
         if self._mean_length < 0:
@@ -140,8 +140,10 @@ class Synthetic(Dataset):
                 yield batch
 
     def statistics(self) -> dict[str, Any]:
-        """`bayes_auc` [task][all or scenario]: AUC of the true probabilities against the drawn labels of (at most the first
-        million rows of) the test split; `bayes_auc_expected`: the same over the labels' distribution instead of one draw.
+        """What the best model can reach on (at most the first million rows of) the test split, [task][all or scenario].
+
+        `bayes_auc`: AUC of the true probabilities against the drawn labels. `bayes_auc_expected`: the same over the
+        distribution of the labels instead of one draw.
         """
         probability, label = (np.concatenate([part[k] for part in self._test], axis=1) for k in (0, 1))
         scenario = np.concatenate([part[2] for part in self._test])
@@ -178,9 +180,9 @@ class Synthetic(Dataset):
         numbers = random.random((self._num_dense, num_rows), dtype=np.float32)
         for d in range(self._num_dense):
             columns[f"dense_{d}"] = pa.array(numbers[d])
-        if self._num_dense:
-            score += self._slopes @ (numbers - np.float32(0.5))
-        probability = 1 / (1 + np.exp(-score))
+            # not one matrix product: its order of summation, so the last bit, varies with the machine
+            score += self._slopes[:, d, None] * (numbers[d] - np.float32(0.5))
+        probability = (np.float32(1) / (np.float32(1) + np.exp(-score))).astype(np.float32)
         label = (random.random(score.shape, dtype=np.float32) < probability).astype(np.float32)
         columns |= {f"label.task_{t}": pa.array(label[t]) for t in range(self._num_tasks)}
         if self.scenario:
@@ -264,7 +266,7 @@ def _ids_of_features(text: str, num_features: int) -> list[int]:
             low, high = (_count(part) for part in text.split(":"))
             return [int(n) for n in np.rint(np.geomspace(low, high, num_features))]
         parts = [_count(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise ConfigError(f"--num-ids {text}: give one number, LOW:HIGH, or a comma list of numbers, e.g. 1000:1e9.") from None
     if len(parts) not in (1, num_features):
         raise ConfigError(f"--num-ids {text}: {len(parts)} numbers for {num_features} features (sparse and multi together).")
@@ -272,15 +274,18 @@ def _ids_of_features(text: str, num_features: int) -> list[int]:
 
 
 def _natural(text: str) -> int:
-    number = float(text)
-    if number < 0 or number != int(number):
-        raise ValueError(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 2**53 or number != int(number):
+        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed, such as 1000 or 1e6, found '{text}'")
     return int(number)
 
 
 def _count(text: str) -> int:
     if _natural(text) < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError("1 or more is needed, found 0")
     return _natural(text)
 
 

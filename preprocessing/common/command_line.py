@@ -106,10 +106,9 @@ _PARITY = (
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**63:
-        raise ValueError(text)
-    return seed
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2^63 - 1 is needed, found '{text}'")
+    return int(text)
 
 
 def _description(kind: type[Dataset]) -> str:
@@ -158,7 +157,9 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
         print(f"  {name:<12}{shown}{rows[name]:>16,}")
     for task, values in statistics.get("bayes_auc", {}).items():
         print(f"  best possible AUC on test, {task}: " + ", ".join(f"{n} {_shown(v)}" for n, v in values.items()))
-    print("  vocabularies: " + ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables))
+    tables = ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables[:8])
+    more = f", and {len(manifest.tables) - 8} more" if len(manifest.tables) > 8 else ""
+    print(f"  rows of the tables: {tables}{more}")
     print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
 
 

@@ -58,9 +58,12 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
             num_rows = dataset.num_rows
             encoded = _in_order(dataset, raw, encoder)
         else:
-            rows, num_rows = _spill(dataset, raw, folder)
+            rows = _spill(dataset, raw, folder)
+            num_rows = rows.num_rows
             sorter = _distribute(dataset, rows, num_rows, folder, encoder, seed, parity, statistics)
             encoded = ((start, encoder.encode(batch)) for start, batch in sorter.batches())
+        if num_rows < 10:
+            raise DataError(f"{dataset.name}: {num_rows} rows are too few to be split 8:1:1; give at least 10.")
         group_rows = row_group_size(split_ends(num_rows)[0], NUM_LANES)
         splits = _write(dataset, encoded, num_rows, group_rows, folder)
         encoder.save(folder / "vocab")
@@ -86,16 +89,14 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
     return manifest
 
 
-def _spill(dataset: Dataset, raw: RawFolder, folder: Path) -> tuple[RowSpill, int]:
+def _spill(dataset: Dataset, raw: RawFolder, folder: Path) -> RowSpill:
     rows = RowSpill(folder / "canonical.arrow", dataset.canonical_schema())
     with progress(f"{dataset.name}: read") as done:
         for batch in dataset.batches(raw):
             _check_canonical(dataset, batch)
             rows.add(batch)
             done.update(batch.num_rows)
-    if rows.num_rows < 10:
-        raise DataError(f"{dataset.name}: {rows.num_rows} rows are too few to be split 8:1:1; give at least 10.")
-    return rows, rows.num_rows
+    return rows
 
 
 def _check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:

@@ -26,8 +26,8 @@ class Zipf:
         self._n, self._s = num_ids, exponent
         self._num_head = min(num_ids, _HEAD)
         head = np.cumsum(np.arange(1, self._num_head + 1, dtype=np.float64) ** -exponent)
-        self._low, high = self._integral(self._num_head + 0.5), self._integral(num_ids + 0.5)
-        self._mass = head[-1] + (high - self._low)
+        self._edge = self._num_head + 0.5
+        self._mass = head[-1] + self._integral(num_ids + 0.5)
         self._ends = head / self._mass
         # first id to try for each of 65,536 equal steps of u: spares most of the binary search
         self._guide = np.searchsorted(self._ends, np.arange(_GUIDE) / _GUIDE, side="right").astype(np.int64)
@@ -42,12 +42,15 @@ class Zipf:
         ids[unsure] = np.searchsorted(self._ends, u[unsure], side="right")
         tail = np.flatnonzero(ids == self._num_head)
         if tail.size:
-            x = self._inverse((u[tail] - self._ends[-1]) * self._mass + self._low)
+            x = self._inverse((u[tail] - self._ends[-1]) * self._mass)
             ids[tail] = np.clip(np.rint(x).astype(np.int64), min(self._num_head + 1, self._n), self._n) - 1
         return ids + 1
 
     def _integral(self, x: float) -> float:
-        return float(np.log(x)) if self._s == 1 else float(np.expm1((1 - self._s) * np.log(x)) / (1 - self._s))
+        """Of t^-s from the head's edge to x."""
+        power, ratio = 1 - self._s, np.log(x / self._edge)
+        return float(ratio if power == 0 else self._edge**power * np.expm1(power * ratio) / power)
 
     def _inverse(self, y: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.exp(y) if self._s == 1 else np.exp(np.log1p((1 - self._s) * y) / (1 - self._s))
+        power = 1 - self._s
+        return self._edge * np.exp(y if power == 0 else np.log1p(power * y / self._edge**power) / power)
