@@ -46,6 +46,7 @@ def main() -> int:
         assert torch is not None
         # On its own, so that no other package is looked for on that index.
         pip(python, f"{torch[0]} (CPU)", "--no-deps", *cpu_index(), torch[0])
+        refuse_cuda_build(arguments.venv)
         pip(python, "the rest of the lock", "--no-deps", "-r", str(lock))
     pip(python, "test tools", "--no-deps", "-r", str(REQUIREMENTS / "dev.txt"))
     pip(python, "mmlrec", "--no-deps", "--no-build-isolation", "--editable", str(PROJECT))
@@ -76,6 +77,17 @@ def cpu_index() -> list[str]:
     if not reachable:
         print(f"  {TORCH_CPU_INDEX} does not answer: taking torch from pip's own sources", flush=True)
     return ["--extra-index-url", TORCH_CPU_INDEX] if reachable else []
+
+
+def refuse_cuda_build(folder: Path) -> None:
+    """Stop when pip has found the CUDA build only: without its CUDA libraries it does not even import."""
+    (version,) = folder.glob("lib/python3*/site-packages/torch/version.py")
+    if re.search(r"^cuda[^=]*= *['\"]", version.read_text(encoding="utf-8"), re.MULTILINE):
+        sys.exit(
+            "pip found only the CUDA build of torch. For the CPU build it needs "
+            f"{TORCH_CPU_INDEX}, or a mirror or folder with torch's +cpu wheel (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).\n"
+            f"For a GPU environment: {sys.executable} requirements/install.py --cuda"
+        )
 
 
 def pip(python: Path, what: str, *options: str) -> None:

@@ -1,0 +1,79 @@
+"""The documents' code, commands and links are true."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmlrec.models.base import ModelSpec
+from mmlrec.registry import method_names
+from mmlrec.schema import DatasetManifest, Setting, Task
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+METHOD, DATASET = re.findall(r"```python\n(.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_configs_and_modules_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for config in re.findall(r"configs/\S+\.yaml", text):
+        assert (REPOSITORY / config).is_file(), config
+    for module in re.findall(r"-m ((?:apps|mmlrec|preprocessing|benchmarks)[\w.]*\w)", text):
+        place = REPOSITORY / module.replace(".", "/")
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"^ *make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+
+
+def test_readme_lists_methods_that_exist():
+    listed = re.findall(r"^\|[^|]+\| `(\w+)` \|", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed
+    assert set(listed) <= set(method_names())
+
+
+@pytest.mark.parametrize(("setting", "tasks", "scenarios"), [(Setting.MTL, 2, 1), (Setting.MSL, 1, 3), (Setting.MTMSL, 2, 3)])
+def test_example_method_works(setting, tasks, scenarios, monkeypatch):
+    module = types.ModuleType("mmlrec.models.mean_experts")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(METHOD, vars(module))
+    spec = ModelSpec(setting, tuple(Task(name=f"t{t}") for t in range(tasks)), scenarios, {"user": 4, "item": 8}, 1)
+    model = module.MeanExperts(spec, module.MeanExperts.Config(num_experts=3, expert_hidden_units=[6]))
+    x, scenario = torch.randn(10, 13), torch.arange(10) % scenarios
+    output = model(x, {}, scenario, return_all_heads=True)
+    assert output.logits.shape == (10, tasks)
+    assert output.all_logits.shape == (10, tasks * scenarios)
+    # The logit of task t in scenario s is head t * S + s.
+    expected = output.all_logits.view(10, tasks, scenarios)[torch.arange(10), :, scenario]
+    assert torch.equal(output.logits, expected)
+    output.all_logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_example_dataset_works(tmp_path):
+    """The example is put beside the real files in a copy, and run on a small log from the command line."""
+    shutil.copytree(REPOSITORY / "preprocessing", tmp_path / "preprocessing", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "preprocessing" / "shop.py").write_text(DATASET)
+    (tmp_path / "raw").mkdir()
+    draw = random.Random(0)
+    rows = [(draw.randint(1, 30), f"i{draw.randint(1, 9)}", f"{draw.random():.2f}", draw.randint(0, 1)) for _ in range(1000)]
+    lines = [f"{user}|{item}|{price}|{click}|{click if user % 2 else 0}" for user, item, price, click in rows]
+    (tmp_path / "raw" / "views.csv").write_text("\n".join(lines) + "\n")
+    command = [sys.executable, "-m", "preprocessing", "shop", "--raw", "raw", "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    manifest = DatasetManifest.load(tmp_path / "out")
+    assert [task.name for task in manifest.tasks] == ["click", "buy"]
+    assert sum(split.num_rows for split in manifest.splits.values()) == 1000
+    clicked = sum(row[3] for row in rows)
+    assert sum(split.label_counts["click"]["all"][1] for split in manifest.splits.values()) == clicked
