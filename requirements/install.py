@@ -102,7 +102,7 @@ def pip(python: Path, what: str, *options: str) -> None:
     for line in process.stdout:
         last.append(line)
         if fetched := re.match(r"(?:Collecting|Processing) (?:\S*/)?(\S+)", line):
-            print(f"  {fetched[1]}", flush=True)
+            print("  " + re.sub(r"-(cp|py)[23]\S*$", "", fetched[1]), flush=True)
         elif line.startswith("Installing collected packages"):
             print("  unpacking", flush=True)
     if process.wait() != 0:

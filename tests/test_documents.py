@@ -77,3 +77,21 @@ def test_example_dataset_works(tmp_path):
     assert sum(split.num_rows for split in manifest.splits.values()) == 1000
     clicked = sum(row[3] for row in rows)
     assert sum(split.label_counts["click"]["all"][1] for split in manifest.splits.values()) == clicked
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_readme_shows_what_make_quickstart_runs(tmp_path):
+    command = ["make", "--always-make", "--dry-run", "quickstart", f"VENV={tmp_path}/venv"]
+    planned = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    steps = [line.strip() for line in planned.splitlines() if f"{tmp_path}/venv/bin/python -m" in line]
+    assert len(steps) == 2
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for step in steps:
+        assert step.replace(f"{tmp_path}/venv/bin/", "") in readme
+
+
+def test_continuous_integration_runs_make_test_in_a_fresh_environment():
+    script = REPOSITORY / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert lines[-2:] == ['rm -rf "$VENV"', "make test"]
