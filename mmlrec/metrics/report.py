@@ -1,0 +1,170 @@
+"""The task x scenario report: as a dict for `result.json`, and as a text table. Definitions: docs/metrics.md."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tabulate import tabulate
+
+from mmlrec.errors import DataError
+from mmlrec.metrics.exact import auc, calibration, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.gather import PredictionRows
+from mmlrec.schema import Scenario, Task
+
+_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse")
+_COUNTS = ("rows", "positives")
+
+
+def build_report(rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scenario | None) -> dict[str, Any]:
+    """All metrics of each task, over all rows and for each scenario.
+
+    Undefined metrics are None; a warning names the slices, which are left out of means. GAUC is None when the dataset
+    names no group (all rows in one).
+
+    Args:
+        tasks: the T tasks, in the order of the columns.
+
+    Returns:
+        `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
+        "scenario_mean": {METRIC: ...}, "scenario_weighted_mean": {METRIC: ...}}}, "mean": {METRIC: ...}}`; the three
+        scenario keys are there when the dataset has scenarios. `mean` is over tasks.
+
+    Raises:
+        DataError: a logit is NaN, so nothing can be ranked.
+    """
+    undefined: list[str] = []
+    entries = {task.name: _task_entry(rows, column, task, scenario, undefined) for column, task in enumerate(tasks)}
+    report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
+    if undefined:
+        text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
+        warnings.warn(f"{text} {', '.join(undefined)}.", stacklevel=2)
+    return report
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """A report as an aligned text table, one line for each task, scenario and mean."""
+    lines = list(_lines(report))
+    columns = [name for name in (*_COUNTS, *_METRICS) if any(entry.get(name) is not None for _, _, entry in lines)]
+    cells = [[task, scenario, *(_cell(entry, name) for name in columns)] for task, scenario, entry in lines]
+    return _table(columns, cells)
+
+
+def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
+    """Mean and sample standard deviation over reports of the same tasks and scenarios, as an aligned text table.
+
+    A metric that one of the reports lacks is left empty.
+    """
+    runs = [list(_lines(report)) for report in reports]
+    columns = [name for name in _METRICS if any(entry.get(name) is not None for _, _, entry in runs[0])]
+    cells = []
+    for lines in zip(*runs, strict=True):
+        row = [lines[0][0], lines[0][1]]
+        for name in columns:
+            values = [entry.get(name) for _, _, entry in lines]
+            known = [value for value in values if value is not None]
+            spread = statistics.stdev(known) if len(known) > 1 else 0.0
+            row.append(f"{statistics.mean(known):.4f} ± {spread:.4f}" if len(known) == len(values) else "")
+        cells.append(row)
+    return _table(columns, cells)
+
+
+def _task_entry(
+    rows: PredictionRows, column: int, task: Task, scenario: Scenario | None, undefined: list[str]
+) -> dict[str, Any]:
+    """One task's part of the report; adds slices without an AUC to `undefined`."""
+    present = rows.mask[:, column]
+    logit, label = rows.logits[present, column], rows.labels[present, column]
+    num_nan = int(np.isnan(logit).sum())
+    if num_nan:
+        raise DataError(
+            f"task '{task.name}': {num_nan} of {len(logit)} predictions are NaN. The model diverged: lower the learning"
+            " rate or set dense.clip_norm, and start from an earlier checkpoint."
+        )
+    weight = None if (rows.weight == 1).all() else rows.weight[present]
+    group = None if (rows.group == rows.group[:1]).all() else rows.group[present]
+    entry = _slice(task, logit, label, weight, group)
+    if task.kind == "binary" and entry["auc"] is None:
+        undefined.append(task.name)
+    if scenario is None:
+        return entry
+    ids = rows.scenario[present]
+    parts = {}
+    for index, value in enumerate(scenario.values):
+        own = ids == index
+        parts[value] = _slice(task, logit[own], label[own], _take(weight, own), _take(group, own))
+        if task.kind == "binary" and parts[value]["auc"] is None:
+            undefined.append(f"{task.name} in {scenario.name}={value}")
+    entry["scenarios"] = parts
+    entry["scenario_mean"] = _mean_of(list(parts.values()), [1] * len(parts))
+    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), [part["rows"] for part in parts.values()])
+    return entry
+
+
+def _slice(
+    task: Task,
+    logit: npt.NDArray[np.float32],
+    label: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32] | None,
+    group: npt.NDArray[np.int64] | None,
+) -> dict[str, Any]:
+    if task.kind == "regression":
+        return {"mse": _json(mse(logit, label, weight)), "rows": len(label)}
+    return {
+        "auc": _json(auc(logit, label, weight)),
+        "logloss": _json(logloss(logit, label, weight)),
+        "normalized_entropy": _json(normalized_entropy(logit, label, weight)),
+        "calibration": _json(calibration(logit, label, weight)),
+        "gauc": None if group is None else _json(gauc(logit, label, group)),
+        "rows": len(label),
+        "positives": int((label > 0).sum()),
+    }
+
+
+def _take(values: npt.NDArray[Any] | None, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[Any] | None:
+    return None if values is None else values[chosen]
+
+
+def _mean_of(entries: list[dict[str, Any]], weights: list[int]) -> dict[str, float | None]:
+    """Weighted mean of each metric over the entries that have it."""
+    means: dict[str, float | None] = {}
+    for name in _METRICS:
+        if not any(name in entry for entry in entries):
+            continue
+        known = [(entry[name], weight) for entry, weight in zip(entries, weights, strict=True) if entry.get(name) is not None]
+        total = sum(weight for _, weight in known)
+        means[name] = sum(value * weight for value, weight in known) / total if total else None
+    return means
+
+
+def _json(value: float) -> float | None:
+    # JSON has neither NaN nor infinity (the logloss of an infinite logit).
+    return value if math.isfinite(value) else None
+
+
+def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for task, entry in report["tasks"].items():
+        yield task, "all", entry
+        for value, part in entry.get("scenarios", {}).items():
+            yield task, value, part
+        if "scenarios" in entry:
+            yield task, "mean", entry["scenario_mean"]
+            yield task, "weighted mean", entry["scenario_weighted_mean"]
+    yield "mean", "all", report["mean"]
+
+
+def _cell(entry: dict[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if value is None:
+        return "-" if name in entry else ""
+    return str(value) if name in _COUNTS else f"{value:.4f}"
+
+
+def _table(columns: list[str], cells: list[list[str]]) -> str:
+    align = ["left", "left", *["right"] * len(columns)]
+    return tabulate(cells, headers=["task", "scenario", *columns], colalign=align, disable_numparse=True)

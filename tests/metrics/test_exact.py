@@ -1,0 +1,129 @@
+"""Exact metrics against scikit-learn, brute force over pairs, and numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from mmlrec.metrics.exact import auc, calibration, gauc, logloss, mse, normalized_entropy
+
+
+def sample(seed, n=400, distinct=None, rate=0.3):
+    rng = np.random.default_rng(seed)
+    label = (rng.random(n) < rate).astype(np.float32)
+    logit = rng.normal(label * 0.7 - 1, 1.2).astype(np.float32)
+    if distinct:
+        logit = np.round(logit * distinct) / distinct
+    return logit.astype(np.float32), label, rng.uniform(0.1, 3, n).astype(np.float32), rng.integers(0, 40, n)
+
+
+def sigmoid(logit):
+    return 1 / (1 + np.exp(-logit.astype(np.float64)))
+
+
+@pytest.mark.parametrize("distinct", [None, 4, 1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_auc_equals_scikit_learn(seed, distinct):
+    logit, label, weight, _ = sample(seed, distinct=distinct)
+    assert auc(logit, label) == pytest.approx(sk.roc_auc_score(label, logit), abs=1e-13)
+    assert auc(logit, label, weight) == pytest.approx(sk.roc_auc_score(label, logit, sample_weight=weight), abs=1e-12)
+    assert auc(logit, label, np.ones_like(label)) == pytest.approx(auc(logit, label), abs=1e-14)
+
+
+def test_auc_equals_brute_force_over_weighted_pairs():
+    logit, label, weight, _ = sample(2, n=60, distinct=2)
+    right = total = 0.0
+    for i in np.flatnonzero(label == 1):
+        for j in np.flatnonzero(label == 0):
+            pair = float(weight[i]) * float(weight[j])
+            total += pair
+            right += pair * (1.0 if logit[i] > logit[j] else 0.5 if logit[i] == logit[j] else 0.0)
+    assert auc(logit, label, weight) == pytest.approx(right / total, abs=1e-12)
+
+
+def test_auc_worked_by_hand():
+    # Pairs of (.9, .3) against (.3, .1): right, right, tie, right.
+    assert auc(np.array([0.9, 0.3, 0.3, 0.1]), np.array([1, 1, 0, 0])) == 3.5 / 4
+    assert auc(np.zeros(7), np.array([1, 0, 0, 1, 0, 0, 0])) == 0.5
+
+
+def test_auc_is_the_same_under_float32_scores_that_sigmoid_would_tie():
+    logit = np.array([20.0, 30.0, 40.0], np.float32)
+    assert auc(logit, np.array([0.0, 0.0, 1.0])) == 1.0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_logloss_and_normalized_entropy(weighted):
+    logit, label, weight, _ = sample(3)
+    weight = weight if weighted else None
+    expected = sk.log_loss(label, sigmoid(logit), sample_weight=weight)
+    assert logloss(logit, label, weight) == pytest.approx(expected, rel=1e-12)
+    rate = np.average(label.astype(np.float64), weights=weight)
+    entropy = sk.log_loss(label, np.full(len(label), rate), sample_weight=weight)
+    assert normalized_entropy(logit, label, weight) == pytest.approx(expected / entropy, rel=1e-9)
+
+
+def test_logloss_does_not_clip():
+    assert logloss(np.array([200.0, -200.0], np.float32), np.array([0.0, 0.0], np.float32)) == pytest.approx(100, rel=1e-12)
+    assert logloss(np.array([np.inf, -np.inf], np.float32), np.array([1.0, 0.0], np.float32)) == 0
+
+
+def test_normalized_entropy_of_the_base_rate_is_one():
+    label = np.array([1, 0, 0, 0], np.float32)
+    assert normalized_entropy(np.full(4, math.log(1 / 3)), label) == pytest.approx(1, rel=1e-12)
+
+
+def test_calibration_worked_by_hand():
+    logit = np.log(np.array([0.2, 0.4, 0.6]) / np.array([0.8, 0.6, 0.4]))
+    assert calibration(logit, np.array([0.0, 0.0, 1.0])) == pytest.approx(1.2, rel=1e-12)
+    weights = np.array([1.0, 2.0, 0.5])
+    assert calibration(logit, np.array([0.0, 0.0, 1.0]), weights) == pytest.approx((0.2 + 0.8 + 0.3) / 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("distinct", [None, 2])
+def test_gauc_equals_a_loop_over_groups(distinct):
+    logit, label, _, group = sample(4, n=600, distinct=distinct, rate=0.1)
+    total = rows = left_out = 0
+    for g in np.unique(group):
+        own = group == g
+        if len(set(label[own])) == 2:
+            total += sk.roc_auc_score(label[own], logit[own]) * own.sum()
+            rows += own.sum()
+        else:
+            left_out += 1
+    assert left_out > 0
+    assert gauc(logit, label, group) == pytest.approx(total / rows, abs=1e-12)
+
+
+def test_gauc_of_one_group_is_the_auc():
+    logit, label, _, _ = sample(5, distinct=3)
+    assert gauc(logit, label, np.zeros(len(label), np.int64)) == pytest.approx(auc(logit, label), abs=1e-13)
+
+
+def test_mse():
+    prediction, label, weight, _ = sample(6)
+    expected = sk.mean_squared_error(label, prediction.astype(np.float64), sample_weight=weight)
+    assert mse(prediction, label, weight) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("label", [np.zeros(5, np.float32), np.ones(5, np.float32), np.zeros(0, np.float32)])
+def test_one_class_is_nan(label):
+    logit = np.linspace(-1, 1, len(label)).astype(np.float32)
+    weight, group = np.ones(len(label), np.float32), np.zeros(len(label), np.int64)
+    assert math.isnan(auc(logit, label))
+    assert math.isnan(auc(logit, label, weight))
+    assert math.isnan(normalized_entropy(logit, label))
+    assert math.isnan(gauc(logit, label, group))
+    if not label.any():
+        assert math.isnan(calibration(logit, label))
+
+
+def test_zero_weights_leave_rows_out():
+    logit, label, weight, _ = sample(7, distinct=2)
+    weight[::3] = 0
+    kept = weight > 0
+    for metric in (auc, logloss, normalized_entropy, calibration, mse):
+        assert metric(logit, label, weight) == pytest.approx(metric(logit[kept], label[kept], weight[kept]), rel=1e-10)
+    assert math.isnan(auc(logit, label, np.zeros_like(weight)))
+    assert math.isnan(logloss(logit, label, np.zeros_like(weight)))

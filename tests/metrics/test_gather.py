@@ -1,0 +1,83 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmlrec.errors import DataError
+from mmlrec.metrics.gather import PredictionRows, gather_rows
+from mmlrec.metrics.report import build_report
+from mmlrec.schema import Task
+
+N = 41
+
+
+def batch(rows, padding=0):
+    """Rows as a batch whose every value tells its row, with padding in front."""
+    row = torch.tensor([-1] * padding + list(rows))
+    value = row.float()
+    return PredictionRows.from_batch(
+        torch.stack([value.sin(), value.cos()], 1),
+        labels=torch.stack([row % 2, row % 3 == 0], 1).float(),
+        mask=torch.stack([row >= 0, row % 5 > 0], 1).float(),
+        scenario=row % 4,
+        weight=1 + value / 10,
+        group=row % 7 + 10**12,
+        row=row,
+        valid=row >= 0,
+    )
+
+
+def equal(left, right):
+    return all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(vars(left).values(), vars(right).values(), strict=True)
+    )
+
+
+def test_padding_is_dropped_and_rows_come_back_in_disk_order():
+    order = np.random.default_rng(0).permutation(N).tolist()
+    joined = gather_rows([batch(order[:20], padding=3), batch(order[20:], padding=1)])
+    assert joined.row.tolist() == list(range(N))
+    assert equal(joined, batch(range(N)))
+    assert joined.mask.dtype == np.bool_
+
+
+def test_batches_may_be_reused_after_they_were_collected():
+    row = torch.arange(4)
+    values = {name: torch.ones(4, 1) for name in ("labels", "mask")}
+    logits = torch.ones(4, 1)
+    rest = {"scenario": row, "weight": torch.ones(4), "group": row, "row": row, "valid": row >= 0}
+    kept = PredictionRows.from_batch(logits, **values, **rest)
+    logits.zero_()
+    assert kept.logits.tolist() == [[1.0]] * 4
+
+
+def test_a_row_predicted_twice_is_an_error():
+    with pytest.raises(DataError, match=r"row 3 was predicted twice \(1 such rows"):
+        gather_rows([batch([0, 1, 3]), batch([3, 5])])
+
+
+def _gather_on(rank, world_size, shares, folder):
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    collected = [batch(rows, padding=rank) for rows in shares[rank]]
+    joined = gather_rows(collected, rank=rank, world_size=world_size)
+    if rank == 0:
+        with open(f"{folder}/joined", "wb") as file:
+            pickle.dump(joined, file)
+    assert (joined is None) == (rank > 0)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_with_any_number_of_rows_join_to_the_same_as_one_process(tmp_path):
+    order = np.random.default_rng(1).permutation(N).tolist()
+    shares = [[order[:7], order[7:10]], [[], []], [order[10:40], order[40:]]]
+    mp.spawn(_gather_on, (3, shares, str(tmp_path)), nprocs=3)
+    joined = pickle.loads((tmp_path / "joined").read_bytes())
+    assert equal(joined, batch(range(N)))
+    tasks = [Task(name="a"), Task(name="b")]
+    alone = gather_rows([batch(order)])
+    assert build_report(joined, tasks=tasks, scenario=None) == build_report(alone, tasks=tasks, scenario=None)

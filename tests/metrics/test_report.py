@@ -1,0 +1,144 @@
+import dataclasses
+import json
+import warnings
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from mmlrec.errors import DataError
+from mmlrec.metrics.gather import PredictionRows
+from mmlrec.metrics.report import build_report, report_table, seeds_table
+from mmlrec.schema import Scenario, Task
+
+TASKS = [Task(name="click"), Task(name="buy")]
+PAGES = Scenario(name="page", values=["home", "cart"])
+COLUMNS = ["rows", "positives", "auc", "gauc", "logloss", "normalized_entropy", "calibration"]
+
+
+def prediction_rows(n=500, seed=0, groups=20):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((n, 2)) < 0.8
+    labels = (rng.random((n, 2)) < 0.4).astype(np.float32) * mask
+    return PredictionRows(
+        logits=rng.normal(labels, 1).astype(np.float32),
+        labels=labels,
+        mask=mask,
+        scenario=(rng.random(n) < 0.25).astype(np.int64),
+        weight=np.ones(n, np.float32),
+        group=rng.integers(0, groups, n),
+        row=np.arange(n),
+    )
+
+
+def test_slices_are_those_of_task_and_scenario():
+    rows = prediction_rows()
+    report = build_report(rows, tasks=TASKS, scenario=PAGES)
+    for t, task in enumerate(TASKS):
+        entry = report["tasks"][task.name]
+        for where, part in [(rows.mask[:, t], entry)] + [
+            (rows.mask[:, t] & (rows.scenario == s), entry["scenarios"][value]) for s, value in enumerate(PAGES.values)
+        ]:
+            logit, label = rows.logits[where, t], rows.labels[where, t]
+            assert part["auc"] == pytest.approx(sk.roc_auc_score(label, logit), abs=1e-12)
+            assert part["rows"] == where.sum()
+            assert part["positives"] == label.sum()
+            assert 0 < part["gauc"] < 1
+        aucs = [p["auc"] for p in entry["scenarios"].values()]
+        sizes = [p["rows"] for p in entry["scenarios"].values()]
+        assert entry["scenario_mean"]["auc"] == pytest.approx(np.mean(aucs))
+        assert entry["scenario_weighted_mean"]["auc"] == pytest.approx(np.average(aucs, weights=sizes))
+        assert sizes[0] > 2 * sizes[1]
+    for name in ("auc", "gauc", "logloss", "normalized_entropy", "calibration"):
+        assert report["mean"][name] == pytest.approx(np.mean([report["tasks"][t.name][name] for t in TASKS]))
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_missing_labels_do_not_matter():
+    rows = prediction_rows()
+    poisoned = dataclasses.replace(
+        rows, labels=np.where(rows.mask, rows.labels, np.nan), logits=np.where(rows.mask, rows.logits, np.nan)
+    )
+    assert build_report(poisoned, tasks=TASKS, scenario=PAGES) == build_report(rows, tasks=TASKS, scenario=PAGES)
+
+
+def test_weights_reach_the_metrics():
+    rows = prediction_rows()
+    rng = np.random.default_rng(1)
+    weighted = dataclasses.replace(rows, weight=rng.uniform(0.1, 2, 500).astype(np.float32))
+    entry = build_report(weighted, tasks=TASKS, scenario=PAGES)["tasks"]["buy"]["scenarios"]["cart"]
+    own = rows.mask[:, 1] & (rows.scenario == 1)
+    expected = sk.roc_auc_score(rows.labels[own, 1], rows.logits[own, 1], sample_weight=weighted.weight[own])
+    assert entry["auc"] == pytest.approx(expected, abs=1e-12)
+    probability = 1 / (1 + np.exp(-rows.logits[own, 1].astype(np.float64)))
+    expected = sk.log_loss(rows.labels[own, 1], probability, sample_weight=weighted.weight[own])
+    assert entry["logloss"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_one_class_slice_is_null_left_out_of_means_and_warned_about():
+    rows = prediction_rows()
+    rows.labels[rows.scenario == 1, 1] = 0
+    with pytest.warns(UserWarning, match=r"left out of means for buy in page=cart\.$"):
+        report = build_report(rows, tasks=TASKS, scenario=PAGES)
+    buy = report["tasks"]["buy"]
+    assert buy["scenarios"]["cart"]["auc"] is None
+    assert buy["scenarios"]["cart"]["logloss"] > 0
+    for mean in ("scenario_mean", "scenario_weighted_mean"):
+        assert buy[mean]["auc"] == pytest.approx(buy["scenarios"]["home"]["auc"])
+    losses = [buy["scenarios"][value]["logloss"] for value in PAGES.values]
+    assert buy["scenario_mean"]["logloss"] == pytest.approx(np.mean(losses))
+
+
+def test_a_task_without_labels_is_null_everywhere():
+    rows = prediction_rows()
+    rows.mask[:, 1] = False
+    with pytest.warns(UserWarning, match=r"for buy, buy in page=home, buy in page=cart"):
+        report = build_report(rows, tasks=TASKS, scenario=PAGES)
+    assert report["tasks"]["buy"]["rows"] == 0
+    assert report["tasks"]["buy"]["scenario_weighted_mean"]["auc"] is None
+    assert report["mean"]["auc"] == report["tasks"]["click"]["auc"]
+
+
+def test_without_groups_and_scenarios():
+    rows = prediction_rows(groups=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = build_report(rows, tasks=TASKS, scenario=None)
+    assert report["tasks"]["click"]["gauc"] is None
+    assert "scenarios" not in report["tasks"]["click"]
+    assert "gauc" not in report_table(report)
+
+
+def test_regression_tasks_have_mse_only():
+    tasks = [TASKS[0], Task(name="seconds", kind="regression")]
+    rows = prediction_rows()
+    report = build_report(rows, tasks=tasks, scenario=None)
+    own = rows.mask[:, 1]
+    expected = np.mean((rows.logits[own, 1].astype(np.float64) - rows.labels[own, 1]) ** 2)
+    assert report["tasks"]["seconds"] == {"mse": pytest.approx(expected, rel=1e-9), "rows": own.sum()}
+    assert report["mean"]["auc"] == report["tasks"]["click"]["auc"]
+    assert report["mean"]["mse"] == report["tasks"]["seconds"]["mse"]
+
+
+def test_nan_predictions_are_an_error():
+    rows = prediction_rows()
+    rows.logits[np.flatnonzero(rows.mask[:, 1])[:3], 1] = np.nan
+    with pytest.raises(DataError, match=r"task 'buy': 3 of \d+ predictions are NaN"):
+        build_report(rows, tasks=TASKS, scenario=None)
+
+
+def test_tables_are_aligned_and_complete():
+    report = build_report(prediction_rows(), tasks=TASKS, scenario=PAGES)
+    lines = report_table(report).splitlines()
+    assert lines[0].split() == ["task", "scenario", *COLUMNS]
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 2 * 5 + 1
+    home = report["tasks"]["click"]["scenarios"]["home"]
+    assert [f"{home['auc']:.4f}", str(home["rows"])] == [lines[3].split()[4], lines[3].split()[2]]
+
+
+def test_seeds_table_gives_mean_and_sample_deviation():
+    reports = [build_report(prediction_rows(seed=s), tasks=TASKS, scenario=PAGES) for s in range(3)]
+    aucs = [r["tasks"]["buy"]["scenarios"]["cart"]["auc"] for r in reports]
+    line = next(x for x in seeds_table(reports).splitlines() if x.split()[:2] == ["buy", "cart"])
+    assert f"{np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in line
