@@ -22,6 +22,7 @@ REQUIREMENTS = Path(__file__).resolve().parent
 PROJECT = REQUIREMENTS.parent
 # Linux wheels of torch on the public index are the CUDA build; its CPU build has an index of its own.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PROBE_SECONDS = 8.0
 PROBE = f"import urllib.request; urllib.request.urlopen('{TORCH_CPU_INDEX}/torch/', timeout=4)"
 
 
@@ -70,7 +71,10 @@ def cpu_index() -> list[str]:
     try:
         # A process of its own: no timeout inside Python bounds the look-up of a host name.
         reachable = (
-            subprocess.run([sys.executable, "-c", PROBE], stderr=subprocess.DEVNULL, timeout=8, check=False).returncode == 0
+            subprocess.run(
+                [sys.executable, "-c", PROBE], stderr=subprocess.DEVNULL, timeout=PROBE_SECONDS, check=False
+            ).returncode
+            == 0
         )
     except subprocess.TimeoutExpired:
         reachable = False
