@@ -61,7 +61,7 @@ def _run(arguments: list[str]) -> None:
     if kind.raw_files and options.download:
         download(kind, options.raw)
     raw = RawFolder(options.raw, kind.raw_files, _advice(kind))
-    if options.out.exists() and not options.overwrite:
+    if _holds_dataset(options.out) and not options.overwrite:
         _refuse_other(options.out, kind.name, recorded, raw)
         print(f"{options.out}: already there, made from the same raw files and options.")
         return
@@ -123,11 +123,18 @@ def _advice(kind: type[Dataset]) -> str:
     return "\n".join(lines)
 
 
+def _holds_dataset(out: Path) -> bool:
+    """Whether there is a dataset to keep or to replace. Anything else that has content is never replaced."""
+    if (out / MANIFEST).is_file():
+        return True
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} exists and is no dataset, so it is never replaced. Choose another --out, or remove it.")
+    return False
+
+
 def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder) -> None:
     """Raise unless `out` is a complete dataset of the same raw files and options."""
     remedy = "Choose another --out, or --overwrite it."
-    if not (out / MANIFEST).is_file():
-        raise DataError(f"{out} exists and is no dataset. {remedy}")
     manifest = DatasetManifest.load(out)
     old = {key: value for key, value in manifest.preprocessing.items() if key != "dense_ranges"}
     if manifest.name != name or old != recorded:

@@ -21,6 +21,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         DataError: the place cannot be written, the disk is full, or another run is writing there.
     """
+    out = out.resolve()
     temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
     lock = None
     try:
@@ -41,9 +42,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         _sync_folder(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
         raise DataError(
-            f"{out}: the dataset cannot be written: {error.strerror or error}. Free space, or choose another --out; nothing was"
-            " left behind."
+            f"{out}: the dataset cannot be written: {reason}. Free space, or choose another --out; nothing was left behind."
         ) from error
     finally:
         if lock is not None:

@@ -19,6 +19,7 @@ from mmlrec.errors import DataError
 
 BLOCK_BYTES = 8 << 20
 _LONGEST_LINE = 64 << 20
+_REMEDY = "Mend the line or fetch the file again."
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
 
 
@@ -175,10 +176,11 @@ def _diagnosis(
         except UnicodeDecodeError as error:
             return DataError(f"{where}: bytes that are not {encoding}: {error.reason}. Fetch the file again.")
         if len(fields) != len(columns):
-            return DataError(
-                f"{where}: {shape} expected, {len(fields)} found: {raw[:80]!r}. Mend the line or fetch the file again."
-            )
+            return DataError(f"{where}: {shape} expected, {len(fields)} found: {raw[:80]!r}. {_REMEDY}")
         for (name, kind), value in zip(columns.items(), fields, strict=True):
-            if pa.types.is_integer(kind) and value and not (value.isascii() and value.removeprefix("-").isdigit()):
-                return DataError(f"{where}: {name} must be an integer, found {value!r}. Mend the line or fetch the file again.")
+            if pa.types.is_integer(kind) and value:
+                if not (value.isascii() and value.removeprefix("-").isdigit()):
+                    return DataError(f"{where}: {name} must be an integer, found {value!r}. {_REMEDY}")
+                if not -(2**63) <= int(value) < 2**63:
+                    return DataError(f"{where}: {name} = {value} does not fit into 64 bits. {_REMEDY}")
     return None

