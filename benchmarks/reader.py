@@ -7,7 +7,6 @@ python -m benchmarks.reader --dataset FOLDER       # the train split of a datase
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import resource
 import tempfile
@@ -16,30 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mmlrec.schema import DatasetManifest, Feature, Part, Split, Table, Task
+from mmlrec.schema import DatasetManifest, Feature, Table, Task
+from preprocessing.common.parts import SplitWriter
 
 TABLE_ROWS = 100_000
 
 
 def generate(folder: Path, *, rows: int, num_sparse: int, num_multi: int, num_dense: int, row_group_size: int) -> None:
-    """Write a dataset of random values with Zipf-like ids; multi-valued features hold 0 to 6 ids."""
+    """Write a dataset of random values with skewed ids, as the preprocessing lays it out; bags hold 0 to 6 ids."""
     features = [Feature(name=f"sparse{i}", kind="sparse", table=f"table{i}") for i in range(num_sparse)]
     features += [Feature(name=f"multi{i}", kind="multi", table=f"multi_table{i}") for i in range(num_multi)]
     tables = [Table(name=str(f.table), num_rows=TABLE_ROWS) for f in features]
     features += [Feature(name=f"dense{i}", kind="dense") for i in range(num_dense)]
     tasks = [Task(name="click"), Task(name="buy")]
-    (folder / "train").mkdir()
-    rows_per_part = 8 * row_group_size
-    parts = []
-    for number, start in enumerate(range(0, rows, rows_per_part)):
-        path = folder / "train" / f"part-{number:05d}.parquet"
-        count = min(rows_per_part, rows - start)
-        columns = _columns(np.random.default_rng(number), count, features, tasks)
-        pq.write_table(pa.table(columns), path, row_group_size=row_group_size, compression="zstd")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        parts.append(Part(path=f"train/{path.name}", num_rows=count, num_bytes=path.stat().st_size, sha256=digest))
+    writer = SplitWriter(folder, "train", row_group_size, (tasks[0], tasks[1]), None)
+    for number, start in enumerate(range(0, rows, row_group_size)):
+        columns = _columns(np.random.default_rng(number), min(row_group_size, rows - start), features, tasks)
+        writer.write(pa.RecordBatch.from_pydict(columns))
     DatasetManifest(
         name="reader-benchmark",
         tables=tables,
@@ -47,7 +40,7 @@ def generate(folder: Path, *, rows: int, num_sparse: int, num_multi: int, num_de
         tasks=tasks,
         num_lanes=8,
         row_group_size=row_group_size,
-        splits={"train": Split(parts=parts, num_rows=rows, label_counts={})},
+        splits={"train": writer.close()},
     ).save(folder)
 
 
