@@ -1,5 +1,7 @@
 # `make quickstart` and `make test` need Python 3.11, make and a pip that reaches a package index; nothing else.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that runs: a name on PATH may be a shim without a Python behind it.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
@@ -23,7 +25,7 @@ help:
 environment: $(ENVIRONMENT)
 
 $(ENVIRONMENT): requirements/cpu.txt requirements/dev.txt requirements/install.py setup.py
-	@test -n "$(PYTHON)" || { echo "No python3.11 on PATH. Install Python 3.11, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 on PATH. Install it, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) requirements/install.py --venv $(VENV)
 	@touch $@
 
