@@ -51,6 +51,10 @@ class Synthetic(Dataset):
 """
 
     def __init__(self, options: argparse.Namespace) -> None:
+        if not -1 <= options.conflict <= 1:
+            raise ConfigError(f"--conflict must lie in -1..1, found {options.conflict}.")
+        if not 0 <= options.multi_length <= 10_000:
+            raise ConfigError(f"--multi-length must lie in 0..10000, found {options.multi_length}.")
         self.num_rows: int = options.rows
         self._seed: int = options.seed
         self._num_tasks: int = options.tasks
@@ -109,10 +113,6 @@ class Synthetic(Dataset):
 
     def _draw_hidden(self, num_features: int) -> None:
         """Draw b [T, S], g [S, F], v [T, D] and the scenarios' shares [S]."""
-        if not -1 <= self._conflict <= 1:
-            raise ConfigError(f"--conflict must lie in -1..1, found {self._conflict}.")
-        if self._mean_length < 0:
-            raise ConfigError(f"--multi-length must be 0 or more, found {self._mean_length}.")
         random = np.random.Generator(np.random.Philox(key=[self._seed, 1 << 62]))
         num_tasks, num_scenarios = self._num_tasks, self._num_scenarios
         self._bias = random.normal(-0.5, 0.7, (num_tasks, 1)) + 0.4 * random.standard_normal((num_tasks, num_scenarios))

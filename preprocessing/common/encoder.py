@@ -145,6 +145,10 @@ class Encoder:
                     found[f.table] = Table(name=f.table, num_rows=f.num_ids + 1)
         return list(found.values())
 
+    def dense_ranges(self) -> dict[str, list[float] | None]:
+        """Least and greatest train value of each scaled feature; None when all are missing."""
+        return {name: [seen.low, seen.high] if seen.low <= seen.high else None for name, seen in self.ranges.items()}
+
     def save(self, folder: Path) -> None:
         """Write `<table>.parquet` for each vocabulary."""
         folder.mkdir()

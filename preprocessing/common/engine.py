@@ -83,7 +83,7 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
             terms=dataset.terms,
             parity=parity,
             statistics=statistics,
-            preprocessing=options | {"dense_ranges": {name: [r.low, r.high] for name, r in encoder.ranges.items()}},
+            preprocessing=options | {"dense_ranges": encoder.dense_ranges()},
         )
         manifest.save(folder)
     return manifest

@@ -61,7 +61,8 @@ class BucketSort:
         self._scatter()
         for bucket in range(self._num_buckets):
             rows = self._read(bucket)
-            order = np.argsort(rows.column("position").to_numpy())
+            order = np.empty(rows.num_rows, np.int64)
+            order[rows.column("position").to_numpy() - bucket * BUCKET_ROWS] = np.arange(rows.num_rows)
             sorted_rows = rows.take(pa.array(order))
             yield (
                 bucket * BUCKET_ROWS,

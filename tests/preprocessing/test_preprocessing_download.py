@@ -50,7 +50,7 @@ def home():
             archive.writestr(f"folder/{name}", content)
     handler = type("H", (Handler,), {"body": packed.getvalue(), "requests": []})
     server = http.server.HTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     class Toy(Dataset):
         name = "toy"

@@ -170,7 +170,7 @@ def test_equal_options_give_equal_bytes_and_another_seed_does_not(tmp_path):
         (["--conflict", "2"], "--conflict must lie in -1..1"),
         (["--zipf", "-1"], "--zipf must lie in 0..10"),
         (["--zipf", "nan"], "--zipf must lie in 0..10"),
-        (["--multi-length", "-2"], "--multi-length must be 0 or more"),
+        (["--multi-length", "-2"], "--multi-length must lie in 0..10000"),
         (["--rows", "9"], "9 rows are too few"),
     ],
 )
