@@ -125,5 +125,5 @@ def quiet_libraries() -> None:
         ".*You are using `torch.load`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    for name in ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "root"):
+    for name in ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)

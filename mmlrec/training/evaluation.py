@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
+from mmlrec.errors import UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report, report_table
 from mmlrec.training.run_folder import RunFolder, write_atomically
@@ -46,7 +47,19 @@ def predict_split(
                 predictions = session.pipeline.progress(iterator)
             except StopIteration:
                 break
-            collected.append(_rows(waiting.popleft(), predictions.logits))
+            batch = waiting.popleft()
+            collected.append(
+                PredictionRows.from_batch(
+                    predictions.logits.cpu(),
+                    labels=batch.labels,
+                    mask=batch.mask,
+                    scenario=batch.scenario,
+                    weight=batch.weight,
+                    group=batch.group,
+                    row=batch.row,
+                    valid=batch.valid,
+                )
+            )
             bar.update()
     session.model.train(was_training)
     return gather_rows(collected, rank=session.world.rank, world_size=session.world.world_size, group=session.world.control)
@@ -60,9 +73,13 @@ def evaluate_split(session: Session, split: str) -> dict[str, Any]:
     """
     reader = session.reader(split)
     rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=split)
-    report = None
+    report, error = None, None
     if rows is not None:
-        report = build_report(rows, tasks=session.spec.tasks, scenario=session.manifest.scenario)
+        try:
+            report = build_report(rows, tasks=session.spec.tasks, scenario=session.manifest.scenario)
+        except UserError as cause:
+            error = cause
+    session.world.raise_together(error)
     result = session.world.from_main(report)
     assert isinstance(result, dict)
     return result

@@ -1,0 +1,88 @@
+"""Starts the ranks of a test launch as real processes (gloo), and reads what they leave."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 300) -> None:
+    """Run actions on `world_size` ranks; raise with their output when one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"actions-{world_size}.json"
+    file.write_text(json.dumps(actions))
+    port = str(free_port())
+    ranks = []
+    for rank in range(world_size):
+        log = (folder / f"rank-{world_size}-{rank}.log").open("w+")
+        variables = environment(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        process = subprocess.Popen([sys.executable, str(WORKER), str(file)], env=variables, stdout=log, stderr=log)
+        ranks.append((process, log))
+    failed = []
+    try:
+        for rank, (process, _) in enumerate(ranks):
+            if process.wait(timeout) != 0:
+                failed.append(rank)
+    finally:
+        for process, log in ranks:
+            process.kill()
+            log.seek(0)
+    text = "\n".join(f"--- rank {rank}:\n{ranks[rank][1].read()[-4000:]}" for rank in failed)
+    assert not failed, text
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Step -> losses, as the run logged them."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, gathered, without random states (which belong to ranks)."""
+    file = checkpoint.parent / f"{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint, file)
+    content = torch.load(file, weights_only=False)
+    file.unlink()
+    flat: dict[str, torch.Tensor] = {}
+
+    def visit(value, prefix: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(inner, f"{prefix}.{key}" if prefix else str(key))
+        elif not prefix.startswith("random."):
+            flat[prefix] = value
+
+    visit(content, "")
+    return flat
+
+
+def rows_of_steps(run_dir: Path, name: str, world_size: int) -> list[list[int]]:
+    """The global batch of each step, rank after rank."""
+    ranks = [json.loads((run_dir / f"rows-{name}-{rank}.json").read_text()) for rank in range(world_size)]
+    return [[row for rank in step for row in rank] for step in zip(*ranks, strict=True)]

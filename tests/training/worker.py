@@ -1,0 +1,82 @@
+"""One rank of a test launch: runs a list of actions in one process group.
+
+`python worker.py ACTIONS.json` under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Process start-up is slow, so one launch
+runs many cases.
+"""
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+from mmlrec.config import load_config
+from mmlrec.data.reader import Reader
+from mmlrec.training import checkpoint
+from mmlrec.training.distributed import process_group
+from mmlrec.training.evaluation import evaluate_split
+from mmlrec.training.run import train
+from mmlrec.training.run_folder import RunFolder
+from mmlrec.training.session import build_session, load_session
+from mmlrec.training.trainer import Trainer
+
+
+def record_rows(trained: list[list[int]]) -> None:
+    """Make every training reader note the rows of each batch it yields."""
+    plain = Reader.epoch
+
+    def epoch(self, number, start_row=0):
+        for batch in plain(self, number, start_row):
+            trained.append(batch.row[batch.valid].tolist())
+            yield batch
+
+    Reader.epoch = epoch
+
+
+def run(action: dict, world) -> None:
+    kind, run_dir = action["kind"], Path(action["run_dir"])
+    if kind == "train":
+        trained: list[list[int]] = []
+        plain = Reader.epoch
+        record_rows(trained)
+        try:
+            train(load_config(action["config"], action["overrides"]), run_dir, world)
+        finally:
+            Reader.epoch = plain
+        target = run_dir / f"rows-{action['name']}-{world.rank}.json"
+        target.write_text(json.dumps(trained))
+    elif kind == "evaluate":
+        session, _ = load_session(RunFolder(run_dir), world, action["overrides"])
+        report = evaluate_split(session, "test")
+        if world.is_main:
+            Path(action["output"]).write_text(json.dumps(report))
+    elif kind == "reshard":
+        # Load the newest checkpoint at this world size and plan, and save it again without a step in between.
+        session = build_session(load_config(action["config"], action["overrides"]), world, for_training=True)
+        trainer = Trainer(session, RunFolder(run_dir))
+        trainer.resume(checkpoint.latest(run_dir / "checkpoints", world))
+        tensors = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
+        checkpoint.save(Path(action["output"]), tensors, {}, world)
+    elif kind == "copy":
+        if world.is_main:
+            shutil.copytree(run_dir, action["output"])
+        world.barrier()
+    else:
+        raise ValueError(kind)
+
+
+def main() -> None:
+    actions = json.loads(Path(sys.argv[1]).read_text())
+    with process_group() as world:
+        for action in actions:
+            try:
+                run(action, world)
+            except BaseException:
+                traceback.print_exc()
+                print(f"rank {os.environ['RANK']} failed in {action}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
