@@ -56,6 +56,9 @@ class Vocabulary:
         order = [("value", "ascending")] if parity else [("count", "descending"), ("value", "ascending")]
         self._entries = kept.sort_by(order).combine_chunks()
         self._values = self._entries["value"].combine_chunks()
+        if pa.types.is_integer(self._values.type):
+            self._order = np.argsort(self._values.to_numpy())
+            self._sorted = self._values.to_numpy()[self._order]
 
     @property
     def num_rows(self) -> int:
@@ -64,6 +67,12 @@ class Vocabulary:
 
     def encode(self, values: pa.Array) -> pa.Array:
         """Ids of raw values, int64, without nulls."""
+        if pa.types.is_integer(values.type) and len(self._values):
+            # a search costs less than index_in, which hashes the whole vocabulary anew at each call
+            wanted = values.fill_null(0).to_numpy()
+            at = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
+            known = (self._sorted[at] == wanted) & values.is_valid().to_numpy(zero_copy_only=False)
+            return pa.array(np.where(known, self._order[at] + 1, 0))
         found = pc.index_in(values, value_set=self._values).cast(pa.int64())
         return pc.add(found, 1).fill_null(0)
 

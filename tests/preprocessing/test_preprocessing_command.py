@@ -115,11 +115,21 @@ def test_two_runs_into_one_folder_do_not_mix(tmp_path, capsys):
     os.close(descriptor)
 
 
-def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(tmp_path):
-    out = tmp_path / "out"
-    assert main(["synthetic", "--rows", "1000", "--out", str(out)]) == 0
+def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(raw, tmp_path):
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    arguments = ["movielens-1m", "--raw", str(raw), "--out", str(out)]
+    assert main(arguments) == 0
     before = folder_bytes(out)
-    out.rename(tmp_path / ".out.old")  # the state in which a kill between the renames leaves the place
-    assert main(["synthetic", "--rows", "1000", "--out", str(out)]) == 0
+    out.rename(old)  # the state in which such a kill leaves the place
+    ratings = (raw / "ratings.dat").read_text()
+    (raw / "ratings.dat").write_text("1::3::7::1\n")
+    assert main([*arguments, "--overwrite"]) == 2  # no new dataset comes about: the old one is in its place again
     assert folder_bytes(out) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not old.exists()
+    # killed after the second rename: the old one is only left over
+    old.mkdir()
+    (old / "manifest.json").write_text("{}")
+    (raw / "ratings.dat").write_text(ratings.replace("::5::", "::4::"))
+    assert main([*arguments, "--overwrite"]) == 0
+    assert folder_bytes(out) != before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
