@@ -53,7 +53,9 @@ def training_cases() -> dict[str, list[str]]:
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("worlds")
     write_dataset(root / "data", rows=ROWS, table_rows=30, num_scenarios=3, missing_labels=0.2)
-    write_dataset(root / "large", rows={"train": 8000, "valid": 2000, "test": 3000}, table_rows=60, row_group_size=256, rows_per_part=4000)
+    write_dataset(
+        root / "large", rows={"train": 8000, "valid": 2000, "test": 3000}, table_rows=60, row_group_size=256, rows_per_part=4000
+    )
     config = root / "config.yaml"
     config.write_text(CONFIG.format(dataset=root / "data"))
 
@@ -79,7 +81,11 @@ def runs(tmp_path_factory):
                 output = str(root / f"resharded-{trained_at}-{resumed_at}")
                 actions.append({**train("", [sharding, "training.max_steps=27"], adagrad), "kind": "reshard", "output": output})
                 actions.append(train("second", [*SGD, sharding, "training.max_steps=60"], moved))
-        evaluated = {"kind": "evaluate", "run_dir": str(root / "4" / "configured-row_wise"), "overrides": [f"embeddings.sharding={plan}"]}
+        evaluated = {
+            "kind": "evaluate",
+            "run_dir": str(root / "4" / "configured-row_wise"),
+            "overrides": [f"embeddings.sharding={plan}"],
+        }
         actions.append({**evaluated, "output": str(folder / "evaluated.json")})
         if world_size == 1:
             actions.append(train("all", [*SGD, "training.max_steps=60"], root / "uninterrupted"))

@@ -1,0 +1,190 @@
+"""Interrupted and resumed = uninterrupted, to the bit; killed, truncated and stopped runs stay usable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmlrec.training import checkpoint
+from tests.datasets import write_dataset
+from tests.training.launch import ROOT, environment, launch, losses, rows_of_steps, tensors
+
+CONFIG = """
+dataset: {{path: {dataset}, setting: mtl}}
+model: {{name: mmoe, dropout: 0.2, use_bn: true, expert_hidden_units: [12, 8], gate_hidden_units: [4], tower_hidden_units: [4]}}
+embeddings: {{dim: 4}}
+dense: {{clip_norm: 1.0}}
+schedule: {{name: linear, warmup_steps: 5, total_steps: 100}}
+training: {{batch_size: 50, epochs: 3, log_every_steps: 1, checkpoint_every_steps: 7, keep_checkpoints: 20}}
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a dataset, a config, and an uninterrupted run of 42 steps at 1 and at 2 ranks."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_dataset(folder / "data", rows=690, table_rows=30)
+    (folder / "config.yaml").write_text(CONFIG.format(dataset=folder / "data"))
+    for world_size in (1, 2):
+        launch(world_size, [train(folder, folder / f"whole-{world_size}")], folder / f"logs-{world_size}")
+    return folder
+
+
+def train(root: Path, run_dir: Path, *overrides: str, name: str = "all") -> dict:
+    return {
+        "kind": "train",
+        "name": name,
+        "config": str(root / "config.yaml"),
+        "overrides": list(overrides),
+        "run_dir": str(run_dir),
+    }
+
+
+def command(root: Path, run_dir: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "apps.train", "--config", str(root / "config.yaml"), "--run-dir", str(run_dir), *extra]
+
+
+def assert_same_end(root: Path, run_dir: Path, world_size: int = 1) -> None:
+    """The run ended like the uninterrupted one: every tensor, every loss, every validation, the test result."""
+    whole = root / f"whole-{world_size}"
+    expected, found = tensors(whole / "checkpoints/step_000000042"), tensors(run_dir / "checkpoints/step_000000042")
+    assert expected.keys() == found.keys()
+    assert [key for key in expected if not expected[key].equal(found[key])] == []
+    assert tensors(whole / "checkpoints/best").keys() == tensors(run_dir / "checkpoints/best").keys()
+    assert losses(run_dir) == losses(whole)
+    assert (run_dir / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resumed_equals_uninterrupted_to_the_bit(root, world_size):
+    # Step 9 is inside the first epoch, between two checkpoints; 30 is inside the third.
+    run_dir = root / f"parts-{world_size}"
+    actions = [train(root, run_dir, f"training.max_steps={steps}", name=str(steps)) for steps in (9, 30)]
+    launch(world_size, [*actions, train(root, run_dir, name="rest")], root / f"logs-parts-{world_size}")
+    state = json.loads((run_dir / "checkpoints/step_000000009/state.json").read_text())
+    assert state["progress"] == {"step": 9, "epoch": 0, "rows": 450}
+    rows = [step for name in ("9", "30", "rest") for step in rows_of_steps(run_dir, name, world_size)]
+    assert rows == rows_of_steps(root / f"whole-{world_size}", "all", world_size)
+    expected = tensors(root / f"whole-{world_size}/checkpoints/step_000000042")
+    found = tensors(run_dir / "checkpoints/step_000000042")
+    assert [key for key in expected if not expected[key].equal(found[key])] == []
+    assert losses(run_dir) == losses(root / f"whole-{world_size}")
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+        if any(json.loads(line)["step"] >= step for line in lines):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} not reached")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
+def test_signal_leaves_a_usable_run_folder(root, number, code):
+    run_dir = root / f"signal-{number}"
+    process = subprocess.Popen(command(root, run_dir), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 3, process)
+    process.send_signal(number)
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert "Run the same command again to continue" in output
+    assert "Traceback" not in output
+    done = subprocess.run(
+        command(root, run_dir, "--resume"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_end(root, run_dir)
+
+
+HANG_IN_SAVE = """
+import sys, time
+from pathlib import Path
+from mmlrec.training import checkpoint
+plain, saves, flag = checkpoint._seal, [], Path(sys.argv[-1])
+def seal(folder):
+    if folder.name.startswith("step_"):
+        saves.append(folder)
+    if len(saves) == 3:
+        {how}
+        flag.touch()
+        time.sleep(600)
+    plain(folder)
+checkpoint._seal = seal
+sys.argv = ["train", *sys.argv[1:-1]]
+from apps.cli import run
+from apps.train import main
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["pass", "plain(folder)"],
+    ids=["before-the-marker", "after-the-marker"],
+)
+def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
+    run_dir, flag = tmp_path / "run", tmp_path / "in-save"
+    script = tmp_path / "hang.py"
+    script.write_text(HANG_IN_SAVE.format(how=how))
+    arguments = [sys.executable, str(script), *command(root, run_dir)[3:], str(flag)]
+    process = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not flag.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    names = sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))
+    assert names == ["step_000000007", "step_000000014", "step_000000021.tmp"]
+    done = subprocess.run(command(root, run_dir), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert "step_000000014 at step 14" in done.stderr
+    assert_same_end(root, run_dir)
+    assert not list((run_dir / "checkpoints").glob("*.tmp"))
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(root, tmp_path):
+    run_dir = tmp_path / "run"
+    launch(1, [train(root, run_dir, "training.max_steps=28")], tmp_path)
+    newest, second = (run_dir / "checkpoints" / f"step_{step:09d}" for step in (28, 21))
+    truncated = next(newest.glob("*.distcp"))
+    os.truncate(truncated, truncated.stat().st_size - 1)
+    flipped = next(second.glob("*.distcp"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    done = subprocess.run(command(root, run_dir), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{truncated} has" in done.stderr
+    assert f"{flipped} does not match its checksum" in done.stderr
+    assert "step_000000014 at step 14" in done.stderr
+    assert_same_end(root, run_dir)
+
+
+def test_nothing_is_trained_twice(root):
+    # The run is complete: the same command ends at once, and prints the table again.
+    before = (root / "whole-1/metrics.jsonl").stat().st_mtime_ns
+    done = subprocess.run(
+        command(root, root / "whole-1"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is complete" in done.stderr
+    assert "click" in done.stdout
+    assert (root / "whole-1/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_only_the_newest_checkpoints_are_kept(root, tmp_path):
+    run_dir = tmp_path / "run"
+    launch(1, [train(root, run_dir, "training.keep_checkpoints=2")], tmp_path)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["best", "step_000000035", "step_000000042"]
+    assert all(checkpoint.damage(p) is None for p in (run_dir / "checkpoints").iterdir())
