@@ -128,7 +128,7 @@ class MultiTaskModel(nn.Module):
         return Dispatch(scenario, scenarios, grouped=prefers_grouped(scenarios, max(widths, default=1)))
 
     def head_rows(self, scenario: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Rows whose statistics head h sees, real ones of its scenario: bool [H, B]; `valid` itself where that is all the same."""
+        """Rows whose statistics head h sees, real ones of its scenario: bool [H, B]; or just `valid`."""
         scenarios = self.spec.num_scenarios
         if scenarios == 1 or not self.config.use_bn:
             return valid

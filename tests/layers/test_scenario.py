@@ -1,0 +1,68 @@
+"""Scenario dispatch against a loop over rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmlrec.layers.scenario import Dispatch, prefers_grouped, scenario_linear
+
+
+@pytest.mark.parametrize("grouped", [False, True, None])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("scenarios", "fan_in", "width"), [(3, 5, 7), (4, 8, 16), (6, 3, 1), (1, 4, 4)])
+def test_scenario_linear_equals_a_loop(grouped, dtype, tolerance, scenarios, fan_in, width):
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+        for shape in ((11, fan_in), (scenarios, fan_in, width), (scenarios, width))
+    )
+    # The last scenario has no row.
+    scenario = torch.randint(0, max(1, scenarios - 1), (11,), generator=g)
+    y = scenario_linear(x, weight, bias, scenario, grouped=grouped)
+    xs, ws, bs = (t.detach().double().requires_grad_() for t in (x, weight, bias))
+    expected = torch.stack([xs[b] @ ws[s] + bs[s] for b, s in enumerate(scenario.tolist())])
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    pull = torch.randn(11, width, generator=g).to(dtype)
+    y.backward(pull)
+    expected.backward(pull.double())
+    for got, reference in zip((x, weight, bias), (xs, ws, bs), strict=True):
+        torch.testing.assert_close(got.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
+    if scenarios > 1:
+        assert (weight.grad[-1] == 0).all()
+        assert (bias.grad[-1] == 0).all()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_stack_uses_the_weights_of_member_and_scenario(grouped):
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(2, 9, 4, generator=g), torch.randn(2 * 3, 4, 5, generator=g)
+    scenario = torch.tensor([2, 0, 1, 2, 2, 0, 0, 1, 0])
+    dispatch = Dispatch(scenario, 3, grouped=grouped)
+    y = dispatch.restore(dispatch.linear(dispatch.arrange(x), weight, None))
+    for n in range(2):
+        for b, s in enumerate(scenario.tolist()):
+            torch.testing.assert_close(y[n, b], x[n, b] @ weight[n * 3 + s], rtol=1e-5, atol=1e-6)
+
+
+def test_arrange_and_restore_are_inverse_and_stable():
+    scenario = torch.tensor([1, 0, 1, 0])
+    dispatch = Dispatch(scenario, 2, grouped=True)
+    rows = torch.arange(4.0).view(4, 1)
+    assert dispatch.arrange(rows).flatten().tolist() == [1, 3, 0, 2]
+    assert torch.equal(dispatch.restore(dispatch.arrange(rows)), rows)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_autocast_computes_in_bf16(grouped):
+    x, weight, bias = torch.randn(6, 8), torch.randn(2, 8, 8), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = scenario_linear(x, weight, bias, torch.tensor([0, 1, 0, 1, 1, 0]), grouped=grouped)
+    assert y.dtype == torch.bfloat16
+
+
+def test_strategy_by_size():
+    assert not prefers_grouped(2, 64)
+    assert prefers_grouped(2, 128)
+    assert prefers_grouped(30, 16)

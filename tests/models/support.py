@@ -1,0 +1,93 @@
+"""What the model tests share: the TINY configuration of the specification, random batches and a float64 step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmlrec.losses import Loss
+from mmlrec.models.base import ModelSpec, MultiTaskModel
+from mmlrec.registry import method
+from mmlrec.schema import Setting, Task
+
+TINY = {
+    "dnn_hidden_units": [8, 6],
+    "bottom_hidden_units": [8, 6],
+    "expert_hidden_units": [8, 6],
+    "gate_hidden_units": [5],
+    "tower_hidden_units": [4],
+    "num_experts": 3,
+    "num_shared_experts": 2,
+    "num_specific_experts": 2,
+    "num_levels": 2,
+}
+SHAPES = {"mtl": (2, 1), "msl": (1, 2), "mtmsl": (2, 3), "msl-many": (1, 5)}
+
+
+def make_spec(
+    tasks: int = 2, scenarios: int = 1, fields: int = 3, dim: int = 4, num_dense: int = 2, seed: int = 0
+) -> ModelSpec:
+    setting = Setting.MTL if scenarios == 1 else Setting.MSL if tasks == 1 else Setting.MTMSL
+    named = tuple(Task(name=f"t{i}") for i in range(tasks))
+    return ModelSpec(setting, named, scenarios, {f"f{i}": dim for i in range(fields)}, num_dense, seed)
+
+
+def spec_of(shape: str) -> ModelSpec:
+    return make_spec(*SHAPES[shape])
+
+
+def supports(name: str, spec: ModelSpec) -> bool:
+    return spec.setting in method(name).settings
+
+
+def build(name: str, spec: ModelSpec, **options: object) -> MultiTaskModel:
+    config = method(name).Config
+    known = {key: value for key, value in TINY.items() if key in config.model_fields}
+    return method(name)(spec, config(**(known | options)))
+
+
+@dataclass
+class Data:
+    x: Tensor
+    fields: dict[str, Tensor]
+    scenario: Tensor
+    labels: Tensor
+    mask: Tensor
+    weight: Tensor
+
+    def rows(self, index: Tensor | slice) -> Data:
+        fields = {name: value[index] for name, value in self.fields.items()}
+        return Data(self.x[index], fields, *(getattr(self, n)[index] for n in ("scenario", "labels", "mask", "weight")))
+
+
+def make_data(net: MultiTaskModel, rows: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Data:
+    spec, g = net.spec, torch.Generator().manual_seed(seed)
+    lead = (rows, spec.num_heads) if net.tables_per_branch else (rows,)
+    x = torch.randn(*lead, spec.input_width, generator=g, dtype=dtype)
+    parts = x[..., : sum(spec.fields.values())].split(list(spec.fields.values()), dim=-1)
+    scenario = torch.arange(rows) % spec.num_scenarios
+    scenario = scenario[torch.randperm(rows, generator=g)]
+    labels = (torch.rand(rows, spec.num_tasks, generator=g) < 0.4).to(dtype)
+    ones = torch.ones(rows, dtype=dtype)
+    return Data(x, dict(zip(spec.fields, parts, strict=True)), scenario, labels, torch.ones_like(labels), ones)
+
+
+def losses(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> dict[str, Tensor]:
+    loss = net.loss_class(net.spec.tasks, net.spec.num_scenarios, reduction)  # type: ignore[arg-type]
+    assert isinstance(loss, Loss)
+    targets = (data.labels, data.mask, data.scenario, data.weight)
+    return loss(net(data.x, data.fields, data.scenario), *targets, loss.denominators(*targets))
+
+
+def step(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> tuple[Tensor, dict[str, Tensor]]:
+    net.zero_grad()
+    total = sum(losses(net, data, reduction).values())
+    assert isinstance(total, Tensor)
+    total.backward()
+    gradients = {}
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        gradients[name] = parameter.grad.clone()
+    return total.detach(), gradients

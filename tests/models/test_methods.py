@@ -1,0 +1,335 @@
+"""Each method's own properties: an independent loop, sizes, special cases, and equalities between methods."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mmlrec.config import ConfigError
+from mmlrec.layers.gates import mix
+from mmlrec.models.base import ModelSpec
+from mmlrec.registry import method
+from tests.models.support import build, losses, make_data, make_spec, step
+
+F64 = torch.float64
+
+
+def chain(x, stack, member):
+    """A stacked MLP's member, one row and one layer at a time."""
+    for weight, bias in zip(stack.weights, stack.biases, strict=True):
+        x = torch.clamp(x @ weight[member] + bias[member], min=0)
+    return x
+
+
+def plain(x, mlp):
+    for weight, bias in zip(mlp.weights, mlp.biases, strict=True):
+        x = torch.clamp(x @ weight + bias, min=0)
+    return x
+
+
+def gate(x, gates, head):
+    logits = chain(x, gates.hidden, head) @ gates.weight[head]
+    e = torch.exp(logits - logits.max())
+    return e / e.sum()
+
+
+def tower(x, towers, head):
+    return (chain(x, towers.hidden, head) @ towers.weight[head])[0] + towers.bias[head]
+
+
+def ref_mlp(net, x):
+    u = plain(x, net.trunk)
+    return [(u @ net.weight)[0] + beta for beta in net.bias]
+
+
+def ref_shared_bottom(net, x):
+    u = plain(x, net.bottom)
+    return [tower(u, net.towers, h) for h in range(net.spec.num_heads)]
+
+
+def ref_mmoe(net, x):
+    experts = [chain(x, net.experts, e) for e in range(net.experts.stack)]
+    logits = []
+    for h in range(net.spec.num_heads):
+        g = gate(x, net.gates, h)
+        logits.append(tower(sum(g[e] * f for e, f in enumerate(experts)), net.towers, h))
+    return logits
+
+
+def ref_ple(net, x):
+    heads = net.spec.num_heads
+    branch, shared = [x] * heads, x
+    for level in net.levels:
+        n_t = 0 if level.specific is None else level.specific.stack // heads
+        n_s = 0 if level.shared is None else level.shared.stack
+        p = [[chain(branch[h], level.specific, j * heads + h) for j in range(n_t)] for h in range(heads)]
+        q = [chain(shared, level.shared, j) for j in range(n_s)]
+        outputs = []
+        for h in range(heads):
+            g = gate(branch[h], level.gates, h)
+            outputs.append(sum(g[i] * f for i, f in enumerate(p[h] + q)))
+        if level.shared_gate is not None:
+            g = gate(shared, level.shared_gate, 0)
+            shared = sum(g[i] * f for i, f in enumerate([p[h][j] for j in range(n_t) for h in range(heads)] + q))
+        branch = outputs
+    return [tower(branch[h], net.towers, h) for h in range(heads)]
+
+
+def ref_single_task(net, x):
+    return [tower(chain(x[h], net.networks, h), net.towers, h) for h in range(net.spec.num_heads)]
+
+
+REFERENCES = {
+    "mlp": ref_mlp,
+    "shared_bottom": ref_shared_bottom,
+    "mmoe": ref_mmoe,
+    "ple": ref_ple,
+    "single_task": ref_single_task,
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)])
+def test_equals_a_loop_over_rows_and_members(name, tasks, scenarios):
+    spec = make_spec(tasks, scenarios, fields=2, dim=4, num_dense=3, seed=tasks)
+    net = build(name, spec).double()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(3)))
+    data = make_data(net, 9, dtype=F64)
+    expected = torch.stack([torch.stack(REFERENCES[name](net, row)) for row in data.x])
+    got = net(data.x, data.fields, data.scenario, return_all_heads=True)
+    torch.testing.assert_close(got.all_logits, expected, rtol=1e-10, atol=1e-10)
+    heads = torch.arange(tasks) * scenarios + data.scenario.view(-1, 1)
+    own = expected.gather(1, heads)
+    for dtype, tolerance in ((F64, 1e-10), (torch.float32, 2e-5)):
+        logits = net.to(dtype)(data.x.to(dtype), data.fields, data.scenario).logits
+        torch.testing.assert_close(logits.to(F64), own, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_gradients_equal_finite_differences(name):
+    net = build(name, make_spec(2, 3), activation="tanh").double()
+    data = make_data(net, 6, dtype=F64)
+    _, gradients = step(net, data)
+    for key, parameter in net.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(7))
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * 1e-5 * direction)
+                values.append(sum(losses(net, data).values()))
+                parameter.sub_(sign * 1e-5 * direction)
+        slope = (values[0] - values[1]) / 2e-5
+        torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("mlp", {}, 182),
+        ("single_task", {}, 414),
+        ("shared_bottom", {}, 240),
+        ("mmoe", {}, 768),
+        ("mmoe", {"gate_hidden_units": []}, 672),
+        ("ple", {}, 2175),
+    ],
+)
+@pytest.mark.parametrize("scenarios", [1, 2])
+def test_parameter_counts_of_the_tiny_configuration(name, options, count, scenarios):
+    net = build(name, make_spec(2 // scenarios, scenarios), **options)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("mlp", {}, 47_618),
+        ("single_task", {}, 111_618),
+        ("shared_bottom", {}, 64_130),
+        ("mmoe", {}, 214_402),
+        ("mmoe", {"gate_hidden_units": []}, 207_042),
+        ("ple", {}, 953_154),
+    ],
+)
+def test_parameter_counts_at_benchmark_sizes(name, options, count):
+    net = method(name)(make_spec(fields=7, dim=8, num_dense=0), method(name).Config(**options))
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def copy_into(target, source):
+    with torch.no_grad():
+        for mine, theirs in zip(target.parameters(), source.parameters(), strict=True):
+            mine.copy_(theirs.view_as(mine))
+
+
+@pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (1, 3), (2, 3)])
+def test_mmoe_with_one_expert_is_shared_bottom(tasks, scenarios):
+    spec = make_spec(tasks, scenarios)
+    mmoe, bottom = build("mmoe", spec, num_experts=1), build("shared_bottom", spec)
+    copy_into(bottom.bottom, mmoe.experts)
+    copy_into(bottom.towers, mmoe.towers)
+    data = make_data(mmoe, 40)
+    expected = bottom(data.x, data.fields, data.scenario).logits
+    torch.testing.assert_close(mmoe(data.x, data.fields, data.scenario).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (1, 3), (2, 3)])
+def test_cgc_without_specific_experts_is_mmoe(tasks, scenarios):
+    spec = make_spec(tasks, scenarios)
+    ple = build("ple", spec, num_levels=1, num_specific_experts=0, num_shared_experts=3)
+    mmoe = build("mmoe", spec)
+    copy_into(ple.levels[0].shared, mmoe.experts)
+    copy_into(ple.levels[0].gates, mmoe.gates)
+    copy_into(ple.towers, mmoe.towers)
+    data = make_data(mmoe, 40)
+    expected = mmoe(data.x, data.fields, data.scenario).logits
+    torch.testing.assert_close(ple(data.x, data.fields, data.scenario).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shared_bottom_with_tied_empty_towers_is_mlp():
+    spec = make_spec()
+    bottom, mlp = build("shared_bottom", spec, tower_hidden_units=[]), build("mlp", spec)
+    copy_into(bottom.bottom, mlp.trunk)
+    with torch.no_grad():
+        bottom.towers.weight.copy_(mlp.weight.expand_as(bottom.towers.weight))
+    data = make_data(mlp, 20)
+    expected = mlp(data.x, data.fields, data.scenario).logits
+    torch.testing.assert_close(bottom(data.x, data.fields, data.scenario).logits, expected, rtol=1e-6, atol=1e-6)
+    own = build("mlp", spec, per_head_output=True)
+    copy_into(own.trunk, bottom.bottom)
+    copy_into(own.outputs, bottom.towers)
+    torch.testing.assert_close(own(data.x, data.fields, data.scenario).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_mlp_heads_differ_by_their_biases_only():
+    net = build("mlp", make_spec(2, 3)).double()
+    with torch.no_grad():
+        net.bias.copy_(torch.randn(6, dtype=F64))
+    data = make_data(net, 20, dtype=F64)
+    logits = net(data.x, data.fields, data.scenario, return_all_heads=True).all_logits
+    expected = (net.bias - net.bias[0]).expand(20, 6)
+    torch.testing.assert_close(logits - logits[:, :1], expected, rtol=0, atol=1e-12)
+
+
+def test_gates_are_uniform_with_zero_weights_and_normalised_over_experts():
+    net = build("mmoe", make_spec(3))
+    data = make_data(net, 10)
+    gates = net.gates(data.x)
+    assert gates.shape == (10, 3, 3)
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(10, 3))
+    assert not torch.allclose(gates.sum(dim=0), torch.ones(3, 3))
+    with torch.no_grad():
+        net.gates.weight.zero_()
+    experts = net.experts(data.x)
+    expected = experts.mean(dim=0).expand(3, -1, -1)
+    torch.testing.assert_close(mix(net.gates(data.x), experts), expected)
+
+
+def test_worked_gate():
+    gates = torch.softmax(torch.tensor([[[0.0, math.log(3.0)]]]), dim=-1)
+    experts = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    torch.testing.assert_close(mix(gates, experts)[0, 0], torch.tensor([2.5, 3.5]), rtol=0, atol=1e-6)
+
+
+def test_permuting_experts_with_gate_columns_is_neutral():
+    net = build("mmoe", make_spec())
+    data = make_data(net, 10)
+    expected = net(data.x, data.fields, data.scenario).logits
+    order = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        for parameter in net.experts.parameters():
+            parameter.copy_(parameter[order].clone())
+        net.gates.weight.copy_(net.gates.weight[:, :, order].clone())
+    torch.testing.assert_close(net(data.x, data.fields, data.scenario).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mmoe", "ple", "shared_bottom", "single_task"])
+def test_a_masked_task_does_not_touch_its_own_members(name):
+    net = build(name, make_spec())
+    data = make_data(net, 16)
+    data.mask[:, 0] = 0
+    _, gradients = step(net, data)
+    own = {"single_task": ["networks.weights.0"], "ple": ["levels.1.gates.weight"], "mmoe": ["gates.weight"]}.get(name, [])
+    for key in ["towers.weight", "towers.bias", "towers.hidden.weights.0", *own]:
+        assert (gradients[key][0] == 0).all(), key
+        assert (gradients[key][1] != 0).any(), key
+
+
+def test_ple_levels_below_the_last_mix_heads_and_the_last_does_not():
+    net = build("ple", make_spec())
+    data = make_data(net, 64)
+    data.mask[:, 1] = 0
+    _, gradients = step(net, data)
+    first, last = (gradients[f"levels.{level}.specific.weights.0"].view(2, 2, -1) for level in (0, 1))
+    assert (first[:, 1] != 0).any()
+    assert (last[:, 1] == 0).all()
+    assert (last[:, 0] != 0).any()
+
+
+def test_ple_without_shared_experts_shares_nothing():
+    for levels in (1, 2):
+        net = build("ple", make_spec(), num_levels=levels, num_shared_experts=0)
+        data = make_data(net, 16)
+        data.mask[:, 1] = 0
+        _, gradients = step(net, data)
+        for key, gradient in gradients.items():
+            assert (gradient.view(-1, 2, gradient.numel() // gradient.shape[0])[:, 1] == 0).all(), key
+
+
+def test_ple_refuses_no_experts_and_warns_about_many():
+    with pytest.raises(ValueError, match="must not both be 0"):
+        method("ple").Config(num_shared_experts=0, num_specific_experts=0)
+    with pytest.warns(UserWarning, match="17 heads x 2"):
+        build("ple", make_spec(1, 17))
+
+
+def test_gate_extra_fields_reach_the_gates_only():
+    spec = make_spec()
+    net = build("mmoe", spec, gate_extra_fields=["f1"])
+    data = make_data(net, 8)
+    before = net(data.x, data.fields, data.scenario)
+    moved = {**data.fields, "f1": data.fields["f1"] + 1}
+    after = net(data.x, moved, data.scenario)
+    assert torch.equal(before.shared[0], after.shared[0])
+    assert not torch.equal(before.logits, after.logits)
+    with pytest.raises(ConfigError, match=r"gate_extra_fields: no field 'f9'.*f0, f1, f2"):
+        build("mmoe", spec, gate_extra_fields=["f9"])
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+def test_a_branch_trained_alone_equals_the_joint_run(use_bn):
+    spec = make_spec(2, 2, seed=3)
+    joint, alone = build("single_task", spec, use_bn=use_bn), build("single_task", spec, branches=[2], use_bn=use_bn)
+    data = make_data(joint, 32)
+    loss = joint.loss_class(spec.tasks, 2)
+    for net in (joint, alone):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        # Branch 2 is task 1 in scenario 0; the denominators are the joint run's.
+        x, mask = (data.x, data.mask) if net is joint else (data.x[:, 2:3], data.mask.clone())
+        if net is alone:
+            mask[:, 0], mask[data.scenario == 1] = 0, 0
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = net(x, {}, data.scenario)
+            terms = loss(output, data.labels, mask, data.scenario, data.weight, torch.full((2,), 32.0))
+            sum(terms.values()).backward()
+            optimizer.step()
+    started = build("single_task", spec, branches=[2], use_bn=use_bn)
+    assert not torch.equal(started.towers.weight, alone.towers.weight)
+    for (key, both), one in zip(joint.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(both.view(4, -1)[2], one.view(-1), rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_single_task_refuses_bad_branches():
+    with pytest.raises(ConfigError, match=r"model.branches: \[2\].* 0\.\.1"):
+        build("single_task", make_spec(), branches=[2])
+
+
+def test_mlp_refuses_mixed_kinds():
+    tasks = make_spec().tasks
+    mixed = (tasks[0], tasks[1].model_copy(update={"kind": "regression"}))
+    with pytest.raises(ConfigError, match="both binary and regression"):
+        build("mlp", ModelSpec("mtl", mixed, 1, {"f": 4}, 0))
