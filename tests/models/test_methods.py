@@ -333,3 +333,33 @@ def test_mlp_refuses_mixed_kinds():
     mixed = (tasks[0], tasks[1].model_copy(update={"kind": "regression"}))
     with pytest.raises(ConfigError, match="both binary and regression"):
         build("mlp", ModelSpec("mtl", mixed, 1, {"f": 4}, 0))
+
+
+@pytest.mark.parametrize("name", ["mmoe", "ple", "shared_bottom", "single_task"])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_relabelling_scenarios_with_their_parameters_changes_nothing(name, tasks):
+    scenarios = 3
+    net = build(name, make_spec(tasks, scenarios)).double()
+    data = make_data(net, 30, dtype=F64)
+    expected = net(data.x, data.fields, data.scenario).logits
+    new_id = torch.tensor([2, 0, 1])
+
+    def relabel(members):
+        """Members [.., t * S + s, ...] in dimension 0, moved to their scenarios' new ids."""
+        by_scenario = members.reshape(-1, scenarios, members[0].numel())
+        return by_scenario[:, new_id.argsort()].reshape(members.shape)
+
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if key.endswith("shared_gate.weight"):  # Its columns are the specific experts, then the shared ones.
+                columns = parameter[0].t().clone()
+                count = net.levels[0].specific.stack
+                columns[:count] = relabel(columns[:count])
+                parameter[0] = columns.t()
+            elif any(part in key.split(".") for part in ("towers", "gates", "specific", "networks")):
+                parameter.copy_(relabel(parameter))
+    x = data.x
+    if net.tables_per_branch:
+        x = relabel(x.transpose(0, 1)).transpose(0, 1)
+    moved = net(x, data.fields, new_id[data.scenario]).logits
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)

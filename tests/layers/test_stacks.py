@@ -1,0 +1,100 @@
+"""Stacked layers against members computed one by one, how weights start, and what autocast computes in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmlrec.layers.experts import StackedMLP, stacked_linear
+from mmlrec.layers.gates import mix, mix_own
+from mmlrec.layers.mlp import MLP
+from mmlrec.layers.options import HiddenOptions
+from mmlrec.layers.towers import Towers
+
+F64 = torch.float64
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("groups", [None, 2, 6])
+@pytest.mark.parametrize("activation", [None, torch.relu_, torch.tanh_])
+def test_stacked_linear_equals_its_members(groups, activation):
+    shape = (5, 3) if groups is None else (groups, 5, 3)
+    leaves = [torch.randn(*s, dtype=F64, generator=generator()) for s in (shape, (6, 3, 4), (6, 4))]
+    ours, theirs = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
+    y = stacked_linear(*ours, activation)
+    x, weight, bias = theirs
+    members = [(x if groups is None else x[u % groups]) @ weight[u] + bias[u] for u in range(6)]
+    expected = torch.stack(members)
+    expected = {None: lambda z: z, torch.relu_: torch.relu, torch.tanh_: torch.tanh}[activation](expected)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    pull = torch.randn(6, 5, 4, dtype=F64)
+    y.backward(pull)
+    expected.backward(pull)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_a_stack_of_one_is_an_mlp(use_bn, activation):
+    options = HiddenOptions(activation=activation, use_bn=use_bn)
+    one, stack = MLP(5, [7, 3], options, generator()), StackedMLP(1, 5, [7, 3], options, generator())
+    x = torch.randn(9, 5)
+    torch.testing.assert_close(stack(x)[0], one(x), rtol=1e-5, atol=1e-6)
+
+
+def test_mixes():
+    gates, experts = torch.rand(5, 2, 3), torch.rand(3, 5, 4)
+    torch.testing.assert_close(mix(gates, experts), torch.einsum("bue,ebk->ubk", gates, experts))
+    own = torch.rand(3, 2, 5, 4)
+    torch.testing.assert_close(mix_own(gates, own.view(6, 5, 4)), torch.einsum("bun,nubk->ubk", gates, own))
+
+
+def test_standard_initialisation_has_the_fan_in_of_one_member():
+    stack = StackedMLP(4, 100, [200], HiddenOptions(), generator())
+    assert stack.weights[0].std().item() == pytest.approx(math.sqrt(2 / 100), rel=0.02)
+    assert (stack.biases[0] == 0).all()
+    towers = Towers(3, 200, [], HiddenOptions(), generator())
+    bound = math.sqrt(6 / 201)
+    assert bound * 0.95 < towers.weight.abs().max() <= bound
+    assert (towers.bias == 0).all()
+
+
+def test_mmlrec_initialisation():
+    stack = StackedMLP(4, 100, [200], HiddenOptions(init="mmlrec"), generator())
+    assert stack.weights[0].std().item() == pytest.approx(1e-4, rel=0.02)
+    assert 0.095 < stack.biases[0].abs().max() <= 0.1
+
+
+class Products(TorchDispatchMode):
+    """Records the type of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm"):
+            self.types.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("build", [MLP, lambda *a: StackedMLP(2, *a)], ids=["mlp", "stack"])
+def test_autocast_computes_all_products_in_bf16(build, activation):
+    layers = build(8, [16, 8], HiddenOptions(activation=activation), generator())
+    x = torch.randn(4, 8, requires_grad=True)
+    with Products() as recorded:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layers(x)
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert len(recorded.types) >= 6
+    assert set(recorded.types) == {torch.bfloat16}
+    assert all(tensor.grad.dtype == torch.float32 for tensor in [x, *layers.parameters()])
