@@ -47,18 +47,23 @@ def repeat(x: Tensor, stack: int) -> Tensor:
 
 
 class _LinearReLU(torch.autograd.Function):
-    """relu(x @ weight + bias) of U members on a CPU: a loop over members with contiguous operands, saving the output only.
+    """relu(x @ weight + bias) of U members on a CPU, saving the output only.
 
-    Against one wide GEMM, whose strided slices the next layer has to copy, forward and backward of a benchmark-sized
-    MMoE take 0.7 (bf16, d_in 56), 0.87 (bf16, d_in 429) and 0.97 (float32) of the time.
+    A shared input takes one wide GEMM forward and two backward: their results are views of [B, U*o], which the GEMMs of
+    the next layer read in place. Members with inputs of their own take a loop. Against a loop throughout, forward and
+    backward of a benchmark-sized MMoE take 0.8 (d_in 429, float32) and 0.86 (bf16) of the time.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        stack, _, width = weight.shape
-        y = x.new_empty(stack, x.shape[-2], width)
-        for u in range(stack):
-            torch.addmm(bias[u], x if x.dim() == 2 else x[u], weight[u], out=y[u])
+        stack, fan_in, width = weight.shape
+        if x.dim() == 2:
+            joint = weight.transpose(0, 1).reshape(fan_in, stack * width)
+            y = torch.addmm(bias.flatten(), x, joint).view(-1, stack, width).transpose(0, 1)
+        else:
+            y = x.new_empty(stack, x.shape[1], width)
+            for u in range(stack):
+                torch.addmm(bias[u], x[u], weight[u], out=y[u])
         y.relu_()
         ctx.save_for_backward(x, weight, y)
         return y
@@ -67,22 +72,34 @@ class _LinearReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         x, weight, y = ctx.saved_tensors
-        stack, shared = weight.shape[0], x.dim() == 2
-        grad = torch.empty_like(y)
+        stack, fan_in, width = weight.shape
+        shared = x.dim() == 2
+        grad = torch.empty_like(y)  # laid out as y
         torch.ops.aten.threshold_backward.grad_input(grads[0], y, 0, grad_input=grad)
+        grad_x = _rows_aligned(x) if ctx.needs_input_grad[0] else None
+        if shared:
+            wide = grad.transpose(0, 1).reshape(-1, stack * width)
+            grad_weight = (x.t() @ wide).view(fan_in, stack, width).transpose(0, 1)
+            if grad_x is not None:
+                torch.mm(wide, weight.transpose(1, 2).reshape(stack * width, fan_in), out=grad_x)
+            return grad_x, grad_weight, wide.sum(dim=0).view(stack, width)
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         for u in range(stack):
-            torch.mm((x if shared else x[u]).t(), grad[u], out=grad_weight[u])
-        grad_x = None
-        if ctx.needs_input_grad[0] and shared:
-            grad_x = grad[0] @ weight[0].t()
-            for u in range(1, stack):
-                grad_x.addmm_(grad[u], weight[u].t())
-        elif ctx.needs_input_grad[0]:
-            grad_x = x.new_empty(x.shape)
-            for u in range(stack):
+            torch.mm(x[u].t(), grad[u], out=grad_weight[u])
+            if grad_x is not None:
                 torch.mm(grad[u], weight[u].t(), out=grad_x[u])
         return grad_x, grad_weight, grad.sum(dim=1)
+
+
+def _rows_aligned(x: Tensor) -> Tensor:
+    """Room for a gradient of x: laid out as x, or with rows that begin at multiples of 128 bytes.
+
+    GEMMs write rows of an odd width at 0.7 of the speed.
+    """
+    if x.dim() > 2 or not x.is_contiguous():
+        return torch.empty_like(x)
+    columns = 128 // x.element_size()
+    return x.new_empty(x.shape[0], -(-x.shape[1] // columns) * columns)[:, : x.shape[1]]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

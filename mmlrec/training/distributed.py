@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -79,6 +80,7 @@ def process_group() -> Iterator[World]:
     NCCL when there is a GPU, gloo otherwise.
     """
     quiet_libraries()
+    keep_freed_memory()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -102,6 +104,19 @@ def process_group() -> Iterator[World]:
     finally:
         # Without this a finished gloo process may abort in its destructors.
         dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks instead of handing them back to the kernel.
+
+    Every step allocates the same activations of some 10 MiB again. Returned and fetched anew each time, their page faults
+    take a tenth (26 fields of width 16) to a sixth (7 fields of width 8) of a CPU step. No effect with other allocators.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def configure_logging(rank: int) -> None:
