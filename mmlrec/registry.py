@@ -9,11 +9,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlrec.config import ConfigError, StrictModel, validate_section
+from mmlrec.config import ConfigError, validate_section
 from mmlrec.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from mmlrec.models.base import MultiTaskModel
+    from mmlrec.models.base import MultiTaskModel, NetworkConfig
 
 _MODELS = Path(__file__).parent / "models"
 
@@ -40,7 +40,7 @@ def method(name: str) -> type[MultiTaskModel]:
     raise ConfigError(f"mmlrec/models/{name}.py defines no class named like its file ({wanted}, in CamelCase).")
 
 
-def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> StrictModel:
+def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> NetworkConfig:
     """Options of the chosen method: `model` over the part of `model_defaults` that the method knows.
 
     Args:

@@ -22,22 +22,26 @@ def branch_names(setting: Setting, tasks: Sequence[Task], scenario: Scenario | N
     return [f"{task.name}:{value}" for task in tasks for value in scenario.values]
 
 
-def expand_branches(batch: Batch, names: Sequence[str], num_scenarios: int, *, training: bool) -> Batch:
+def expand_branches(
+    batch: Batch, names: Sequence[str], num_scenarios: int, *, training: bool, branches: Sequence[int] | None = None
+) -> Batch:
     """Give every branch its own copy of all features, with empty bags for rows that are not its own.
 
-    A table row that a branch does not use must not be touched, or its optimizer state would move (models.md 5.1).
+    A table row that a branch does not use must not be touched, or its optimizer state would move.
 
     Args:
         batch: with F keys and B rows.
-        names: the H branches, h = t*S + s; T is the number of label columns.
+        names: the U branches.
         num_scenarios: S of the model; 1 in MTL, where all rows belong to every branch.
         training: also empty the bags of rows whose label of the branch's task is missing.
+        branches: head h = t*S + s of each branch; all H heads, in order, when absent.
 
     Returns:
-        The batch with H*F keys `branch/field`, branch-major. Bags are empty for padding and rows of other scenarios.
+        The batch with U*F keys `branch/field`, branch-major. Bags are empty for padding and rows of other scenarios;
+        labels of heads that are not among the branches are masked.
     """
+    heads = torch.arange(len(names)) if branches is None else torch.tensor(branches)
     own = batch.valid.unsqueeze(0).expand(len(names), -1)
-    heads = torch.arange(len(names), device=own.device)
     if num_scenarios > 1:
         own = own & (batch.scenario.unsqueeze(0) == (heads % num_scenarios).unsqueeze(1))
     if training:
@@ -53,4 +57,7 @@ def expand_branches(batch: Batch, names: Sequence[str], num_scenarios: int, *, t
         lengths=(lengths.unsqueeze(0) * own.unsqueeze(1)).flatten(),
         stride=lengths.shape[1],
     )
-    return replace(batch, sparse=expanded)
+    trained = torch.zeros(batch.labels.shape[1] * num_scenarios, dtype=batch.mask.dtype)
+    trained[heads] = 1
+    scenario = batch.scenario if num_scenarios > 1 else torch.zeros_like(batch.scenario)
+    return replace(batch, sparse=expanded, mask=batch.mask * trained.view(-1, num_scenarios)[:, scenario].t())

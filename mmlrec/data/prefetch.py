@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ class _End:
         self.error = error
 
 
-def prefetch(items: Generator[Item, None, None], depth: int) -> Iterator[Item]:
+def prefetch(items: Generator[Item, None, None], depth: int) -> Generator[Item, None, None]:
     """Yield `items`, made in a background thread up to `depth` ahead.
 
     An exception of `items` is raised here, after what preceded it. Closing this generator stops the thread and closes

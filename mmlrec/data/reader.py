@@ -85,7 +85,7 @@ class Reader:
         """Global rows of a training batch, over all ranks, padding not counted."""
         return min(self._batch_size, self.num_rows - batch * self._batch_size)
 
-    def epoch(self, epoch: int, start_row: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_row: int = 0) -> Generator[Batch, None, None]:
         """Batches of an epoch in training order, beginning after `start_row` global rows were trained.
 
         What precedes is skipped by arithmetic, not read. Close the iterator to stop its threads early.
@@ -110,7 +110,7 @@ class Reader:
         )
         return prefetch(self._batches(order, -(-start_row // self._batch_size)), _BATCHES_AHEAD)
 
-    def sequential(self) -> Iterator[Batch]:
+    def sequential(self) -> Generator[Batch, None, None]:
         """All rows once, as on disk: rank r reads the r-th W-th part of the split. The same steps on every rank.
 
         Raises:

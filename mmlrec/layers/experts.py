@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,8 @@ from mmlrec.layers.options import ACTIVATIONS, HiddenOptions
 from mmlrec.layers.scenario import Dispatch
 
 
-def stacked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """U linear layers at once, each followed by `activation`.
+def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """U linear layers at once.
 
     Args:
         x: [B, i], read by all U layers; or [G, B, i] with U a multiple of G: layer u reads x[u mod G].
@@ -26,18 +24,14 @@ def stacked_linear(
         bias: [U, o] or None.
 
     Returns:
-        [U, B, o]; on a GPU, for a shared input, a view of [B, U, o]: one GEMM of width U*o beats U small ones there.
+        [U, B, o]; for a shared input, a view of [B, U, o]: one GEMM of width U*o beats U small ones.
     """
     stack, fan_in, width = weight.shape
-    if activation is torch.relu_ and bias is not None and x.device.type == "cpu":
-        return _LinearReLU.apply(*_autocast(x if x.dim() == 2 else repeat(x, stack), weight, bias))
     if x.dim() == 2:
         joint = weight.transpose(0, 1).reshape(fan_in, stack * width)
         y = x @ joint if bias is None else torch.addmm(bias.flatten(), x, joint)
-        y = y if activation is None else activation(y)
         return y.view(-1, stack, width).transpose(0, 1)
-    y = torch.bmm(repeat(x, stack), weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), repeat(x, stack), weight)
-    return y if activation is None else activation(y)
+    return torch.bmm(repeat(x, stack), weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), repeat(x, stack), weight)
 
 
 def repeat(x: Tensor, stack: int) -> Tensor:
@@ -46,49 +40,61 @@ def repeat(x: Tensor, stack: int) -> Tensor:
     return x if groups == stack else x.expand(stack // groups, *x.shape).reshape(stack, *x.shape[1:])
 
 
-class _LinearReLU(torch.autograd.Function):
-    """relu(x @ weight + bias) of U members on a CPU, saving the output only.
+class _StackedReLU(torch.autograd.Function):
+    """U chains of relu(x @ weight + bias) on a CPU: saves the outputs only, and owns what its backward may overwrite.
 
     A shared input takes one wide GEMM forward and two backward: their results are views of [B, U*o], which the GEMMs of
-    the next layer read in place. Members with inputs of their own take a loop. Against a loop throughout, forward and
-    backward of a benchmark-sized MMoE take 0.8 (d_in 429, float32) and 0.86 (bf16) of the time.
+    the next layer read in place. Members with inputs of their own take a loop. Against a loop over single layers, forward
+    and backward of a benchmark-sized MMoE take 0.8 (d_in 429, float32) and 0.86 (bf16) of the time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        stack, fan_in, width = weight.shape
-        if x.dim() == 2:
-            joint = weight.transpose(0, 1).reshape(fan_in, stack * width)
-            y = torch.addmm(bias.flatten(), x, joint).view(-1, stack, width).transpose(0, 1)
-        else:
-            y = x.new_empty(stack, x.shape[1], width)
-            for u in range(stack):
-                torch.addmm(bias[u], x[u], weight[u], out=y[u])
-        y.relu_()
-        ctx.save_for_backward(x, weight, y)
-        return y
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[::2], parameters[1::2]
+        outputs = [x]
+        for weight, bias in zip(weights, biases, strict=True):
+            x = outputs[-1]
+            if x.dim() == 2:
+                y = stacked_linear(x, weight, bias)
+            else:
+                y = x.new_empty(weight.shape[0], x.shape[1], weight.shape[2])
+                for u in range(weight.shape[0]):
+                    torch.addmm(bias[u], x[u], weight[u], out=y[u])
+            outputs.append(y.relu_())
+        ctx.save_for_backward(*weights, *outputs)
+        return outputs[-1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, weight, y = ctx.saved_tensors
-        stack, fan_in, width = weight.shape
-        shared = x.dim() == 2
-        grad = torch.empty_like(y)  # laid out as y
-        torch.ops.aten.threshold_backward.grad_input(grads[0], y, 0, grad_input=grad)
-        grad_x = _rows_aligned(x) if ctx.needs_input_grad[0] else None
-        if shared:
-            wide = grad.transpose(0, 1).reshape(-1, stack * width)
-            grad_weight = (x.t() @ wide).view(fan_in, stack, width).transpose(0, 1)
-            if grad_x is not None:
-                torch.mm(wide, weight.transpose(1, 2).reshape(stack * width, fan_in), out=grad_x)
-            return grad_x, grad_weight, wide.sum(dim=0).view(stack, width)
-        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        for u in range(stack):
-            torch.mm(x[u].t(), grad[u], out=grad_weight[u])
-            if grad_x is not None:
-                torch.mm(grad[u], weight[u].t(), out=grad_x[u])
-        return grad_x, grad_weight, grad.sum(dim=1)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        depth = len(ctx.saved_tensors) // 2
+        weights, outputs = ctx.saved_tensors[:depth], ctx.saved_tensors[depth:]
+        found: list[Tensor] = []
+        grad, incoming = torch.empty_like(outputs[-1]), grads[0]
+        for layer in reversed(range(depth)):
+            torch.ops.aten.threshold_backward.grad_input(incoming, outputs[layer + 1], 0, grad_input=grad)
+            x, weight = outputs[layer], weights[layer]
+            wanted = layer > 0 or ctx.needs_input_grad[0]
+            grad_x, grad_weight, grad_bias = _linear_backward(x, weight, grad, _rows_aligned(x) if wanted else None)
+            found = [grad_weight, grad_bias, *found]
+            grad = incoming = grad_x  # overwritten in place: this gradient is nobody else's
+        return grad_x, *found
+
+
+def _linear_backward(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+    """Gradients of x (into `grad_x`, unless None), weight and bias of `stacked_linear`."""
+    stack, fan_in, width = weight.shape
+    if x.dim() == 2:
+        wide = grad.transpose(0, 1).reshape(-1, stack * width)
+        if grad_x is not None:
+            torch.mm(wide, weight.transpose(1, 2).reshape(stack * width, fan_in), out=grad_x)
+        return grad_x, (x.t() @ wide).view(fan_in, stack, width).transpose(0, 1), wide.sum(dim=0).view(stack, width)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for u in range(stack):
+        torch.mm(x[u].t(), grad[u], out=grad_weight[u])
+        if grad_x is not None:
+            torch.mm(grad[u], weight[u].t(), out=grad_x[u])
+    return grad_x, grad_weight, grad.sum(dim=1)
 
 
 def _rows_aligned(x: Tensor) -> Tensor:
@@ -142,11 +148,17 @@ class StackedMLP(nn.Module):
         """
         if not self.weights:
             return x.expand(self.stack, *x.shape[-2:])
+        if (
+            self.activation is torch.relu_
+            and not self.norms
+            and not (self.dropout and self.training)
+            and x.device.type == "cpu"
+        ):
+            chain = [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+            return _StackedReLU.apply(*_autocast(x if x.dim() == 2 else repeat(x, self.stack), *chain))
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if self.norms:
-                x = self.activation(self.norms[layer](stacked_linear(x, weight, bias), rows))
-            else:
-                x = stacked_linear(x, weight, bias, self.activation)
+            x = stacked_linear(x, weight, bias)
+            x = self.activation(self.norms[layer](x, rows) if self.norms else x)
             x = F.dropout(x, self.dropout, self.training)
         return x
 

@@ -102,6 +102,8 @@ class MultiTaskModel(nn.Module):
     #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint;
     #: then x is [B, H, d_in] and fields are [B, H, D_f].
     tables_per_branch: ClassVar[bool] = False
+    #: The heads with tables of their own; empty when tables are shared.
+    branches: tuple[int, ...] = ()
     #: What the trainer builds as `loss_class(spec.tasks, spec.num_scenarios, config.loss.scenario_reduction)`.
     loss_class: ClassVar[type[Loss]] = Loss
 

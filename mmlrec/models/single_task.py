@@ -19,13 +19,31 @@ from torch import Tensor
 from mmlrec.config import ConfigError
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.towers import Towers
+from mmlrec.losses import Loss, Reduction
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.schema import Task
+
+
+class BranchLoss(Loss):
+    """Sum over branches of each branch's mean loss, so that a branch trains as it would alone.
+
+    `loss.scenario_reduction` has no effect: there is nothing shared whose gradient it could balance.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, scenario_reduction: Reduction = "pooled") -> None:
+        super().__init__(tasks, num_scenarios, "balanced")
+
+    def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
+        if not self.balanced:
+            return super()._scale(denominators, scenario)
+        return torch.where(denominators > 0, denominators, 1.0).reciprocal()[:, scenario].t()
 
 
 class SingleTask(MultiTaskModel):
     """One model for each head. `branches` holds the trained heads, in the order of the input's second axis."""
 
     tables_per_branch = True
+    loss_class = BranchLoss
 
     class Config(NetworkConfig):
         """Options of Single-Task."""

@@ -63,21 +63,24 @@ class Session:
 
     def branches(self) -> list[tuple[str, str, str | None]]:
         """(name, task, scenario value or None) of each branch that trains independently; empty when they train as one."""
-        if not self.network.tables_per_branch:
+        if not self.network.branches:
             return []
         names = branch_names(self.spec.setting, self.spec.tasks, self.manifest.scenario)
         values: list[str | None] = [None]
         if self.spec.setting is not Setting.MTL and self.manifest.scenario is not None:
             values = list(self.manifest.scenario.values)
         pairs = [(task.name, value) for task in self.spec.tasks for value in values]
-        return [(name, task, value) for name, (task, value) in zip(names, pairs, strict=True)]
+        heads = [(name, task, value) for name, (task, value) in zip(names, pairs, strict=True)]
+        return [heads[branch] for branch in self.network.branches]
 
     def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
         """Batches as the model wants them: with the features of each branch, when branches have tables of their own."""
-        if not self.network.tables_per_branch:
+        heads = self.network.branches
+        if not heads:
             return batches
         names = [name for name, _, _ in self.branches()]
-        return (expand_branches(b, names, self.spec.num_scenarios, training=training) for b in batches)
+        scenarios = self.spec.num_scenarios
+        return (expand_branches(b, names, scenarios, training=training, branches=heads) for b in batches)
 
 
 def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
@@ -133,8 +136,9 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
 
     prefixes = [""]
     branches = None
-    if network.tables_per_branch:
-        branches = branch_names(spec.setting, spec.tasks, manifest.scenario)
+    if network.branches:
+        names = branch_names(spec.setting, spec.tasks, manifest.scenario)
+        branches = [names[branch] for branch in network.branches]
         prefixes = [f"{name}/" for name in branches]
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
@@ -152,7 +156,9 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
         batch_size=-(-config.training.batch_size // world.world_size),
     )
     report = plan_report(plan, TABLES, tables)
-    model = DistributedModelParallel(recommender, device=world.device, plan=plan, sharders=[PortableSharder()])
+    model = DistributedModelParallel(
+        recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
+    )
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))

@@ -206,7 +206,7 @@ class Trainer:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"loss '{name}' is {value} near step {self.progress.step}."
+                    f"loss '{name}' is not finite ({value}) near step {self.progress.step}."
                     " Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm."
                 )
         reporter.train_metrics(

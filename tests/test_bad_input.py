@@ -1,0 +1,338 @@
+"""What a user may get wrong, end to end: exit code, one message that names the culprit and the remedy, nothing half-written."""
+
+import importlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from apps.cli import run
+from mmlrec.training import checkpoint
+from tests.datasets import rewrite_part, write_dataset
+from tests.training.launch import ROOT, environment
+
+CONFIG = """
+dataset: {{path: {dataset}, setting: mtl}}
+model: {{name: mmoe, num_experts: 2, expert_hidden_units: [8], gate_hidden_units: [], tower_hidden_units: []}}
+embeddings: {{dim: 4}}
+training: {{batch_size: 32, max_steps: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("bad") / "data", rows=100)
+
+
+@pytest.fixture
+def data(written, tmp_path):
+    """A copy of the dataset, to be spoilt."""
+    shutil.copytree(written.folder, tmp_path / "data")
+    written_copy = type(written)(tmp_path / "data", written.manifest, written.tables)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
+    return written_copy
+
+
+@pytest.fixture
+def app(monkeypatch, capfd):
+    """Runs an entry point in this process; returns exit code and standard error."""
+
+    def call(name: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code = 0
+        capfd.readouterr()
+        try:
+            run(importlib.import_module(f"apps.{name}").main)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        return code, error
+
+    return call
+
+
+@pytest.fixture
+def train(app, tmp_path):
+    def call(*overrides: str, config: str = "config.yaml", run_dir: str = "run") -> tuple[int, str]:
+        code, error = app("train", "--config", tmp_path / config, "--run-dir", tmp_path / run_dir, *overrides)
+        if code != 0:
+            assert not (tmp_path / run_dir / "result.json").exists()
+            assert error.count("error: ") == 1
+        return code, error
+
+    return call
+
+
+def test_the_good_case_passes(data, train):
+    assert train()[0] == 0
+
+
+CONFIGS = {
+    "typo": (["training.batchsize=3"], ["command line: training.batchsize: unknown key", "Did you mean 'batch_size'?"]),
+    "typo in model": (["model.num_expert=3"], ["model.num_expert: unknown key", "Did you mean 'num_experts'?"]),
+    "wrong type": (["training.seed=1.5"], ["training.seed", "valid integer", "1.5"]),
+    "text for a number": (["embeddings.optimizer.lr=fast"], ["embeddings.optimizer.lr", "'fast'"]),
+    "no value": (["training.seed"], ["'training.seed' is not of the form key.path=value"]),
+    "unknown method": (["model={name: mmo}"], ["unknown method 'mmo'", "Did you mean 'mmoe'?"]),
+    "unknown default": (["model_defaults.depth=3"], ["model_defaults.depth", "no method has this option"]),
+    "width": (["embeddings.dim=6"], ["embeddings.dim", "multiple of 4"]),
+    "weight decay": (["embeddings.optimizer.weight_decay=0.1"], ["weight_decay: unknown key", "embeddings.l2"]),
+    "Adam on CPU": (["embeddings.optimizer.name=adam"], ["embeddings.optimizer.name", "needs a GPU", "adagrad"]),
+    "unknown task": (["dataset.tasks=[click, bye]"], ["'bye' is not a task", "Did you mean 'buy'?"]),
+    "weight of an unknown task": (["balancing.loss_weights={bye: 2.0}"], ["'bye' is not a task", "Did you mean 'buy'?"]),
+    "task twice": (["dataset.tasks=[click, click]"], ["named twice"]),
+    "one task in mtl": (["dataset.tasks=[click]"], ["MMoE in setting 'mtl' needs at least 2 tasks", "'msl'"]),
+    "two tasks in msl": (["dataset.setting=msl"], ["MMoE in setting 'msl' needs exactly 1 task", "dataset.tasks"]),
+    "unknown setting": (["dataset.setting=mtt"], ["dataset.setting", "'mtl', 'msl' or 'mtmsl'"]),
+    "unknown table": (["embeddings.table_sharding={t9: row_wise}"], ["table_sharding.t9", "no such table"]),
+    "decay without end": (["schedule.name=cosine"], ["schedule", "total_steps"]),
+    "diverging": (
+        ["dense.optimizer={name: sgd, lr: 1e30}", "embeddings.optimizer={name: sgd, lr: 1e30}", "training.log_every_steps=1"],
+        ["not finite", "nan", "lr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config(data, train, case):
+    overrides, expected = CONFIGS[case]
+    code, error = train(*overrides)
+    assert code == 2
+    for fragment in expected:
+        assert fragment in error
+
+
+def test_config_file_missing(data, train):
+    code, error = train(config="confg.yaml")
+    assert code == 2
+    assert "confg.yaml: no such config file" in error
+    assert "config.yaml'?" in error
+
+
+def test_msl_without_scenarios(tmp_path, train):
+    write_dataset(tmp_path / "data", rows=50, num_scenarios=0)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
+    code, error = train("dataset.setting=mtmsl")
+    assert code == 2
+    assert "this dataset has none: use setting 'mtl'" in error
+
+
+def replace_column(table: pa.Table, name: str, values: list) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.array(values, table.schema.field(name).type))
+
+
+def spoil(data, change) -> Path:
+    """Apply `change` to the second train part's table; returns its path."""
+    part = data.manifest.splits["train"].parts[1]
+    table = data.tables["train"].slice(data.manifest.splits["train"].parts[0].num_rows, part.num_rows)
+    rewrite_part(data, change(table), part=1)
+    return data.folder / part.path
+
+
+def test_missing_column(data, train):
+    path = spoil(data, lambda table: table.drop_columns(["f1"]))
+    code, error = train()
+    assert code == 2
+    assert str(path) in error
+    assert "f1" in error
+
+
+def test_extra_column(data, train):
+    path = spoil(data, lambda table: table.append_column("f7", pa.array(np.zeros(table.num_rows, np.int64))))
+    code, error = train()
+    assert code == 2
+    assert str(path) in error
+    assert "f7" in error
+
+
+def test_id_out_of_range(data, train):
+    rows = data.manifest.table("t1").num_rows
+    path = spoil(data, lambda table: replace_column(table, "f1", [5, rows, *[0] * (table.num_rows - 2)]))
+    code, error = train()
+    assert code == 2
+    for fragment in (str(path), "row 1", "f1", str(rows), "t1"):
+        assert fragment in error
+
+
+def test_nan_in_dense(data, train):
+    path = spoil(data, lambda table: replace_column(table, "d0", [0.0, float("nan"), *[0.0] * (table.num_rows - 2)]))
+    code, error = train()
+    assert code == 2
+    for fragment in (str(path), "row 1", "d0"):
+        assert fragment in error
+
+
+def test_truncated_part(data, train):
+    path = data.folder / data.manifest.splits["train"].parts[0].path
+    os.truncate(path, path.stat().st_size // 2)
+    code, error = train()
+    assert code == 2
+    assert str(path) in error
+
+
+def test_part_missing(data, train):
+    path = data.folder / data.manifest.splits["valid"].parts[0].path
+    path.unlink()
+    code, error = train()
+    assert code == 2
+    assert str(path) in error
+
+
+def test_empty_split(tmp_path, train):
+    write_dataset(tmp_path / "data", rows={"train": 64, "valid": 0, "test": 10})
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
+    code, error = train()
+    assert code == 2
+    assert "valid" in error
+
+
+def test_dataset_without_manifest(data, train):
+    (data.folder / "manifest.json").unlink()
+    code, error = train()
+    assert code == 2
+    assert f"{data.folder} is not a dataset: it has no manifest.json" in error
+    assert "python -m preprocessing" in error
+
+
+def test_damaged_manifest(data, train):
+    path = data.folder / "manifest.json"
+    path.write_text(path.read_text()[:-40])
+    code, error = train()
+    assert code == 2
+    assert f"{path} is damaged" in error
+
+
+def test_run_folder_cannot_be_written(data, train, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, error = train(run_dir="file/run")
+    assert code == 2
+    assert "the run folder cannot be written" in error
+    assert "--run-dir" in error
+
+
+def test_another_configuration_in_the_same_folder(data, train, app, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run/result.json").read_text()
+    code, error = app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run", "model.num_experts=3")
+    assert code == 2
+    assert "model.num_experts: 2 in the run folder, 3 now" in error
+    assert (tmp_path / "run/result.json").read_text() == before
+
+
+def test_checkpoint_of_another_model(data, train, app, tmp_path):
+    assert train()[0] == 0
+    for change, fragment in (("num_experts: 3", "has shape"), ("tower_hidden_units: [4]", "it lacks")):
+        (tmp_path / "other.yaml").write_text((tmp_path / "run/config.yaml").read_text())
+        spoilt = tmp_path / "spoilt"
+        shutil.copytree(tmp_path / "run", spoilt, dirs_exist_ok=True)
+        config = (spoilt / "config.yaml").read_text()
+        key = change.split(":")[0]
+        lines = [f"  {change}" if line.strip().startswith(key) else line for line in config.splitlines()]
+        (spoilt / "config.yaml").write_text("\n".join(lines))
+        code, error = app("evaluate", "--run", spoilt)
+        assert code == 2
+        assert fragment in error
+        assert "another model" in error
+        assert str(spoilt) in error
+
+
+def test_damaged_best_checkpoint(data, train, app, tmp_path):
+    assert train()[0] == 0
+    file = next((tmp_path / "run/checkpoints/best").glob("*.distcp"))
+    os.truncate(file, 100)
+    code, error = app("evaluate", "--run", tmp_path / "run")
+    assert code == 2
+    assert f"{file} has 100 bytes" in error
+
+
+def test_resume_without_a_checkpoint(data, app, tmp_path):
+    code, error = app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run", "--resume")
+    assert code == 2
+    assert "no whole checkpoint to resume from" in error
+
+
+def test_evaluate_something_else(app, tmp_path):
+    code, error = app("evaluate", "--run", tmp_path)
+    assert code == 2
+    assert "is not a run folder" in error
+
+
+def test_predict_on_a_dataset_with_other_tables(data, train, app, tmp_path):
+    assert train()[0] == 0
+    write_dataset(tmp_path / "other", rows=50, table_rows=20)
+    output = tmp_path / "scores.parquet"
+    code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / "other", "--output", output)
+    assert code == 2
+    assert "table 't0' has 20 rows, the run was trained with 50" in error
+    assert not output.exists()
+
+
+def limited(arguments: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess:
+    """A process that cannot write files beyond `limit` bytes, as on a full disk."""
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=environment(),
+        cwd=ROOT,
+        preexec_fn=limit_files,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_disk_full_while_saving(data, tmp_path):
+    (tmp_path / "big.yaml").write_text(CONFIG.format(dataset=data.folder).replace("dim: 4", "dim: 256"))
+    run_dir = tmp_path / "run"
+    done = limited(["apps.train", "--config", str(tmp_path / "big.yaml"), "--run-dir", str(run_dir)], 100_000, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot write a checkpoint" in done.stderr
+    assert "Free space" in done.stderr
+    left = list((run_dir / "checkpoints").iterdir())
+    assert all(checkpoint.damage(path) is None for path in left)
+    assert not (run_dir / "result.json").exists()
+
+
+def test_disk_full_while_predicting(data, train, tmp_path):
+    write_dataset(tmp_path / "data", rows={"train": 100, "valid": 40, "test": 9000})
+    assert train()[0] == 0
+    output = tmp_path / "scores.parquet"
+    arguments = ["apps.predict", "--run", str(tmp_path / "run"), "--input", str(tmp_path / "data"), "--output", str(output)]
+    done = limited(arguments, 20_000, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"{output}: cannot be written" in done.stderr
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):
+    assert train()[0] == 0
+    output = tmp_path / "out" / "scores.parquet"
+    code, _ = app("predict", "--run", tmp_path / "run", "--input", data.folder, "--output", output)
+    assert code == 0
+    import pyarrow.parquet as pq
+
+    scores, test = pq.read_table(output), data.tables["test"]
+    assert scores.column_names == ["key.user", "key.session", "sample.scenario", "score.click", "score.buy"]
+    assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()
+    report = json.loads((tmp_path / "run/result.json").read_text())["test"]
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    for task in ("click", "buy"):
+        label = test[f"label.{task}"].to_numpy()
+        present = ~np.isnan(label)
+        score = scores[f"score.{task}"].to_numpy().astype(np.float64)[present]
+        assert roc_auc_score(label[present], score) == pytest.approx(report["tasks"][task]["auc"], abs=1e-6)
+        assert log_loss(label[present], score) == pytest.approx(report["tasks"][task]["logloss"], abs=1e-6)
