@@ -37,7 +37,6 @@ def main() -> None:
 
     configs = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
     from mmlrec.metrics.report import seeds_table
-
     from mmlrec.training.distributed import process_group
     from mmlrec.training.run import default_run_dir, train
 

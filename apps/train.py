@@ -44,7 +44,6 @@ def main() -> None:
         print(config.to_yaml(), end="")
         return
     from mmlrec.metrics.report import report_table
-
     from mmlrec.training.distributed import process_group
     from mmlrec.training.run import default_run_dir, train
 

@@ -34,9 +34,10 @@ class LoopMMoE(nn.Module):
 
     def __init__(self, sizes: list[int], num_dense: int, dim: int, num_tasks: int, num_experts: int = 4) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(size, dim) for size in sizes)
-        for embedding in self.embeddings:
+        embeddings = [nn.Embedding(size, dim) for size in sizes]
+        for embedding in embeddings:
             nn.init.normal_(embedding.weight, std=0.01)
+        self.embeddings = nn.ModuleList(embeddings)
         width = len(sizes) * dim + num_dense
         self.experts = nn.ModuleList(mlp(width, [256, 128]) for _ in range(num_experts))
         self.gates = nn.ModuleList(

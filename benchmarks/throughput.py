@@ -51,7 +51,7 @@ class Shape:
         return 2 * (experts + gates + towers)
 
     def lookup_bytes(self) -> int:
-        """Bytes moved for one sample: read in forward; read and write of weight and Adagrad state in backward, and the gradient."""
+        """Bytes moved for one sample: a read forward; backward the gradient, and reads and writes of weight and state."""
         return self.sparse * self.dim * 4 * (1 + 1 + 2 + 2)
 
 
@@ -78,7 +78,7 @@ def rates(threads: int) -> dict[str, float]:
 
 def _seconds(work: object) -> float:
     start = time.perf_counter()
-    work()  # type: ignore[operator]
+    work()
     return time.perf_counter() - start
 
 
@@ -95,7 +95,8 @@ def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int
     config = folder / "config.yaml"
     config.write_text(
         f"dataset: {{path: {dataset}, setting: mtl}}\n"
-        "model: {name: mmoe, num_experts: 4, expert_hidden_units: [256, 128], gate_hidden_units: [64], tower_hidden_units: [64]}\n"
+        "model: {name: mmoe, num_experts: 4, expert_hidden_units: [256, 128],"
+        " gate_hidden_units: [64], tower_hidden_units: [64]}\n"
         f"embeddings: {{dim: {shape.dim}}}\n",
         encoding="utf-8",
     )
@@ -109,8 +110,10 @@ def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int
             str(run),
             f"training.precision={precision}",
             "training.patience=null",
-        ]
-        + [f"training.batch_size={BATCH}", f"training.max_steps={5 * shape.steps}", f"training.log_every_steps={shape.steps}"],
+            f"training.batch_size={BATCH}",
+            f"training.max_steps={5 * shape.steps}",
+            f"training.log_every_steps={shape.steps}",
+        ],
         threads,
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -131,8 +134,8 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = rates(arguments.threads)
     print(
-        f"{arguments.threads} threads | matrix products {machine['fp32'] / 1e9:.0f} GFLOP/s fp32, {machine['bf16'] / 1e9:.0f} bf16"
-        f" | copy {machine['copy'] / 1e9:.1f} GB/s"
+        f"{arguments.threads} threads | matrix products {machine['fp32'] / 1e9:.0f} GFLOP/s fp32,"
+        f" {machine['bf16'] / 1e9:.0f} bf16 | copy {machine['copy'] / 1e9:.1f} GB/s"
     )
     rows = []
     with TemporaryDirectory() as scratch:
@@ -142,8 +145,22 @@ def main() -> None:
             shape = SHAPES[name]
             dataset = folder / f"shape-{name}"
             _run(
-                ["preprocessing", "synthetic", "--out", str(dataset), "--rows", str(arguments.rows), "--num-ids", shape.ids]
-                + ["--sparse-features", str(shape.sparse), "--dense-features", str(shape.dense), "--tasks", "2"],
+                [
+                    "preprocessing",
+                    "synthetic",
+                    "--out",
+                    str(dataset),
+                    "--rows",
+                    str(arguments.rows),
+                    "--num-ids",
+                    shape.ids,
+                    "--sparse-features",
+                    str(shape.sparse),
+                    "--dense-features",
+                    str(shape.dense),
+                    "--tasks",
+                    "2",
+                ],
                 arguments.threads,
             )
             speeds: dict[str, list[float]] = {"baseline": [], "fp32": [], "bf16": []}

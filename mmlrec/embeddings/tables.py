@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 from torchrec.distributed.types import ShardedTensor
+from torchrec.optim.keyed import KeyedOptimizer
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Feature, Table
@@ -102,3 +103,15 @@ def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
         for shard, offsets in local_shards(weight):
             rows = initial_rows(name, offsets[0], offsets[0] + shard.shape[0], weight.shape[1], std, seed)
             shard.copy_(rows[:, offsets[1] : offsets[1] + shard.shape[1]])
+
+
+@torch.no_grad()
+def touch_state(optimizer: KeyedOptimizer) -> None:
+    """Write the (zero) optimizer state of the tables once.
+
+    Fresh zeros are not in memory until they are written; steps would meet their page faults row by row, at random.
+    """
+    for state in optimizer.state_dict()["state"].values():
+        for value in state.values():
+            for piece, _ in local_shards(value):
+                piece.zero_()

@@ -191,8 +191,8 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     error: UserError | None = None
     if missing or surplus:
         error = CheckpointError(
-            f"{folder}: this checkpoint is of another model: it lacks {missing[:3] or 'nothing'} and has {surplus[:3] or 'nothing'}"
-            " beyond this one. Use its own configuration, or another run_dir."
+            f"{folder}: this checkpoint is of another model: it lacks {missing[:3] or 'nothing'} and has"
+            f" {surplus[:3] or 'nothing'} beyond this one. Use its own configuration, or another run_dir."
         )
     for key, value in tensors.items():
         size = getattr(saved.get(key), "size", None)

@@ -18,7 +18,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, make_plan, plan_report
-from mmlrec.embeddings.tables import build_tables, initialize, table_configs
+from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import did_you_mean
 from mmlrec.models.base import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, model_config
@@ -163,6 +163,7 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
     optimizer = build_optimizer(model, dense)
+    touch_state(model.fused_optimizer)
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     return Session(config, world, manifest, spec, sharded.head.network, loss.objectives, model, optimizer, pipeline, report)

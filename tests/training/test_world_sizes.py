@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.datasets import write_dataset
 
+from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, rows_of_steps, tensors
 
 WORLD_SIZES = (4, 2, 1, 3)
