@@ -14,7 +14,7 @@ from tests.training.launch import launch, losses, rows_of_steps, tensors
 WORLD_SIZES = (4, 2, 1, 3)
 PLANS = ("table_wise", "row_wise", "auto")
 SGD = ["embeddings.optimizer={name: sgd, lr: 0.05}", "dense.optimizer={name: sgd, lr: 0.05}"]
-ROWS = 1037  # batches of 50: the last of an epoch has 37 rows, and neither is divisible by 3 or 4
+ROWS = 9987  # batches of 50: the 200th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4
 METHODS = ("single_task", "mlp", "shared_bottom", "mmoe", "ple")
 
 CONFIG = """
@@ -31,7 +31,8 @@ training: {{batch_size: 50, eval_batch_size: 64, epochs: 30, max_steps: 10, pati
 """
 
 
-def training_cases() -> dict[str, list[str]]:
+def training_cases(world_size: int = 2) -> dict[str, list[str]]:
+    """Name -> overrides. Each method runs in each setting at 1 and 2 ranks, in the widest setting at 3 and 4 too."""
     cases = {}
     for plan in PLANS:
         sharding = f"embeddings.sharding={plan}"
@@ -41,7 +42,7 @@ def training_cases() -> dict[str, list[str]]:
     cases["tiny-batches"] = [*SGD, "training.batch_size=5", "training.max_steps=60", "embeddings.sharding=row_wise"]
     cases["mixed-plan"] = [*SGD, "embeddings.sharding=row_wise", "embeddings.table_sharding={t0: table_wise}"]
     for method in METHODS:
-        for setting in ("mtl", "msl", "mtmsl"):
+        for setting in ("mtl", "msl", "mtmsl") if world_size <= 2 else ("mtmsl",):
             tasks = "[click]" if setting == "msl" else "[click, buy]"
             cases[f"{method}-{setting}"] = [f"model.name={method}", f"dataset.setting={setting}", f"dataset.tasks={tasks}"]
     cases["balanced"] = [*SGD, "loss.scenario_reduction=balanced", "embeddings.l2=0.01", "dense.l2=0.001"]
@@ -52,7 +53,9 @@ def training_cases() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("worlds")
-    write_dataset(root / "data", rows=ROWS, table_rows=30, num_scenarios=3, missing_labels=0.2)
+    write_dataset(
+        root / "data", rows={"train": ROWS, "valid": 260, "test": 260}, table_rows=30, num_scenarios=3, missing_labels=0.2
+    )
     write_dataset(
         root / "large", rows={"train": 8000, "valid": 2000, "test": 3000}, table_rows=60, row_group_size=256, rows_per_part=4000
     )
@@ -66,7 +69,7 @@ def runs(tmp_path_factory):
     other_plan = {4: "row_wise", 2: "table_wise", 1: "row_wise", 3: "table_wise"}
     for world_size in WORLD_SIZES:
         folder = root / str(world_size)
-        actions = [train("all", overrides, folder / name) for name, overrides in training_cases().items()]
+        actions = [train("all", overrides, folder / name) for name, overrides in training_cases(world_size).items()]
         actions.append(train("all", to_end, folder / "to-end"))
         plan = other_plan[world_size]
         for trained_at, resumed_at in ((4, 2), (2, 1), (2, 3)):
@@ -93,8 +96,7 @@ def runs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("case", training_cases())
+@pytest.mark.parametrize(("world_size", "case"), [(w, case) for w in (2, 3, 4) for case in training_cases(w)])
 def test_losses_equal_one_process(runs, case, world_size):
     expected, found = losses(runs / "1" / case), losses(runs / str(world_size) / case)
     assert list(found) == list(expected)
@@ -108,8 +110,9 @@ def test_losses_equal_one_process(runs, case, world_size):
 def test_ranks_share_the_batches_of_one_process(runs, case, world_size):
     expected = rows_of_steps(runs / "1" / case, "all", 1)
     assert rows_of_steps(runs / str(world_size) / case, "all", world_size) == expected
-    epoch = [row for step in expected[:21] for row in step] if case == "sgd-row_wise" else []
-    assert sorted(epoch) == list(range(ROWS)) or case == "tiny-batches"
+    if case == "sgd-row_wise":
+        assert [len(step) for step in expected] == [50] * 199 + [37]
+        assert sorted(row for step in expected for row in step) == list(range(ROWS))
 
 
 def test_some_ranks_had_no_rows_and_no_scenario(runs):
