@@ -28,6 +28,7 @@ from mmlrec.training.distributed import World, logger
 MARKER = "COMPLETE.json"
 STATE = "state.json"
 _TEMPORARY = ".tmp"
+_REPLACED = ".old"
 
 
 def model_tensors(model: DistributedModelParallel) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
         raise
     if world.is_main:
         if folder.exists():
-            old = folder.with_name(folder.name + ".old")
+            old = folder.with_name(folder.name + _REPLACED)
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
             temporary.rename(folder)
@@ -148,11 +149,22 @@ def latest(folder: Path, world: World) -> Path | None:
     return Path(str(found)) if found else None
 
 
+def recover(folder: Path, world: World) -> None:
+    """Finish the replacement of a checkpoint that a kill cut short between its two renames."""
+    if world.is_main and not folder.exists():
+        for suffix in (_TEMPORARY, _REPLACED):
+            candidate = folder.with_name(folder.name + suffix)
+            if damage(candidate) is None:
+                candidate.rename(folder)
+                break
+    world.barrier()
+
+
 def prune(folder: Path, keep: int, world: World) -> None:
     """Delete all but the newest `keep` checkpoints and what interrupted saves left. Call after a save has completed."""
     if not world.is_main:
         return
-    for leftover in [*folder.glob(f"*{_TEMPORARY}"), *folder.glob("*.old")]:
+    for leftover in [*folder.glob(f"*{_TEMPORARY}"), *folder.glob(f"*{_REPLACED}")]:
         shutil.rmtree(leftover, ignore_errors=True)
     whole = sorted(p for p in folder.glob("step_*") if (p / MARKER).is_file())
     for old in whole[:-keep]:

@@ -49,6 +49,7 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     found = checkpoint.latest(folder.checkpoints, world)
     if found is None and resume:
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
+    checkpoint.recover(folder.best, world)
     if found is not None:
         folder.check_same_run(config)
         if _complete(folder, found, config):
