@@ -17,10 +17,11 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.evaluate",
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
         " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",
-        epilog="example: python -m apps.evaluate --run runs/mtl-movielens-mmoe-seed0",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m apps.evaluate --run runs/mtl-movielens-mmoe-seed0",
     )
     parser.add_argument("--run", required=True, help="run folder")
-    parser.add_argument("--split", default="test", choices=["train", "valid", "test"])
+    parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")
     return parser.parse_intermixed_args()
 

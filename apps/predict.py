@@ -17,7 +17,8 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.predict",
         description="Score the rows of a dataset folder and write one Parquet file: the key columns, the scenario,"
         " and score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
-        epilog="example: python -m apps.predict --run runs/NAME --input data/movielens-1m --output scores.parquet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m apps.predict --run runs/NAME --input data/movielens-1m --output scores.parquet",
     )
     parser.add_argument("--run", required=True, help="run folder")
     parser.add_argument("--input", required=True, help="dataset folder, encoded with the vocabularies the run was trained on")

@@ -12,7 +12,10 @@ from apps.cli import run
 
 
 def _seeds(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError("give whole numbers separated by commas, such as 0,2,4") from None
 
 
 def parse() -> argparse.Namespace:
@@ -21,7 +24,8 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.seeds",
         description="Train one configuration once for each seed and print mean and standard deviation of the test metrics."
         " Seeds that are complete already are not trained again.",
-        epilog="example: python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
     )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
@@ -34,8 +38,11 @@ def main() -> None:
     """Train each seed, then summarise."""
     arguments = parse()
     from mmlrec.config import load_config
+    from mmlrec.registry import resolve_model
 
-    configs = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
+    source = f"{arguments.config} with the command line"
+    loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
+    configs = [resolve_model(config, source) for config in loaded]
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.distributed import process_group
     from mmlrec.training.run import default_run_dir, train
@@ -43,8 +50,9 @@ def main() -> None:
     with process_group() as world:
         reports = []
         for config in configs:
-            name = default_run_dir(config, Path(arguments.config))
-            run_dir = Path(arguments.run_dir) / f"seed{config.training.seed}" if arguments.run_dir else name
+            base = arguments.run_dir or config.run_dir
+            default = default_run_dir(config, Path(arguments.config))
+            run_dir = Path(base) / f"seed{config.training.seed}" if base else default
             reports.append(train(config, run_dir, world, source=arguments.config))
         if world.is_main:
             print(

@@ -14,7 +14,7 @@ _EPILOG = """\
 examples:
   python -m apps.train --config configs/mtl/movielens.yaml
   python -m apps.train --config configs/mtl/movielens.yaml model.name=shared_bottom training.max_steps=200
-  torchrun --nproc-per-node 2 -m apps.train --config configs/mtl/movielens.yaml
+  torchrun --standalone --nproc-per-node 2 -m apps.train --config configs/mtl/movielens.yaml
 
 A run folder that holds a complete checkpoint is resumed, also with another number of processes. The test split is
 evaluated once, at the end, with the checkpoint that was best in validation.
@@ -40,6 +40,9 @@ def main() -> None:
     from mmlrec.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    from mmlrec.registry import resolve_model
+
+    config = resolve_model(config, f"{arguments.config} with the command line")
     if arguments.show:
         print(config.to_yaml(), end="")
         return

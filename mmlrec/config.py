@@ -6,8 +6,6 @@ line) and the key. Imports neither torch nor torchrec.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,7 +27,7 @@ _HINTS = {
 class StrictModel(BaseModel):
     """Base of every config section: unknown keys are errors, types are not coerced, instances do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DatasetConfig(StrictModel):
@@ -119,7 +117,7 @@ class TrainingConfig(StrictModel):
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every_steps: int = Field(default=50, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class RunConfig(StrictModel):
@@ -145,10 +143,6 @@ class RunConfig(StrictModel):
     def to_yaml(self) -> str:
         """The resolved configuration; loading it again gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    def digest(self) -> str:
-        """Hash over all values, for telling runs apart."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,6 +8,8 @@ class UserError(Exception):
     """Something the user can mend: the message names the file, key or row, and the remedy."""
 
     exit_code = 2
+    #: Of several ranks: True when another one prints it, None when it was raised before the ranks met.
+    told: bool | None = None
 
 
 class ConfigError(UserError):

@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlrec.config import ConfigError, validate_section
+from mmlrec.config import ConfigError, RunConfig, validate_section
 from mmlrec.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -38,6 +38,17 @@ def method(name: str) -> type[MultiTaskModel]:
         if isinstance(value, type) and attribute.lower() == wanted and value.__module__ == module.__name__:
             return value
     raise ConfigError(f"mmlrec/models/{name}.py defines no class named like its file ({wanted}, in CamelCase).")
+
+
+def resolve_model(config: RunConfig, source: str) -> RunConfig:
+    """The configuration with all options of its method spelt out in `model`, and no `model_defaults` left.
+
+    Raises:
+        ConfigError: unknown method, unknown option, or a value of the wrong type.
+    """
+    options = model_config(config.model, config.model_defaults, source)
+    model = {"name": config.model["name"], **options.model_dump(mode="json")}
+    return config.model_copy(update={"model": model, "model_defaults": {}})
 
 
 def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> NetworkConfig:

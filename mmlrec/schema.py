@@ -63,6 +63,12 @@ class Table(_Contract):
     vocabulary: str | None = Field(default=None, description="Parquet file of raw value, id and count, relative to the folder.")
     hash_seed: int | None = None
 
+    @model_validator(mode="after")
+    def _named(self) -> Table:
+        if not _NAME.match(self.name):
+            raise ValueError(f"table name {self.name!r} may hold letters, digits, '_' and '-' only")
+        return self
+
 
 class Feature(_Contract):
     """One input column. Sparse and multi features name their table; several features may share one."""

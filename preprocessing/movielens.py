@@ -124,6 +124,7 @@ class MovieLens1M(_MovieLens):
     """6,040 users, 3,883 movies, 1,000,209 ratings."""
 
     name = "movielens-1m"
+    next_config = "configs/mtl/movielens.yaml"
     summary = "1,000,209 ratings; two tasks, scenarios by gender or age"
     archive = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
     raw_files = (
@@ -148,6 +149,7 @@ class MovieLens100K(_MovieLens):
     """943 users, 1,682 movies, 100,000 ratings."""
 
     name = "movielens-100k"
+    next_config = "configs/mtl/movielens-100k.yaml"
     summary = "100,000 ratings; the same in small"
     archive = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
     raw_files = (

@@ -18,8 +18,13 @@ def branch_names(setting: Setting, tasks: Sequence[Task], scenario: Scenario | N
         return [task.name for task in tasks]
     assert scenario is not None, "check_setting refuses MSL and MTMSL without scenarios"
     if setting is Setting.MSL:
-        return list(scenario.values)
-    return [f"{task.name}:{value}" for task in tasks for value in scenario.values]
+        return [_escaped(value) for value in scenario.values]
+    return [f"{task.name}:{_escaped(value)}" for task in tasks for value in scenario.values]
+
+
+def _escaped(value: str) -> str:
+    """Without '.', which a torch module name may not hold, and '/', which ends the branch in names of its tables."""
+    return value.replace("%", "%25").replace(".", "%2E").replace("/", "%2F")
 
 
 def expand_branches(

@@ -46,5 +46,8 @@ def _copy_branch(tensors: dict[str, Any], current: dict[str, list[Tensor]], inde
         elif key.startswith("model.head.network."):
             # A layer over all branches holds `count` equal blocks, branch after branch.
             (shard,), (kept,) = shards, pieces
+            if shard.dim() == 0:  # a counter that all branches share: num_batches_tracked
+                shard.copy_(kept)
+                continue
             size = shard.shape[0] // count
             shard[index * size : (index + 1) * size].copy_(kept[index * size : (index + 1) * size])

@@ -79,12 +79,12 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
     if world.is_main:
         if folder.exists():
             old = folder.with_name(folder.name + _REPLACED)
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(folder)
+            # The former one stays until `prune`: should this process die now, the newest step checkpoint knows that one.
+            if old.exists():
+                shutil.rmtree(folder)
+            else:
+                folder.rename(old)
+        temporary.rename(folder)
         _sync(folder.parent)
     world.barrier()
 
@@ -149,28 +149,44 @@ def latest(folder: Path, world: World) -> Path | None:
     return Path(str(found)) if found else None
 
 
-def recover(folder: Path, world: World) -> None:
-    """Finish the replacement of a checkpoint that a kill cut short between its two renames."""
-    if world.is_main and not folder.exists():
-        for suffix in (_TEMPORARY, _REPLACED):
-            candidate = folder.with_name(folder.name + suffix)
-            if damage(candidate) is None:
-                candidate.rename(folder)
-                break
+def settle_best(best: Path, step: int | None, world: World) -> None:
+    """Make `best` the one that the step checkpoint to resume from knows, after a death during or since its replacement.
+
+    Args:
+        step: of that checkpoint; None for a new run.
+    """
+    if world.is_main:
+        old = best.with_name(best.name + _REPLACED)
+        if step is None:
+            shutil.rmtree(best, ignore_errors=True)
+        elif damage(old) is None and (damage(best) is not None or read_state(best)["step"] > step):
+            shutil.rmtree(best, ignore_errors=True)
+            old.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
     world.barrier()
 
 
-def prune(folder: Path, keep: int, world: World) -> None:
-    """Delete all but the newest `keep` checkpoints and what interrupted saves left. Call after a save has completed."""
+def prune(folder: Path, keep: int, world: World, *, step: int) -> None:
+    """Delete what the checkpoint of `step`, just saved, makes superfluous.
+
+    That is: all but the newest `keep` up to `step`, those beyond it (damaged ones, passed over by the resume), and what
+    interrupted or replaced saves left.
+    """
     if not world.is_main:
         return
     for leftover in [*folder.glob(f"*{_TEMPORARY}"), *folder.glob(f"*{_REPLACED}")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = sorted(p for p in folder.glob("step_*") if (p / MARKER).is_file())
-    for old in whole[:-keep]:
+    marked = sorted(p for p in folder.glob("step_*") if (p / MARKER).is_file())
+    kept = [p for p in marked if p <= step_folder(folder, step)][-keep:]
+    for path in set(marked) - set(kept):
         # The marker goes first: a deletion that is cut short leaves no folder that passes for a checkpoint.
-        (old / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        (path / MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; names sort as steps do."""
+    return folder / f"step_{step:09d}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -6,14 +6,18 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.errors import UserError
 
@@ -92,7 +96,9 @@ def process_group() -> Iterator[World]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    store = dist.HashStore() if "RANK" not in os.environ else None
+    store: dist.Store = dist.HashStore()
+    if "RANK" in os.environ:
+        store, rank, world_size = next(rendezvous("env://"))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
     try:
@@ -101,9 +107,39 @@ def process_group() -> Iterator[World]:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         configure_logging(rank)
         yield World(rank, world_size, local_world_size, device, control)
+    except UserError as error:
+        error.told = _told_already(store, world_size)
+        raise
+    except RuntimeError as error:
+        if world_size == 1 or not _PEER_GONE.search(str(error)):
+            raise
+        time.sleep(2)  # a peer that failed with a message of its own tells it first
+        lost = UserError(
+            "another rank of this run ended without a message: killed, or out of memory."
+            " Run the same command again to continue from the newest checkpoint."
+        )
+        lost.told = _told_already(store, world_size)
+        raise lost from None
     finally:
         # Without this a finished gloo process may abort in its destructors.
         dist.destroy_process_group()
+
+
+#: What gloo and NCCL say when the process on the other side of a collective is gone.
+_PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
+
+
+def _told_already(store: dist.Store, world_size: int) -> bool:
+    """False on the first rank that fails, which tells the user; True on the others, which leave it time to."""
+    if world_size == 1:
+        return False
+    try:
+        told = store.add("mmlrec/failed", 1) > 1
+    except RuntimeError:
+        return False
+    if told:
+        time.sleep(2)
+    return told
 
 
 def keep_freed_memory() -> None:
@@ -120,13 +156,31 @@ def keep_freed_memory() -> None:
 
 
 def configure_logging(rank: int) -> None:
-    """Log to standard error on rank 0; only warnings elsewhere."""
+    """Log to standard error on rank 0, debug messages to the run's log file only; elsewhere only warnings."""
     logger.handlers.clear()
     logger.propagate = False
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     handler = logging.StreamHandler(sys.stderr)
+    # A filter, not a level: the progress bar's own handler takes over filters only.
+    handler.addFilter(lambda record: record.levelno >= logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def log_file(path: Path, world: World) -> Iterator[None]:
+    """Append the log, debug messages included, to a file; on rank 0."""
+    if not world.is_main:
+        yield
+        return
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def quiet_libraries() -> None:
@@ -137,7 +191,8 @@ def quiet_libraries() -> None:
         ".*torch.distributed.*is deprecated.*",
         ".*[Ss]et timer.*",
         ".*TypedStorage is deprecated.*",
-        ".*You are using `torch.load`.*",
+        ".*HeuristicalStorageReservation.*",
+        ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace"):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, UserError
-from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, key_column
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, key_column
 from mmlrec.training.distributed import logger
 from mmlrec.training.evaluation import predict_split
 from mmlrec.training.session import Session
@@ -24,7 +24,7 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path)
         UserError: the output cannot be written; no part of it is left.
     """
     manifest = DatasetManifest.load(dataset)
-    _check_same_inputs(session.manifest, manifest, dataset)
+    _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=f"scoring {split}")
     error: UserError | None = None
@@ -37,10 +37,16 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path)
     session.world.raise_together(error)
 
 
-def _check_same_inputs(trained: DatasetManifest, given: DatasetManifest, folder: Path) -> None:
+def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -> None:
+    trained = session.manifest
     if trained.features != given.features:
-        names = sorted({f.name for f in trained.features} ^ {f.name for f in given.features}) or "their kinds or tables"
-        raise DataError(f"{folder}: its features differ from those the run was trained on: {names}.")
+        missing = sorted({f.name for f in trained.features} - {f.name for f in given.features})
+        extra = sorted({f.name for f in given.features} - {f.name for f in trained.features})
+        detail = f"it lacks {missing}, and has {extra} beyond them" if missing or extra else "in kind or table"
+        raise DataError(f"{folder}: its features differ from those the run was trained on: {detail}.")
+    values = [manifest.scenario.values if manifest.scenario else None for manifest in (trained, given)]
+    if session.config.dataset.setting is not Setting.MTL and values[0] != values[1]:
+        raise DataError(f"{folder}: its scenarios are {values[1]}, the run was trained with {values[0]}, in this order.")
     for table in trained.tables:
         if table.num_rows != given.table(table.name).num_rows:
             raise DataError(

@@ -39,11 +39,6 @@ class Reporter:
             return self
         self._metrics = self._stack.enter_context(self._folder.metrics.open("a", encoding="utf-8", buffering=1))
         self._tensorboard = self._stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._first_step))
-        file = logging.FileHandler(self._folder.log, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(file)
-        self._stack.callback(file.close)
-        self._stack.callback(logger.removeHandler, file)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -82,16 +77,16 @@ class Reporter:
         share = min(1.0, waited / seconds)
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
         self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}", refresh=False)
-        if self._bar.disable:
-            logger.info(
-                "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%",
-                epoch,
-                step,
-                self._total_steps,
-                shown,
-                f"{speed:,.0f}",
-                100 * share,
-            )
+        logger.log(
+            logging.INFO if self._bar.disable else logging.DEBUG,
+            "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%",
+            epoch,
+            step,
+            self._total_steps,
+            shown,
+            f"{speed:,.0f}",
+            100 * share,
+        )
         record = {
             "step": step,
             "epoch": epoch,

@@ -8,11 +8,13 @@ from typing import Any
 
 from mmlrec.config import RunConfig
 from mmlrec.embeddings.sharding import plan_table
-from mmlrec.errors import CheckpointError, UserError
+from mmlrec.errors import CheckpointError, ConfigError, UserError
+from mmlrec.registry import resolve_model
+from mmlrec.schema import DatasetManifest
 from mmlrec.training import checkpoint
-from mmlrec.training.distributed import World, logger
+from mmlrec.training.distributed import World, log_file, logger
 from mmlrec.training.evaluation import evaluate_split, write_result
-from mmlrec.training.run_folder import RunFolder
+from mmlrec.training.run_folder import RunFolder, dataset_digest
 from mmlrec.training.session import Session, build_session
 from mmlrec.training.trainer import Trainer
 
@@ -38,20 +40,14 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     Raises:
         UserError: configuration, data, checkpoint or folder are unusable, or a signal stopped the run.
     """
+    config = resolve_model(config, source)
     folder = RunFolder(run_dir)
-    error: UserError | None = None
-    if world.is_main:
-        try:
-            folder.create()
-        except UserError as cause:
-            error = cause
-    world.raise_together(error)
     found = checkpoint.latest(folder.checkpoints, world)
     if found is None and resume:
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
-    checkpoint.recover(folder.best, world)
     if found is not None:
         folder.check_same_run(config)
+        _check_same_data(found, config, run_dir)
         if _complete(folder, found, config):
             report = json.loads(folder.result.read_text(encoding="utf-8"))["test"]
             logger.info(
@@ -61,20 +57,45 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
-    if found is not None:
-        trainer.resume(found)
-    world.barrier()
-    if world.is_main:
-        folder.write_description(config, world, session.plan)
-        folder.keep_metrics_until(trainer.progress.step)
-    _announce(session, trainer, run_dir, found)
-    trainer.fit()
+    _create(folder, world)
+    with log_file(folder.log, world):
+        if found is not None:
+            trainer.resume(found)
+        checkpoint.settle_best(folder.best, None if found is None else trainer.progress.step, world)
+        if world.is_main:
+            folder.result.unlink(missing_ok=True)  # a result belongs to a finished run; this one trains on
+            folder.write_description(config, world, session.plan)
+            folder.keep_metrics_until(trainer.progress.step)
+        _announce(session, trainer, run_dir, found)
+        trainer.fit()
 
-    checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
-    report = evaluate_split(session, "test")
-    if world.is_main:
-        write_result(folder, "test", report, step=trainer.progress.step)
+        checkpoint.read_state(folder.best)
+        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+        report = evaluate_split(session, "test")
+        if world.is_main:
+            logger.debug(
+                "test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=trainer.progress.step)
+            )
     return report
+
+
+def _create(folder: RunFolder, world: World) -> None:
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            folder.create()
+        except UserError as cause:
+            error = cause
+    world.raise_together(error)
+
+
+def _check_same_data(found: Path, config: RunConfig, run_dir: Path) -> None:
+    digest = dataset_digest(DatasetManifest.load(Path(config.dataset.path)))
+    if checkpoint.read_state(found)["dataset"] != digest:
+        raise ConfigError(
+            f"{run_dir} holds a run on other data than {config.dataset.path} has now."
+            " Choose another folder with --run-dir, or delete this one."
+        )
 
 
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:

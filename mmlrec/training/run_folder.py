@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ import yaml
 
 from mmlrec.config import RunConfig, StrictModel, load_config
 from mmlrec.errors import ConfigError, UserError
+from mmlrec.schema import DatasetManifest
 from mmlrec.training.distributed import World
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -107,6 +109,12 @@ class RunFolder:
             write_atomically(self.metrics, "".join(kept))
 
 
+def dataset_digest(manifest: DatasetManifest) -> str:
+    """Identity of a dataset: a hash over the checksums of its parts."""
+    parts = [part.sha256 for split in manifest.splits.values() for part in split.parts]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a small text file so that readers see the old or the new content, never a part."""
     temporary = path.with_name(path.name + ".tmp")
@@ -145,7 +153,8 @@ def _environment(world: World) -> dict[str, Any]:
         "versions": versions,
         "git_commit": git.stdout.strip() or None,
         "world_size": world.world_size,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": world.device.type,
+        "device_name": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
         "threads_per_rank": torch.get_num_threads(),
         "torchx_job_id": os.environ.get("TORCHX_JOB_ID"),
     }

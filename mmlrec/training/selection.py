@@ -62,7 +62,7 @@ def joint_metric(report: dict[str, Any]) -> dict[str, float]:
     Raises:
         DataError: the validation split has one class only in every task, so nothing can be selected.
     """
-    return {"all": _mean([_score(task) for task in report["tasks"].values()])}
+    return {"all": _mean([_score(task) for task in report["tasks"].values()], "every task")}
 
 
 def branch_metrics(report: dict[str, Any], branches: list[tuple[str, str, str | None]]) -> dict[str, float]:
@@ -74,7 +74,7 @@ def branch_metrics(report: dict[str, Any], branches: list[tuple[str, str, str | 
     values = {}
     for name, task, scenario in branches:
         slice_ = report["tasks"][task] if scenario is None else report["tasks"][task]["scenarios"][scenario]
-        values[name] = _mean([_score(slice_)])
+        values[name] = _mean([_score(slice_)], f"branch '{name}'")
     return values
 
 
@@ -82,10 +82,10 @@ def _score(metrics: dict[str, Any]) -> float | None:
     return -metrics["mse"] if metrics.get("mse") is not None else metrics.get("auc")
 
 
-def _mean(scores: list[float | None]) -> float:
+def _mean(scores: list[float | None], what: str) -> float:
     known = [score for score in scores if score is not None]
     if not known:
         raise DataError(
-            "the validation split holds one class only, so no AUC is defined to select by. Use more validation rows."
+            f"the valid split has labels of one class only for {what}, so there is no AUC to select by. Use more rows."
         )
     return sum(known) / len(known)

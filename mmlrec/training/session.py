@@ -19,7 +19,7 @@ from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
-from mmlrec.errors import did_you_mean
+from mmlrec.errors import DataError, did_you_mean
 from mmlrec.models.base import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, model_config
 from mmlrec.schema import DatasetManifest, Setting, Task
@@ -90,6 +90,8 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         ConfigError: a task that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
+    if not manifest.sparse_features:
+        raise DataError(f"{config.dataset.path} has no sparse feature: there is nothing to look up in an embedding table.")
     multi_scenario = config.dataset.setting is not Setting.MTL
     scenarios = len(manifest.scenario.values) if multi_scenario and manifest.scenario else 1
     return ModelSpec(

@@ -26,7 +26,7 @@ from mmlrec.training.distributed import World, logger
 from mmlrec.training.evaluation import evaluate_split
 from mmlrec.training.optim import Schedule
 from mmlrec.training.reporting import Reporter
-from mmlrec.training.run_folder import RunFolder
+from mmlrec.training.run_folder import RunFolder, dataset_digest
 from mmlrec.training.selection import Selection, branch_metrics, joint_metric
 from mmlrec.training.session import Session
 
@@ -94,7 +94,6 @@ class Trainer:
         self.progress = Progress()
         self.waited = 0.0
         self._saved_step = -1
-        self._validated_step = -1
         self._losses = torch.zeros(len(session.objectives), device=self.world.device)
         self._loss_steps = 0
 
@@ -115,7 +114,10 @@ class Trainer:
         checkpoint.load_training(path, self.session.model, self.session.optimizer, self.world)
         self.progress = Progress(**state["progress"])
         self.selection.load_state(state["selection"])
-        self._saved_step = self._validated_step = self.progress.step
+        self._saved_step = self.progress.step
+        if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one
+            self._losses.copy_(torch.tensor(state["window"]["losses"]) * self.world.world_size)
+        self._loss_steps = state["window"]["steps"]
         if self.progress.rows >= self.reader.num_rows:
             self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
 
@@ -236,15 +238,26 @@ class Trainer:
     def _save(self) -> None:
         if self._saved_step == self.progress.step:
             return
+        window = self._losses.clone()
+        if self.world.world_size > 1:
+            dist.all_reduce(window)
+        parameters = [p.detach() for p in self.session.network.parameters()]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in [window, *parameters]):
+            raise UserError(
+                f"loss or weights are not finite at step {self.progress.step}; not saved. Lower dense.optimizer.lr or"
+                " embeddings.optimizer.lr, or set dense.clip_norm, and resume from the checkpoint before."
+            )
         state: dict[str, Any] = {
             "progress": asdict(self.progress),
+            "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
             "selection": self.selection.state(),
             "finished": self.finished,
             "world_size": self.world.world_size,
             "config": self.session.config.model_dump(mode="json"),
+            "dataset": dataset_digest(self.session.manifest),
         }
         tensors = checkpoint.training_tensors(self.session.model, self.session.optimizer, self.world.rank)
-        checkpoint.save(self.folder.checkpoints / f"step_{self.progress.step:09d}", tensors, state, self.world)
-        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world)
+        checkpoint.save(checkpoint.step_folder(self.folder.checkpoints, self.progress.step), tensors, state, self.world)
+        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
         self._saved_step = self.progress.step
         logger.debug("saved step %d", self.progress.step)

@@ -106,7 +106,7 @@ class Dataset:
     raw_files: ClassVar[tuple[RawFile, ...]] = ()
     archive: ClassVar[str] = ""
     split: ClassVar[Literal["random", "in_order"]] = "random"
-    next_config: ClassVar[str] = "configs/mtl/movielens.yaml"
+    next_config: ClassVar[str] = "configs/scaling/synthetic.yaml"
 
     features: tuple[Column, ...]
     tasks: tuple[Task, ...]

@@ -190,11 +190,10 @@ def test_only_the_newest_checkpoints_are_kept(root, tmp_path):
     assert all(checkpoint.damage(p) is None for p in (run_dir / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".tmp", ".old"])
-def test_kill_between_the_two_renames_of_best(root, tmp_path, suffix):
+def test_kill_between_the_two_renames_of_best(root, tmp_path):
     run_dir = tmp_path / "run"
     launch(1, [train(root, run_dir, "training.max_steps=28")], tmp_path)
     best = run_dir / "checkpoints" / "best"
-    best.rename(best.with_name("best" + suffix))
+    best.rename(best.with_name("best.old"))
     launch(1, [train(root, run_dir)], tmp_path)
     assert_same_end(root, run_dir)

@@ -1,0 +1,72 @@
+"""Checkpoint folders: what is kept, restored and refused."""
+
+import os
+
+import pytest
+import torch
+
+from mmlrec.errors import CheckpointError
+from mmlrec.training import checkpoint
+from mmlrec.training.distributed import process_group
+
+
+@pytest.fixture
+def world(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with process_group() as world:
+        yield world
+
+
+def save(folder, step, world, value=None):
+    checkpoint.save(folder, {"model.w": torch.full((3,), float(step if value is None else value))}, {"step": step}, world)
+
+
+def load(folder, world):
+    tensors = {"model.w": torch.zeros(3)}
+    checkpoint.load(folder, tensors, world)
+    return tensors["model.w"].tolist()
+
+
+def test_prune_keeps_the_newest_whole_ones(tmp_path, world):
+    for step in (2, 4, 6, 8):
+        save(checkpoint.step_folder(tmp_path, step), step, world)
+    # 8 is damaged: a resume passes it over, goes on from 6 and saves 7. Nothing that is whole may go for its sake.
+    damaged = next(checkpoint.step_folder(tmp_path, 8).glob("*.distcp"))
+    os.truncate(damaged, 1)
+    assert checkpoint.latest(tmp_path, world) == checkpoint.step_folder(tmp_path, 6)
+    save(checkpoint.step_folder(tmp_path, 7), 7, world)
+    checkpoint.prune(tmp_path, 2, world, step=7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000006", "step_000000007"]
+
+
+@pytest.mark.parametrize(("resumed_from", "expected"), [(7, 5.0), (10, 10.0), (12, 10.0)])
+def test_best_goes_back_to_what_the_resumed_step_knew(tmp_path, world, resumed_from, expected):
+    # Best of step 5, replaced at step 10; the process dies before the step checkpoint of 10 is whole, or after.
+    save(tmp_path / "best", 5, world)
+    save(tmp_path / "best", 10, world)
+    checkpoint.settle_best(tmp_path / "best", resumed_from, world)
+    assert load(tmp_path / "best", world) == [expected] * 3
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_best_survives_a_kill_while_it_is_replaced(tmp_path, world):
+    save(tmp_path / "best", 5, world)
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    save(tmp_path / "best.tmp", 10, world)
+    checkpoint.settle_best(tmp_path / "best", 7, world)
+    assert load(tmp_path / "best", world) == [5.0] * 3
+
+
+def test_a_new_run_has_no_best(tmp_path, world):
+    save(tmp_path / "best", 5, world)
+    checkpoint.settle_best(tmp_path / "best", None, world)
+    assert not (tmp_path / "best").exists()
+
+
+def test_another_shape_or_key_is_refused(tmp_path, world):
+    save(tmp_path / "step_000000001", 1, world)
+    with pytest.raises(CheckpointError, match=r"'model.w' has shape \(3,\), this model wants \(4,\)"):
+        checkpoint.load(tmp_path / "step_000000001", {"model.w": torch.zeros(4)}, world)
+    with pytest.raises(CheckpointError, match="it lacks \\['model.v'\\] and has \\['model.w'\\]"):
+        checkpoint.load(tmp_path / "step_000000001", {"model.v": torch.zeros(3)}, world)
