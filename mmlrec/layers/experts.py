@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,60 +42,86 @@ def repeat(x: Tensor, stack: int) -> Tensor:
 
 
 class _StackedReLU(torch.autograd.Function):
-    """U chains of relu(x @ weight + bias) on a CPU: saves the outputs only, and owns what its backward may overwrite.
+    """Stacks of chains of relu(x @ weight + bias) on a CPU: saves outputs only, owns what its backward may overwrite.
 
-    A shared input takes one wide GEMM forward and two backward: their results are views of [B, U*o], which the GEMMs of
-    the next layer read in place. Members with inputs of their own take a loop. Against a loop over single layers, forward
-    and backward of a benchmark-sized MMoE take 0.8 (d_in 429, float32) and 0.86 (bf16) of the time.
+    On a shared input the first layers of all stacks are one wide GEMM forward and two backward; their results are slices
+    of one buffer, which the GEMMs of the next layer read in place. Members with inputs of their own take a loop. Against
+    a loop over single layers, forward and backward of a benchmark-sized MMoE take 0.8 of the time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, depths: tuple[int, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
+        """`depths`: layers of each stack; `parameters`: weight and bias of each layer, stack after stack."""
         weights, biases = parameters[::2], parameters[1::2]
-        outputs = [x]
-        for weight, bias in zip(weights, biases, strict=True):
-            x = outputs[-1]
-            if x.dim() == 2:
-                y = stacked_linear(x, weight, bias)
-            else:
-                y = x.new_empty(weight.shape[0], x.shape[1], weight.shape[2])
-                for u in range(weight.shape[0]):
-                    torch.addmm(bias[u], x[u], weight[u], out=y[u])
-            outputs.append(y.relu_())
-        ctx.save_for_backward(*weights, *outputs)
-        return outputs[-1]
+        starts = list(accumulate(depths, initial=0))[:-1]
+        outputs: list[Tensor] = [x] * len(weights)
+        if x.dim() == 2:
+            joint = torch.cat([weights[i].transpose(0, 1).flatten(1) for i in starts], dim=1)
+            y = torch.addmm(torch.cat([biases[i].flatten() for i in starts]), x, joint).relu_()
+            for i, view in zip(starts, _members(y, [weights[i] for i in starts]), strict=True):
+                outputs[i] = view
+        for start, depth in zip(starts, depths, strict=True):
+            for i in range(start + (x.dim() == 2), start + depth):
+                outputs[i] = _loop(x if i == start else outputs[i - 1], weights[i], biases[i])
+        ctx.depths = depths
+        ctx.save_for_backward(x, *weights, *outputs)
+        return tuple(outputs[start + depth - 1] for start, depth in zip(starts, depths, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        depth = len(ctx.saved_tensors) // 2
-        weights, outputs = ctx.saved_tensors[:depth], ctx.saved_tensors[depth:]
-        found: list[Tensor] = []
-        grad, incoming = torch.empty_like(outputs[-1]), grads[0]
-        for layer in reversed(range(depth)):
-            torch.ops.aten.threshold_backward.grad_input(incoming, outputs[layer + 1], 0, grad_input=grad)
-            x, weight = outputs[layer], weights[layer]
-            wanted = layer > 0 or ctx.needs_input_grad[0]
-            grad_x, grad_weight, grad_bias = _linear_backward(x, weight, grad, _rows_aligned(x) if wanted else None)
-            found = [grad_weight, grad_bias, *found]
-            grad = incoming = grad_x  # overwritten in place: this gradient is nobody else's
-        return grad_x, *found
+        x, rest = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+        weights, outputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        starts = list(accumulate(ctx.depths, initial=0))[:-1]
+        firsts = [weights[i] for i in starts]
+        found: list[Tensor | None] = [None] * (2 * len(weights))
+        grad_x = _rows_aligned(x) if ctx.needs_input_grad[0] else None
+        wide = x.new_empty(len(x), sum(w.shape[0] * w.shape[2] for w in firsts)) if x.dim() == 2 else None
+        slices = _members(wide, firsts) if wide is not None else []
+        for k, (start, depth) in enumerate(zip(starts, ctx.depths, strict=True)):
+            incoming, target = grads[k], torch.empty_like(grads[k])
+            for i in reversed(range(start, start + depth)):
+                in_slice = i == start and wide is not None
+                if in_slice:
+                    target = slices[k]
+                torch.ops.aten.threshold_backward.grad_input(incoming, outputs[i], 0, grad_input=target)
+                if in_slice:
+                    break
+                below = grad_x if i == start else torch.empty_like(outputs[i - 1])
+                found[2 * i : 2 * i + 2] = _loop_backward(x if i == start else outputs[i - 1], weights[i], target, below)
+                if below is not None:
+                    incoming = target = below  # overwritten in place: this gradient is nobody else's
+        if wide is not None:
+            if grad_x is not None:
+                torch.mm(wide, torch.cat([w.transpose(1, 2).flatten(0, 1) for w in firsts]), out=grad_x)
+            joint = zip(starts, _members(x.t() @ wide, firsts), _members(wide.sum(0, keepdim=True), firsts), strict=True)
+            for i, weight, bias in joint:
+                found[2 * i : 2 * i + 2] = weight, bias[:, 0]
+        return grad_x, None, *found
 
 
-def _linear_backward(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-    """Gradients of x (into `grad_x`, unless None), weight and bias of `stacked_linear`."""
-    stack, fan_in, width = weight.shape
-    if x.dim() == 2:
-        wide = grad.transpose(0, 1).reshape(-1, stack * width)
-        if grad_x is not None:
-            torch.mm(wide, weight.transpose(1, 2).reshape(stack * width, fan_in), out=grad_x)
-        return grad_x, (x.t() @ wide).view(fan_in, stack, width).transpose(0, 1), wide.sum(dim=0).view(stack, width)
+def _members(wide: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Columns [n, sum of U*o] as one view [U, n, o] for each of the stacks that have these weights [U, i, o]."""
+    parts = wide.split([w.shape[0] * w.shape[2] for w in weights], dim=1)
+    return [p.unflatten(1, (w.shape[0], w.shape[2])).transpose(0, 1) for p, w in zip(parts, weights, strict=True)]
+
+
+def _loop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """relu(x[u] @ weight[u] + bias[u]) for each member."""
+    y = x.new_empty(weight.shape[0], x.shape[1], weight.shape[2])
+    for u in range(weight.shape[0]):
+        torch.addmm(bias[u], x[u], weight[u], out=y[u])
+    return y.relu_()
+
+
+def _loop_backward(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias of `_loop`, before relu; that of x into `grad_x`, unless None."""
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for u in range(stack):
+    for u in range(weight.shape[0]):
         torch.mm(x[u].t(), grad[u], out=grad_weight[u])
         if grad_x is not None:
             torch.mm(grad[u], weight[u].t(), out=grad_x[u])
-    return grad_x, grad_weight, grad.sum(dim=1)
+    return grad_weight, grad.sum(dim=1)
 
 
 def _rows_aligned(x: Tensor) -> Tensor:
@@ -148,19 +175,18 @@ class StackedMLP(nn.Module):
         """
         if not self.weights:
             return x.expand(self.stack, *x.shape[-2:])
-        if (
-            self.activation is torch.relu_
-            and not self.norms
-            and not (self.dropout and self.training)
-            and x.device.type == "cpu"
-        ):
-            chain = [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
-            return _StackedReLU.apply(*_autocast(x if x.dim() == 2 else repeat(x, self.stack), *chain))
+        if self.fast_on(x):
+            return together(x, [self], [rows])[0]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = stacked_linear(x, weight, bias)
             x = self.activation(self.norms[layer](x, rows) if self.norms else x)
             x = F.dropout(x, self.dropout, self.training)
         return x
+
+    def fast_on(self, x: Tensor) -> bool:
+        """True when `together` has a faster way for this stack."""
+        plain = self.activation is torch.relu_ and not self.norms and not (self.dropout and self.training)
+        return plain and x.device.type == "cpu" and len(self.weights) > 0
 
     def own(self, x: Tensor, dispatch: Dispatch) -> Tensor:
         """Members of each row's own scenario; member n * S + s belongs to scenario s.
@@ -175,3 +201,17 @@ class StackedMLP(nn.Module):
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = F.dropout(self.activation(dispatch.linear(x, weight, bias)), self.dropout, self.training)
         return x
+
+
+def together(x: Tensor, stacks: Sequence[StackedMLP], rows: Sequence[Tensor | None]) -> list[Tensor]:
+    """`stack(x, rows)` of several stacks on one input, with one GEMM for all first layers where that is faster.
+
+    Args:
+        x: [B, i]; or [G, B, i] for a single stack.
+        rows: for each stack, the rows that count in normalisation statistics.
+    """
+    if not all(stack.fast_on(x) for stack in stacks):
+        return [stack(x, counted) for stack, counted in zip(stacks, rows, strict=True)]
+    chain = [p for stack in stacks for pair in zip(stack.weights, stack.biases, strict=True) for p in pair]
+    x, *chain = _autocast(x if x.dim() == 2 else repeat(x, stacks[0].stack), *chain)
+    return list(_StackedReLU.apply(x, tuple(len(stack.weights) for stack in stacks), *chain))

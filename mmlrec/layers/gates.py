@@ -38,7 +38,10 @@ class Gates(nn.Module):
         Returns:
             [B, H, E], positive, summing to 1 over the last axis; float32 or wider.
         """
-        hidden = self.hidden(x, rows) if self.hidden.weights else x
+        return self.from_hidden(self.hidden(x, rows) if self.hidden.weights else x)
+
+    def from_hidden(self, hidden: Tensor) -> Tensor:
+        """The same from the output of `self.hidden`, [H, B, o]."""
         return _softmax(stacked_linear(hidden, self.weight, None))
 
     def own(self, x: Tensor, dispatch: Dispatch) -> Tensor:

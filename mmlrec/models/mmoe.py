@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmlrec.config import ConfigError
 from mmlrec.errors import did_you_mean
-from mmlrec.layers.experts import StackedMLP
+from mmlrec.layers.experts import StackedMLP, together
 from mmlrec.layers.gates import Gates, mix
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
@@ -78,6 +78,10 @@ class MMoE(MultiTaskModel):
             mixed = mix(self.gates.own(gate_x, dispatch), experts)
             return Output(dispatch.restore(self.towers.own(mixed, dispatch)), shared=(experts,))
         rows = self.head_rows(scenario, valid)
-        experts = self.experts(x, valid)
-        mixed = mix(self.gates(gate_x, rows), experts)
+        if extra or not self.gates.hidden.weights:
+            experts, gates = self.experts(x, valid), self.gates(gate_x, rows)
+        else:
+            experts, hidden = together(x, [self.experts, self.gates.hidden], [valid, rows])
+            gates = self.gates.from_hidden(hidden)
+        mixed = mix(gates, experts)
         return self.select(self.towers(mixed, rows), scenario, return_all_heads, shared=(experts,))
