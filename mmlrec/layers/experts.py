@@ -56,8 +56,8 @@ class _StackedReLU(torch.autograd.Function):
         starts = list(accumulate(depths, initial=0))[:-1]
         outputs: list[Tensor] = [x] * len(weights)
         if x.dim() == 2:
-            joint = torch.cat([weights[i].transpose(0, 1).flatten(1) for i in starts], dim=1)
-            y = torch.addmm(torch.cat([biases[i].flatten() for i in starts]), x, joint).relu_()
+            joint = torch.cat([weights[i].transpose(1, 2).flatten(0, 1) for i in starts])  # [o, i]: read fastest
+            y = torch.addmm(torch.cat([biases[i].flatten() for i in starts]), x, joint.t()).relu_()
             for i, view in zip(starts, _members(y, [weights[i] for i in starts]), strict=True):
                 outputs[i] = view
         for start, depth in zip(starts, depths, strict=True):
@@ -110,7 +110,7 @@ def _loop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """relu(x[u] @ weight[u] + bias[u]) for each member."""
     y = x.new_empty(weight.shape[0], x.shape[1], weight.shape[2])
     for u in range(weight.shape[0]):
-        torch.addmm(bias[u], x[u], weight[u], out=y[u])
+        torch.addmm(bias[u], x[u], weight[u].t().contiguous().t(), out=y[u])  # [o, i]: read fastest
     return y.relu_()
 
 
