@@ -66,9 +66,9 @@ def test_best_holds_each_branch_at_its_own_best_step(run):
 
 def test_a_branch_alone_trains_as_in_the_joint_run(run):
     # Without normalisation: a bias in front of it has no gradient but rounding, which Adam would blow up to full steps.
-    short = ["training.max_steps=12", "model.use_bn=false"]
-    joint = tensors(run("joint-short", *short) / "checkpoints/step_000000012")
-    alone = tensors(run("alone-short", "model.branches=[2]", *short) / "checkpoints/step_000000012")
+    short = ["training.max_steps=6", "model.use_bn=false"]
+    joint = tensors(run("joint-short", *short) / "checkpoints/step_000000006")
+    alone = tensors(run("alone-short", "model.branches=[2]", *short) / "checkpoints/step_000000006")
     expected, found = own(joint, BRANCHES[2], 2, 4), own(alone, BRANCHES[2], 0, 1)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
@@ -76,6 +76,6 @@ def test_a_branch_alone_trains_as_in_the_joint_run(run):
 
 
 def test_a_branch_alone_is_reported_alone(run):
-    report = json.loads((run("alone", "model.branches=[2]", "training.max_steps=12") / "result.json").read_text())["test"]
+    report = json.loads((run("alone", "model.branches=[2]", "training.max_steps=6") / "result.json").read_text())["test"]
     rows = {(t, s): part["rows"] for t, task in report["tasks"].items() for s, part in task["scenarios"].items()}
     assert {key for key, count in rows.items() if count} == {("buy", "s0")}
