@@ -25,7 +25,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 300) -> None:
+def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900) -> None:
     """Run actions on `world_size` ranks; raise with their output when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"actions-{world_size}.json"

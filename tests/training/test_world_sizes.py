@@ -11,6 +11,9 @@ import pytest
 from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, rows_of_steps, tensors
 
+# The first test to run waits for all four launches: some five minutes on two idle cores.
+pytestmark = pytest.mark.timeout(2400)
+
 WORLD_SIZES = (4, 2, 1, 3)
 PLANS = ("table_wise", "row_wise", "auto")
 SGD = ["embeddings.optimizer={name: sgd, lr: 0.05}", "dense.optimizer={name: sgd, lr: 0.05}"]
