@@ -32,7 +32,8 @@ _NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download"}  # options that
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
-    previous = signal.signal(signal.SIGTERM, _stop)
+    # SIGINT too: a command that a script starts in the background inherits it ignored.
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         _run(arguments)
     except UserError as error:
@@ -42,7 +43,8 @@ def main(arguments: list[str]) -> int:
         print("interrupted; nothing was left behind.", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 
