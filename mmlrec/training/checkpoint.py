@@ -60,7 +60,7 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as cause:
-            error = CheckpointError(f"{folder}: cannot write a checkpoint: {cause}. Free space or choose another run_dir.")
+            error = _unwritable(folder, cause)
     world.raise_together(error)
     try:
         dcp.save(dict(tensors), storage_writer=FileSystemWriter(temporary), process_group=world.control, no_dist=False)
@@ -68,8 +68,7 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
             (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             _seal(temporary)
     except (CheckpointException, OSError) as cause:
-        reason = "; ".join(str(e[0]) for e in cause.failures.values()) if isinstance(cause, CheckpointException) else str(cause)
-        error = CheckpointError(f"{folder}: cannot write a checkpoint: {reason}. Free space or choose another run_dir.")
+        error = _unwritable(folder, cause)
     try:
         world.raise_together(error)
     except CheckpointError:
@@ -87,6 +86,11 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
         temporary.rename(folder)
         _sync(folder.parent)
     world.barrier()
+
+
+def _unwritable(folder: Path, cause: CheckpointException | OSError) -> CheckpointError:
+    reasons = [str(e[0]) for e in cause.failures.values()] if isinstance(cause, CheckpointException) else [str(cause)]
+    return CheckpointError(f"{folder}: cannot write a checkpoint: {'; '.join(reasons)}. Free space or choose another run_dir.")
 
 
 def _seal(folder: Path) -> None:

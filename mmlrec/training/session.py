@@ -107,10 +107,13 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
 def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     by_name = {task.name: task for task in manifest.tasks}
     names = config.dataset.tasks or list(by_name)
-    for name in [*names, *config.balancing.loss_weights]:
+    wanted = [("dataset.tasks", name) for name in names] + [
+        ("balancing.loss_weights", n) for n in config.balancing.loss_weights
+    ]
+    for key, name in wanted:
         if name not in by_name:
             raise ConfigError(
-                f"dataset.tasks: '{name}' is not a task of {config.dataset.path}.{did_you_mean(name, by_name)}"
+                f"{key}: '{name}' is not a task of {config.dataset.path}.{did_you_mean(name, by_name)}"
                 f" Tasks: {', '.join(by_name)}."
             )
     if len(set(names)) != len(names):
