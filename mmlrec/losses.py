@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 Reduction = Literal["pooled", "balanced"]
 
 
+@dataclass(frozen=True)
+class LossOptions:
+    """What the configuration says about losses; see `Loss`."""
+
+    scenario_reduction: Reduction = "pooled"
+
+
 class Loss:
     """The objectives of one step: each task's mean loss over its labelled rows, all ranks together.
 
@@ -27,12 +35,13 @@ class Loss:
 
     Use: `denominators` on every rank, sum over ranks, then call. With gradients averaged over ranks (DDP), W ranks give
     the gradient of one process on the whole batch; a returned scalar's mean over ranks is the loss of the whole batch.
-    Methods with other objectives subclass this and set `MultiTaskModel.loss_class`.
+    Methods with other losses override `row_losses` (what a row and task costs) or `terms` (scalars added as they are), and
+    `MultiTaskModel.make_loss`.
     """
 
-    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, scenario_reduction: Reduction = "pooled") -> None:
+    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions = LossOptions()) -> None:
         self.tasks, self.num_scenarios = tasks, num_scenarios
-        self.balanced = scenario_reduction == "balanced" and num_scenarios > 1
+        self.balanced = options.scenario_reduction == "balanced" and num_scenarios > 1
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -66,7 +75,7 @@ class Loss:
         denominators: Tensor,
         world_size: int = 1,
     ) -> dict[str, Tensor]:
-        """Objectives by name, each a scalar, then the network's extra losses.
+        """Objectives by name, each a scalar, then the terms that are added as they are.
 
         Args:
             output: of the network; `logits` [B, T].
@@ -74,10 +83,23 @@ class Loss:
             denominators: summed over ranks.
             world_size: number of ranks over which gradients are averaged.
         """
-        losses = per_sample(output.logits, labels, self.tasks)
+        losses = self.row_losses(output, labels)
         share = row_weights(labels, mask, weight).to(losses.dtype) * self._scale(denominators, scenario) * world_size
         sums = (losses * share).sum(dim=0)
-        return dict(zip(self.objectives, sums.unbind(), strict=True)) | output.extra_losses
+        return dict(zip(self.objectives, sums.unbind(), strict=True)) | self.terms(output, labels, share)
+
+    def row_losses(self, output: Output, labels: Tensor) -> Tensor:
+        """Loss of each row and task, [B, T], finite also where a label is missing (NaN)."""
+        return per_sample(output.logits, labels, self.tasks)
+
+    def terms(self, output: Output, labels: Tensor, share: Tensor) -> dict[str, Tensor]:
+        """Scalars that are added to the objectives as they are, by name: here the network's own.
+
+        Args:
+            share: [B, T], what multiplies each row's loss in its objective: its weight over the global denominator, times
+                the world size; 0 where the label is missing.
+        """
+        return output.extra_losses
 
     def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
         """1 / denominator of each row and task, broadcast to [B, T]."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmlrec.losses import Loss, chain_logit
+from mmlrec.losses import Loss, LossOptions, chain_logit
 from mmlrec.models.base import Output
 from mmlrec.schema import Task
 
@@ -43,7 +43,7 @@ def test_masked_mean_worked_number():
 def test_equals_a_loop(reduction):
     labels, mask, scenario, weight = random_batch(40)
     logits = torch.randn(40, 2, dtype=torch.float64)
-    got = call(Loss(BINARY, 3, reduction), logits, labels, mask, scenario, weight)
+    got = call(Loss(BINARY, 3, LossOptions(reduction)), logits, labels, mask, scenario, weight)
     for t, name in enumerate(("click", "buy")):
         sums, norms = [0.0] * 3, [0.0] * 3
         for b in range(40):
@@ -63,7 +63,7 @@ def test_ranks_with_averaged_gradients_equal_one_process(reduction):
     scenario = torch.where(scenario == 2, 1, scenario)  # Scenario 2 is absent.
     mask[:12, 0] = 0  # The first rank has no row of task 0.
     x = torch.randn(30, 4, dtype=torch.float64)
-    loss = Loss(BINARY, 3, reduction)
+    loss = Loss(BINARY, 3, LossOptions(reduction))
     one = torch.randn(4, 2, dtype=torch.float64).requires_grad_()
     terms = call(loss, x @ one, labels, mask, scenario, weight)
     expected = torch.autograd.grad(terms["click"] + 0.3 * terms["buy"], one)[0]
@@ -82,7 +82,7 @@ def test_ranks_with_averaged_gradients_equal_one_process(reduction):
 def test_balanced_ignores_absent_scenarios():
     logits, labels = torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
-    loss = Loss(BINARY[:1], 5, "balanced")
+    loss = Loss(BINARY[:1], 5, LossOptions("balanced"))
     value = call(loss, logits, labels, torch.ones(2, 1, dtype=torch.float64), torch.tensor([4, 4]), ones)["click"]
     assert value.item() == pytest.approx(math.log(2), rel=1e-12)
 
@@ -92,7 +92,12 @@ def test_nothing_labelled_is_zero_with_zero_gradient():
     scenario = torch.zeros(3, dtype=torch.long)
     for reduction in ("pooled", "balanced"):
         terms = call(
-            Loss(BINARY, 2, reduction), logits, torch.full((3, 2), math.nan), torch.ones(3, 2), scenario, torch.ones(3)
+            Loss(BINARY, 2, LossOptions(reduction)),
+            logits,
+            torch.full((3, 2), math.nan),
+            torch.ones(3, 2),
+            scenario,
+            torch.ones(3),
         )
         assert terms["click"] == 0
         (gradient,) = torch.autograd.grad(terms["click"] + terms["buy"], logits)

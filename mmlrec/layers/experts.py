@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,95 +43,113 @@ def repeat(x: Tensor, stack: int) -> Tensor:
 class _StackedReLU(torch.autograd.Function):
     """Stacks of chains of relu(x @ weight + bias) on a CPU: saves outputs only, owns what its backward may overwrite.
 
-    On a shared input the first layers of all stacks are one wide GEMM forward and two backward; their results are slices
-    of one buffer, which the GEMMs of the next layer read in place. Members with inputs of their own take a loop. Against
-    a loop over single layers, forward and backward of a benchmark-sized MMoE take 0.8 of the time.
+    One member after the other, through all its layers, so that what one product writes is still in the cache when relu, the
+    next product or the sum of a bias reads it. First layers of narrow members on one input are one product.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, depths: tuple[int, ...], *parameters: Tensor) -> tuple[Tensor, ...]:
-        """`depths`: layers of each stack; `parameters`: weight and bias of each layer, stack after stack."""
+        """`x`: [G, B, i]; `depths`: layers of each stack; `parameters`: weight and bias of each layer, stack after stack."""
         weights, biases = parameters[::2], parameters[1::2]
-        starts = list(accumulate(depths, initial=0))[:-1]
-        outputs: list[Tensor] = [x] * len(weights)
-        if x.dim() == 2:
-            joint = torch.cat([weights[i].transpose(1, 2).flatten(0, 1) for i in starts])  # [o, i]: read fastest
-            y = torch.addmm(torch.cat([biases[i].flatten() for i in starts]), x, joint.t()).relu_()
-            for i, view in zip(starts, _members(y, [weights[i] for i in starts]), strict=True):
-                outputs[i] = view
-        for start, depth in zip(starts, depths, strict=True):
-            for i in range(start + (x.dim() == 2), start + depth):
-                outputs[i] = _loop(x if i == start else outputs[i - 1], weights[i], biases[i])
+        outputs: list[Tensor] = []
+        results: list[Tensor] = []
+        start = 0
+        for depth in depths:
+            layers = range(start, start + depth)
+            rows = x.shape[1]
+            first = _joint(x, weights[start])
+            made = [x.new_empty(weights[i].shape[0], rows, weights[i].shape[2]) for i in layers]
+            if first:
+                y = torch.addmm(biases[start].flatten(), x[0], _by_output(weights[start]).flatten(0, 1).t()).relu_()
+                made[0] = y.unflatten(1, biases[start].shape).transpose(0, 1)
+            for u in range(weights[start].shape[0]):
+                below = made[0][u] if first else x[u % len(x)]
+                for i, out in list(zip(layers, made, strict=True))[first:]:
+                    below = torch.addmm(biases[i][u], below, _by_output(weights[i][u]).t(), out=out[u]).relu_()
+            outputs += made
+            results.append(made[-1])
+            start += depth
         ctx.depths = depths
         ctx.save_for_backward(x, *weights, *outputs)
-        return tuple(outputs[start + depth - 1] for start, depth in zip(starts, depths, strict=True))
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, rest = ctx.saved_tensors[0], ctx.saved_tensors[1:]
         weights, outputs = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        starts = list(accumulate(ctx.depths, initial=0))[:-1]
-        firsts = [weights[i] for i in starts]
-        found: list[Tensor | None] = [None] * (2 * len(weights))
-        grad_x = _rows_aligned(x) if ctx.needs_input_grad[0] else None
-        wide = x.new_empty(len(x), sum(w.shape[0] * w.shape[2] for w in firsts)) if x.dim() == 2 else None
-        slices = _members(wide, firsts) if wide is not None else []
-        for k, (start, depth) in enumerate(zip(starts, ctx.depths, strict=True)):
-            incoming, target = grads[k], torch.empty_like(grads[k])
-            for i in reversed(range(start, start + depth)):
-                in_slice = i == start and wide is not None
-                if in_slice:
-                    target = slices[k]
-                torch.ops.aten.threshold_backward.grad_input(incoming, outputs[i], 0, grad_input=target)
-                if in_slice:
-                    break
-                below = grad_x if i == start else torch.empty_like(outputs[i - 1])
-                found[2 * i : 2 * i + 2] = _loop_backward(x if i == start else outputs[i - 1], weights[i], target, below)
-                if below is not None:
-                    incoming = target = below  # overwritten in place: this gradient is nobody else's
-        if wide is not None:
-            if grad_x is not None:
-                torch.mm(wide, torch.cat([w.transpose(1, 2).flatten(0, 1) for w in firsts]), out=grad_x)
-            joint = zip(starts, _members(x.t() @ wide, firsts), _members(wide.sum(0, keepdim=True), firsts), strict=True)
-            for i, weight, bias in joint:
-                found[2 * i : 2 * i + 2] = weight, bias[:, 0]
-        return grad_x, None, *found
+        grad_x = _Sums(x) if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        start = 0
+        for grad, depth in zip(grads, ctx.depths, strict=True):
+            layers = range(start, start + depth)
+            found += _chain_backward(x, [weights[i] for i in layers], [outputs[i] for i in layers], grad, grad_x)
+            start += depth
+        return None if grad_x is None else grad_x.value, None, *found
 
 
-def _members(wide: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Columns [n, sum of U*o] as one view [U, n, o] for each of the stacks that have these weights [U, i, o]."""
-    parts = wide.split([w.shape[0] * w.shape[2] for w in weights], dim=1)
-    return [p.unflatten(1, (w.shape[0], w.shape[2])).transpose(0, 1) for p, w in zip(parts, weights, strict=True)]
-
-
-def _loop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """relu(x[u] @ weight[u] + bias[u]) for each member."""
-    y = x.new_empty(weight.shape[0], x.shape[1], weight.shape[2])
-    for u in range(weight.shape[0]):
-        torch.addmm(bias[u], x[u], weight[u].t().contiguous().t(), out=y[u])  # [o, i]: read fastest
-    return y.relu_()
-
-
-def _loop_backward(x: Tensor, weight: Tensor, grad: Tensor, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias of `_loop`, before relu; that of x into `grad_x`, unless None."""
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for u in range(weight.shape[0]):
-        torch.mm(x[u].t(), grad[u], out=grad_weight[u])
+def _chain_backward(
+    x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor, grad_x: _Sums | None
+) -> list[Tensor]:
+    """Gradients of weight and bias of each layer of one stack; adds that of x to `grad_x`."""
+    by_weight = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    by_bias = [weight.new_empty(weight.shape[0], weight.shape[2]) for weight in weights]
+    first = _joint(x, weights[0])
+    # Room for the gradients of the layers' outputs: one member's, written anew for the next; all members' where needed at once.
+    room = [output.new_empty(1, *output.shape[1:]) for output in outputs]
+    if first:
+        room[0] = torch.empty_like(outputs[0])
+    for u in range(len(weights[0])):
+        incoming = grad[u]
+        for layer in reversed(range(len(weights))):
+            at_output = room[layer][u % len(room[layer])]
+            torch.ops.aten.threshold_backward.grad_input(incoming, outputs[layer][u], 0, grad_input=at_output)
+            if layer == 0 and first:
+                break
+            below = outputs[layer - 1][u] if layer else x[u % len(x)]
+            torch.sum(at_output, 0, out=by_bias[layer][u])
+            torch.mm(below.t(), at_output, out=by_weight[layer][u])
+            if layer:
+                target = room[layer - 1][u % len(room[layer - 1])]
+                incoming = torch.mm(at_output, weights[layer][u].t(), out=target)
+            elif grad_x is not None:
+                grad_x.add(u % len(x), at_output, weights[0][u])
+    if first:
+        joint = room[0].transpose(0, 1).flatten(1)
+        torch.sum(joint, 0, out=by_bias[0].view(-1))
+        by_weight[0].copy_((x[0].t() @ joint).unflatten(1, by_bias[0].shape).transpose(0, 1))
         if grad_x is not None:
-            torch.mm(grad[u], weight[u].t(), out=grad_x[u])
-    return grad_weight, grad.sum(dim=1)
+            grad_x.add(0, joint, weights[0].transpose(0, 1).flatten(1))
+    return [gradient for pair in zip(by_weight, by_bias, strict=True) for gradient in pair]
 
 
-def _rows_aligned(x: Tensor) -> Tensor:
-    """Room for a gradient of x: laid out as x, or with rows that begin at multiples of 128 bytes.
+class _Sums:
+    """The gradient of x [G, B, i], summed over the members that read it."""
 
-    GEMMs write rows of an odd width at 0.7 of the speed.
-    """
-    if x.dim() > 2 or not x.is_contiguous():
-        return torch.empty_like(x)
-    columns = 128 // x.element_size()
-    return x.new_empty(x.shape[0], -(-x.shape[1] // columns) * columns)[:, : x.shape[1]]
+    def __init__(self, x: Tensor) -> None:
+        # GEMMs write rows of an odd width at 0.7 of the speed: rows begin at multiples of 128 bytes.
+        columns = 128 // x.element_size()
+        self.value = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // columns) * columns)[..., : x.shape[-1]]
+        self.written = [False] * len(x)
+
+    def add(self, group: int, grad: Tensor, weight: Tensor) -> None:
+        """Add grad @ weight.T, [B, o] and [i, o], to group's part."""
+        part = self.value[group]
+        if self.written[group]:
+            part.addmm_(grad, weight.t())
+        else:
+            torch.mm(grad, weight.t(), out=part)
+        self.written[group] = True
+
+
+def _joint(x: Tensor, weight: Tensor) -> bool:
+    """True when the first layer of a stack is one product: one input for all members, each too narrow by itself."""
+    return len(x) == 1 and weight.shape[2] < 128
+
+
+def _by_output(weight: Tensor) -> Tensor:
+    """Weight [.., i, o] as [.., o, i], copied: the layout that products read fastest."""
+    return weight.transpose(-1, -2).contiguous()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -213,5 +230,5 @@ def together(x: Tensor, stacks: Sequence[StackedMLP], rows: Sequence[Tensor | No
     if not all(stack.fast_on(x) for stack in stacks):
         return [stack(x, counted) for stack, counted in zip(stacks, rows, strict=True)]
     chain = [p for stack in stacks for pair in zip(stack.weights, stack.biases, strict=True) for p in pair]
-    x, *chain = _autocast(x if x.dim() == 2 else repeat(x, stacks[0].stack), *chain)
+    x, *chain = _autocast(x if x.dim() == 3 else x.unsqueeze(0), *chain)
     return list(_StackedReLU.apply(x, tuple(len(stack.weights) for stack in stacks), *chain))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Dispatch:
@@ -81,6 +81,18 @@ class Dispatch:
         # A product with a one-hot matrix, because its gradient is a GEMM and not a scatter with colliding rows.
         own = F.one_hot(self.scenario, self.num_scenarios).to(x.dtype)
         return y + own @ bias.view(stack, self.num_scenarios, width)
+
+
+class ScenarioEmbedding(nn.Module):
+    """A vector for each scenario, [S, width], N(0, 0.01^2) at the start as tables are; part of the network."""
+
+    def __init__(self, num_scenarios: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_scenarios, width).normal_(0.0, 0.01, generator=generator))
+
+    def forward(self, scenario: Tensor) -> Tensor:
+        """[B] int64 -> [B, width]."""
+        return F.embedding(scenario, self.weight)
 
 
 def prefers_grouped(num_scenarios: int, width: int) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmlrec.config import ConfigError, StrictModel
+from mmlrec.errors import did_you_mean
 from mmlrec.layers.options import Activation, HiddenOptions, Init
 from mmlrec.layers.scenario import Dispatch, prefers_grouped
-from mmlrec.losses import Loss
+from mmlrec.losses import Loss, LossOptions
 from mmlrec.schema import Setting, Task
 
 Width = Annotated[int, Field(gt=0)]
+#: Stacked members of an owned parameter belong to one head (index t * S + s), task or scenario each, in that order.
+Owner = Literal["head", "task", "scenario"]
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,12 @@ class Output:
         all_logits: [B, H], every head, only when asked for.
         named: further logits by name, such as ctr, cvr, ctcvr, each [B].
         extra_losses: scalars that the loss adds as they are.
-        shared: tensors at the border between shared and branch-specific parts, for gradient balancing.
     """
 
     logits: Tensor
     all_logits: Tensor | None = None
     named: dict[str, Tensor] = field(default_factory=dict)
     extra_losses: dict[str, Tensor] = field(default_factory=dict)
-    shared: tuple[Tensor, ...] = ()
 
 
 class NetworkConfig(StrictModel):
@@ -104,8 +105,10 @@ class MultiTaskModel(nn.Module):
     tables_per_branch: ClassVar[bool] = False
     #: The heads with tables of their own; empty when tables are shared.
     branches: tuple[int, ...] = ()
-    #: What the trainer builds as `loss_class(spec.tasks, spec.num_scenarios, config.loss.scenario_reduction)`.
-    loss_class: ClassVar[type[Loss]] = Loss
+    #: Module (or parameter) name -> who owns its parameters; what is not listed is shared by all. See `owner`.
+    owners: ClassVar[dict[str, Owner]] = {}
+    #: Uniform random numbers in (0, 1) that one training step takes, for random gates.
+    num_noise: int = 0
 
     def __init__(self, spec: ModelSpec, config: NetworkConfig) -> None:
         super().__init__()
@@ -116,6 +119,29 @@ class MultiTaskModel(nn.Module):
     def generator(self) -> torch.Generator:
         """A new source of random initial weights; depends on `spec.seed` only, not on the global state."""
         return torch.Generator().manual_seed(self.spec.seed)
+
+    def owner(self, parameter: str) -> Owner | None:
+        """Who owns a parameter, by its dotted name; None where several heads train it.
+
+        An owned parameter is a stack: member m belongs to head (task, scenario) m modulo their number, and gets a gradient
+        from its rows and losses only. Gradient balancing leaves such parameters alone; the tests of isolation check them.
+        """
+        return next((kind for name, kind in self.owners.items() if parameter == name or parameter.startswith(name + ".")), None)
+
+    def check_fields(self, option: str, names: Sequence[str]) -> None:
+        """Refuse names of fields that the data does not have.
+
+        Raises:
+            ConfigError: naming the option, the field and the nearest one.
+        """
+        for name in names:
+            if name not in self.spec.fields:
+                near, known = did_you_mean(name, self.spec.fields), ", ".join(self.spec.fields)
+                raise ConfigError(f"model.{option}: no field '{name}'.{near} Fields: {known}.")
+
+    def make_loss(self, options: LossOptions) -> Loss:
+        """The loss of this network; a method with terms of its own overrides it."""
+        return Loss(self.spec.tasks, self.spec.num_scenarios, options)
 
     def own_dispatch(self, scenario: Tensor, widths: Sequence[int], return_all_heads: bool) -> Dispatch | None:
         """Rows by scenario, where only each row's own scenario has to be computed; else None: compute all heads.
@@ -137,10 +163,10 @@ class MultiTaskModel(nn.Module):
         rows = scenario == torch.arange(scenarios, device=scenario.device).view(-1, 1)
         return (rows if valid is None else rows & valid).repeat(self.spec.num_tasks, 1)
 
-    def select(self, all_logits: Tensor, scenario: Tensor, return_all_heads: bool, shared: tuple[Tensor, ...] = ()) -> Output:
+    def select(self, all_logits: Tensor, scenario: Tensor, return_all_heads: bool) -> Output:
         """The output of a network that computed all heads [B, H]."""
         logits = self.own_scenario(all_logits, scenario, self.spec.num_scenarios)
-        return Output(logits, all_logits if return_all_heads else None, shared=shared)
+        return Output(logits, all_logits if return_all_heads else None)
 
     @classmethod
     def check_setting(cls, spec: ModelSpec) -> None:
@@ -181,7 +207,8 @@ class MultiTaskModel(nn.Module):
             fields: field name -> [B, D_f], views of the same embeddings.
             scenario: [B] int64 in 0..S-1; all 0 in MTL.
             valid: [B] bool, False where a row is padding: left out of normalisation statistics and dispatch.
-            noise: random numbers of methods with random gates, drawn from (seed, step).
+            noise: [num_noise] uniform in (0, 1), drawn from (seed, step) and equal on all ranks; a network with random gates
+                draws its own in training when it is absent.
             return_all_heads: also fill `Output.all_logits`.
         """
         raise NotImplementedError

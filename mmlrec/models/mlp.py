@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from mmlrec.config import ConfigError
 from mmlrec.layers import mlp
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
 
 class MLP(MultiTaskModel):
@@ -28,6 +30,7 @@ class MLP(MultiTaskModel):
         dnn_hidden_units: list[Width] = Field(default=[256, 128], description="Widths of the shared network.")
         per_head_output: bool = Field(default=False, description="A linear output of its own for each head.")
 
+    owners: ClassVar[dict[str, Owner]] = {"bias": "head", "outputs": "head"}
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
@@ -60,4 +63,4 @@ class MLP(MultiTaskModel):
             all_logits = self.outputs(hidden)
         else:
             all_logits = (hidden * self.weight.t()).sum(dim=1, keepdim=True) + self.bias
-        return self.select(all_logits, scenario, return_all_heads, shared=(hidden,))
+        return self.select(all_logits, scenario, return_all_heads)

@@ -15,16 +15,16 @@ asked for.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.config import ConfigError
-from mmlrec.errors import did_you_mean
 from mmlrec.layers.experts import StackedMLP, together
 from mmlrec.layers.gates import Gates, mix
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
 
 class MMoE(MultiTaskModel):
@@ -39,16 +39,12 @@ class MMoE(MultiTaskModel):
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
         gate_extra_fields: list[str] = Field(default=[], description="Fields appended to the gates' input.")
 
+    owners: ClassVar[dict[str, Owner]] = {"gates": "head", "towers": "head"}
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
         super().__init__(spec, config)
-        for name in config.gate_extra_fields:
-            if name not in spec.fields:
-                known = ", ".join(spec.fields)
-                raise ConfigError(
-                    f"model.gate_extra_fields: no field '{name}'.{did_you_mean(name, spec.fields)} Fields: {known}."
-                )
+        self.check_fields("gate_extra_fields", config.gate_extra_fields)
         generator, hidden = self.generator, config.hidden
         self.experts = StackedMLP(config.num_experts, spec.input_width, config.expert_hidden_units, hidden, generator)
         gate_in = spec.input_width + sum(spec.fields[name] for name in config.gate_extra_fields)
@@ -76,7 +72,7 @@ class MMoE(MultiTaskModel):
             x, gate_x = dispatch.arrange(x), dispatch.arrange(gate_x)
             experts = self.experts(x)
             mixed = mix(self.gates.own(gate_x, dispatch), experts)
-            return Output(dispatch.restore(self.towers.own(mixed, dispatch)), shared=(experts,))
+            return Output(dispatch.restore(self.towers.own(mixed, dispatch)))
         rows = self.head_rows(scenario, valid)
         if extra or not self.gates.hidden.weights:
             experts, gates = self.experts(x, valid), self.gates(gate_x, rows)
@@ -84,4 +80,4 @@ class MMoE(MultiTaskModel):
             experts, hidden = together(x, [self.experts, self.gates.hidden], [valid, rows])
             gates = self.gates.from_hidden(hidden)
         mixed = mix(gates, experts)
-        return self.select(self.towers(mixed, rows), scenario, return_all_heads, shared=(experts,))
+        return self.select(self.towers(mixed, rows), scenario, return_all_heads)

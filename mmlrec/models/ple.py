@@ -27,7 +27,7 @@ from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, mix, mix_own
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
 
 class _Level(nn.Module):
@@ -112,6 +112,20 @@ class PLE(MultiTaskModel):
             self.levels.append(_Level(heads, width, config, last=level == config.num_levels, generator=generator))
             width = config.expert_hidden_units[-1]
         self.towers = Towers(heads, width, config.tower_hidden_units, config.hidden, generator)
+
+    def owner(self, parameter: str) -> Owner | None:
+        """Heads own the towers and what only they read: the last level's parts, and the gates of the level below it.
+
+        The shared gate of every level but the last reads all specific experts of that level, so they are shared; so are the
+        gates two or more levels below the last, whose outputs those experts read.
+        """
+        if parameter.startswith("towers."):
+            return "head"
+        _, index, part, *_ = parameter.split(".")
+        below_last = self.config.num_levels - 1 - int(index)
+        if (part == "specific" and below_last == 0) or (part == "gates" and below_last <= 1):
+            return "head"
+        return None
 
     def forward(
         self,

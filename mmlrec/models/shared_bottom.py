@@ -8,12 +8,14 @@ With scenarios only the towers of a row's own scenario are computed, unless all 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
 
 class SharedBottom(MultiTaskModel):
@@ -25,6 +27,7 @@ class SharedBottom(MultiTaskModel):
         bottom_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Widths of the bottom.")
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
 
+    owners: ClassVar[dict[str, Owner]] = {"towers": "head"}
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
@@ -48,6 +51,6 @@ class SharedBottom(MultiTaskModel):
         dispatch = self.own_dispatch(scenario, self.config.tower_hidden_units, return_all_heads)
         if dispatch is not None:
             own = self.towers.own(dispatch.arrange(shared), dispatch)
-            return Output(dispatch.restore(own), shared=(shared,))
+            return Output(dispatch.restore(own))
         all_logits = self.towers(shared, self.head_rows(scenario, valid))
-        return self.select(all_logits, scenario, return_all_heads, shared=(shared,))
+        return self.select(all_logits, scenario, return_all_heads)

@@ -12,6 +12,9 @@ its labels must be masked.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,8 +22,8 @@ from torch import Tensor
 from mmlrec.config import ConfigError
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import Loss, Reduction
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Width
+from mmlrec.losses import Loss, LossOptions
+from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 from mmlrec.schema import Task
 
 
@@ -30,8 +33,8 @@ class BranchLoss(Loss):
     `loss.scenario_reduction` has no effect: there is nothing shared whose gradient it could balance.
     """
 
-    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, scenario_reduction: Reduction = "pooled") -> None:
-        super().__init__(tasks, num_scenarios, "balanced")
+    def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions) -> None:
+        super().__init__(tasks, num_scenarios, replace(options, scenario_reduction="balanced"))
 
     def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
         if not self.balanced:
@@ -43,7 +46,7 @@ class SingleTask(MultiTaskModel):
     """One model for each head. `branches` holds the trained heads, in the order of the input's second axis."""
 
     tables_per_branch = True
-    loss_class = BranchLoss
+    owners: ClassVar[dict[str, Owner]] = {"networks": "head", "towers": "head"}
 
     class Config(NetworkConfig):
         """Options of Single-Task."""
@@ -70,6 +73,10 @@ class SingleTask(MultiTaskModel):
             for mine, alone in zip((self.networks, self.towers), self._build(1, config, generator), strict=True):
                 for parameter, values in zip(mine.parameters(), alone.parameters(), strict=True):
                     parameter.data.view(len(self.branches), -1)[index] = values.data.flatten()
+
+    def make_loss(self, options: LossOptions) -> Loss:
+        """Means of each branch; see `BranchLoss`."""
+        return BranchLoss(self.spec.tasks, self.spec.num_scenarios, options)
 
     def _build(self, count: int, config: Config, generator: torch.Generator) -> tuple[StackedMLP, Towers]:
         networks = StackedMLP(count, self.spec.input_width, config.expert_hidden_units, config.hidden, generator)

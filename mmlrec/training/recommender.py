@@ -50,6 +50,9 @@ class Head(nn.Module):
         self.l2_tables = config.embeddings.l2
         self.l2_dense = config.dense.l2
         self.bf16 = config.training.precision == "bf16"
+        self.seed = config.training.seed
+        #: Training steps taken; the trainer sets it at a resume.
+        self.step = 0
         weights = [config.balancing.loss_weights.get(name, 1.0) for name in loss.objectives]
         self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
 
@@ -62,7 +65,7 @@ class Head(nn.Module):
         x, fields = self.inputs(pooled, batch.dense)
         scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.network(x, fields, scenario, valid=batch.valid)
+            output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
         local = self.loss.denominators(batch.labels, batch.mask, scenario, batch.weight)
         sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
         world_size = dist.get_world_size()
@@ -80,6 +83,16 @@ class Head(nn.Module):
         if self.l2_dense:
             total = total + self.l2_dense * torch.stack([p.square().sum() for p in self.network.parameters()]).sum()
         return total, Predictions(output.logits.detach(), objectives.detach())
+
+    def noise(self, device: torch.device) -> Tensor | None:
+        """The random numbers of this training step's gates: a function of seed and step, so equal on all ranks."""
+        if not self.training:
+            return None
+        self.step += 1
+        if not self.network.num_noise:
+            return None
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        return torch.rand(self.network.num_noise, generator=generator).to(device)
 
     def inputs(self, pooled: KeyedTensor, dense: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Model input x, [B, d_in] or [B, U, d_in] with tables for each branch, and the fields as views of it.

@@ -20,6 +20,7 @@ from mmlrec.data.reader import Reader
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean
+from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, model_config
 from mmlrec.schema import DatasetManifest, Setting, Task
@@ -40,12 +41,21 @@ class Session:
     world: World
     manifest: DatasetManifest
     spec: ModelSpec
-    network: MultiTaskModel
-    objectives: tuple[str, ...]
+    head: Head
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     pipeline: Pipeline
     plan: list[dict[str, Any]]
+
+    @property
+    def network(self) -> MultiTaskModel:
+        """The network, under whatever wraps it."""
+        return self.head.network
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the losses of a step."""
+        return self.head.loss.objectives
 
     def reader(self, split: str, folder: Path | None = None) -> Reader:
         """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration."""
@@ -148,7 +158,7 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    loss = network.loss_class(spec.tasks, spec.num_scenarios, config.loss.scenario_reduction)
+    loss = network.make_loss(LossOptions(config.loss.scenario_reduction))
     recommender = Recommender(tables, Head(network, loss, config, prefixes))
     plan = make_plan(
         recommender,
@@ -171,7 +181,7 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     touch_state(model.fused_optimizer)
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
-    return Session(config, world, manifest, spec, sharded.head.network, loss.objectives, model, optimizer, pipeline, report)
+    return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report)
 
 
 def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple[Session, int]:

@@ -113,6 +113,7 @@ class Trainer:
         state = checkpoint.read_state(path)
         checkpoint.load_training(path, self.session.model, self.session.optimizer, self.world)
         self.progress = Progress(**state["progress"])
+        self.session.head.step = self.progress.step
         self.selection.load_state(state["selection"])
         self._saved_step = self.progress.step
         if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one

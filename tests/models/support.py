@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmlrec.losses import Loss
+from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec, MultiTaskModel
 from mmlrec.registry import method
 from mmlrec.schema import Setting, Task
@@ -75,8 +75,7 @@ def make_data(net: MultiTaskModel, rows: int, seed: int = 1, dtype: torch.dtype 
 
 
 def losses(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> dict[str, Tensor]:
-    loss = net.loss_class(net.spec.tasks, net.spec.num_scenarios, reduction)  # type: ignore[arg-type]
-    assert isinstance(loss, Loss)
+    loss = net.make_loss(LossOptions(reduction))  # type: ignore[arg-type]
     targets = (data.labels, data.mask, data.scenario, data.weight)
     return loss(net(data.x, data.fields, data.scenario), *targets, loss.denominators(*targets))
 

@@ -14,23 +14,23 @@ from tests.models.support import SHAPES, build, losses, make_data, make_spec, sp
 
 CASES = [(name, shape) for name in method_names() for shape in SHAPES if supports(name, spec_of(shape))]
 SCENARIO_CASES = [(name, shape) for name, shape in CASES if shape != "mtl"]
-# Methods of which no branch is isolated by design, and modules that other scenarios reach by design.
-NOT_ISOLATED = {"cross_stitch"}
-REACHED_BY_OTHERS = {"ple": "levels.0."}
-# Modules whose parameters belong to heads (members in head order, the scenario last).
-HEAD_MODULES = ("towers", "gates", "specific", "networks")
 
 
 def members_by_scenario(net, gradients):
-    """Gradients of the parameters that belong to heads, as name -> [.., S, elements]."""
-    reached = REACHED_BY_OTHERS.get(type(net).__name__.lower())
+    """Gradients of the parameters that heads or scenarios own, as name -> [.., S, elements]."""
     for key, gradient in gradients.items():
-        if not (key == "bias" or any(part in key.split(".") for part in HEAD_MODULES)):
-            continue
-        if reached is not None and key.startswith(reached):
+        if net.owner(key) not in ("head", "scenario"):
             continue
         stack = net.get_submodule(key.split(".norms.")[0]).stack if ".norms." in key else gradient.shape[0]
         yield key, gradient.reshape(-1, net.spec.num_scenarios, gradient.numel() // stack)
+
+
+def owning_heads(net, owner, member):
+    """Heads (task, scenario) that may train a member of an owned parameter."""
+    tasks, scenarios = range(net.spec.num_tasks), range(net.spec.num_scenarios)
+    return {
+        (t, s) for t in tasks for s in scenarios if member == {"head": t * len(scenarios) + s, "task": t, "scenario": s}[owner]
+    }
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
@@ -115,7 +115,7 @@ def test_permuting_the_batch_permutes_the_output(name, shape):
     torch.testing.assert_close(net(moved.x, moved.fields, moved.scenario).logits, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "shape"), [c for c in SCENARIO_CASES if c[0] not in NOT_ISOLATED])
+@pytest.mark.parametrize(("name", "shape"), SCENARIO_CASES)
 @pytest.mark.parametrize("use_bn", [False, True])
 def test_a_batch_of_one_scenario_leaves_the_others_parameters_alone(name, shape, use_bn):
     net = build(name, spec_of(shape), use_bn=use_bn)
@@ -129,7 +129,33 @@ def test_a_batch_of_one_scenario_leaves_the_others_parameters_alone(name, shape,
         assert (members[:, others] == 0).all(), key
 
 
-@pytest.mark.parametrize(("name", "shape"), [c for c in SCENARIO_CASES if c[0] not in NOT_ISOLATED])
+@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if c[1] != "msl-many"])
+def test_owned_parameters_are_trained_by_their_owner_and_all_others_by_several_heads(name, shape):
+    net = build(name, spec_of(shape))
+    spec = net.spec
+    data = make_data(net, 256)
+    trained = {key: {} for key, _ in net.named_parameters()}
+    for t in range(spec.num_tasks):
+        for s in range(spec.num_scenarios):
+            alone = data.rows(data.scenario == s)
+            alone.mask = torch.zeros_like(alone.mask)
+            alone.mask[:, t] = 1
+            for key, gradient in step(net, alone)[1].items():
+                trained[key][t, s] = gradient
+    for key, gradients in trained.items():
+        owner = net.owner(key)
+        if owner is None:
+            assert sum(bool((gradient != 0).any()) for gradient in gradients.values()) >= 2, key
+            continue
+        owners = {"head": spec.num_heads, "task": spec.num_tasks, "scenario": spec.num_scenarios}[owner]
+        stack = len(next(iter(gradients.values())))
+        for member in range(owners):
+            for head, gradient in gradients.items():
+                touched = bool((gradient.reshape(-1, owners, gradient.numel() // stack)[:, member] != 0).any())
+                assert touched <= (head in owning_heads(net, owner, member)), (key, member, head)
+
+
+@pytest.mark.parametrize(("name", "shape"), SCENARIO_CASES)
 def test_features_of_other_scenarios_change_no_bit_of_a_scenario(name, shape):
     net = build(name, spec_of(shape))
     data = make_data(net, 24)
