@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from apps.cli import run
+from mmlrec.schema import DatasetManifest
 from mmlrec.training import checkpoint
 from tests.datasets import rewrite_part, write_dataset
 from tests.training.launch import ROOT, environment
@@ -275,6 +277,49 @@ def test_predict_on_a_dataset_with_other_tables(data, train, app, tmp_path):
     assert not output.exists()
 
 
+def test_predict_on_a_dataset_with_another_vocabulary(data, train, app, tmp_path):
+    def with_vocabulary(folder: Path, values: list[str]) -> None:
+        manifest = DatasetManifest.load(folder)
+        rows = manifest.tables[0].num_rows
+        assert len(values) == rows - 1
+        (folder / "vocab").mkdir()
+        pq.write_table(
+            pa.table({"value": values, "id": range(1, rows), "count": [3] * len(values)}), folder / "vocab/t0.parquet"
+        )
+        table = manifest.tables[0].model_copy(update={"vocabulary": "vocab/t0.parquet"})
+        manifest.model_copy(update={"tables": [table, *manifest.tables[1:]]}).save(folder)
+
+    values = [f"v{i}" for i in range(49)]
+    with_vocabulary(data.folder, values)
+    assert train()[0] == 0
+    for name, own in (("same", values), ("other", values[::-1])):
+        with_vocabulary(write_dataset(tmp_path / name, rows=50).folder, own)
+    output = tmp_path / "scores.parquet"
+    code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / "other", "--output", output)
+    assert code == 2
+    assert f"{tmp_path}/other/vocab/t0.parquet: not the vocabulary the run was trained with" in error
+    assert not output.exists()
+    code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", output)
+    assert code == 0, error
+    (data.folder / "vocab/t0.parquet").unlink()
+    code, error = app(
+        "predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", tmp_path / "again.parquet"
+    )
+    assert code == 2
+    assert "vocabulary of table 't0'" in error
+
+
+def test_tables_beyond_memory(data, app, tmp_path):
+    manifest = DatasetManifest.load(data.folder)
+    tables = [manifest.tables[0].model_copy(update={"num_rows": 10**12}), *manifest.tables[1:]]
+    manifest.model_copy(update={"tables": tables}).save(data.folder)
+    code, error = app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert "the tables with the state of 'adagrad' need 29802.3" in error  # 1e12 rows of 4 floats, twice
+    assert "rowwise_adagrad" in error
+    assert not (tmp_path / "run").exists()
+
+
 def limited(arguments: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess:
     """A process that cannot write files beyond `limit` bytes, as on a full disk."""
 
@@ -322,8 +367,6 @@ def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):
     output = tmp_path / "out" / "scores.parquet"
     code, _ = app("predict", "--run", tmp_path / "run", "--input", data.folder, "--output", output)
     assert code == 0
-    import pyarrow.parquet as pq
-
     scores, test = pq.read_table(output), data.tables["test"]
     assert scores.column_names == ["key.user", "key.session", "sample.scenario", "score.click", "score.buy"]
     assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()

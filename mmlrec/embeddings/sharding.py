@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,6 +146,40 @@ def plan_report(plan: ShardingPlan, path: str, tables: EmbeddingBagCollection) -
         }
         for config in tables.embedding_bag_configs()
     ]
+
+
+def check_memory(
+    report: list[dict[str, Any]], optimizer: str, *, rank: int, local_world_size: int, device: torch.device
+) -> None:
+    """Refuse tables that do not fit where this rank's shards go: the memory of its GPU, or of its node.
+
+    Raises:
+        ConfigError: with what is needed and what is free, in GiB.
+    """
+    on_gpu = device.type == "cuda"
+    first = rank // local_world_size * local_world_size
+    sharing = [rank] if on_gpu else range(first, first + local_world_size)
+    state = {"sgd": 0.0, "rowwise_adagrad": None, "adagrad": 1.0, "adam": 2.0}[optimizer]
+    need = 0.0
+    for table in report:
+        row_bytes = table["weight_bytes"] * (1.0 + state) if state is not None else table["weight_bytes"] + 4.0 * table["rows"]
+        need += row_bytes * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+    if need > free:
+        raise ConfigError(
+            f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
+            f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
+            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, or fewer ids in preprocessing."
+        )
+
+
+def _free_memory() -> float:
+    """Bytes that this node can still give out; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")
 
 
 def plan_table(report: list[dict[str, Any]]) -> str:

@@ -15,6 +15,8 @@ from mmlrec.training.distributed import logger
 from mmlrec.training.evaluation import predict_split
 from mmlrec.training.session import Session
 
+_OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
+
 
 def write_predictions(session: Session, dataset: Path, split: str, output: Path) -> None:
     """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
@@ -51,8 +53,21 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
         if table.num_rows != given.table(table.name).num_rows:
             raise DataError(
                 f"{folder}: table '{table.name}' has {given.table(table.name).num_rows} rows, the run was trained with"
-                f" {table.num_rows}: the ids mean something else. Encode the input with the vocabularies of the training data."
+                f" {table.num_rows}: {_OTHER_IDS}"
             )
+        if table.vocabulary is not None:
+            _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+
+
+def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:
+    if trained.resolve() == given.resolve():
+        return
+    try:
+        before, now = (pq.read_table(path, columns=["value", "id"]) for path in (trained, given))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"vocabulary of table '{table}': training data and input cannot be compared: {error}.") from error
+    if not before.equals(now):
+        raise DataError(f"{given}: not the vocabulary the run was trained with ({trained}): {_OTHER_IDS}")
 
 
 def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: str, logits: np.ndarray, output: Path) -> None:

@@ -17,7 +17,7 @@ from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunCon
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
-from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, make_plan, plan_report
+from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.losses import LossOptions
@@ -171,6 +171,7 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
         batch_size=-(-config.training.batch_size // world.world_size),
     )
     report = plan_report(plan, TABLES, tables)
+    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )
