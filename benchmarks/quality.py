@@ -58,7 +58,7 @@ def logistic_regression(folder: Path, tasks: list[str]) -> dict[str, dict[str, f
     for task in tasks:
         best: tuple[float, LogisticRegression] | None = None
         labels = {split: table[label_column(task)].to_numpy() for split, (_, table) in splits.items()}
-        for strength in (0.1, 1.0):
+        for strength in (0.03, 0.1, 0.3, 1.0):
             model = LogisticRegression(C=strength, max_iter=300).fit(splits["train"][0], labels["train"])
             auc = roc_auc_score(labels["valid"], model.decision_function(splits["valid"][0]))
             if best is None or auc > best[0]:
