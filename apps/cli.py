@@ -21,6 +21,9 @@ def run(main: Callable[[], None]) -> None:
         if not told:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output, such as head, has seen enough. What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder.", file=sys.stderr)
         sys.exit(2)

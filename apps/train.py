@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from apps.cli import run
 
@@ -21,6 +22,16 @@ evaluated once, at the end, with the checkpoint that was best in validation.
 """
 
 
+class _ListMethods(argparse.Action):
+    """Prints all methods and ends, as --help does: nothing else has to be given."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from apps.models import overview
+
+        print(overview())
+        parser.exit()
+
+
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = argparse.ArgumentParser(
@@ -30,6 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", help="where to write; default: run_dir of the config, else a name made from it")
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()
 

@@ -1,5 +1,7 @@
 """MLP: full sharing, one logit for all heads up to a bias. The upper reference point of sharing.
 
+No paper: a reference point, as benchmarks use it.
+
     u = MLP(x; dnn_hidden_units)      [B, d_in] -> [B, k]
     r = u v                           v [k, 1], no bias
     z_h = r + beta_h                  beta [H], 0 at the start

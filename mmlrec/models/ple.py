@@ -1,4 +1,4 @@
-"""PLE (progressive layered extraction); with `num_levels: 1` it is CGC (customised gate control).
+"""PLE: levels of shared and specific experts; with `num_levels: 1` it is CGC (customised gate control).
 
 Tang, Liu, Zhao, Gong, "Progressive Layered Extraction (PLE): A Novel Multi-Task Learning Model for Personalized
 Recommendations", RecSys 2020.

@@ -1,4 +1,6 @@
-"""SharedBottom: one bottom, one tower for each head (Caruana, "Multitask Learning", Machine Learning 28, 1997).
+"""SharedBottom: one bottom, one tower for each head.
+
+Caruana, "Multitask Learning", Machine Learning 28, 1997.
 
     u = MLP(x; bottom_hidden_units)   [B, d_in] -> [B, k]
     z_h = Tower_h(u)                  [B, k] -> [B], h = t * S + s

@@ -1,5 +1,7 @@
 """Single-Task: an independent network, with its own tables, for each head. The lower reference point of sharing.
 
+No paper: a reference point, as benchmarks use it.
+
     e_h = lookup in the tables of branch h      x[:, h], [B, d_in]
     u_h = MLP_h(e_h; expert_hidden_units)       [B, k]
     z_h = Tower_h(u_h)                          [B], h = t * S + s
