@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from mmlrec.models.base import ModelSpec
-from mmlrec.registry import method_names
+from mmlrec.registry import method, method_names
 from mmlrec.schema import DatasetManifest, Setting, Task
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 METHOD, DATASET = re.findall(r"```python\n(.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_configs_and_modules_exist(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
@@ -35,10 +35,12 @@ def test_links_configs_and_modules_exist(path):
     assert set(re.findall(r"^ *make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
 
 
-def test_readme_lists_methods_that_exist():
-    listed = re.findall(r"^\|[^|]+\| `(\w+)` \|", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert listed
-    assert set(listed) <= set(method_names())
+def test_readme_lists_all_methods_and_their_settings():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\(docs/models/(\w+)\.md\)[^|]*\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
+    assert {name: [bool(mark.strip()) for mark in marks] for page, name, *marks in rows if page == name} == {
+        name: [setting in method(name).settings for setting in Setting] for name in method_names()
+    }
 
 
 @pytest.mark.parametrize(("setting", "tasks", "scenarios"), [(Setting.MTL, 2, 1), (Setting.MSL, 1, 3), (Setting.MTMSL, 2, 3)])
