@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.schema import Scenario, Task
 from preprocessing.common.dataset import Dataset, multi, sparse
+from preprocessing.common.join import IdIndex
 from preprocessing.common.raw_files import Block, RawFile, RawFolder
 
 _TERMS = (
@@ -90,27 +91,30 @@ class _MovieLens(Dataset):
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """Ratings joined with users and movies, 8 MiB of raw text at a time."""
         users = self.users(raw)
-        users.require(_matches(users, "gender", "^[FM]$"), "gender must be F or M, found {gender!r}. Mend the line.")
-        users.require(_present(users, "age"), "the age is missing. Mend the line.")
-        users.require(_present(users, "zip"), "the zip code is missing. Mend the line.")
-        users.require(_present(users, "occupation"), "the occupation is missing. Mend the line.")
-        user_index = _Index(users, "user")
+        users = users.require(_matches(users, "gender", "^[FM]$"), "gender must be F or M, found {gender!r}. Mend the line.")
+        for name, what in (("user", "user id"), ("age", "age"), ("zip", "zip code"), ("occupation", "occupation")):
+            users = users.require(users.present(name), f"the {what} is missing. Mend the line.")
+        user_index = IdIndex("user", [users])
         movies, genres = self.movies(raw)
-        movie_index = _Index(movies, "movie")
+        movie_index = IdIndex("movie", [movies])
         if not self.parity:
             genres = pc.split_pattern(genres, "|")
         schema = self.canonical_schema()
         for block in raw.blocks(self.ratings_name, self.separator, _RATING):
             for name in _RATING:
-                block.require(_present(block, name), f"the {name} is missing. Mend the line or fetch the file again.")
+                block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
             rating = block.table["rating"].to_numpy()
-            block.require((rating >= 1) & (rating <= 5), "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
-            user = users.table.take(user_index.rows(block, users.path))
+            good = (rating >= 1) & (rating <= 5)
+            block = block.require(good, "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
+            block, _ = user_index.find(block)
+            block, movie_rows = movie_index.find(block)
+            _, user_rows = user_index.find(block)
+            rating, user = block.table["rating"].to_numpy(), users.table.take(user_rows)
             columns = {
                 "user": user["user"],
                 "movie": block.table["movie"],
                 **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
-                "genres": genres.take(movie_index.rows(block, movies.path)),
+                "genres": genres.take(movie_rows),
                 "label.label2": (rating > 2).astype(np.float32),
                 "label.label3": (rating > 3).astype(np.float32),
                 **{f"key.{name}": block.table[name] for name in self.keys},
@@ -141,7 +145,8 @@ class MovieLens1M(_MovieLens):
 
     def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
         block = raw.table("movies.dat", "::", {"movie": _INT, "title": _TEXT, "genres": _TEXT}, encoding="iso-8859-1")
-        block.require(_present(block, "genres"), "the genres are missing. Mend the line.")
+        block = block.require(block.present("movie"), "the movie id is missing. Mend the line.")
+        block = block.require(block.present("genres"), "the genres are missing. Mend the line.")
         return block, block.table["genres"].combine_chunks()
 
 
@@ -167,11 +172,13 @@ class MovieLens100K(_MovieLens):
     def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
         text = dict.fromkeys(("title", "released", "video", "url"), _TEXT)
         block = raw.table("u.item", "|", {"movie": _INT, **text, **dict.fromkeys(_GENRES, _INT)}, encoding="iso-8859-1")
+        block = block.require(block.present("movie"), "the movie id is missing. Mend the line.")
         for genre in _GENRES:
-            block.require(_matches(block, genre, "^[01]$"), f"the flag of genre {genre} must be 0 or 1. Mend the line.")
+            block = block.require(_matches(block, genre, "^[01]$"), f"the flag of genre {genre} must be 0 or 1. Mend the line.")
         flags = np.stack([block.table[genre].to_numpy() for genre in _GENRES], axis=1)
-        block.require(flags.sum(axis=1) > 0, "no genre flag is set. Mend the line.")
-        return block, pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags])
+        some = flags.sum(axis=1) > 0
+        block = block.require(some, "no genre flag is set. Mend the line.")
+        return block, pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags[some]])
 
     @classmethod
     def rebuild_elsewhere(cls, folder: Path) -> str | None:
@@ -199,37 +206,9 @@ def _lines(table: pa.Table, separator: str) -> str:
     return "".join(separator.join(row) + "\n" for row in zip(*columns, strict=True))
 
 
-def _present(block: Block, name: str) -> NDArray[np.bool_]:
-    column = block.table[name]
-    empty = pc.equal(column, "") if pa.types.is_string(column.type) else pc.is_null(column)
-    return ~empty.fill_null(True).to_numpy(zero_copy_only=False)
-
-
 def _matches(block: Block, name: str, pattern: str) -> NDArray[np.bool_]:
     text = block.table[name].cast(_TEXT)
     return pc.match_substring_regex(text, pattern).fill_null(False).to_numpy(zero_copy_only=False)
-
-
-class _Index:
-    """Finds the row of an id in a table of unique ids."""
-
-    def __init__(self, block: Block, name: str) -> None:
-        block.require(_present(block, name), f"the {name} id is missing. Mend the line.")
-        ids = block.table[name].to_numpy()
-        self._name = name
-        self._order = np.argsort(ids, kind="stable")
-        self._ids = ids[self._order]
-        first = np.ones(len(ids), bool)
-        first[self._order[1:]] = self._ids[1:] != self._ids[:-1]
-        block.require(first, f"{name} {{{name}}} appears a second time. Remove one of the lines.")
-
-    def rows(self, block: Block, path: Path) -> NDArray[np.int64]:
-        """Row of each id of the block's column; an unknown id is a bad row."""
-        wanted = block.table[self._name].to_numpy()
-        at = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
-        known = self._ids[at] == wanted
-        block.require(known, f"{self._name} {{{self._name}}} is not in {path.name}. Fetch both files again from one release.")
-        return self._order[at]
 
 
 def _scenario_ids(scenario: Scenario, user: pa.Table) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ from mmlrec.schema import Scenario, Task
 from preprocessing.common.dataset import Column, Dataset, dense, multi, sparse
 from preprocessing.common.permutation import mix64, split_ends
 from preprocessing.common.raw_files import RawFolder
+from preprocessing.common.splits import InOrder
 from preprocessing.common.zipf import Zipf
 
 CHUNK_ROWS = 1 << 16
@@ -43,7 +44,7 @@ class Synthetic(Dataset):
 
     name = "synthetic"
     summary = "generated tasks x scenarios, any number of rows and ids, with the best possible AUC known"
-    split = "in_order"
+    split = InOrder()
     examples = """examples:
   python -m preprocessing synthetic --rows 1e6 --tasks 2 --scenarios 3 --out data/synthetic
   python -m preprocessing synthetic --rows 1e7 --sparse-features 26 --num-ids 10:1e8 --dense-features 13 --out data/large

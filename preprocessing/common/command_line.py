@@ -60,9 +60,9 @@ def _run(arguments: list[str]) -> None:
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
     dataset = kind(options)
-    if kind.raw_files and options.download:
-        download(kind, options.raw)
-    raw = RawFolder(options.raw, kind.raw_files, _advice(kind))
+    if options.download:
+        download(dataset, options.raw)
+    raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows)
     if _holds_dataset(options.out) and not options.overwrite:
         _refuse_other(options.out, kind.name, recorded, raw)
         print(f"{options.out}: already there, made from the same raw files and options.")
@@ -94,9 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         if kind.raw_files:
             command.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
             command.add_argument("--parity", action="store_true", help=_PARITY)
+            command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)
         if kind.archive:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
-        command.set_defaults(raw=Path(), download=False)
+        command.set_defaults(raw=Path(), download=False, max_bad_rows=0)
         kind.add_options(command)
     return parser
 
@@ -105,6 +106,15 @@ _PARITY = (
     "encode as the reference benchmark does: vocabularies over all rows in the order of raw values, lists as one id per"
     " whole string. It sees valid and test: for comparing with published numbers only"
 )
+
+
+_BAD_ROWS = "pass over up to N bad rows, tell the first ten and count them in the manifest, instead of stopping at the first (default: 0)"
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed, found '{text}'")
+    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -117,7 +127,7 @@ def _description(kind: type[Dataset]) -> str:
     return f"{kind.name}: {kind.summary}." + (f"\n\n{_advice(kind)}" if kind.raw_files else "")
 
 
-def _advice(kind: type[Dataset]) -> str:
+def _advice(kind: Dataset | type[Dataset]) -> str:
     names = ", ".join(file.name for file in kind.raw_files)
     lines = [f"Raw files: {names}, from {kind.home}", f"Terms: {kind.terms}"]
     if kind.archive:
@@ -156,6 +166,8 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     statistics = manifest.statistics
     print(f"{manifest.name}: {statistics['rows']:,} rows")
     print("  " + ", ".join(f"{name} {split.num_rows:,}" for name, split in manifest.splits.items()))
+    for name, count in statistics.get("bad_rows", {}).items():
+        print(f"  bad rows passed over in {name}: {count:,}")
     names = ["all", *(manifest.scenario.values if manifest.scenario else [])]
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
     width = max(12, *(len(name) + 2 for name in [*names, *(task.name for task in manifest.tasks)]))

@@ -38,6 +38,7 @@ import pyarrow as pa
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
 from preprocessing.common.raw_files import RawFile, RawFolder
+from preprocessing.common.splits import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
 
 _FOLDER = Path(__file__).parents[1]
 
@@ -89,10 +90,10 @@ class Dataset:
         name: the name on the command line, and of the manifest.
         summary: one line for `--help`. examples: its closing lines.
         home: where the raw data is had. terms: its terms of use, written into the manifest.
-        raw_files: the files that `--raw DIR` must hold, plain or gzipped. Empty: the dataset is generated.
-        archive: zip file at the home that holds the raw files, for `--download`.
-        split: "random" = seeded permutation of the rows, 8:1:1. "in_order" = rows come shuffled and encoded; the first 80 %
-            are train, the next 10 % valid; needs `num_rows` and features without fitting.
+        raw_files: the files that `--raw DIR` must hold, plain, gzipped or zipped; an option may choose among them in
+            `__init__`. Empty: the dataset is generated.
+        archive: zip file at the home that holds the raw files, themselves or in a tar.gz, for `--download`.
+        split: which rows are train, valid, test: a rule of preprocessing/common/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
         next_config: config named in the closing line "run next".
@@ -103,9 +104,9 @@ class Dataset:
     examples: ClassVar[str] = ""
     home: ClassVar[str] = ""
     terms: ClassVar[str] = ""
-    raw_files: ClassVar[tuple[RawFile, ...]] = ()
+    raw_files: tuple[RawFile, ...] = ()
     archive: ClassVar[str] = ""
-    split: ClassVar[Literal["random", "in_order"]] = "random"
+    split: SplitRule = RandomSplit()
     next_config: ClassVar[str] = "configs/scaling/synthetic.yaml"
 
     features: tuple[Column, ...]
@@ -140,12 +141,14 @@ class Dataset:
         return None
 
     def canonical_schema(self) -> pa.Schema:
-        """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys."""
+        """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys, side under FileSplit."""
         columns = [(f.name, pa.list_(f.raw_type) if f.kind == "multi" else f.raw_type) for f in self.features]
         columns += [(label_column(task.name), pa.float32()) for task in self.tasks]
         if self.scenario is not None:
             columns.append((SCENARIO_COLUMN, pa.int64()))
         columns += [(key_column(name), kind) for name, kind in self.keys.items()]
+        if isinstance(self.split, FileSplit):
+            columns.append((SIDE_COLUMN, pa.int64()))
         return pa.schema(columns)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import shutil
 import sys
+import tarfile
 import tempfile
 import threading
 import urllib.error
@@ -21,7 +22,7 @@ _CONNECT_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 20
 
 
-def download(dataset: type[Dataset], folder: Path) -> None:
+def download(dataset: Dataset | type[Dataset], folder: Path) -> None:
     """Put the dataset's raw files into `folder`; nothing is fetched when all are there and right.
 
     Raises:
@@ -50,21 +51,21 @@ def _there(folder: Path, file: RawFile) -> bool:
     path, gzipped = folder / file.name, folder / f"{file.name}.gz"
     if not path.is_file():
         return file.sha256 is None and gzipped.is_file()
-    if path.stat().st_size != file.num_bytes:
+    if file.num_bytes is not None and path.stat().st_size != file.num_bytes:
         return False
     return file.sha256 is None or file_sha256(path) == file.sha256
 
 
 def _check(path: Path, file: RawFile, source: str) -> None:
     size = path.stat().st_size
-    if size != file.num_bytes or (file.sha256 is not None and file_sha256(path) != file.sha256):
+    if file.num_bytes not in (None, size) or (file.sha256 is not None and file_sha256(path) != file.sha256):
         raise DataError(
-            f"{file.name} from {source} is not the official file: {size:,} bytes ({file.num_bytes:,} expected), or another"
-            " sha256. Nothing was kept; try again later."
+            f"{file.name} from {source} is not the official file: {size:,} bytes ({file.num_bytes or size:,} expected), or"
+            " another sha256. Nothing was kept; try again later."
         )
 
 
-def _fetch(dataset: type[Dataset], folder: Path, fresh: Path) -> str:
+def _fetch(dataset: Dataset | type[Dataset], folder: Path, fresh: Path) -> str:
     """Put the files into `fresh`; returns words for where they came from."""
     archive = folder / f".{dataset.archive.rpartition('/')[2]}.part"
     try:
@@ -79,19 +80,33 @@ def _fetch(dataset: type[Dataset], folder: Path, fresh: Path) -> str:
         print(f"{home} Using {source} instead.", file=sys.stderr)
         return source
     try:
-        with zipfile.ZipFile(archive) as content:
-            members = {name.rpartition("/")[2]: name for name in content.namelist()}
-            for file in dataset.raw_files:
-                with content.open(members[file.name]) as packed, (fresh / file.name).open("wb") as plain:
-                    shutil.copyfileobj(packed, plain)
-    except (zipfile.BadZipFile, KeyError) as error:
+        _unpack(archive, dataset.raw_files, fresh)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError) as error:
         raise DataError(f"{dataset.archive}: what came is not the expected zip archive ({error}). Try again later.") from error
     finally:
         archive.unlink()
     return dataset.archive
 
 
-def _by_hand(dataset: type[Dataset], folder: Path) -> str:
+def _unpack(archive: Path, files: tuple[RawFile, ...], fresh: Path) -> None:
+    """Members of the zip file, or of the first tar.gz in it."""
+    with zipfile.ZipFile(archive) as content:
+        members = {name.rpartition("/")[2]: name for name in content.namelist()}
+        inner = [name for name in members if name.endswith(".tar.gz")]
+        if inner and not members.keys() >= {file.name for file in files}:
+            with content.open(members[inner[0]]) as packed, tarfile.open(fileobj=packed, mode="r:gz") as tar:
+                for file in files:
+                    member = tar.extractfile(file.name)
+                    assert member is not None
+                    with member, (fresh / file.name).open("wb") as plain:
+                        shutil.copyfileobj(member, plain)
+            return
+        for file in files:
+            with content.open(members[file.name]) as packed, (fresh / file.name).open("wb") as plain:
+                shutil.copyfileobj(packed, plain)
+
+
+def _by_hand(dataset: Dataset | type[Dataset], folder: Path) -> str:
     names = ", ".join(file.name for file in dataset.raw_files)
     return f"Fetch {names} from {dataset.home} on a machine that reaches it, and put them into {folder}."
 

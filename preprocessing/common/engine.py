@@ -1,15 +1,16 @@
 """From a dataset's canonical rows to a dataset folder, in passes of constant memory (vocabularies excepted).
 
 1. raw files -> canonical rows, spilled to disk and counted;
-2. each row gets its position by a seeded permutation; rows of the train positions are counted for the vocabularies; all go
-   into buckets by position;
-3. bucket by bucket: sort, encode, write to train (first 80 % of the positions), valid (10 %) or test.
+2. each row gets its position by the split rule and a seeded permutation; rows of the train positions are counted for the
+   vocabularies; all go into buckets by position;
+3. bucket by bucket: sort, encode, write to train, valid or test, which are ranges of the positions.
 
-A dataset that comes shuffled and encoded (`split = "in_order"`) takes the third pass only.
+A dataset that comes shuffled and encoded (`split = InOrder()`) takes the third pass only.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from preprocessing.common.dataset import Dataset
 from preprocessing.common.encoder import Encoder, ValueCounter
 from preprocessing.common.output import new_folder
 from preprocessing.common.parts import SplitWriter, row_group_size
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.common.permutation import split_ends
 from preprocessing.common.progress import progress
 from preprocessing.common.raw_files import RawFolder
 from preprocessing.common.shuffle import BucketSort, RowSpill
+from preprocessing.common.splits import SIDE_COLUMN, InOrder, Placement
 
 NUM_LANES = 8
 
@@ -53,21 +55,25 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
     with new_folder(out) as folder:
         encoder = Encoder(dataset.features, parity)
         statistics: dict[str, Any] = {}
-        if dataset.split == "in_order":
+        if isinstance(dataset.split, InOrder):
             assert not encoder.needs_fitting, "a dataset split in order comes encoded"
-            num_rows = dataset.num_rows
+            if dataset.num_rows < 10:
+                raise DataError(f"{dataset.name}: {dataset.num_rows} rows are too few to be split 8:1:1; give at least 10.")
+            borders = [0, *split_ends(dataset.num_rows), dataset.num_rows]
             encoded = _in_order(dataset, raw, encoder)
         else:
-            rows = _spill(dataset, raw, folder)
-            num_rows = rows.num_rows
-            sorter = _distribute(dataset, rows, num_rows, folder, encoder, seed, parity, statistics)
+            placement = Placement(dataset.split, seed, folder)
+            rows = _spill(dataset, raw, folder, placement)
+            placement.close(dataset.name)
+            borders = [0, placement.train_end, placement.valid_end, placement.num_rows]
+            sorter = _distribute(dataset, rows, placement, folder, encoder, parity, statistics)
             encoded = ((start, encoder.encode(batch)) for start, batch in sorter.batches())
-        if num_rows < 10:
-            raise DataError(f"{dataset.name}: {num_rows} rows are too few to be split 8:1:1; give at least 10.")
-        group_rows = row_group_size(split_ends(num_rows)[0], NUM_LANES)
-        splits = _write(dataset, encoded, num_rows, group_rows, folder)
+        group_rows = row_group_size(borders[1], NUM_LANES)
+        splits = _write(dataset, encoded, borders, group_rows, folder)
         encoder.save(folder / "vocab")
         statistics = _statistics(dataset, splits) | statistics | dataset.statistics()
+        if raw.bad_rows.counts:
+            statistics["bad_rows"] = raw.bad_rows.counts
         manifest = DatasetManifest(
             name=dataset.name,
             tables=encoder.tables(),
@@ -89,13 +95,17 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
     return manifest
 
 
-def _spill(dataset: Dataset, raw: RawFolder, folder: Path) -> RowSpill:
+def _spill(dataset: Dataset, raw: RawFolder, folder: Path, placement: Placement) -> RowSpill:
     rows = RowSpill(folder / "canonical.arrow", dataset.canonical_schema())
+    raw.scratch = folder / "scratch"
+    raw.scratch.mkdir()
     with progress(f"{dataset.name}: read") as done:
         for batch in dataset.batches(raw):
             _check_canonical(dataset, batch)
+            placement.count(batch)
             rows.add(batch)
             done.update(batch.num_rows)
+    shutil.rmtree(raw.scratch)
     return rows
 
 
@@ -111,25 +121,23 @@ def _check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
 def _distribute(
     dataset: Dataset,
     rows: RowSpill,
-    num_rows: int,
+    placement: Placement,
     folder: Path,
     encoder: Encoder,
-    seed: int,
     parity: bool,
     statistics: dict[str, Any],
 ) -> BucketSort:
-    permutation = RowPermutation(num_rows, seed)
-    sorter = BucketSort(folder, dataset.canonical_schema(), num_rows)
+    kept = [name for name in dataset.canonical_schema().names if name != SIDE_COLUMN]
+    schema = pa.schema([dataset.canonical_schema().field(name) for name in kept])
+    sorter = BucketSort(folder, schema, placement.num_rows)
     groups = _GroupsPerScenario(dataset)
-    train_end = num_rows if parity else split_ends(num_rows)[0]
-    start = 0
-    with progress(f"{dataset.name}: shuffle, count values", num_rows) as done:
+    train_end = placement.num_rows if parity else placement.train_end
+    with progress(f"{dataset.name}: shuffle, count values", placement.num_rows) as done:
         for batch in rows.batches():
-            positions = permutation.positions(start, start + batch.num_rows)
+            positions = placement.positions(batch)
             encoder.fit(batch.filter(pa.array(positions < train_end)))
             groups.add(batch)
-            sorter.add(batch, positions)
-            start += batch.num_rows
+            sorter.add(batch.select(kept), positions)
             done.update(batch.num_rows)
     encoder.freeze()
     statistics |= groups.statistics()
@@ -145,14 +153,12 @@ def _in_order(dataset: Dataset, raw: RawFolder, encoder: Encoder) -> Iterator[tu
 
 
 def _write(
-    dataset: Dataset, encoded: Iterator[tuple[int, pa.RecordBatch]], num_rows: int, group_rows: int, folder: Path
+    dataset: Dataset, encoded: Iterator[tuple[int, pa.RecordBatch]], borders: list[int], group_rows: int, folder: Path
 ) -> dict[str, Split]:
     writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario) for name in SPLITS]
-    train_end, valid_end = split_ends(num_rows)
-    borders = [(0, train_end), (train_end, valid_end), (valid_end, num_rows)]
-    with progress(f"{dataset.name}: encode, write", num_rows) as done:
+    with progress(f"{dataset.name}: encode, write", borders[-1]) as done:
         for start, batch in encoded:
-            for writer, (low, high) in zip(writers, borders, strict=True):
+            for writer, low, high in zip(writers, borders[:-1], borders[1:], strict=True):
                 first, last = max(low, start), min(high, start + batch.num_rows)
                 if first < last:
                     writer.write(batch.slice(first - start, last - first))

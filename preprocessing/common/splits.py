@@ -1,0 +1,208 @@
+"""Which rows are train, valid and test, and where each row lands: in passes of constant memory.
+
+A dataset declares one of the rules. Rows of one *block* - all rows under `RandomSplit`, otherwise the rows that the rule puts
+on one side - are permuted among themselves, and the blocks stand one behind the other; train, valid and test are ranges of
+the positions that come out. So the order of a block depends on the seed and its number of rows only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmlrec.errors import DataError
+from mmlrec.schema import SPLITS, key_column
+from preprocessing.common.permutation import RowPermutation, UInt64Array, mix64, split_ends
+
+SIDE_COLUMN = "split.side"
+_READ_BYTES = 8 << 20
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RandomSplit:
+    """Each row by itself, exactly 8:1:1, by a seeded permutation."""
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Rows come shuffled and encoded: the first 80 % are train, the next 10 % valid. Needs the dataset's `num_rows`."""
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """The raw files say the side: column `split.side` of the canonical table, int64, 0 train, 1 valid, 2 test.
+
+    Attributes:
+        valid_from: the side that gives a random part of its rows to valid; none of the rows then comes with side 1.
+            None: the files hold all three sides.
+        one_in: valid gets one row in this many, exactly.
+        group: key whose rows stay on one side of that cut; valid then gets about one *group* in `one_in`.
+    """
+
+    valid_from: Literal["train", "test"] | None = None
+    one_in: int = 10
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class GroupSplit:
+    """All rows with one value of a key on one side: 8:1:1 of the groups in expectation, by a seeded hash of the key."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Cut by an int64 key: train is before the first cut, test from the second on.
+
+    Attributes:
+        cuts: the two cuts. None: the values at 80 % and 90 % of the rows in order of time; rows of equal time stay together.
+    """
+
+    key: str
+    cuts: tuple[int, int] | None = None
+
+
+SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit
+
+
+class Placement:
+    """Counts rows with `count`, settles the cuts with `close`, then gives each row its position.
+
+    Attributes (after `close`): num_rows; train_end, valid_end: positions where train and valid end.
+    """
+
+    num_rows: int
+    train_end: int
+    valid_end: int
+
+    def __init__(self, rule: SplitRule, seed: int, folder: Path) -> None:
+        self._rule, self._seed = rule, seed
+        self._cuts = rule.cuts if isinstance(rule, TimeSplit) else None
+        self._times = folder / "times.bin"
+        self._sizes = np.zeros(3, np.int64)
+
+    def count(self, rows: pa.RecordBatch) -> None:
+        """Take note of these canonical rows."""
+        if isinstance(self._rule, TimeSplit) and self._cuts is None:
+            with self._times.open("ab") as file:
+                file.write(_key(rows, self._rule.key).to_numpy().tobytes())
+        else:
+            self._sizes += np.bincount(self._blocks(rows), minlength=3)
+
+    def close(self, name: str) -> None:
+        """No rows are left to count. Raises DataError when train, valid or test of dataset `name` would be empty."""
+        rule = self._rule
+        if isinstance(rule, TimeSplit) and self._cuts is None:
+            num_rows = self._times.stat().st_size // 8 if self._times.exists() else 0
+            if num_rows:
+                first, second = (_value_at(self._times, end) for end in split_ends(num_rows))
+                self._cuts = first, second
+                for times in _chunks(self._times):
+                    self._sizes += np.bincount(_sides(times, self._cuts), minlength=3)
+        train, valid, test = map(int, self._sizes)
+        self.num_rows = train + valid + test
+        self.train_end, self.valid_end = train, train + valid
+        if isinstance(rule, RandomSplit):
+            self.train_end, self.valid_end = split_ends(self.num_rows)
+        elif isinstance(rule, FileSplit) and rule.group is None:
+            if rule.valid_from == "train":
+                self.train_end -= train // rule.one_in
+            elif rule.valid_from == "test":
+                self.valid_end += test // rule.one_in
+        self._check(name)
+        self._permutations = [RowPermutation(int(size), self._seed) for size in self._sizes]
+        self._offsets = np.cumsum(self._sizes) - self._sizes
+        self._placed = [0, 0, 0]
+
+    def positions(self, rows: pa.RecordBatch) -> IntArray:
+        """Target positions, [rows] int64. The rows come in the order in which they were counted."""
+        blocks = self._blocks(rows)
+        positions = np.empty(len(blocks), np.int64)
+        for block, permutation in enumerate(self._permutations):
+            here = blocks == block
+            start, stop = self._placed[block], self._placed[block] + int(np.count_nonzero(here))
+            positions[here] = self._offsets[block] + permutation.positions(start, stop)
+            self._placed[block] = stop
+        return positions
+
+    def _check(self, name: str) -> None:
+        sizes = self.train_end, self.valid_end - self.train_end, self.num_rows - self.valid_end
+        if isinstance(self._rule, RandomSplit) and self.num_rows < 10:
+            raise DataError(f"{name}: {self.num_rows} rows are too few to be split 8:1:1; give at least 10.")
+        for split, size in zip(SPLITS, sizes, strict=True):
+            if size == 0:
+                raise DataError(f"{name}: no row of {self.num_rows:,} falls to {split}, by {self._rule}. Give more rows.")
+
+    def _blocks(self, rows: pa.RecordBatch) -> IntArray:
+        """Block of each row: 0, 1, 2 = the sides; 0 for all under RandomSplit."""
+        rule = self._rule
+        if isinstance(rule, GroupSplit):
+            chance = _chance(_key(rows, rule.key), self._seed)
+            return (chance >= 0.8).astype(np.int64) + (chance >= 0.9)
+        if isinstance(rule, TimeSplit):
+            assert self._cuts is not None
+            return _sides(_key(rows, rule.key).to_numpy(), self._cuts)
+        if isinstance(rule, FileSplit):
+            sides = rows.column(SIDE_COLUMN).to_numpy()
+            if rule.group is None:
+                return sides
+            chosen = _chance(_key(rows, rule.group), self._seed) < 1 / rule.one_in
+            return np.where(chosen & (sides == (0 if rule.valid_from == "train" else 2)), 1, sides)
+        return np.zeros(rows.num_rows, np.int64)
+
+
+def _key(rows: pa.RecordBatch, name: str) -> pa.Array:
+    column = rows.column(key_column(name))
+    if column.null_count:
+        raise DataError(f"key '{name}' divides the rows into train, valid and test, but is missing in some of them.")
+    return column
+
+
+def _chance(keys: pa.Array, seed: int) -> NDArray[np.float64]:
+    """A number in [0, 1) for each key, int64 or string: a function of (key, seed)."""
+    mixed_seed = mix64(np.array([seed], np.uint64))
+    if pa.types.is_integer(keys.type):
+        words: UInt64Array = keys.to_numpy().view(np.uint64)
+    else:
+        distinct = keys.dictionary_encode()
+        digests = [hashlib.blake2b(value.encode(), digest_size=8).digest() for value in distinct.dictionary.to_pylist()]
+        words = np.frombuffer(b"".join(digests), "<u8")[distinct.indices.to_numpy()]
+    return (mix64(words ^ mixed_seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _sides(times: IntArray, cuts: tuple[int, int]) -> IntArray:
+    return (times >= cuts[0]).astype(np.int64) + (times >= cuts[1])
+
+
+def _chunks(path: Path) -> Iterator[IntArray]:
+    with path.open("rb") as file:
+        while content := file.read(_READ_BYTES):
+            yield np.frombuffer(content, np.int64)
+
+
+def _value_at(path: Path, rank: int) -> int:
+    """The int64 value that would stand at `rank` (from 0) if the file were sorted: radix selection, 16 bits a pass."""
+    prefix = 0
+    for shift in (48, 32, 16, 0):
+        counts = np.zeros(1 << 16, np.int64)
+        for values in _chunks(path):
+            ordered = values.view(np.uint64) ^ np.uint64(1 << 63)  # negative values first
+            if shift < 48:
+                ordered = ordered[ordered >> np.uint64(shift + 16) == prefix]
+            digits = (ordered >> np.uint64(shift)) & np.uint64(0xFFFF)
+            counts += np.bincount(digits.astype(np.int64), minlength=1 << 16)
+        ends = np.cumsum(counts)
+        digit = int(np.searchsorted(ends, rank, side="right"))
+        rank -= int(ends[digit] - counts[digit])
+        prefix = prefix << 16 | digit
+    return prefix - (1 << 63)
