@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 from mmlrec.layers.normalisation import BatchNorm
 from mmlrec.layers.options import ACTIVATIONS, HiddenOptions
 from mmlrec.layers.scenario import Dispatch
+
+if TYPE_CHECKING:
+    from mmlrec.layers.mlp import MLP
 
 
 def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,18 +195,13 @@ class StackedMLP(nn.Module):
         """
         if not self.weights:
             return x.expand(self.stack, *x.shape[-2:])
-        if self.fast_on(x):
+        if runs_fast(self, x):
             return together(x, [self], [rows])[0]
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = stacked_linear(x, weight, bias)
             x = self.activation(self.norms[layer](x, rows) if self.norms else x)
             x = F.dropout(x, self.dropout, self.training)
         return x
-
-    def fast_on(self, x: Tensor) -> bool:
-        """True when `together` has a faster way for this stack."""
-        plain = self.activation is torch.relu_ and not self.norms and not (self.dropout and self.training)
-        return plain and x.device.type == "cpu" and len(self.weights) > 0
 
     def own(self, x: Tensor, dispatch: Dispatch) -> Tensor:
         """Members of each row's own scenario; member n * S + s belongs to scenario s.
@@ -220,6 +218,12 @@ class StackedMLP(nn.Module):
         return x
 
 
+def runs_fast(layers: StackedMLP | MLP, x: Tensor) -> bool:
+    """True when there is a faster way through these layers than one after the other."""
+    plain = layers.activation is torch.relu_ and not layers.norms and not (layers.dropout and layers.training)
+    return plain and x.device.type == "cpu" and len(layers.weights) > 0
+
+
 def together(x: Tensor, stacks: Sequence[StackedMLP], rows: Sequence[Tensor | None]) -> list[Tensor]:
     """`stack(x, rows)` of several stacks on one input, with one GEMM for all first layers where that is faster.
 
@@ -227,8 +231,16 @@ def together(x: Tensor, stacks: Sequence[StackedMLP], rows: Sequence[Tensor | No
         x: [B, i]; or [G, B, i] for a single stack.
         rows: for each stack, the rows that count in normalisation statistics.
     """
-    if not all(stack.fast_on(x) for stack in stacks):
+    if not all(runs_fast(stack, x) for stack in stacks):
         return [stack(x, counted) for stack, counted in zip(stacks, rows, strict=True)]
     chain = [p for stack in stacks for pair in zip(stack.weights, stack.biases, strict=True) for p in pair]
     x, *chain = _autocast(x if x.dim() == 3 else x.unsqueeze(0), *chain)
     return list(_StackedReLU.apply(x, tuple(len(stack.weights) for stack in stacks), *chain))
+
+
+def alone(x: Tensor, layers: MLP) -> Tensor:
+    """`layers(x)`, [B, i] -> [B, o], as a stack of one, where `runs_fast`."""
+    chain = [p.unsqueeze(0) for pair in zip(layers.weights, layers.biases, strict=True) for p in pair]
+    x, *chain = _autocast(x.unsqueeze(0), *chain)
+    found: tuple[Tensor] = _StackedReLU.apply(x, (len(layers.weights),), *chain)
+    return found[0][0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmlrec.layers.experts import alone, runs_fast
 from mmlrec.layers.normalisation import BatchNorm
 from mmlrec.layers.options import ACTIVATIONS, HiddenOptions
 
@@ -32,6 +33,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """[B, i] -> [B, o]; `valid` [B] marks the rows that count in normalisation statistics."""
+        if runs_fast(self, x):
+            return alone(x, self)
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = torch.addmm(bias, x, weight)
             if self.norms:

@@ -64,6 +64,19 @@ def test_a_stack_equals_its_members(groups, hidden, activation):
     assert y.equal(kept)
 
 
+@pytest.mark.parametrize("hidden", [[], [5], [7, 5], [200, 5]])
+def test_an_mlp_equals_its_layers(hidden):
+    mlp = MLP(13, hidden, HiddenOptions(), generator()).double()
+    for bias in mlp.biases:
+        bias.data.normal_(generator=generator())
+    ours = [torch.randn(6, 13, dtype=F64, generator=generator()).requires_grad_(), *mlp.parameters()]
+    theirs = [leaf.detach().clone().requires_grad_() for leaf in ours]
+    z, depth = theirs[0] * 1, len(hidden)
+    for weight, bias in zip(theirs[1 : 1 + depth], theirs[1 + depth :], strict=True):
+        z = torch.clamp(z @ weight + bias, min=0)
+    assert_same_gradients(mlp(ours[0]), z, ours, theirs)
+
+
 @pytest.mark.parametrize("use_bn", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
 def test_a_stack_of_one_is_an_mlp(use_bn, activation):
