@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,13 +17,21 @@ if TYPE_CHECKING:
     from mmlrec.models.base import Output
 
 Reduction = Literal["pooled", "balanced"]
+Unit = Literal["task", "scenario", "head"]
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the configuration says about losses; see `Loss`."""
+    """What the configuration and the dataset say about losses; see `Loss`.
+
+    Attributes:
+        unit: what one objective is.
+        scenarios: names of the S scenarios, for objectives by scenario; their indices when empty.
+    """
 
     scenario_reduction: Reduction = "pooled"
+    unit: Unit = "task"
+    scenarios: tuple[str, ...] = ()
 
 
 class Loss:
@@ -33,6 +43,9 @@ class Loss:
     once; `balanced` is the mean of the per-scenario means, over the scenarios that have labelled rows. A task without
     rows has loss 0 and zero gradients. A NaN label counts as missing.
 
+    With unit `scenario` or `head` an objective is the part of these sums that comes from the rows of one scenario, over all
+    tasks or for one task: the objectives of every unit add up to the same loss.
+
     Use: `denominators` on every rank, sum over ranks, then call. With gradients averaged over ranks (DDP), W ranks give
     the gradient of one process on the whole batch; a returned scalar's mean over ranks is the loss of the whole batch.
     Methods with other losses override `row_losses` (what a row and task costs) or `terms` (scalars added as they are), and
@@ -42,11 +55,20 @@ class Loss:
     def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions = LossOptions()) -> None:
         self.tasks, self.num_scenarios = tasks, num_scenarios
         self.balanced = options.scenario_reduction == "balanced" and num_scenarios > 1
+        self.unit = options.unit
+        self.scenarios = options.scenarios or tuple(str(s) for s in range(num_scenarios))
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the losses that weights apply to; others in the result (a method's own terms) are added as they are."""
-        return tuple(task.name for task in self.tasks)
+        """Names of the losses that weights apply to; others in the result (a method's own terms) are added as they are.
+
+        Tasks, scenarios, or `task/scenario` for each head t * S + s.
+        """
+        if self.unit == "task":
+            return tuple(task.name for task in self.tasks)
+        if self.unit == "scenario":
+            return self.scenarios
+        return tuple(f"{task.name}/{scenario}" for task in self.tasks for scenario in self.scenarios)
 
     def denominators(self, labels: Tensor, mask: Tensor, scenario: Tensor, weight: Tensor) -> Tensor:
         """Sums of the weights of this rank's labelled rows, to be summed over ranks.
@@ -85,7 +107,7 @@ class Loss:
         """
         losses = self.row_losses(output, labels)
         share = row_weights(labels, mask, weight).to(losses.dtype) * self._scale(denominators, scenario) * world_size
-        sums = (losses * share).sum(dim=0)
+        sums = self._by_unit(losses * share, scenario)
         return dict(zip(self.objectives, sums.unbind(), strict=True)) | self.terms(output, labels, share)
 
     def row_losses(self, output: Output, labels: Tensor) -> Tensor:
@@ -100,6 +122,13 @@ class Loss:
                 the world size; 0 where the label is missing.
         """
         return output.extra_losses
+
+    def _by_unit(self, losses: Tensor, scenario: Tensor) -> Tensor:
+        """Sums over the rows of each objective, [K], of losses [B, T]."""
+        if self.unit == "task":
+            return losses.sum(dim=0)
+        of_heads = losses.t() @ F.one_hot(scenario, self.num_scenarios).to(losses.dtype)
+        return of_heads.sum(dim=0) if self.unit == "scenario" else of_heads.flatten()
 
     def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
         """1 / denominator of each row and task, broadcast to [B, T]."""
@@ -140,3 +169,19 @@ def chain_logit(a: Tensor, c: Tensor) -> Tensor:
     kind = torch.promote_types(torch.promote_types(a.dtype, c.dtype), torch.float32)
     a, c = a.to(kind), c.to(kind)
     return -torch.logsumexp(torch.stack([-a, -c, -(a + c)]), dim=0)
+
+
+def chain_products(steps: Tensor, chain: Sequence[int]) -> Tensor:
+    """Logits of the products along a chain: column k of the result is logit(prod_{j up to k} sigmoid(steps_j)).
+
+    Args:
+        steps: [B, T, ...] conditional logits.
+        chain: the T columns, first step first.
+
+    Returns:
+        [B, T, ...], in the columns of `steps`.
+    """
+    logits = list(steps.unbind(1))
+    for before, this in pairwise(chain):
+        logits[this] = chain_logit(logits[before], logits[this])
+    return torch.stack(logits, dim=1)

@@ -88,6 +88,14 @@ def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64]) -> float:
     return float((aucs * sizes).sum() / sizes.sum())
 
 
+def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
+    """Logit of min(1, sigmoid(last) / sigmoid(first)): of a chain's last step given its first, [N]."""
+    log_ratio = np.logaddexp(0.0, -first.astype(np.float64)) - np.logaddexp(0.0, -last.astype(np.float64))
+    # Below 0, where the logit is infinite; 1e-12 is less than what float32 logits can tell apart.
+    log_ratio = np.minimum(log_ratio, -1e-12)
+    return log_ratio - np.log(-np.expm1(log_ratio))
+
+
 def mse(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:
     """Weighted mean squared error, in float64."""
     return _mean((prediction.astype(np.float64) - label) ** 2, weight)

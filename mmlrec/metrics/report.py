@@ -6,6 +6,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from mmlrec.errors import DataError
-from mmlrec.metrics.exact import auc, calibration, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.schema import Scenario, Task
 
@@ -21,7 +22,9 @@ _METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse"
 _COUNTS = ("rows", "positives")
 
 
-def build_report(rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scenario | None) -> dict[str, Any]:
+def build_report(
+    rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scenario | None, chain: Sequence[int] = ()
+) -> dict[str, Any]:
     """All metrics of each task, over all rows and for each scenario.
 
     Undefined metrics are None; a warning names the slices, which are left out of means. GAUC is None when the dataset
@@ -29,6 +32,8 @@ def build_report(rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scena
 
     Args:
         tasks: the T tasks, in the order of the columns.
+        chain: columns of a chain of tasks, first step first. Then there is also "cvr", an entry like a task's: the last step
+            given the first, on rows that are positive in the first.
 
     Returns:
         `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
@@ -41,10 +46,17 @@ def build_report(rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scena
     undefined: list[str] = []
     entries = {task.name: _task_entry(rows, column, task, scenario, undefined) for column, task in enumerate(tasks)}
     report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
+    if chain:
+        report["cvr"] = _task_entry(_clicked(rows, chain), 0, Task(name="cvr"), scenario, undefined)
     if undefined:
         text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
         warnings.warn(f"{text} {', '.join(undefined)}.", stacklevel=2)
     return report
+
+
+def entries_of(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and entry of each task, and of cvr where the report has it."""
+    return [*report["tasks"].items(), *([("cvr", report["cvr"])] if "cvr" in report else [])]
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -52,7 +64,8 @@ def report_table(report: dict[str, Any]) -> str:
     lines = list(_lines(report))
     columns = [name for name in (*_COUNTS, *_METRICS) if any(entry.get(name) is not None for _, _, entry in lines)]
     cells = [[task, scenario, *(_cell(entry, name) for name in columns)] for task, scenario, entry in lines]
-    return _table(columns, cells)
+    mark = "Trained on labels that are no chain (model.allow_non_chain).\n" if report.get("allow_non_chain") else ""
+    return mark + _table(columns, cells)
 
 
 def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
@@ -72,6 +85,17 @@ def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
             row.append(f"{statistics.mean(known):.4f} ± {spread:.4f}" if len(known) == len(values) else "")
         cells.append(row)
     return _table(columns, cells)
+
+
+def _clicked(rows: PredictionRows, chain: Sequence[int]) -> PredictionRows:
+    """The rows that are positive in the chain's first step, with one column: the last step given the first."""
+    first, last = chain[0], chain[-1]
+    chosen = rows.mask[:, first] & (rows.labels[:, first] > 0)
+    own = {field.name: getattr(rows, field.name)[chosen] for field in fields(rows)}
+    logits = conditional_logit(own["logits"][:, first], own["logits"][:, last])
+    return PredictionRows(
+        **own | {"logits": logits[:, None], "labels": own["labels"][:, [last]], "mask": own["mask"][:, [last]]}
+    )
 
 
 def _task_entry(
@@ -148,7 +172,7 @@ def _json(value: float) -> float | None:
 
 
 def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for task, entry in report["tasks"].items():
+    for task, entry in entries_of(report):
         yield task, "all", entry
         for value, part in entry.get("scenarios", {}).items():
             yield task, value, part

@@ -14,6 +14,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.errors import UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report, report_table
+from mmlrec.models.base import ChainModel
 from mmlrec.training.run_folder import RunFolder, write_atomically
 from mmlrec.training.session import Session
 
@@ -76,7 +77,10 @@ def evaluate_split(session: Session, split: str) -> dict[str, Any]:
     report, error = None, None
     if rows is not None:
         try:
-            report = build_report(rows, tasks=session.spec.tasks, scenario=session.manifest.scenario)
+            network, scenario = session.network, session.manifest.scenario
+            report = build_report(rows, tasks=session.spec.tasks, scenario=scenario, chain=network.chain)
+            if isinstance(network, ChainModel) and network.config.allow_non_chain:
+                report["allow_non_chain"] = True
         except UserError as cause:
             error = cause
     session.world.raise_together(error)

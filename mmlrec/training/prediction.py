@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, UserError
+from mmlrec.metrics.exact import conditional_logit
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, key_column
 from mmlrec.training.distributed import logger
 from mmlrec.training.evaluation import predict_split
@@ -20,6 +21,8 @@ _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularie
 
 def write_predictions(session: Session, dataset: Path, split: str, output: Path) -> None:
     """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
+
+    A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first.
 
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
@@ -73,6 +76,7 @@ def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:
 def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: str, logits: np.ndarray, output: Path) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     temporary = output.with_name(output.name + ".tmp")
+    chain = session.network.chain
     writer = None
     start = 0
     try:
@@ -84,10 +88,11 @@ def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: st
                     arrays, names = list(batch.columns), list(columns)
                     for index, task in enumerate(session.spec.tasks):
                         values = scores[:, index]
-                        if task.kind == "binary":
-                            values = (1.0 / (1.0 + np.exp(-values.astype(np.float64)))).astype(np.float32)
-                        arrays.append(pa.array(values))
+                        arrays.append(pa.array(_probability(values) if task.kind == "binary" else values))
                         names.append(f"score.{task.name}")
+                    if chain and "score.cvr" not in names:
+                        arrays.append(pa.array(_probability(conditional_logit(scores[:, chain[0]], scores[:, chain[-1]]))))
+                        names.append("score.cvr")
                     table = pa.table(arrays, names=names)
                     writer = writer or pq.ParquetWriter(temporary, table.schema)
                     writer.write_table(table)
@@ -102,3 +107,7 @@ def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: st
         if writer is not None:
             writer.close()
         temporary.unlink(missing_ok=True)
+
+
+def _probability(logits: np.ndarray) -> np.ndarray:
+    return (1.0 / (1.0 + np.exp(-logits.astype(np.float64)))).astype(np.float32)

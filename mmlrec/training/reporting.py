@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mmlrec.metrics.report import entries_of
 from mmlrec.training.distributed import World, logger
 from mmlrec.training.run_folder import RunFolder
 
@@ -111,7 +112,7 @@ class Reporter:
         shown = " ".join(f"{name} {'-' if auc is None else format(auc, '.4f')}" for name, auc in aucs.items())
         logger.info("epoch %d step %d | valid auc %s | %s", epoch, step, shown, note)
         self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
-        for name, task in report["tasks"].items():
+        for name, task in entries_of(report):
             for metric, value in task.items():
                 if isinstance(value, float):
                     self._tensorboard.add_scalar(f"valid/{metric}/{name}", value, step)

@@ -12,6 +12,7 @@ from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.registry import resolve_model
 from mmlrec.schema import DatasetManifest
 from mmlrec.training import checkpoint
+from mmlrec.training.chain import check_chain
 from mmlrec.training.distributed import World, log_file, logger
 from mmlrec.training.evaluation import evaluate_split, write_result
 from mmlrec.training.run_folder import RunFolder, dataset_digest
@@ -57,6 +58,8 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
+    if found is None:  # a run that resumes has been checked, on the same data
+        check_chain(session)
     _create(folder, world)
     with log_file(folder.log, world):
         if found is not None:

@@ -22,6 +22,11 @@ TINY = {
     "num_shared_experts": 2,
     "num_specific_experts": 2,
     "num_levels": 2,
+    "aux_hidden_units": [4],
+    "score_weight_hidden_units": [5],
+    "condition_fields": ["f0"],
+    "epnet_hidden": 14,
+    "prior_fields": ["f1", "f2"],
 }
 SHAPES = {"mtl": (2, 1), "msl": (1, 2), "mtmsl": (2, 3), "msl-many": (1, 5)}
 
@@ -30,7 +35,8 @@ def make_spec(
     tasks: int = 2, scenarios: int = 1, fields: int = 3, dim: int = 4, num_dense: int = 2, seed: int = 0
 ) -> ModelSpec:
     setting = Setting.MTL if scenarios == 1 else Setting.MSL if tasks == 1 else Setting.MTMSL
-    named = tuple(Task(name=f"t{i}") for i in range(tasks))
+    roles = ("ctr", "ctcvr", *[None] * tasks)
+    named = tuple(Task(name=f"t{i}", role=roles[i], implied_by_next=i + 1 < tasks) for i in range(tasks))
     return ModelSpec(setting, named, scenarios, {f"f{i}": dim for i in range(fields)}, num_dense, seed)
 
 
@@ -70,6 +76,8 @@ def make_data(net: MultiTaskModel, rows: int, seed: int = 1, dtype: torch.dtype 
     scenario = torch.arange(rows) % spec.num_scenarios
     scenario = scenario[torch.randperm(rows, generator=g)]
     labels = (torch.rand(rows, spec.num_tasks, generator=g) < 0.4).to(dtype)
+    if net.chain:
+        labels = labels.cumprod(dim=1)
     ones = torch.ones(rows, dtype=dtype)
     return Data(x, dict(zip(spec.fields, parts, strict=True)), scenario, labels, torch.ones_like(labels), ones)
 

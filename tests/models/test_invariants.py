@@ -140,12 +140,16 @@ def test_owned_parameters_are_trained_by_their_owner_and_all_others_by_several_h
             alone = data.rows(data.scenario == s)
             alone.mask = torch.zeros_like(alone.mask)
             alone.mask[:, t] = 1
+            if name == "escm2":  # A conversion counts only where the click is known.
+                alone.mask[:, 0] = 1
             for key, gradient in step(net, alone)[1].items():
                 trained[key][t, s] = gradient
     for key, gradients in trained.items():
         owner = net.owner(key)
         if owner is None:
-            assert sum(bool((gradient != 0).any()) for gradient in gradients.values()) >= 2, key
+            # What AITM passes on to its second step is trained by that step alone when it is the last and has one head.
+            heads = 1 if name == "aitm" and shape == "mtl" and key.startswith(("transfers", "maps")) else 2
+            assert sum(bool((gradient != 0).any()) for gradient in gradients.values()) >= heads, key
             continue
         owners = {"head": spec.num_heads, "task": spec.num_tasks, "scenario": spec.num_scenarios}[owner]
         stack = len(next(iter(gradients.values())))
@@ -199,7 +203,7 @@ def test_a_task_without_labels_has_loss_zero_and_no_gradient(name, shape):
     assert losses(net, data)["t0"] == 0
     _, gradients = step(net, data)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    if net.spec.num_tasks == 1:
+    if net.spec.num_tasks == 1 or name == "escm2":  # Without click labels ESCM2 has no loss at all.
         assert all((gradient == 0).all() for gradient in gradients.values())
     else:
         assert any((gradient != 0).any() for gradient in gradients.values())
@@ -264,7 +268,8 @@ def _hidden(name):
 
 @pytest.mark.parametrize("name", method_names())
 def test_initial_logits_vary_over_rows_at_benchmark_sizes(name):
-    net = method(name)(make_spec(fields=7, dim=8, num_dense=0), method(name).Config())
+    needed = {"condition_fields": ["f0"]} if name == "apg" else {}  # Without scenarios it has no condition by default.
+    net = method(name)(make_spec(fields=7, dim=8, num_dense=0), method(name).Config(**needed))
     data = make_data(net, 512)
     assert (net(data.x * 0.01, data.fields, data.scenario).logits.std(dim=0) > 1e-4).all()
 
