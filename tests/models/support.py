@@ -22,6 +22,10 @@ TINY = {
     "num_shared_experts": 2,
     "num_specific_experts": 2,
     "num_levels": 2,
+    # Terms without labels have tests of their own; without them a parameter's gradient comes from its heads' rows only.
+    "l0_lambda": 0.0,
+    "l0_field": 0.0,
+    "l0_cell": 0.0,
     "aux_hidden_units": [4],
     "score_weight_hidden_units": [5],
     "condition_fields": ["f0"],
@@ -51,7 +55,16 @@ def supports(name: str, spec: ModelSpec) -> bool:
 def build(name: str, spec: ModelSpec, **options: object) -> MultiTaskModel:
     config = method(name).Config
     known = {key: value for key, value in TINY.items() if key in config.model_fields}
-    return method(name)(spec, config(**(known | options)))
+    net = method(name)(spec, config(**(known | options)))
+    if net.num_noise:
+        # Random gates: the same draw in every step, unless a test hands in another, so that two steps can be compared.
+        net.register_forward_pre_hook(_with_noise, with_kwargs=True)
+    return net
+
+
+def _with_noise(net: MultiTaskModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    fixed = torch.rand(net.num_noise, generator=torch.Generator().manual_seed(7))
+    return args, {"noise": fixed} | kwargs
 
 
 @dataclass
