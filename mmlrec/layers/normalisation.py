@@ -1,4 +1,4 @@
-"""Batch normalisation over real rows, with moments shared by all ranks."""
+"""Normalisation over real rows, of a batch or of each scenario, with moments shared by all ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -85,4 +86,73 @@ class BatchNorm(nn.Module):
             self.running_mean.copy_((mean + step * (batch_mean - mean)).flatten())
             self.running_var.copy_((var + step * (unbiased - var)).flatten())
             self.num_batches_tracked.add_(1)
+        return torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
+
+
+class PartitionedNorm(nn.Module):
+    """Normalisation with statistics of each scenario: the partitioned normalisation of STAR (Sheng et al., CIKM 2021).
+
+        y = (g * g_s) * (x - mu_s) / sqrt(var_s + eps) + (b + b_s)
+
+    with s the row's scenario and mu_s, var_s moments of the rows of s: of the batch in training, running ones else. Padding
+    rows take no part, and moments are summed over all ranks, so buffers are equal everywhere. A scenario with fewer than
+    `min_count` rows in the whole batch keeps its running statistics and is normalised by them; one without rows also gets
+    zero gradients. Moments are computed in float32 or wider, also under autocast. The running variance is the unbiased one,
+    as in `nn.BatchNorm1d`.
+
+    Args:
+        num_scenarios: S.
+        num_features: d.
+        momentum: weight of the batch in the running statistics.
+        min_count: rows below which a scenario's batch statistics are not used; at least 2.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, num_scenarios: int, num_features: int, eps: float = 1e-3, momentum: float = 0.01, min_count: int = 2
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum, self.min_count = eps, momentum, min_count
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.scenario_weight = nn.Parameter(torch.ones(num_scenarios, num_features))
+        self.scenario_bias = nn.Parameter(torch.zeros(num_scenarios, num_features))
+        self.register_buffer("running_mean", torch.zeros(num_scenarios, num_features))
+        self.register_buffer("running_var", torch.ones(num_scenarios, num_features))
+
+    def forward(self, x: Tensor, scenario: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normalise.
+
+        Args:
+            x: [B, d].
+            scenario: [B] int64 in 0..S-1.
+            valid: bool [B], the rows that count; all when absent.
+        """
+        kind = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(kind, torch.float32))
+            # Products with a one-hot matrix pick and sum rows with static shapes; their gradients are GEMMs, too.
+            own = F.one_hot(scenario, len(self.scenario_weight)).to(x.dtype)
+            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+            if self.training:
+                mean, var = self._batch_moments(x, own, valid, mean, var)
+            scale = self.weight * self.scenario_weight * torch.rsqrt(var + self.eps)
+            return ((x - own @ mean) * (own @ scale) + own @ (self.bias + self.scenario_bias)).to(kind)
+
+    def _batch_moments(self, x: Tensor, own: Tensor, valid: Tensor | None, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        counted = own if valid is None else own * valid.unsqueeze(1)
+        sums = sum_over_ranks(torch.cat([counted.sum(dim=0).unsqueeze(1), counted.t() @ x], dim=1))
+        count = sums[:, :1].detach()
+        some = count.clamp(min=1.0)
+        batch_mean = sums[:, 1:] / some
+        # Centred first: E[x^2] - E[x]^2 would cancel where the mean is large.
+        batch_var = sum_over_ranks(counted.t() @ (x - own @ batch_mean).square()) / some
+        enough = count >= self.min_count
+        with torch.no_grad():
+            unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
+            step = enough.to(x.dtype) * self.momentum
+            self.running_mean.copy_(mean + step * (batch_mean - mean))
+            self.running_var.copy_(var + step * (unbiased - var))
         return torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
