@@ -58,8 +58,8 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
-    if found is None:  # a run that resumes has been checked, on the same data
-        check_chain(session)
+    # A run that resumes has been checked, on the same data.
+    doubt = check_chain(session) if found is None else None
     _create(folder, world)
     with log_file(folder.log, world):
         if found is not None:
@@ -70,6 +70,8 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
             folder.write_description(config, world, session.plan)
             folder.keep_metrics_until(trainer.progress.step)
         _announce(session, trainer, run_dir, found)
+        if doubt and world.is_main:
+            logger.warning(doubt)
         trainer.fit()
 
         checkpoint.read_state(folder.best)
