@@ -36,6 +36,8 @@ def write_dataset(
     rows_per_part: int = 70,
     num_lanes: int = 4,
     seed: int = 0,
+    funnel: bool = False,
+    scenario_run: int = 1,
 ) -> WrittenDataset:
     """A dataset folder with labels that depend on the features.
 
@@ -43,6 +45,8 @@ def write_dataset(
         rows: of each split, or one number for train (valid and test then have a quarter each).
         num_scenarios: 0 = no scenario column.
         missing_labels: share of labels that are null.
+        funnel: each task is positive only where the one before it is; the first two have the roles ctr and ctcvr.
+        scenario_run: so many rows after each other have the same scenario.
     """
     sizes = rows if isinstance(rows, dict) else {"train": rows, "valid": rows // 4, "test": rows // 4}
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,8 @@ def write_dataset(
     written, splits = {}, {}
     for number, (split, count) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, number])
-        columns = _columns(rng, count, features, {t.name: t.num_rows for t in tables}, tasks, num_scenarios, missing_labels)
+        table_sizes = {table.name: table.num_rows for table in tables}
+        columns = _columns(rng, count, features, table_sizes, tasks, num_scenarios, missing_labels, funnel, scenario_run)
         if weights:
             columns["sample.weight"] = pa.array(rng.uniform(0.5, 2, count).astype(np.float32))
         written[split] = pa.table(columns)
@@ -63,7 +68,7 @@ def write_dataset(
         name="written",
         tables=tables,
         features=features,
-        tasks=[Task(name=task) for task in tasks],
+        tasks=_funnel(tasks) if funnel else [Task(name=task) for task in tasks],
         scenario=Scenario(name="page", values=names) if num_scenarios else None,
         keys=["user", "session"],
         group_key="user",
@@ -73,6 +78,11 @@ def write_dataset(
     )
     manifest.save(folder)
     return WrittenDataset(folder, manifest, written)
+
+
+def _funnel(names: tuple[str, ...]) -> list[Task]:
+    roles = ("ctr", "ctcvr", *[None] * len(names))
+    return [Task(name=n, role=role, implied_by_next=n != names[-1]) for n, role in zip(names, roles, strict=False)]
 
 
 def rewrite_part(dataset: WrittenDataset, table: pa.Table, part: int = 0, split: str = "train") -> DatasetManifest:
@@ -88,7 +98,7 @@ def rewrite_part(dataset: WrittenDataset, table: pa.Table, part: int = 0, split:
     return manifest
 
 
-def _columns(rng, count, features, sizes, tasks, num_scenarios, missing_labels):
+def _columns(rng, count, features, sizes, tasks, num_scenarios, missing_labels, funnel, scenario_run):
     columns = {}
     signal = np.zeros(count)
     for feature in features:
@@ -103,11 +113,15 @@ def _columns(rng, count, features, sizes, tasks, num_scenarios, missing_labels):
             values = rng.normal(size=count).astype(np.float32)
             signal += values
             columns[feature.name] = pa.array(values)
+    label = np.ones(count, np.float32)
     for number, task in enumerate(tasks):
-        label = (signal + rng.normal(size=count) > 0.5 * number).astype(np.float32)
+        before, label = label, (signal + rng.normal(size=count) > 0.5 * number).astype(np.float32)
+        if funnel:
+            label *= before
         columns[f"label.{task}"] = pa.array(label, mask=rng.random(count) < missing_labels)
     if num_scenarios:
-        columns["sample.scenario"] = pa.array(rng.integers(0, num_scenarios, count))
+        runs = rng.integers(0, num_scenarios, -(-count // scenario_run))
+        columns["sample.scenario"] = pa.array(np.repeat(runs, scenario_run)[:count])
     columns["key.user"] = pa.array(rng.integers(0, max(count // 10, 1), count) + 10**12)
     columns["key.session"] = pa.array([f"session-{i}" for i in range(count)])
     return columns

@@ -4,12 +4,17 @@
 runs many cases.
 """
 
+import itertools
 import json
 import os
 import shutil
 import sys
 import traceback
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
@@ -58,12 +63,51 @@ def run(action: dict, world) -> None:
         trainer.resume(checkpoint.latest(run_dir / "checkpoints", world))
         tensors = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
         checkpoint.save(Path(action["output"]), tensors, {}, world)
+    elif kind == "steps":
+        steps(action, run_dir, world)
     elif kind == "copy":
         if world.is_main:
             shutil.copytree(run_dir, action["output"])
         world.barrier()
     else:
         raise ValueError(kind)
+
+
+def steps(action: dict, folder: Path, world) -> None:
+    """Train some steps, without trainer and run folder; keep losses, final weights, and what each batch of this rank held."""
+    session = build_session(load_config(action["config"], action["overrides"]), world, for_training=True)
+    session.model.train()
+    scenarios, labels, losses = [], [], []
+    num_scenarios = len(session.manifest.scenario.values)
+
+    def noted(batches):
+        for batch in batches:
+            scenarios.append(batch.scenario[batch.valid].bincount(minlength=num_scenarios))
+            labels.append(batch.mask.sum(dim=0))
+            yield batch
+
+    batches = noted(session.reader("train").epoch(0))
+    feed = session.prepare(itertools.islice(batches, action["steps"]), training=True)
+    while True:
+        try:
+            loss = session.pipeline.progress(feed).objectives / world.world_size
+        except StopIteration:
+            break
+        dist.all_reduce(loss)
+        losses.append(loss)
+    weights = {key: whole(value, world) for key, value in checkpoint.model_tensors(session.model).items()}
+    kept = {"losses": torch.stack(losses), "weights": weights, "labels": labels, "scenarios": scenarios}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(kept, folder / f"{world.rank}.pt")
+
+
+def whole(tensor, world) -> torch.Tensor:
+    """A tensor of the state dict; on rank 0 with the shards of all ranks."""
+    if not isinstance(tensor, ShardedTensor):
+        return tensor.detach().clone()
+    full = torch.empty(tensor.size()) if world.is_main else None
+    tensor.gather(0, full)
+    return torch.empty(0) if full is None else full
 
 
 def main() -> None:
