@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mmlrec.metrics.exact import auc, calibration, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
 
 
 def sample(seed, n=400, distinct=None, rate=0.3):
@@ -127,3 +127,13 @@ def test_zero_weights_leave_rows_out():
         assert metric(logit, label, weight) == pytest.approx(metric(logit[kept], label[kept], weight[kept]), rel=1e-10)
     assert math.isnan(auc(logit, label, np.zeros_like(weight)))
     assert math.isnan(logloss(logit, label, np.zeros_like(weight)))
+
+
+def test_conditional_logit_is_that_of_the_ratio_of_probabilities():
+    rng = np.random.default_rng(0)
+    first, given = rng.normal(0, 3, (2, 200))
+    p = 1 / (1 + np.exp(-first)) / (1 + np.exp(-given))
+    np.testing.assert_allclose(conditional_logit(first, np.log(p / (1 - p))), given, rtol=1e-7, atol=1e-7)
+    # Above 1 the ratio counts as 1; finite for large logits.
+    assert (1 / (1 + np.exp(-conditional_logit(np.array([0.0, -200.0]), np.array([1.0, 200.0])))) > 1 - 1e-9).all()
+    np.testing.assert_allclose(conditional_logit(np.array([200.0]), np.array([-200.0])), [-200.0], rtol=1e-12)

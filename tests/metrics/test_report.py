@@ -142,3 +142,21 @@ def test_seeds_table_gives_mean_and_sample_deviation():
     aucs = [r["tasks"]["buy"]["scenarios"]["cart"]["auc"] for r in reports]
     line = next(x for x in seeds_table(reports).splitlines() if x.split()[:2] == ["buy", "cart"])
     assert f"{np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in line
+
+
+def test_cvr_is_measured_on_rows_that_are_positive_in_the_first_step():
+    rows = prediction_rows()
+    p = 1 / (1 + np.exp(-rows.logits.astype(np.float64)))
+    report = build_report(rows, tasks=TASKS, scenario=PAGES, chain=(0, 1))
+    clicked = rows.mask.all(axis=1) & (rows.labels[:, 0] == 1)
+    for where, entry in [(clicked, report["cvr"])] + [
+        (clicked & (rows.scenario == s), report["cvr"]["scenarios"][value]) for s, value in enumerate(PAGES.values)
+    ]:
+        label, rate = rows.labels[where, 1], np.minimum(p[where, 1] / p[where, 0], 1)
+        assert entry["rows"] == where.sum() > 0
+        assert entry["auc"] == pytest.approx(sk.roc_auc_score(label, rate), abs=1e-12)
+        assert entry["calibration"] == pytest.approx(rate.sum() / label.sum(), rel=1e-6)
+    assert report["mean"] == build_report(rows, tasks=TASKS, scenario=PAGES)["mean"]
+    assert "cvr" not in build_report(rows, tasks=TASKS, scenario=PAGES)
+    lines = report_table(report).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("cvr ")] == ["all", "home", "cart", "mean", "weighted"]
