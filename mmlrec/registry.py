@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlrec.config import ConfigError, RunConfig, validate_section
+from mmlrec.config import ALIASES, ConfigError, RunConfig, validate_section
 from mmlrec.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -23,15 +23,21 @@ def method_names() -> list[str]:
     return sorted(p.stem for p in _MODELS.glob("*.py") if p.stem not in ("__init__", "base"))
 
 
+def aliases() -> dict[str, str]:
+    """Further names: alias -> the method whose class it is. The configuration adds the strategy that goes with it."""
+    return {alias: method for alias, (method, _) in ALIASES.items()}
+
+
 def method(name: str) -> type[MultiTaskModel]:
     """The class of a method; `method(name).Config` is its options.
 
     Raises:
         ConfigError: no such method; the message lists all and suggests the nearest.
     """
-    names = method_names()
+    names = [*method_names(), *aliases()]
     if name not in names:
         raise ConfigError(f"model.name: unknown method '{name}'.{did_you_mean(name, names)} Methods: {', '.join(names)}.")
+    name = aliases().get(name, name)
     module = importlib.import_module(f"mmlrec.models.{name}")
     wanted = name.replace("_", "")
     for attribute, value in vars(module).items():

@@ -89,7 +89,27 @@ CONFIGS = {
     "weight decay": (["embeddings.optimizer.weight_decay=0.1"], ["weight_decay: unknown key", "embeddings.l2"]),
     "Adam on CPU": (["embeddings.optimizer.name=adam"], ["embeddings.optimizer.name", "needs a GPU", "adagrad"]),
     "unknown task": (["dataset.tasks=[click, bye]"], ["'bye' is not a task", "Did you mean 'buy'?"]),
-    "weight of an unknown task": (["balancing.loss_weights={bye: 2.0}"], ["'bye' is not a task", "Did you mean 'buy'?"]),
+    "weight of no objective": (["balancing.loss_weights={bye: 2.0}"], ["'bye' is not an objective", "Did you mean 'buy'?"]),
+    "strategy": (["balancing.name=pcgard"], ["unknown strategy 'pcgard'", "Did you mean 'pcgrad'?"]),
+    "option of another strategy": (
+        ["balancing.name=pcgrad", "balancing.c_a=0.3"],
+        ["strategy 'pcgrad' has no option 'c_a'", "It belongs to cagrad", "refresh_every"],
+    ),
+    "value of a strategy": (
+        ["balancing.name=cagrad", "balancing.c_a=2"],
+        ["command line: balancing.c_a: Input should be less"],
+    ),
+    "main objective": (["balancing.name=metabalance", "balancing.main=clik"], ["balancing.main", "Did you mean 'click'?"]),
+    "unit without scenarios": (["balancing.unit=head"], ["balancing.unit=head", "'mtl' has no scenarios"]),
+    "one objective": (
+        ["balancing.name=mgda", "balancing.unit=task", "dataset.setting=msl", "dataset.tasks=[click]"],
+        ["balancing.name=mgda", "this run has one, 'click'", "another unit"],
+    ),
+    "nothing shared": (["model.name=single_task", "balancing.name=uw"], ["balancing.name=uw", "single_task share nothing"]),
+    "alias with another strategy": (
+        ["model.name=pcg", "balancing.name=mgda"],
+        ["pcg", "balancing.name=pcgrad", "model.name=mmoe"],
+    ),
     "task twice": (["dataset.tasks=[click, click]"], ["named twice"]),
     "one task in mtl": (["dataset.tasks=[click]"], ["MMoE in setting 'mtl' needs at least 2 tasks", "'msl'"]),
     "two tasks in msl": (["dataset.setting=msl"], ["MMoE in setting 'msl' needs exactly 1 task", "dataset.tasks"]),

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedTensor
 
+from mmlrec.balancing.balancing import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
 from mmlrec.losses import Loss
@@ -35,15 +36,19 @@ class Head(nn.Module):
     """Everything behind the lookup: concatenation, network, masked losses with global denominators, one scalar.
 
     Args:
+        balancing: joins the objectives of a training step.
         prefixes: prefix of the features of each branch that has its own tables; [""] when tables are shared.
     """
 
     loss_weights: Tensor
 
-    def __init__(self, network: MultiTaskModel, loss: Loss, config: RunConfig, prefixes: list[str]) -> None:
+    def __init__(
+        self, network: MultiTaskModel, loss: Loss, balancing: Balancing, config: RunConfig, prefixes: list[str]
+    ) -> None:
         super().__init__()
         self.network = network
         self.loss = loss
+        self.balancing = balancing
         self.keys = [[prefix + name for name in network.spec.fields] for prefix in prefixes]
         self.stacked = network.tables_per_branch
         self.multi_scenario = config.dataset.setting is not Setting.MTL
@@ -74,7 +79,11 @@ class Head(nn.Module):
         denominators = sums[:-1].view_as(local)
         losses = self.loss(output, batch.labels, batch.mask, scenario, batch.weight, denominators, world_size)
         objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
-        total = torch.sum(objectives * self.loss_weights)
+        weighted = objectives * self.loss_weights
+        if self.training:
+            total = self.balancing(weighted, x, dict(self.network.named_parameters()), self.step)
+        else:
+            total = torch.sum(weighted)
         for method_term in losses.values():
             total = total + method_term
         if self.l2_tables:
@@ -83,6 +92,12 @@ class Head(nn.Module):
         if self.l2_dense:
             total = total + self.l2_dense * torch.stack([p.square().sum() for p in self.network.parameters()]).sum()
         return total, Predictions(output.logits.detach(), objectives.detach())
+
+    def diagnostics(self) -> dict[str, float]:
+        """What strategy and network say about the newest training step, by key, for the log."""
+        return self.balancing.report(self.loss.objectives) | {
+            f"network/{name}": value for name, value in self.network.diagnostics().items()
+        }
 
     def noise(self, device: torch.device) -> Tensor | None:
         """The random numbers of this training step's gates: a function of seed and step, so equal on all ranks."""

@@ -62,12 +62,15 @@ class Reporter:
         if self._main:
             self._bar.update()
 
-    def train_metrics(self, step: int, epoch: int, losses: dict[str, float], rate: float, waited: float) -> None:
+    def train_metrics(
+        self, step: int, epoch: int, losses: dict[str, float], rate: float, waited: float, diagnostics: dict[str, float]
+    ) -> None:
         """Report the losses since the last report.
 
         Args:
             rate: factor of the learning-rate schedule.
             waited: seconds spent waiting for data since the last report.
+            diagnostics: of the newest step, by key.
         """
         now = time.perf_counter()
         seconds, steps = now - self._window_start, step - self._window_step
@@ -97,7 +100,11 @@ class Reporter:
             "data_wait_share": round(share, 4),
             "learning_rate_factor": rate,
         }
+        if diagnostics:
+            record["diagnostics"] = diagnostics
         self._write(record)
+        for name, value in diagnostics.items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
         for name, value in losses.items():
             self._tensorboard.add_scalar(f"train/loss/{name}", value, step)
         self._tensorboard.add_scalar("train/samples_per_second", speed, step)

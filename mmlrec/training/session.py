@@ -13,14 +13,16 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
+from mmlrec.balancing.balancing import Balancing
+from mmlrec.balancing.strategy import build_balancing
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, StaticConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean
-from mmlrec.losses import LossOptions
+from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, model_config
 from mmlrec.schema import DatasetManifest, Setting, Task
@@ -117,18 +119,41 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
 def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     by_name = {task.name: task for task in manifest.tasks}
     names = config.dataset.tasks or list(by_name)
-    wanted = [("dataset.tasks", name) for name in names] + [
-        ("balancing.loss_weights", n) for n in config.balancing.loss_weights
-    ]
-    for key, name in wanted:
+    for name in names:
         if name not in by_name:
             raise ConfigError(
-                f"{key}: '{name}' is not a task of {config.dataset.path}.{did_you_mean(name, by_name)}"
+                f"dataset.tasks: '{name}' is not a task of {config.dataset.path}.{did_you_mean(name, by_name)}"
                 f" Tasks: {', '.join(by_name)}."
             )
     if len(set(names)) != len(names):
         raise ConfigError(f"dataset.tasks: a task is named twice: {names}.")
     return [by_name[name] for name in names]
+
+
+def _loss(config: RunConfig, network: MultiTaskModel, manifest: DatasetManifest) -> Loss:
+    """The network's loss, with the objectives that the configuration asks for."""
+    setting = config.dataset.setting
+    unit: Unit = config.balancing.unit or ("scenario" if setting is Setting.MSL else "task")
+    if unit != "task" and setting is Setting.MTL:
+        raise ConfigError(f"balancing.unit={unit}: setting 'mtl' has no scenarios. Use unit 'task', or setting 'mtmsl'.")
+    scenarios = tuple(manifest.scenario.values) if unit != "task" and manifest.scenario else ()
+    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios))
+
+
+def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest) -> Balancing:
+    if network.tables_per_branch and not isinstance(config.balancing, StaticConfig):
+        raise ConfigError(
+            f"balancing.name={config.balancing.name}: the branches of {config.model['name']} share nothing, so there is"
+            " nothing to balance. Use balancing.name=static, or a method that shares."
+        )
+    return build_balancing(
+        config.balancing,
+        loss,
+        {name: network.owner(name) for name, _ in network.named_parameters()},
+        sum(network.spec.fields.values()),
+        seed=config.training.seed,
+        steps_per_epoch=-(-manifest.splits["train"].num_rows // config.training.batch_size),
+    )
 
 
 def build_session(config: RunConfig, world: World, *, for_training: bool, source: str = "config") -> Session:
@@ -158,8 +183,9 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    loss = network.make_loss(LossOptions(config.loss.scenario_reduction))
-    recommender = Recommender(tables, Head(network, loss, config, prefixes))
+    loss = _loss(config, network, manifest)
+    balancing = _balancing(config, network, loss, manifest)
+    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes))
     plan = make_plan(
         recommender,
         TABLES,

@@ -213,7 +213,12 @@ class Trainer:
                     " Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm."
                 )
         reporter.train_metrics(
-            self.progress.step, self.progress.epoch, values, self.schedule.factor(self.progress.step - 1), self.waited
+            self.progress.step,
+            self.progress.epoch,
+            values,
+            self.schedule.factor(self.progress.step - 1),
+            self.waited,
+            self.session.head.diagnostics(),
         )
         self._losses.zero_()
         self._loss_steps, self.waited = 0, 0.0

@@ -1,0 +1,1 @@
+"""Strategies that join several losses into one: by loss values, or by the Gram matrix of their gradients."""
