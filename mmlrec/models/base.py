@@ -146,6 +146,14 @@ class MultiTaskModel(nn.Module):
         """The loss of this network; a method with terms of its own overrides it."""
         return Loss(self.spec.tasks, self.spec.num_scenarios, options)
 
+    def lr_factors(self) -> dict[str, float]:
+        """Module (or parameter) name -> what its parameters' learning rate is multiplied by; 1 for what is not listed."""
+        return {}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers by name that tell how the network develops, for reports; read now and then, not in each step."""
+        return {}
+
     def own_dispatch(self, scenario: Tensor, widths: Sequence[int], return_all_heads: bool) -> Dispatch | None:
         """Rows by scenario, where only each row's own scenario has to be computed; else None: compute all heads.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
@@ -34,9 +35,10 @@ def build_optimizer(model: DistributedModelParallel, config: DenseConfig) -> Com
     Dense optimizers make their state at the first step; a checkpoint can only be loaded into state that exists.
     """
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    groups = _groups(parameters, model, config.optimizer.lr)
 
-    def make(chosen: Any) -> torch.optim.Optimizer:
-        return _dense_optimizer(config.optimizer, chosen)
+    def make(_: Any) -> torch.optim.Optimizer:
+        return _dense_optimizer(config.optimizer, groups)
 
     if config.clip_norm is None:
         dense = KeyedOptimizerWrapper(parameters, make)
@@ -44,6 +46,21 @@ def build_optimizer(model: DistributedModelParallel, config: DenseConfig) -> Com
         dense = _ClippedOptimizer(parameters, make, config.clip_norm)
     _initialise_state(dense)
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
+
+
+def _groups(parameters: dict[str, nn.Parameter], model: DistributedModelParallel, lr: float) -> list[dict[str, Any]]:
+    """A parameter group for each learning rate that the network asks for (`MultiTaskModel.lr_factors`)."""
+    network = get_unwrapped_module(model).head.network
+    factors = {
+        parameter: factor
+        for name, factor in network.lr_factors().items()
+        for key, parameter in network.named_parameters()
+        if key == name or key.startswith(name + ".")
+    }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        groups.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+    return [{"params": members, "lr": lr * factor} for factor, members in groups.items()]
 
 
 def _dense_optimizer(config: DenseOptimizerConfig, parameters: Any) -> torch.optim.Optimizer:
