@@ -73,14 +73,15 @@ class Dispatch:
         # grouped_mm wants every row of its operands to start on a multiple of 16 bytes.
         unit = 16 // x.element_size()
         pad_in, pad_out = -fan_in % unit, -width % unit
-        flat = F.pad(x.reshape(stack * rows, fan_in), (0, pad_in))
+        flat = x.reshape(stack * rows, fan_in)
+        if pad_in or pad_out:  # F.pad copies also where there is nothing to pad.
+            flat, weight = F.pad(flat, (0, pad_in)), F.pad(weight, (0, pad_out, 0, pad_in))
         ends = (torch.arange(stack, device=x.device).view(-1, 1) * rows + self.ends).flatten().to(torch.int32)
-        y = F.grouped_mm(flat, F.pad(weight, (0, pad_out, 0, pad_in)), offs=ends)[:, :width].view(stack, rows, width)
+        y = F.grouped_mm(flat, weight, offs=ends)[:, :width].view(stack, rows, width)
         if bias is None:
             return y
-        # A product with a one-hot matrix, because its gradient is a GEMM and not a scatter with colliding rows.
-        own = F.one_hot(self.scenario, self.num_scenarios).to(x.dtype)
-        return y + own @ bias.view(stack, self.num_scenarios, width)
+        members = torch.arange(stack, device=x.device).view(-1, 1) * self.num_scenarios + self.scenario
+        return y + F.embedding(members, bias)
 
 
 class ScenarioEmbedding(nn.Module):

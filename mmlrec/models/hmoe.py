@@ -60,7 +60,7 @@ class HMoE(MultiTaskModel):
         mix_space: Space = Field(default="logit", description="What is mixed: logits, or probabilities ('prob').")
         mix_axis: Axis | None = Field(
             default=None,
-            description="Scores that are mixed: of a task's scenarios, of all tasks (mtl), or of all heads; absent: not all heads.",
+            description="What mixes its scores: a task's scenarios, all tasks (mtl), or all heads; absent: one of the first two.",
         )
 
     config: Config
