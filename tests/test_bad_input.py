@@ -105,7 +105,6 @@ CONFIGS = {
         ["balancing.name=mgda", "balancing.unit=task", "dataset.setting=msl", "dataset.tasks=[click]"],
         ["balancing.name=mgda", "this run has one, 'click'", "another unit"],
     ),
-    "nothing shared": (["model.name=single_task", "balancing.name=uw"], ["balancing.name=uw", "single_task share nothing"]),
     "alias with another strategy": (
         ["model.name=pcg", "balancing.name=mgda"],
         ["pcg", "balancing.name=pcgrad", "model.name=mmoe"],

@@ -1,0 +1,227 @@
+"""One backward leaves the gradients that separate backwards of each objective, combined by hand, would leave."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmlrec.balancing.balancing import Balancing
+from mmlrec.balancing.strategy import build_balancing
+from mmlrec.config import STRATEGIES, ConfigError
+from mmlrec.losses import LossOptions
+from mmlrec.schema import Setting
+from tests.models.support import build, make_data, make_spec, spec_of
+
+GRADIENT_LEVEL = ("gradnorm", "pcgrad", "mgda", "cagrad", "imtl_g", "nash", "aligned", "metabalance")
+REFINES = {"task": {"task", "head"}, "scenario": {"scenario", "head"}, "head": {"head"}}
+CASES = [("mtl", "task"), ("msl", "scenario"), ("msl-many", "head"), *(("mtmsl", unit) for unit in REFINES)]
+
+
+class Case:
+    """A network in float64, a batch with conflicting tasks and masked labels, and a strategy."""
+
+    def __init__(self, method, shape, unit, rows=40, **options):
+        self.net = build(method, spec_of(shape)).double()
+        self.net.train()
+        self.data = make_data(self.net, rows, dtype=torch.float64)
+        self.data.mask[:7, 0] = 0
+        if self.net.spec.num_tasks > 1:
+            self.data.labels[:, 1] = 1 - self.data.labels[:, 0]
+        self.loss = self.net.make_loss(LossOptions(unit=unit))
+        self.owners = {name: self.net.owner(name) for name, _ in self.net.named_parameters()}
+        self.options = options
+
+    def strategy(self, name, **options):
+        config = STRATEGIES[name](**(self.options | options))
+        looked_up = sum(self.net.spec.fields.values())
+        return build_balancing(config, self.loss, self.owners, looked_up, seed=0, steps_per_epoch=5)
+
+    def objectives(self, x, only=None):
+        """[K], from a new forward pass."""
+        parts = x[:, : sum(self.net.spec.fields.values())].split(list(self.net.spec.fields.values()), dim=1)
+        output = self.net(x, dict(zip(self.net.spec.fields, parts, strict=True)), self.data.scenario)
+        targets = (self.data.labels, self.data.mask, self.data.scenario, self.data.weight)
+        found = self.loss(output, *targets, self.loss.denominators(*targets))
+        return torch.stack([found[name] for name in self.loss.objectives])
+
+    def backward(self, loss_of):
+        """Gradients by name, `x` included, after one ordinary backward."""
+        self.net.zero_grad(set_to_none=True)
+        x = self.data.x.clone().requires_grad_()
+        value = loss_of(x)
+        value.backward()
+        zero = {name: torch.zeros_like(p) for name, p in self.net.named_parameters()}
+        given = {name: p.grad for name, p in self.net.named_parameters() if p.grad is not None}
+        return value.detach(), {"x": x.grad, **zero, **given}
+
+    def of_each(self):
+        """The gradients of each objective, each from a forward and a backward of its own."""
+        count = len(self.loss.objectives)
+        return [self.backward(lambda x, k=k: self.objectives(x)[k])[1] for k in range(count)]
+
+    def owned(self):
+        return {name for name, owner in self.owners.items() if owner in REFINES[self.loss.unit]}
+
+    def gram(self, of_each, scope):
+        """Inner products, vector by vector."""
+        width = sum(self.net.spec.fields.values())
+        vectors = []
+        for own in of_each:
+            parts = []
+            if scope != "embedding":
+                parts += [g.flatten() for name, g in own.items() if name != "x" and name not in self.owned()]
+            if scope != "shared_dense":
+                parts.append(own["x"][:, :width].flatten())
+            vectors.append(torch.cat(parts).numpy())
+        return np.array([[a @ b for b in vectors] for a in vectors])
+
+
+@pytest.mark.parametrize(("shape", "unit"), CASES)
+@pytest.mark.parametrize("method", ["shared_bottom", "mmoe", "ple"])
+def test_gradients_equal_the_explicit_form(method, shape, unit):
+    case = Case(method, shape, unit)
+    of_each = case.of_each()
+    for name in case.owned():
+        # Owned means: no number of it is trained by two objectives.
+        assert (torch.stack([own[name] != 0 for own in of_each]).sum(0) <= 1).all(), name
+    for name, scope in (("pcgrad", "shared_dense"), ("mgda", "both"), ("cagrad", "embedding")):
+        strategy = case.strategy(name, scope=scope)
+        value, found = case.backward(lambda x, s=strategy: s(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+        gram = case.gram(of_each, scope)
+        np.testing.assert_allclose(strategy.gram.numpy(), gram, rtol=1e-9, atol=1e-15)
+        c = case.strategy(name, scope=scope).coefficients(gram, case.objectives(case.data.x).detach().numpy(), 1)
+        np.testing.assert_allclose(strategy.coefficient.numpy(), c, rtol=1e-6, atol=1e-9)
+        for key, gradient in found.items():
+            factors = np.ones(len(c)) if key in case.owned() else strategy.coefficient.numpy()
+            expected = sum(f * own[key] for f, own in zip(factors, of_each, strict=True))
+            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(value, case.objectives(case.data.x).sum().detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("method", ["shared_bottom", "mmoe", "ple", "star"])
+def test_cached_coefficients_give_the_same_gradients(method):
+    case = Case(method, "mtmsl", "task")
+    every = case.strategy("pcgrad")
+    cached = case.strategy("pcgrad", refresh_every=3)
+    cached.load_state_dict(every.state_dict())
+    with torch.no_grad():
+        cached.coefficient.copy_(torch.tensor([0.7, -0.2], dtype=torch.float64))
+    every.coefficients = lambda gram, losses, step: np.array([0.7, -0.2])
+    results = [
+        case.backward(lambda x, s=s: s(case.objectives(x), x, dict(case.net.named_parameters()), 2)) for s in (every, cached)
+    ]
+    for key, expected in results[0][1].items():
+        torch.testing.assert_close(results[1][1][key], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_coefficients_are_computed_every_n_steps_only():
+    case = Case("shared_bottom", "mtl", "task", refresh_every=4)
+    strategy, seen = case.strategy("mgda"), []
+    plain = strategy.coefficients
+    strategy.coefficients = lambda gram, losses, step: seen.append(step) or plain(gram, losses, step)
+    for step in range(1, 11):
+        case.backward(lambda x, step=step: strategy(case.objectives(x), x, dict(case.net.named_parameters()), step))
+    assert seen == [1, 5, 9]
+
+
+def test_an_objective_with_coefficient_zero_still_trains_its_head():
+    case = Case("mmoe", "mtl", "task")
+    strategy = case.strategy("mgda")
+    strategy.coefficients = lambda gram, losses, step: np.array([1.0, 0.0])
+    _, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+    first, second = case.of_each()
+    torch.testing.assert_close(found["experts.weights.0"], first["experts.weights.0"])
+    assert (found["towers.weight"][1] != 0).any()
+    torch.testing.assert_close(found["towers.weight"][1], second["towers.weight"][1])
+
+
+@pytest.mark.parametrize("name", GRADIENT_LEVEL)
+def test_an_objective_without_rows_leaves_the_others_alone(name):
+    """Two objectives of which one is masked in this batch: training is that of the other alone."""
+    case = Case("shared_bottom", "mtl", "task")
+    case.data.mask[:, 1] = 0
+    strategy = case.strategy(name)
+    _, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+    _, alone = case.backward(lambda x: case.objectives(x)[0])
+    factor = strategy.coefficient[0].item()
+    assert factor == pytest.approx(1.2 if name == "cagrad" else 1 / 1.01**0.5 if name == "nash" else 1)
+    for key, gradient in found.items():
+        expected = alone[key] * (1 if key in case.owned() else factor)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["static", "monitor"])
+def test_static_and_monitor_equal_the_plain_sum_to_the_bit(name):
+    case = Case("ple", "mtmsl", "head")
+    strategy = case.strategy(name)
+    value, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+    expected_value, expected = case.backward(lambda x: case.objectives(x).sum())
+    assert value == expected_value
+    assert all(found[key].equal(gradient) for key, gradient in expected.items())
+    assert (name == "static") == (type(strategy) is Balancing)
+
+
+def test_metabalance_follows_the_main_objective():
+    case = Case("mmoe", "mtl", "task")
+    strategy = case.strategy("metabalance", main="t1", r=1.0)
+    for step in range(1, 4):
+        case.backward(lambda x, step=step: strategy(case.objectives(x), x, dict(case.net.named_parameters()), step))
+    norms = strategy.gram.diagonal().sqrt()  # constant here, so the moving averages equal them
+    torch.testing.assert_close(strategy.coefficient * norms, norms[1].expand(2))
+
+
+def test_gradnorm_weights_descend_and_keep_their_sum():
+    case = Case("mmoe", "mtl", "task")
+    strategy = case.strategy("gradnorm", lr=0.1)
+    run = dict(case.net.named_parameters())
+    case.backward(lambda x: strategy(case.objectives(x), x, run, 1))
+    assert strategy.coefficient.tolist() == [1, 1]
+    n = strategy.gram.diagonal().sqrt().numpy()
+    # At the first step all rates are 1, the target is the mean norm.
+    stepped = 1 - 0.1 * np.sign(n - n.mean()) * n
+    case.backward(lambda x: strategy(case.objectives(x), x, run, 2))
+    np.testing.assert_allclose(strategy.coefficient.numpy(), 2 * stepped / stepped.sum(), rtol=1e-12)
+
+
+def test_report_names_cosines_norms_and_coefficients():
+    case = Case("mmoe", "mtl", "task")
+    strategy = case.strategy("pcgrad")
+    case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+    gram = case.gram(case.of_each(), "shared_dense")
+    report = strategy.report(case.loss.objectives)
+    assert report["balancing/norm/t0"] == pytest.approx(gram[0, 0] ** 0.5)
+    assert report["balancing/cosine/t0~t1"] == pytest.approx(gram[0, 1] / (gram[0, 0] * gram[1, 1]) ** 0.5)
+    assert set(report) == {f"balancing/{k}" for k in ("norm/t0", "norm/t1", "cosine/t0~t1", "coefficient/t0", "coefficient/t1")}
+
+
+@pytest.mark.parametrize("unit", REFINES)
+def test_objectives_of_every_unit_add_up(unit):
+    case = Case("mmoe", "mtmsl", unit)
+    expected = Case("mmoe", "mtmsl", "task").objectives(case.data.x)
+    found = case.objectives(case.data.x)
+    torch.testing.assert_close(found.sum(), expected.sum(), rtol=1e-12, atol=0)
+    if unit == "head":
+        assert case.loss.objectives == ("t0/0", "t0/1", "t0/2", "t1/0", "t1/1", "t1/2")
+        torch.testing.assert_close(found.view(2, 3).sum(1), expected, rtol=1e-12, atol=0)
+
+
+def test_refusals():
+    case = Case("mmoe", "msl", "task")
+    with pytest.raises(ConfigError, match="2 or more objectives"):
+        case.strategy("pcgrad")
+    with pytest.raises(ConfigError, match="'t9' is not an objective of this run"):
+        case.strategy("static", loss_weights={"t9": 1.0})
+    case = Case("mmoe", "msl", "scenario")
+    case.owners = dict.fromkeys(case.owners, "head")
+    with pytest.raises(ConfigError, match=r"shares no parameters.*scope=embedding"):
+        case.strategy("pcgrad")
+    case.strategy("pcgrad", scope="embedding")
+
+
+def test_regression_and_scenarios_in_uncertainty_weighting():
+    spec = make_spec(2, 3)
+    assert spec.setting is Setting.MTMSL
+    case = Case("mmoe", "mtmsl", "head")
+    assert case.strategy("uw").kappa.tolist() == [1.0] * 6
+    tasks = (case.loss.tasks[0], case.loss.tasks[1].model_copy(update={"kind": "regression"}))
+    case.loss.tasks = tasks
+    assert case.strategy("uw").kappa.tolist() == [1.0] * 3 + [0.5] * 3
