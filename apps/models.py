@@ -22,17 +22,20 @@ def describe(name: str) -> dict[str, Any]:
     """All that a method's file says about it, as plain data.
 
     Returns:
-        `name`, `summary`, `paper` (the citation; empty where there is none) and `venue`, `settings` (setting -> whether it is
-        defined there), `alternative` (what to use in the others), `options` and `example`, a command.
+        `name`, `alias_of` (the method that an alias stands for, else None), `balancing` (the strategy that comes with the
+        alias, else None), `summary`, `paper` (the citation; empty where there is none) and `venue`, `settings` (setting ->
+        whether it is defined there), `alternative` (what to use in the others), `options` and `example`, a command.
 
     Raises:
         ConfigError: no such method.
     """
+    from mmlrec.config import ALIASES
     from mmlrec.models.base import NetworkConfig
     from mmlrec.registry import method
     from mmlrec.schema import Setting
 
     chosen = method(name)
+    alias_of, balancing = ALIASES.get(name, (None, None))
     # The first paragraph of a method's file says in one sentence what it is, the second is its citation.
     first, second, *_ = [*inspect.cleandoc(sys.modules[chosen.__module__].__doc__ or "").split("\n\n"), "", ""]
     paper = "" if second.startswith("No paper") else " ".join(second.split())
@@ -50,6 +53,8 @@ def describe(name: str) -> dict[str, Any]:
     ]
     return {
         "name": name,
+        "alias_of": alias_of,
+        "balancing": balancing,
         "summary": " ".join(first.split()).partition(": ")[2],
         "paper": paper,
         "venue": venue["venue"] if venue else "",
@@ -80,24 +85,31 @@ def _type(content: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def overview() -> str:
     """One line for each method."""
-    from mmlrec.registry import method_names
+    from mmlrec.registry import aliases, method_names
     from mmlrec.schema import Setting
 
-    methods = [describe(name) for name in method_names()]
+    methods = [describe(name) for name in [*method_names(), *aliases()]]
     name_width, venue_width = (max(len(m[key]) for m in methods) for key in ("name", "venue"))
     lines = [f"{'method':<{name_width}}  {'  '.join(Setting)}  {'paper':<{venue_width}}  what it is"]
     for found in methods:
         settings = "  ".join(f"{'yes' if has else '-':<{len(setting)}}" for setting, has in found["settings"].items())
-        start = f"{found['name']:<{name_width}}  {settings}  {found['venue'] or '-':<{venue_width}}  "
-        lines.append(start + found["summary"].partition(". ")[0].removesuffix("."))
+        meaning = _stands_for(found) or found["summary"].partition(". ")[0].removesuffix(".")
+        lines.append(f"{found['name']:<{name_width}}  {settings}  {found['venue'] or '-':<{venue_width}}  {meaning}")
     return "\n".join([*lines, "", "python -m apps.models NAME shows the options of a method; model.name=NAME trains it."])
+
+
+def _stands_for(found: dict[str, Any]) -> str:
+    """What an alias is short for; empty for a method."""
+    return f"{found['alias_of']} with balancing.name={found['balancing']}" if found["alias_of"] else ""
 
 
 def details(found: dict[str, Any]) -> str:
     """One method, from `describe`."""
     supported = [setting for setting, has in found["settings"].items() if has]
     missing = [setting for setting, has in found["settings"].items() if not has]
-    lines = textwrap.wrap(f"{found['name']}: {found['summary']}", _WIDTH) + textwrap.wrap(found["paper"], _WIDTH)
+    lines = [f"{found['name']} is short for {_stands_for(found)}.", ""] if found["alias_of"] else []
+    lines += textwrap.wrap(f"{found['alias_of'] or found['name']}: {found['summary']}", _WIDTH)
+    lines += textwrap.wrap(found["paper"], _WIDTH)
     lines += ["", f"settings: {', '.join(supported)}"]
     if missing:
         lines += textwrap.wrap(f"not in {', '.join(missing)}: {found['alternative']}", _WIDTH)
@@ -126,10 +138,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Print what was asked for."""
     arguments = parse()
-    from mmlrec.registry import method_names
+    from mmlrec.registry import aliases, method_names
 
     if arguments.json:
-        print(json.dumps([describe(name) for name in arguments.names or method_names()], indent=2))
+        print(json.dumps([describe(name) for name in arguments.names or [*method_names(), *aliases()]], indent=2))
     elif arguments.names:
         print("\n\n\n".join(details(describe(name)) for name in arguments.names))
     else:

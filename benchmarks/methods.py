@@ -2,9 +2,9 @@
 
 python -m benchmarks.methods [--methods mmoe,ple] [--quick] [--threads 2] [--out runs/methods.json]
 
-Three tables: time beside operations (benchmarks.flops), in MTL and MSL; the cost of 32 scenarios over that of 2; and, where
-gradient balancing is asked for, whole training steps with PCGrad over those with fixed weights. Every figure is a median over
-rounds in which all methods take their turn, so that whatever else the machine does hits all alike.
+Three tables: time beside operations (benchmarks.flops), in MTL and MSL; the cost of 32 scenarios over that of 2; and whole
+training steps of MMoE with PCGrad over those with fixed weights. Every figure is a median over rounds in which all take their
+turn, so that whatever else the machine does hits all alike.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from benchmarks import throughput
 from benchmarks.flops import FORWARD, Case
 from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec
@@ -153,6 +156,25 @@ def growth(shape: str, wanted: list[str], rows: int, rounds: int) -> list[dict[s
     return found
 
 
+def balancing(folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """Time of a whole training step of MMoE (apps.train) with PCGrad over that with fixed weights, for 2 and 8 tasks."""
+    shape = replace(throughput.SHAPES["a"], steps=10)
+    found = []
+    for tasks in (2, 8):
+        dataset = folder / f"tasks{tasks}"
+        throughput.generate(dataset, shape, 100_000, tasks, threads)
+        times: dict[str, list[float]] = {"static": [], "pcgrad": []}
+        for _ in range(rounds):
+            for name, seconds in times.items():
+                speed = throughput.ours(folder, dataset, shape, "fp32", threads, f"balancing.name={name}")
+                seconds.append(throughput.BATCH / speed)
+        relative, most = ratio(times["pcgrad"], times["static"]), 1 + 0.5 * tasks
+        milliseconds = {f"ms_{name}": 1e3 * median(seconds) for name, seconds in times.items()}
+        flag = f"> {most:g}" if relative > most else ""
+        found.append({"tasks": tasks, **milliseconds, "time": relative, "most": most, "flag": flag})
+    return found
+
+
 def main() -> None:
     """Measure, print the tables, write the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,6 +201,10 @@ def main() -> None:
         found = growth(shape, wanted, arguments.rows, rounds)
         result["growth"] += found
         print(show(found), end="\n\n", flush=True)
+    if not wanted or "mmoe" in wanted:
+        with TemporaryDirectory() as folder:
+            result["balancing"] = balancing(Path(folder), arguments.threads, 1 if arguments.quick else 3)
+        print(show(result["balancing"]))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -92,7 +92,20 @@ def _run(command: list[str], threads: int) -> str:
     return done.stdout
 
 
-def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int) -> float:
+def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -> None:
+    """Write a generated dataset of a shape, all splits together `rows` rows."""
+    options = {
+        "rows": rows,
+        "num-ids": shape.ids,
+        "sparse-features": shape.sparse,
+        "dense-features": shape.dense,
+        "tasks": tasks,
+    }
+    named = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    _run(["preprocessing", "synthetic", "--out", str(dataset), *named], threads)
+
+
+def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, *overrides: str) -> float:
     """Median samples/s that a run of apps.train reports for itself after its first window."""
     config = folder / "config.yaml"
     config.write_text(
@@ -115,6 +128,7 @@ def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int
             f"training.batch_size={BATCH}",
             f"training.max_steps={5 * shape.steps}",
             f"training.log_every_steps={shape.steps}",
+            *overrides,
         ],
         threads,
     )
@@ -146,25 +160,7 @@ def main() -> None:
         for name in arguments.shapes.split(","):
             shape = SHAPES[name]
             dataset = folder / f"shape-{name}"
-            _run(
-                [
-                    "preprocessing",
-                    "synthetic",
-                    "--out",
-                    str(dataset),
-                    "--rows",
-                    str(arguments.rows),
-                    "--num-ids",
-                    shape.ids,
-                    "--sparse-features",
-                    str(shape.sparse),
-                    "--dense-features",
-                    str(shape.dense),
-                    "--tasks",
-                    "2",
-                ],
-                arguments.threads,
-            )
+            generate(dataset, shape, arguments.rows, 2, arguments.threads)
             speeds: dict[str, list[float]] = {"baseline": [], "fp32": [], "bf16": []}
             for _ in range(arguments.rounds):
                 if not arguments.no_baseline:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apps.models import describe, details
+from apps.models import describe, details, overview
 from mmlrec.config import load_config
 from mmlrec.models.base import NetworkConfig
-from mmlrec.registry import method, method_names, model_config, resolve_model
+from mmlrec.registry import aliases, method, method_names, model_config, resolve_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_overview_has_a_line_for_each_method_and_train_prints_the_same():
     assert shown.stdout == listed.stdout
     header, *lines = shown.stdout.split("\n\n")[0].splitlines()
     assert header.split()[:4] == ["method", "mtl", "msl", "mtmsl"]
-    for line, name in zip(lines, method_names(), strict=True):
+    for line, name in zip(lines, [*method_names(), *aliases()], strict=True):
         settings = [str(setting) for setting in method(name).settings]
         assert line.split()[:4] == [name, *("yes" if s in settings else "-" for s in ("mtl", "msl", "mtmsl"))]
 
@@ -53,10 +53,17 @@ def test_an_unknown_method_is_one_line_with_a_suggestion():
     assert shown.stderr.count("\n") == 1
 
 
+def test_an_alias_says_what_it_stands_for():
+    assert "  mmoe with balancing.name=pcgrad\n" in overview()
+    text = details(describe("pcg"))
+    assert text.startswith("pcg is short for mmoe with balancing.name=pcgrad.\n\nmmoe: shared experts")
+    assert text.endswith("model.name=pcg")
+
+
 def test_json_holds_all_options_with_their_defaults():
     shown = run("apps.models", "--json")
     assert shown.returncode == 0, shown.stderr
-    for found, name in zip(json.loads(shown.stdout), method_names(), strict=True):
+    for found, name in zip(json.loads(shown.stdout), [*method_names(), *aliases()], strict=True):
         config = method(name).Config
         assert found["name"] == name
         assert {option["name"]: option["default"] for option in found["options"]} == config().model_dump(mode="json")
@@ -69,7 +76,7 @@ def test_what_a_method_says_about_itself(name):
     """The first paragraph of its file is `Name: what it is`, the second its citation with title and year, or `No paper`."""
     found = describe(name)
     assert found["summary"], f"mmlrec/models/{name}.py: the first paragraph must be 'Name: what it is.'"
-    assert len(found["summary"].partition(". ")[0]) <= 110, "the first sentence does not fit on a line of the listing"
+    assert len(found["summary"].partition(". ")[0]) <= 115, "the first sentence does not fit on a line of the listing"
     if found["paper"]:
         assert found["venue"], f'mmlrec/models/{name}.py: the second paragraph must be: authors, "title", venue year.'
     for option in found["options"]:
@@ -81,7 +88,7 @@ def test_what_a_method_says_about_itself(name):
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", [*method_names(), *aliases()])
 def test_the_example_command_is_a_valid_configuration(name):
     module, *arguments = shlex.split(describe(name)["example"])[2:]
     assert module == "apps.train"
