@@ -60,7 +60,7 @@ class HMoE(MultiTaskModel):
         mix_space: Space = Field(default="logit", description="What is mixed: logits, or probabilities ('prob').")
         mix_axis: Axis | None = Field(
             default=None,
-            description="What mixes its scores: a task's scenarios, all tasks (mtl), or all heads; absent: one of the first two.",
+            description="What mixes its scores: a task's scenarios, all tasks (mtl) or all heads; absent: one of the former.",
         )
 
     config: Config
