@@ -139,6 +139,7 @@ class MSSM(MultiTaskModel):
             penalty = penalty + self.config.l0_field * self.field_gates.open_probability().sum()
         return penalty
 
+    @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Expected numbers of open connections and open field gates."""
         found = {"open_connections": float(self._open_connections())}

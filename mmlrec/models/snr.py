@@ -138,6 +138,7 @@ class SNR(MultiTaskModel):
         sums = [cost * gates.open_probability().sum() for cost, gates in zip(costs, self.gates, strict=True)]
         return torch.stack(sums).sum()
 
+    @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Expected number of open connections."""
         return {"open_connections": sum(float(gates.open_probability().sum()) for gates in self.gates)}
