@@ -38,7 +38,8 @@ def test_a_page_lists_the_options_of_its_method_with_their_defaults(name):
 @pytest.mark.parametrize("name", method_names())
 def test_pages_have_one_form(name):
     text = page(name)
-    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == HEADINGS
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert [heading for heading in headings if heading in HEADINGS] == HEADINGS
     assert text.count("```mermaid\nflowchart") == 1
     settings = ", ".join(setting for setting in Setting if setting in method(name).settings)
     assert f"\n\n`model.name: {name}` · {settings} · [mmlrec/models/{name}.py](../../mmlrec/models/{name}.py)\n" in text
