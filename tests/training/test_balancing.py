@@ -1,0 +1,204 @@
+"""Balancing on sharded tables: one update a step, two ranks train like one, and state survives a resume."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmlrec.balancing import rules
+from mmlrec.config import STRATEGIES, load_config
+from mmlrec.losses import LossOptions
+from mmlrec.training.checkpoint import model_tensors
+from mmlrec.training.distributed import process_group
+from mmlrec.training.session import build_session
+from tests.datasets import write_dataset
+from tests.training.launch import launch, losses, tensors
+from tests.training.worker import whole
+
+pytestmark = pytest.mark.timeout(1800)
+
+STEPS = 20
+CONFIG = """
+dataset: {{path: {dataset}, setting: mtl}}
+model: {{name: mmoe, expert_hidden_units: [12, 8], gate_hidden_units: [4], tower_hidden_units: [4]}}
+embeddings: {{dim: 4, init_std: 0.1, sharding: row_wise, optimizer: {{name: sgd, lr: 0.1}}}}
+dense: {{optimizer: {{name: sgd, lr: 0.1}}}}
+training: {{batch_size: 90, epochs: 1, log_every_steps: 1, checkpoint_every_steps: 11}}
+"""
+MTMSL = ["dataset.setting=mtmsl", "model.name=ple"]
+GRADIENT_LEVEL = [name for name, config in STRATEGIES.items() if "scope" in config.model_fields]
+WINDOWS = {"dwa": ["balancing.window_steps=3"], "stch": ["balancing.window_steps=2"]}
+#: Case -> overrides: every strategy; every scope; every unit; coefficients that are kept; bfloat16.
+CASES = {
+    **{name: [f"balancing.name={name}", *WINDOWS.get(name, [])] for name in STRATEGIES},
+    **{f"pcgrad-{scope}": ["balancing.name=pcgrad", f"balancing.scope={scope}"] for scope in ("embedding", "both")},
+    "mgda-scenario": [*MTMSL, "balancing.name=mgda", "balancing.unit=scenario", "balancing.scope=both"],
+    "cagrad-head": [*MTMSL, "balancing.name=cagrad", "balancing.unit=head"],
+    "aligned-msl": ["dataset.setting=msl", "dataset.tasks=[click]", "balancing.name=aligned"],
+    "nash-kept": ["balancing.name=nash", "balancing.refresh_every=4"],
+    "weighted": ["balancing.name=imtl_g", "balancing.loss_weights={click: 3.0}", "dense.l2=0.01", "embeddings.l2=0.01"],
+}
+WITH_STATE = ("uw", "dwa", "stch", "famo", "gradnorm", "metabalance", "nash-kept")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """All runs, in one launch for each world size."""
+    root = tmp_path_factory.mktemp("balancing")
+    write_dataset(root / "data", rows={"train": 90 * STEPS, "valid": 90, "test": 90}, table_rows=30, missing_labels=0.2)
+    (root / "config.yaml").write_text(CONFIG.format(dataset=root / "data"))
+
+    def action(kind, folder, *overrides, **more):
+        return {
+            "kind": kind,
+            "name": "all",
+            "config": str(root / "config.yaml"),
+            "overrides": list(overrides),
+            "run_dir": str(root / folder),
+            **more,
+        }
+
+    local = action("steps", "2-local", "balancing.name=cagrad", "balancing.gram=local", steps=3)
+    half = action("steps", "2-bf16", "balancing.name=mgda", "training.precision=bf16", steps=3)
+    for world_size in (1, 2):
+        actions = [action("steps", f"{world_size}-{name}", *CASES[name], steps=STEPS) for name in CASES]
+        for name in WITH_STATE:
+            if world_size == 1:
+                actions.append(action("train", f"whole-{name}", *CASES[name]))
+                actions.append(action("train", f"parts-{name}", *CASES[name], "training.max_steps=11"))
+                actions.append(action("train", f"parts-{name}", *CASES[name]))
+            else:
+                actions.append(action("train", f"moved-{name}", *CASES[name], "training.max_steps=11"))
+                output = str(root / f"resharded-{name}")
+                actions.append(action("reshard", f"parts-{name}", *CASES[name], output=output))
+        launch(world_size, [*actions, *([local, half] if world_size == 2 else [])], root / f"logs-{world_size}")
+    launch(1, [action("train", f"moved-{name}", *CASES[name]) for name in WITH_STATE], root / "logs-moved")
+    return root
+
+
+def kept(root: Path, case: str, world_size: int, rank: int = 0) -> dict:
+    return torch.load(root / f"{world_size}-{case}" / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_train_like_one(root, case):
+    one, two = kept(root, case, 1), kept(root, case, 2)
+    assert len(one["losses"]) == STEPS
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-7)
+    assert one["weights"].keys() == two["weights"].keys()
+    for key, expected in one["weights"].items():
+        # FAMO's logits are sums of differences of losses that are nearly equal; what they do, they do through their softmax.
+        size = 1.0 if key.endswith("balancing.logits") else expected.abs().max().clamp(min=0.01)
+        assert (two["weights"][key] - expected).abs().max() <= 1e-5 * size, key
+    if case in GRADIENT_LEVEL:
+        gram = one["weights"]["model.head.balancing.gram"]
+        assert abs(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt()) > 1e-3
+
+
+@pytest.mark.parametrize("case", [*CASES, "local", "bf16"])
+def test_ranks_agree_to_the_bit(root, case):
+    first, second = kept(root, case, 2, 0)["weights"], kept(root, case, 2, 1)["weights"]
+    for key, value in first.items():
+        if key.startswith("model.head."):
+            assert second[key].equal(value), key
+    assert all(value.isfinite().all() for value in first.values())
+
+
+def test_local_gram_is_another_one(root):
+    gram = [kept(root, case, 2)["weights"]["model.head.balancing.gram"] for case in ("local", "cagrad")]
+    assert gram[0].diagonal().gt(0).all()
+    assert not torch.allclose(*gram)
+
+
+@pytest.mark.parametrize("case", [name for name in STRATEGIES if name not in ("static", "monitor")])
+def test_strategies_change_training(root, case):
+    static, found = kept(root, "static", 1)["weights"], kept(root, case, 1)["weights"]
+    experts = "model.head.network.experts.weights.0"
+    assert not torch.allclose(found[experts], static[experts])
+
+
+def test_monitor_trains_like_static_to_the_bit(root):
+    static, monitor = kept(root, "static", 1), kept(root, "monitor", 1)
+    assert all(monitor["weights"][key].equal(value) for key, value in static["weights"].items())
+    assert monitor["losses"].equal(static["losses"])
+
+
+@pytest.mark.parametrize("case", WITH_STATE)
+def test_resumed_equals_uninterrupted_to_the_bit(root, case):
+    whole, parts = (tensors(root / f"{name}-{case}" / "checkpoints" / f"step_{STEPS:09d}") for name in ("whole", "parts"))
+    assert any("head.balancing." in key for key in whole)
+    assert whole.keys() == parts.keys()
+    assert [key for key in whole if not whole[key].equal(parts[key])] == []
+    lines = [
+        [line for line in map(json.loads, (root / f"{name}-{case}" / "metrics.jsonl").open()) if line["split"] == "train"]
+        for name in ("whole", "parts")
+    ]
+    assert [line["diagnostics"] for line in lines[0]] == [line["diagnostics"] for line in lines[1]]
+    assert len(lines[0]) == STEPS
+
+
+@pytest.mark.parametrize("case", WITH_STATE)
+def test_state_moves_to_another_world_size(root, case):
+    saved = tensors(root / f"parts-{case}" / "checkpoints" / f"step_{STEPS:09d}")
+    loaded = tensors(root / f"resharded-{case}")
+    assert all(loaded[key].equal(value) for key, value in saved.items())
+    expected, found = losses(root / f"whole-{case}"), losses(root / f"moved-{case}")
+    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-5, abs=1e-6), f"step {step}"
+
+
+@pytest.mark.parametrize("strategy", ["static", "pcgrad", "mgda"])
+def test_tables_are_updated_exactly_once(tmp_path, strategy):
+    """SGD with rate 1: the new table is the old one minus sum_k c_k dL_k/dtable, from a float64 lookup of our own."""
+    write_dataset(tmp_path / "data", rows=120, table_rows=30, missing_labels=0.2)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
+    rate = ["embeddings.optimizer.lr=1.0", "dense.optimizer.lr=1.0"]
+    with process_group() as world:
+        config = load_config(tmp_path / "config.yaml", [*rate, f"balancing.name={strategy}"])
+        session = build_session(config, world, for_training=True)
+        session.model.train()
+        batch = next(iter(session.reader("train").epoch(0)))
+        before = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
+        network = copy.deepcopy(session.network).double()
+        session.pipeline.progress(iter([batch]))
+        after = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
+
+    tables = {key: value.double().requires_grad_() for key, value in before.items() if "embedding_bags" in key}
+    assert len(tables) == 4
+    fields, table_of = {}, {"f0": "t0", "m0": "tm0", "f1": "t1", "f2": "t2"}
+    for name, jagged in batch.sparse.to_dict().items():
+        (key,) = (key for key in tables if key.endswith(f".{table_of[name]}.weight"))
+        lengths, values = jagged.lengths().tolist(), jagged.values().tolist()
+        bags, start = [], 0
+        for length in lengths:
+            rows = tables[key][values[start : start + length]]
+            bags.append(rows.mean(0) if length else torch.zeros(4, dtype=torch.float64))
+            start += length
+        fields[name] = torch.stack(bags)
+    fields = {name: fields[name] for name in network.spec.fields}
+    x = torch.cat([*fields.values(), batch.dense.double()], dim=1)
+    output = network(x, fields, torch.zeros_like(batch.scenario), valid=batch.valid)
+    loss = network.make_loss(LossOptions())
+    targets = (batch.labels.double(), batch.mask.double(), torch.zeros_like(batch.scenario), batch.weight.double())
+    found = loss(output, *targets, loss.denominators(*targets))
+
+    named = {f"model.head.network.{name}": p for name, p in network.named_parameters()}
+    shared = [key for key in named if network.owner(key.removeprefix("model.head.network.")) is None]
+    everything = {**named, **tables}
+    of_each = []
+    for name in loss.objectives:
+        own = torch.autograd.grad(found[name], list(everything.values()), retain_graph=True, materialize_grads=True)
+        of_each.append(dict(zip(everything, own, strict=True)))
+    vectors = np.array([torch.cat([own[key].flatten() for key in shared]).numpy() for own in of_each])
+    gram = vectors @ vectors.T
+    c = {"static": np.ones(2), "pcgrad": rules.pcgrad(gram, [[1], [0]]), "mgda": 2 * rules.mgda(gram)}[strategy]
+    for key in everything:
+        factors = c if key in tables or key in shared else np.ones(2)
+        step = sum(f * own[key] for f, own in zip(factors, of_each, strict=True))
+        torch.testing.assert_close(after[key].double(), before[key].double() - step, rtol=1e-5, atol=1e-6)
+        moved = (after[key] - before[key]).abs().max()
+        assert moved > 1e-4, key
