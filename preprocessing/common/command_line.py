@@ -108,7 +108,10 @@ _PARITY = (
 )
 
 
-_BAD_ROWS = "pass over up to N bad rows, tell the first ten and count them in the manifest, instead of stopping at the first (default: 0)"
+_BAD_ROWS = (
+    "pass over up to N bad rows instead of stopping at the first; the first ten are told, all are counted in the manifest"
+    " (default: 0)"
+)
 
 
 def _count(text: str) -> int:
@@ -132,6 +135,8 @@ def _advice(kind: Dataset | type[Dataset]) -> str:
     lines = [f"Raw files: {names}, from {kind.home}", f"Terms: {kind.terms}"]
     if kind.archive:
         lines.append(f"Put them into --raw (they are in {kind.archive}), or let --download fetch them.")
+    if kind.hint:
+        lines.append(kind.hint)
     return "\n".join(lines)
 
 

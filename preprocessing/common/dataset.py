@@ -92,6 +92,7 @@ class Dataset:
         home: where the raw data is had. terms: its terms of use, written into the manifest.
         raw_files: the files that `--raw DIR` must hold, plain, gzipped or zipped; an option may choose among them in
             `__init__`. Empty: the dataset is generated.
+        hint: one more line on how the raw files are had and where they belong, for `--help` and for a missing file.
         archive: zip file at the home that holds the raw files, themselves or in a tar.gz, for `--download`.
         split: which rows are train, valid, test: a rule of preprocessing/common/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
@@ -105,6 +106,7 @@ class Dataset:
     home: ClassVar[str] = ""
     terms: ClassVar[str] = ""
     raw_files: tuple[RawFile, ...] = ()
+    hint: ClassVar[str] = ""
     archive: ClassVar[str] = ""
     split: SplitRule = RandomSplit()
     next_config: ClassVar[str] = "configs/scaling/synthetic.yaml"

@@ -119,9 +119,8 @@ class RawFolder:
         missing = [name for name in found if name not in self.paths]
         if missing:
             where = "lacks" if folder.is_dir() else "does not exist; it should hold"
-            raise DataError(
-                f"raw folder {folder} {where}: {', '.join(missing)} (plain, gzipped as NAME.gz or zipped as NAME.zip).\n{advice}"
-            )
+            forms = "plain, gzipped as NAME.gz or zipped as NAME.zip"
+            raise DataError(f"raw folder {folder} {where}: {', '.join(missing)} ({forms}).\n{advice}")
 
     def sha256(self) -> dict[str, str]:
         """Path of each file as it lies there, relative to the folder -> digest of its bytes."""
