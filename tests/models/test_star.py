@@ -9,6 +9,7 @@ from mmlrec.config import ConfigError
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.models.base import ModelSpec
 from mmlrec.registry import method
+from mmlrec.schema import Setting
 from tests.models.support import build, losses, make_data, make_spec, step
 
 F64 = torch.float64
@@ -283,6 +284,6 @@ def test_refusals(shape, options, message):
 def test_regression_tasks_are_allowed_but_not_beside_binary_ones():
     tasks = make_spec().tasks
     regression = [task.model_copy(update={"kind": "regression"}) for task in tasks]
-    build("star", ModelSpec("mtl", tuple(regression), 1, {"f": 4}, 0))
+    build("star", ModelSpec(Setting.MTL, tuple(regression), 1, {"f": 4}, 0))
     with pytest.raises(ConfigError, match="both binary and regression"):
-        build("star", ModelSpec("mtl", (tasks[0], regression[1]), 1, {"f": 4}, 0))
+        build("star", ModelSpec(Setting.MTL, (tasks[0], regression[1]), 1, {"f": 4}, 0))
