@@ -25,7 +25,7 @@ BLOCK_BYTES = 8 << 20
 _LONGEST_LINE = 64 << 20
 _REMEDY = "Mend the line or fetch the file again."
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
-_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?(nan|inf|infinity)", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
 _REPORTED = 10  # bad rows that are told one by one
 
 
@@ -283,6 +283,8 @@ def _with_header(path: Path, text: bytes, form: _Format) -> _Format:
 def _parse(text: bytes, form: _Format) -> pa.Table:
     if not text:
         return pa.schema(form.columns.items()).empty_table()
+    if len(form.names) > 1 and (text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text):
+        raise pa.ArrowInvalid("an empty line")  # which Arrow takes for a row of missing values
     plain = text if form.encoding == "utf-8" else text.decode(form.encoding).encode()
     separator = form.separator
     if len(separator) > 1:

@@ -39,7 +39,7 @@ BAD = {
         ["ratings.dat, line 700", "4 fields", "3 found"],
     ),
     "too many columns": (lambda raw: edit_line(raw / "ratings.dat", 2, "5::6::3::7::9"), ["ratings.dat, line 2", "5 found"]),
-    "empty line": (lambda raw: edit_line(raw / "ratings.dat", 9, ""), ["ratings.dat, line 9", "user is missing"]),
+    "empty line": (lambda raw: edit_line(raw / "ratings.dat", 9, ""), ["ratings.dat, line 9", "4 fields", "1 found"]),
     "undecodable bytes": (
         lambda raw: (raw / "users.dat").write_bytes((raw / "users.dat").read_bytes().replace(b"::01003", b"::\xff\xfe", 1)),
         ["users.dat, line 3", "not utf-8"],

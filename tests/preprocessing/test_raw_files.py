@@ -1,0 +1,209 @@
+"""Raw text as blocks: bad rows passed over and counted, headers, comments, numbers, archives."""
+
+import gzip
+import zipfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmlrec.errors import DataError
+from mmlrec.schema import DatasetManifest
+from preprocessing.common.command_line import main
+from preprocessing.common.join import IdIndex
+from preprocessing.common.raw_files import RawFile, RawFolder
+
+INT, NUMBER, TEXT = pa.int64(), pa.float32(), pa.string()
+COLUMNS = {"id": INT, "price": NUMBER, "name": TEXT}
+
+
+def read(folder, text, max_bad_rows=0, columns=COLUMNS, block_bytes=1 << 20, **form):
+    (folder / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    raw = RawFolder(folder, (RawFile("a.csv"),), "", max_bad_rows)
+    blocks = list(raw.blocks("a.csv", ",", columns, block_bytes=block_bytes, **form))
+    rows = [tuple(row.values()) for block in blocks for row in block.table.to_pylist()]
+    return rows, [line for block in blocks for line in block.lines.tolist()], raw.bad_rows.counts
+
+
+def test_numbers_and_missing_numbers(tmp_path):
+    rows, lines, _ = read(tmp_path, "1,2.5,a\n-7,,b\n,1e-3,\n4,-.5E2, c \n5, 7 ,d\n")
+    assert rows == [
+        (1, 2.5, "a"),
+        (-7, None, "b"),
+        (None, pytest.approx(1e-3), ""),
+        (4, -50.0, " c "),
+        (5, 7.0, "d"),
+    ]
+    assert lines == [1, 2, 3, 4, 5]
+
+
+BAD_LINES = {
+    b"1,2": "3 fields (id,price,name) expected, 2 found",
+    b"1,2,3,4": "4 found",
+    b"x,2,a": "id must be an integer, found 'x'",
+    b"99999999999999999999,2,a": "does not fit into 64 bits",
+    b"1,two,a": "price must be a number, found 'two'",
+    b"1,2_0,a": "price must be a number, found '2_0'",
+    b"1,nan,a": "price is nan or infinite, or too large",
+    b"1,-inf,a": "price is nan or infinite, or too large",
+    b"1,1e99,a": "price is nan or infinite, or too large",
+    b"1,2,\xff\xfe": "not utf-8",
+    b"1,2,a\rb": "a carriage return stands within the line",
+    b"": "1 found",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+def test_a_bad_line_stops_the_run_or_is_passed_over(tmp_path, bad, capsys):
+    good = b"".join(b"%d,%d.5,n%d\n" % (i, i, i) for i in range(1, 51))
+    text = good + bad + b"\n" + good
+    with pytest.raises(DataError) as stop:
+        read(tmp_path, text)
+    message = str(stop.value)
+    assert message.startswith(f"{tmp_path / 'a.csv'}, line 51: ")
+    assert BAD_LINES[bad] in message
+    rows, lines, counts = read(tmp_path, text, max_bad_rows=1)
+    expected = [(i, i + 0.5, f"n{i}") for i in range(1, 51)]
+    assert rows == expected * 2
+    assert lines == [*range(1, 51), *range(52, 102)]
+    assert counts == {"a.csv": 1}
+    assert f"skipped: {message}" in capsys.readouterr().err
+
+
+def test_one_bad_row_more_than_allowed_stops(tmp_path, capsys):
+    text = "".join(f"{'x' if i % 3 == 0 else i},1,a\n" for i in range(1, 100))
+    rows, lines, counts = read(tmp_path, text, max_bad_rows=33, block_bytes=64)
+    assert [row[0] for row in rows] == lines == [i for i in range(1, 100) if i % 3]
+    assert counts == {"a.csv": 33}
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 10
+    assert told[-1].endswith("(further ones are only counted)")
+    with pytest.raises(DataError, match=r"line 99: .*It is bad row 33; --max-bad-rows allows 32\."):
+        read(tmp_path, text, max_bad_rows=32, block_bytes=64)
+
+
+def test_a_file_of_bad_rows_only_is_refused_whatever_is_allowed(tmp_path):
+    with pytest.raises(DataError, match="has no good row"):
+        read(tmp_path, "x;y;z\n" * 5, max_bad_rows=100)
+
+
+def test_header_gives_the_columns_by_name(tmp_path):
+    text = "\ufeffname,more,id,price\r\na,7,1,2.5\r\nb,x,2,\r\n"
+    rows, lines, _ = read(tmp_path, text, header=True)
+    assert rows == [(1, 2.5, "a"), (2, None, "b")]
+    assert lines == [2, 3]
+    with pytest.raises(DataError, match=r"a\.csv, line 1: the header lacks price; it is 'name,more,id,cost'"):
+        read(tmp_path, text.replace("price", "cost"), header=True)
+    with pytest.raises(DataError, match=r"a\.csv, line 3: id must be an integer, found 'q'"):
+        read(tmp_path, text.replace(",2,", ",q,"), header=True, block_bytes=30)
+    with pytest.raises(DataError, match="is empty"):
+        read(tmp_path, "name,id,price\n", header=True)
+
+
+@pytest.mark.parametrize("block_bytes", [8, 1 << 20])
+def test_comments_and_blank_lines_are_passed_over_and_lines_keep_their_numbers(tmp_path, block_bytes):
+    text = "|first\n1,2,a\n\n3,4,|b\n| last,\n5,6,c\n\n"
+    rows, lines, counts = read(tmp_path, text, comment="|", block_bytes=block_bytes)
+    assert rows == [(1, 2.0, "a"), (3, 4.0, "|b"), (5, 6.0, "c")]
+    assert lines == [2, 4, 6]
+    assert counts == {}
+    with pytest.raises(DataError, match="line 6: id must be an integer"):
+        read(tmp_path, text.replace("5,6", "five,6"), comment="|", block_bytes=block_bytes)
+
+
+@pytest.mark.parametrize("name", ["a.csv.zip", "a.zip", "A.ZIP", "a.csv.gz", "A.csv"])
+def test_packed_files_and_other_case_are_found(tmp_path, name):
+    if name.lower().endswith("zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("folder/", "")
+            archive.writestr("folder/b.csv", "9,9,z\n")
+            archive.writestr("folder/A.csv", "1,2,a\n" * 3)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(b"1,2,a\n" * 3) if name.endswith("gz") else b"1,2,a\n" * 3)
+    raw = RawFolder(tmp_path, (RawFile("a.csv"),), "")
+    (block,) = raw.blocks("a.csv", ",", COLUMNS)
+    assert block.table.to_pylist() == [{"id": 1, "price": 2.0, "name": "a"}] * 3
+    assert list(raw.sha256()) == [name]
+
+
+def test_damaged_and_wrong_archives_are_told(tmp_path):
+    path = tmp_path / "a.csv.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.csv", "".join(f"{i},{i * i},text\n" for i in range(9999)))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for content in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.csv\.zip: the zip file is truncated or damaged"):
+            list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks("a.csv", ",", COLUMNS))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("b.csv", "")
+        archive.writestr("c.csv", "")
+    with pytest.raises(DataError, match=r"the archive holds no a\.csv"):
+        list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks("a.csv", ",", COLUMNS))
+
+
+def test_files_in_subfolders_keep_their_path_in_the_fingerprints(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.csv").write_text(name)
+    raw = RawFolder(tmp_path, (RawFile("x/t.csv"), RawFile("y/t.csv")), "")
+    assert list(raw.sha256()) == ["x/t.csv", "y/t.csv"]
+
+
+def test_ids_are_found_over_many_blocks_and_a_second_occurrence_is_a_bad_row(tmp_path):
+    random = np.random.default_rng(0)
+    ids = random.permutation(np.arange(-500, 500) * 7)
+    ids[700] = ids[100]  # the second occurrence; the first stays
+    (tmp_path / "left.csv").write_text("".join(f"{i}\n" for i in ids))
+    wanted = random.choice(ids, 300)
+    wanted[[5, 250]] = 1, 10**9  # unknown
+    (tmp_path / "right.csv").write_text("".join(f"{i}\n" for i in wanted))
+    files = (RawFile("left.csv"), RawFile("right.csv"))
+
+    def found(max_bad_rows):
+        raw = RawFolder(tmp_path, files, "", max_bad_rows)
+        index = IdIndex("id", raw.blocks("left.csv", ",", {"id": INT}, block_bytes=200))
+        (right,) = raw.blocks("right.csv", ",", {"id": INT})
+        return (*index.find(right), raw.bad_rows.counts)
+
+    block, rows, counts = found(3)
+    known = [i for i in wanted.tolist() if i in set(ids.tolist())]
+    assert block.table["id"].to_pylist() == known
+    assert rows.tolist() == [ids.tolist().index(i) for i in known]
+    assert counts == {"left.csv": 1, "right.csv": 2}
+    with pytest.raises(DataError, match=r"left\.csv, line 701: id -?\d+ appears a second time"):
+        found(0)
+    with pytest.raises(DataError, match=r"right\.csv, line 6: id 1 is not in left\.csv"):
+        found(1)
+
+
+def test_a_dataset_without_its_bad_rows_equals_that_of_the_mended_file(raw, tmp_path, capsys):
+    """Bad lines of all kinds, one a block or several, in ratings, users and movies."""
+    assert main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "good")]) == 0
+    for name, bad in (
+        ("ratings.dat", ["1::3::9::1", "1::4::5::1", "77::3::5::1", "", "1::3", "::3::4::5"]),
+        ("users.dat", ["41::X::1::2::03", "3::F::1::2::03"]),
+        ("movies.dat", ["999::A::"]),
+    ):
+        lines = (raw / name).read_text(encoding="iso-8859-1").splitlines()
+        for number, line in enumerate(bad):
+            lines.insert(17 + 3 * number, line)
+        (raw / name).write_text("\n".join(lines) + "\n", encoding="iso-8859-1")
+    command = ["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out")]
+    assert main([*command, "--max-bad-rows", "8"]) == 2
+    assert "It is bad row 9; --max-bad-rows allows 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--max-bad-rows", "9"]) == 0
+    assert "bad rows passed over in ratings.dat: 6" in capsys.readouterr().out
+    good, out = (DatasetManifest.load(tmp_path / name) for name in ("good", "out"))
+    assert out.statistics.pop("bad_rows") == {"ratings.dat": 6, "users.dat": 2, "movies.dat": 1}
+    assert out.statistics == good.statistics
+    assert out.splits == good.splits  # with the parts' checksums
+
+
+@pytest.mark.parametrize("bad", ["-1", "many", "1.5"])
+def test_max_bad_rows_is_a_count(raw, tmp_path, bad, capsys):
+    with pytest.raises(SystemExit):
+        main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out"), "--max-bad-rows", bad])
+    assert "a whole number of 0 or more is needed" in capsys.readouterr().err
