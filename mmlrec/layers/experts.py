@@ -219,9 +219,9 @@ class StackedMLP(nn.Module):
 
 
 def runs_fast(layers: StackedMLP | MLP, x: Tensor) -> bool:
-    """True when there is a faster way through these layers than one after the other."""
+    """True when there is a faster way through these layers than one after the other; torch.compile has its own ways."""
     plain = layers.activation is torch.relu_ and not layers.norms and not (layers.dropout and layers.training)
-    return plain and x.device.type == "cpu" and len(layers.weights) > 0
+    return plain and x.device.type == "cpu" and len(layers.weights) > 0 and not torch.compiler.is_compiling()
 
 
 def together(x: Tensor, stacks: Sequence[StackedMLP], rows: Sequence[Tensor | None]) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec, MultiTaskModel
+from mmlrec.models.base import ModelSpec, MultiTaskModel, Output
 from mmlrec.registry import method
 from mmlrec.schema import Setting, Task
 
@@ -95,10 +95,14 @@ def make_data(net: MultiTaskModel, rows: int, seed: int = 1, dtype: torch.dtype 
     return Data(x, dict(zip(spec.fields, parts, strict=True)), scenario, labels, torch.ones_like(labels), ones)
 
 
-def losses(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> dict[str, Tensor]:
+def losses_of(net: MultiTaskModel, output: Output, data: Data, reduction: str = "pooled") -> dict[str, Tensor]:
     loss = net.make_loss(LossOptions(reduction))  # type: ignore[arg-type]
     targets = (data.labels, data.mask, data.scenario, data.weight)
-    return loss(net(data.x, data.fields, data.scenario), *targets, loss.denominators(*targets))
+    return loss(output, *targets, loss.denominators(*targets))
+
+
+def losses(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> dict[str, Tensor]:
+    return losses_of(net, net(data.x, data.fields, data.scenario), data, reduction)
 
 
 def step(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> tuple[Tensor, dict[str, Tensor]]:
