@@ -1,0 +1,205 @@
+"""AliExpress search logs: click and conversion, a scenario for each country (datasets.md section 9 of the design).
+
+Li et al., "Improving Multi-Scenario Learning to Rank in E-commerce by Exploiting Task Relationships in the Label Space",
+CIKM 2020.
+
+Raw form, for each country and each of train and test a pair of files without header: the user file has one line a result page
+(33 fields), the item file one line a shown product (49 fields); they join on the first field, the search id. Processed form:
+one file with a header, already joined. Both give the same rows when the processed file keeps the order of the item file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmlrec.errors import ConfigError
+from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
+from preprocessing.common.dataset import Dataset, dense, sparse
+from preprocessing.common.join import IdIndex
+from preprocessing.common.raw_files import Block, RawFile, RawFolder
+from preprocessing.common.splits import SIDE_COLUMN, FileSplit
+
+_COUNTRIES = ["NL", "ES", "FR", "US", "RU"]
+_ID, _NUMBER = pa.int64(), pa.float32()
+_CATEGORICAL = [f"categorical_{k}" for k in range(1, 17)]
+_NUMERICAL = [f"numerical_{k}" for k in range(1, 64)]
+_ITEM_CODES = (19, 34, 35, 36, 40, 41, 42)  # fields of the item file that hold ids, counted from 1
+
+
+def _layout() -> tuple[dict[str, pa.DataType], dict[str, pa.DataType]]:
+    """Fields of the user file and of the item file, in order, by the feature names of the processed form."""
+    categorical, numerical = iter(_CATEGORICAL), iter(_NUMERICAL)
+    user = {"search_id": _ID, **{next(categorical): _ID for _ in range(2, 9)}}
+    user |= {next(numerical): _NUMBER for _ in range(9, 32)} | {next(categorical): _ID for _ in range(32, 34)}
+    item = {"search_id": _ID}
+    for field in range(2, 49):
+        item |= {next(categorical): _ID} if field in _ITEM_CODES else {next(numerical): _NUMBER}
+    return user, item | {"label": _ID}
+
+
+_USER, _ITEM = _layout()
+_PROCESSED = {"search_id": _ID} | dict.fromkeys(_CATEGORICAL, _ID) | dict.fromkeys(_NUMERICAL, _NUMBER)
+_PROCESSED |= {"click": _ID, "conversion": _ID}
+
+
+class AliExpress(Dataset):
+    """Any ordered set of countries; train and test as shipped, a tenth of the train searches becomes valid."""
+
+    name = "aliexpress"
+    next_config = "configs/msl/aliexpress.yaml"
+    summary = "AliExpress search logs; click and conversion, scenarios by country"
+    home = "https://tianchi.aliyun.com/dataset/74690"
+    terms = "Alibaba Tianchi data: as its page says, for research after login; no redistribution."
+    hint = (
+        "A login is needed. Unpack each country's archive; the four zip files in it (NL_user_train.zip ...) may stay as they"
+        " are. With --form processed, DIR holds AliExpress_NL/train.csv, AliExpress_NL/test.csv and so on."
+    )
+    split = FileSplit(valid_from="train", one_in=10, group="search_id")
+    raw_files = tuple(RawFile(f"CC_{part}_{side}.csv") for side in ("train", "test") for part in ("user", "item"))
+    examples = """examples:
+  python -m preprocessing aliexpress --raw raw/aliexpress --out data/aliexpress
+  python -m preprocessing aliexpress --raw raw/aliexpress --out data/aliexpress-us --countries US --form processed
+"""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._countries: list[str] = options.countries.upper().split(",")
+        known = [country for country in _COUNTRIES if country in self._countries]
+        if sorted(self._countries) != sorted(known):
+            raise ConfigError(
+                f"--countries {options.countries}: give some of {','.join(_COUNTRIES)}, each once, divided by commas."
+            )
+        self._processed: bool = options.form == "processed"
+        self.raw_files = tuple(RawFile(name) for country in self._countries for names in self._names(country) for name in names)
+        self.features = (*(sparse(name, _ID) for name in _CATEGORICAL), *(dense(name) for name in _NUMERICAL))
+        self.tasks = (Task(name="click", role="ctr", implied_by_next=True), Task(name="conversion", role="ctcvr"))
+        self.keys = {"search_id": _ID}
+        if len(self._countries) > 1:
+            self.scenario = Scenario(name="country", values=self._countries)
+        else:
+            self.group_key = "search_id"  # two countries may use one id for two searches
+        self._unshown: dict[str, int] = {}
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """`--countries`, `--form`."""
+        parser.add_argument(
+            "--countries",
+            default="NL,ES",
+            help=f"which of {','.join(_COUNTRIES)}, in the order of their scenario ids; one country has no scenarios"
+            " (default: NL,ES)",
+        )
+        parser.add_argument(
+            "--form",
+            choices=["raw", "processed"],
+            default="raw",
+            help="raw: pairs CC_user_train.csv, CC_item_train.csv, CC_user_test.csv, CC_item_test.csv without header;"
+            " processed: AliExpress_CC/train.csv and test.csv with header, joined (default: raw)",
+        )
+
+    def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
+        """Country by country, train before test, in the order of the item file."""
+        schema = self.canonical_schema()
+        for scenario, country in enumerate(self._countries):
+            for side, names in zip((0, 2), self._names(country), strict=True):
+                for block, columns in self._read_processed(raw, *names) if self._processed else self._read_pair(raw, *names):
+                    columns["key.search_id"] = block.table["search_id"]
+                    columns[SCENARIO_COLUMN] = pa.array(np.full(len(block.lines), scenario))
+                    columns[SIDE_COLUMN] = pa.array(np.full(len(block.lines), side))
+                    yield from pa.table({n: columns[n] for n in schema.names}, schema=schema).combine_chunks().to_batches()
+
+    def statistics(self) -> dict[str, Any]:
+        """`searches_without_items`: lines of each user file that no item refers to (raw form only)."""
+        return {} if self._processed else {"searches_without_items": self._unshown}
+
+    def _names(self, country: str) -> list[tuple[str, ...]]:
+        """Raw files of the train and the test side."""
+        if self._processed:
+            return [(f"AliExpress_{country}/{side}.csv",) for side in ("train", "test")]
+        return [tuple(f"{country}_{part}_{side}.csv" for part in ("user", "item")) for side in ("train", "test")]
+
+    def _read_processed(self, raw: RawFolder, name: str) -> Iterator[tuple[Block, dict[str, Any]]]:
+        for block in raw.blocks(name, ",", _PROCESSED, header=True):
+            block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
+            for label in ("click", "conversion"):
+                good = np.isin(block.table[label].to_numpy(), (0, 1))
+                block = block.require(good, f"{label} must be 0 or 1, found {{{label}}}. Mend the line.")
+            click, conversion = (block.table[label].to_numpy() for label in ("click", "conversion"))
+            good = conversion <= click
+            block = block.require(good, "a conversion without a click. Mend the line or fetch the file again.")
+            yield block, _with_labels(block.table, click[good] + conversion[good])
+
+    def _read_pair(self, raw: RawFolder, user_name: str, item_name: str) -> Iterator[tuple[Block, dict[str, Any]]]:
+        users = _Rows(raw.scratch / user_name)
+        index = IdIndex("search_id", users.store(raw.blocks(user_name, ",", _USER)))
+        shown = np.zeros(users.num_rows, bool)
+        for block in raw.blocks(item_name, ",", _ITEM):
+            block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
+            good = np.isin(block.table["label"].to_numpy(), (0, 1, 2))
+            block = block.require(good, "the label must be 0 (shown), 1 (clicked) or 2 (bought), found {label}. Mend the line.")
+            block, rows = index.find(block)
+            shown[rows] = True
+            columns = _with_labels(block.table, block.table["label"].to_numpy())
+            yield block, columns | users.take(rows)
+        users.remove()
+        self._unshown[user_name] = int(users.num_rows - np.count_nonzero(shown))
+
+
+def _with_labels(table: pa.Table, label: NDArray[np.int64]) -> dict[str, Any]:
+    """The table's columns, and the labels that 0 shown, 1 clicked, 2 bought mean."""
+    columns = {name: table[name] for name in table.column_names}
+    return columns | {"label.click": (label > 0).astype(np.float32), "label.conversion": (label > 1).astype(np.float32)}
+
+
+class _Rows:
+    """The user file's values on disk, 8 bytes an id and 4 a number, read back by row number: memory does not hold them all.
+
+    Missing values are kept: NaN for a number, the least int64 for an id.
+    """
+
+    _MISSING = np.iinfo(np.int64).min
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.num_rows = 0
+        kinds = {name: np.float32 if kind == _NUMBER else np.int64 for name, kind in _USER.items() if name != "search_id"}
+        self._dtype = np.dtype(list(kinds.items()))
+
+    def store(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        """Write the blocks as they pass."""
+        with self._path.open("wb") as file:
+            for block in blocks:
+                block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
+                rows = np.empty(len(block.lines), self._dtype)
+                for name in self._dtype.names or ():
+                    column = block.table[name]
+                    missing = np.nan if column.type == _NUMBER else self._MISSING
+                    rows[name] = column.fill_null(missing).to_numpy()
+                rows.tofile(file)
+                self.num_rows += len(rows)
+                yield block
+
+    def take(self, rows: NDArray[np.int64]) -> dict[str, pa.Array]:
+        """Columns of these rows."""
+        if not self.num_rows:
+            return {name: pa.array([], _USER[name]) for name in self._dtype.names or ()}
+        taken = np.memmap(self._path, self._dtype, mode="r")[rows]
+        found = {}
+        for name in self._dtype.names or ():
+            values = np.ascontiguousarray(taken[name])
+            missing = np.isnan(values) if values.dtype == np.float32 else values == self._MISSING
+            found[name] = pa.array(values, mask=missing)
+        return found
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._path.unlink()
+
+
+DATASETS = (AliExpress,)
