@@ -52,17 +52,24 @@ class GradientBalancing(Balancing):
 
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
-        shared = [x, *(p for name, p in parameters.items() if name not in self.owned)]
-        owned = [p for name, p in parameters.items() if name in self.owned]
-        loss = torch.sum(objectives)
+        shared, owned = self._split(x, parameters)
+        tensors, loss = [*shared, *owned], torch.sum(objectives)
         if (step - 1) % self.refresh_every == 0:
-            of_each = [gradients(objective, shared) for objective in objectives.unbind()]
-            self._refresh(of_each, objectives.detach(), step)
-            combined = weighted_sum(of_each, self.coefficient.tolist())
+            # What is owned comes along: in layers that hold all heads at once, to leave it out saves nothing.
+            of_each = [gradients(objective, tensors) for objective in objectives.unbind()]
+            self._refresh([own[: len(shared)] for own in of_each], objectives.detach(), step)
+            found = weighted_sum([own[: len(shared)] for own in of_each], self.coefficient.tolist())
+            if owned:
+                found += weighted_sum([own[len(shared) :] for own in of_each], [1.0] * len(of_each))
         else:
-            combined = gradients(torch.sum(objectives * self.coefficient.to(objectives.dtype)), shared)
-        plain = gradients(loss, owned) if owned else []
-        return _Replaced.apply(loss.detach(), len(shared) + len(owned), *shared, *owned, *combined, *plain)
+            found = gradients(torch.sum(objectives * self.coefficient.to(objectives.dtype)), shared)
+            found += gradients(loss, owned) if owned else []
+        return _Replaced.apply(loss.detach(), len(tensors), *tensors, *found)
+
+    def _split(self, x: Tensor, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What objectives share, x first, and what one of them owns."""
+        shared = [p for name, p in parameters.items() if name not in self.owned]
+        return [x, *shared], [p for name, p in parameters.items() if name in self.owned]
 
     def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
         """The c [K] of the objectives whose gradient is not zero; 1 for the others, which have no rows in this batch."""
@@ -111,7 +118,7 @@ class Monitor(GradientBalancing):
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
         if (step - 1) % self.refresh_every == 0:
-            shared = [x, *(p for name, p in parameters.items() if name not in self.owned)]
+            shared, _ = self._split(x, parameters)
             of_each = [gradients(objective, shared) for objective in objectives.unbind()]
             self.gram.copy_(self._global_gram(of_each, objectives.detach())[0])
         return torch.sum(objectives)

@@ -88,24 +88,28 @@ class _StackedReLU(torch.autograd.Function):
             layers = range(start, start + depth)
             found += _chain_backward(x, [weights[i] for i in layers], [outputs[i] for i in layers], grad, grad_x)
             start += depth
-        return None if grad_x is None else grad_x.value, None, *found
+        return None if grad_x is None else grad_x.total(), None, *found
 
 
 def _chain_backward(
     x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], grad: Tensor, grad_x: _Sums | None
 ) -> list[Tensor]:
     """Gradients of weight and bias of each layer of one stack; adds that of x to `grad_x`."""
-    by_weight = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
-    by_bias = [weight.new_empty(weight.shape[0], weight.shape[2]) for weight in weights]
+    # Balancing differentiates one objective at a time; the members of all other heads then have no gradient, at no cost.
+    live = [u for u, own in enumerate(grad) if bool(own.any())]
+    make = torch.empty_like if len(live) == len(grad) else torch.zeros_like
+    by_weight = [make(weight, memory_format=torch.contiguous_format) for weight in weights]
+    by_bias = [make(weight[:, 0], memory_format=torch.contiguous_format) for weight in weights]
     first = _joint(x, weights[0])
     # Room for the gradients of the layers' outputs: one member's, written anew for the next; all members' where needed at once.
     room = [output.new_empty(1, *output.shape[1:]) for output in outputs]
     if first:
-        room[0] = torch.empty_like(outputs[0])
-    for u in range(len(weights[0])):
+        rows, width = outputs[0].shape[1:]
+        room[0] = outputs[0].new_empty(rows, len(live), width).transpose(0, 1)
+    for place, u in enumerate(live):
         incoming = grad[u]
         for layer in reversed(range(len(weights))):
-            at_output = room[layer][u % len(room[layer])]
+            at_output = room[layer][place % len(room[layer])]
             torch.ops.aten.threshold_backward.grad_input(incoming, outputs[layer][u], 0, grad_input=at_output)
             if layer == 0 and first:
                 break
@@ -113,16 +117,17 @@ def _chain_backward(
             torch.sum(at_output, 0, out=by_bias[layer][u])
             torch.mm(below.t(), at_output, out=by_weight[layer][u])
             if layer:
-                target = room[layer - 1][u % len(room[layer - 1])]
+                target = room[layer - 1][place % len(room[layer - 1])]
                 incoming = torch.mm(at_output, weights[layer][u].t(), out=target)
             elif grad_x is not None:
                 grad_x.add(u % len(x), at_output, weights[0][u])
-    if first:
+    if first and live:
+        members = slice(None) if len(live) == len(grad) else live
         joint = room[0].transpose(0, 1).flatten(1)
-        torch.sum(joint, 0, out=by_bias[0].view(-1))
-        by_weight[0].copy_((x[0].t() @ joint).unflatten(1, by_bias[0].shape).transpose(0, 1))
+        by_bias[0][members] = joint.sum(0).view(len(live), -1)
+        by_weight[0][members] = (x[0].t() @ joint).unflatten(1, (len(live), -1)).transpose(0, 1)
         if grad_x is not None:
-            grad_x.add(0, joint, weights[0].transpose(0, 1).flatten(1))
+            grad_x.add(0, joint, weights[0][members].transpose(0, 1).flatten(1))
     return [gradient for pair in zip(by_weight, by_bias, strict=True) for gradient in pair]
 
 
@@ -143,6 +148,13 @@ class _Sums:
         else:
             torch.mm(grad, weight.t(), out=part)
         self.written[group] = True
+
+    def total(self) -> Tensor:
+        """The sums; 0 where nothing was added."""
+        for group, written in enumerate(self.written):
+            if not written:
+                self.value[group].zero_()
+        return self.value
 
 
 def _joint(x: Tensor, weight: Tensor) -> bool:

@@ -64,6 +64,27 @@ def test_a_stack_equals_its_members(groups, hidden, activation):
     assert y.equal(kept)
 
 
+@pytest.mark.parametrize("live", [[], [1], [0, 4], [2, 3, 5]])
+@pytest.mark.parametrize(("groups", "hidden"), [(None, [4]), (None, [4, 7]), (None, [130, 5]), (3, [4, 7]), (6, [7])])
+def test_members_without_a_gradient_get_zeros(groups, hidden, live):
+    # relu on a CPU skips them; every gradient is the one of the loss of the others.
+    stack = StackedMLP(6, 3, hidden, HiddenOptions(), generator()).double()
+    x = torch.randn((5, 3) if groups is None else (groups, 5, 3), dtype=F64, generator=generator()).requires_grad_()
+    pull = torch.randn(6, 5, hidden[-1], dtype=F64, generator=generator())
+    leaves = [x, *stack.parameters()]
+    found = torch.autograd.grad((stack(x)[live] * pull[live]).sum(), leaves)
+    layers = list(zip(stack.weights, stack.biases, strict=True))
+    loss = x.sum() * 0
+    for u in live:
+        z = x if groups is None else x[u % groups]
+        for weight, bias in layers:
+            z = torch.relu(z @ weight[u] + bias[u])
+        loss = loss + (z * pull[u]).sum()
+    expected = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("hidden", [[], [5], [7, 5], [200, 5]])
 def test_an_mlp_equals_its_layers(hidden):
     mlp = MLP(13, hidden, HiddenOptions(), generator()).double()
