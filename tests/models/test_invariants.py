@@ -277,25 +277,6 @@ def test_initial_logits_vary_over_rows_at_benchmark_sizes(name):
     assert (net(data.x * 0.01, data.fields, data.scenario).logits.std(dim=0) > 1e-4).all()
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_bf16_autocast_trains(name, shape):
-    net = build(name, spec_of(shape))
-    data = make_data(net, 64)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
-    history = []
-    for _ in range(100 if shape == "mtl" else 10):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert net(data.x, data.fields, data.scenario).logits.dtype == torch.float32
-            total = sum(losses(net, data).values())
-        assert total.dtype == torch.float32
-        total.backward()
-        optimizer.step()
-        history.append(total.item())
-    assert torch.tensor(history).isfinite().all()
-    assert history[-1] < history[0]
-
-
 @pytest.mark.parametrize("name", method_names())
 def test_refusals_name_the_key(name):
     with pytest.raises(ConfigError, match=r"model\.dropuot: unknown key.*Did you mean 'dropout'"):
