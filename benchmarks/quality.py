@@ -26,8 +26,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tabulate import tabulate
 
 from mmlrec.config import load_config
-from mmlrec.registry import method, method_names
+from mmlrec.registry import aliases, method, method_names
 from mmlrec.schema import DatasetManifest, Feature, Setting, label_column
+from mmlrec.training.run_folder import RunFolder
 
 
 def _one_hot(column: pa.ChunkedArray, feature: Feature, width: int) -> csr_matrix:
@@ -92,6 +93,7 @@ def train(setting: str, name: str, arguments: argparse.Namespace) -> dict[str, A
     report = json.loads((folder / "result.json").read_text(encoding="utf-8"))["test"]["tasks"]
     found = {
         "test": {task: {key: values[key] for key in ("auc", "logloss")} for task, values in report.items()},
+        "precision": RunFolder(folder).read_config().training.precision,
         "parameters": _dense_parameters(folder),
         "samples_per_second": median(speeds),
         "steps": lines[-1]["step"],
@@ -111,7 +113,7 @@ def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="mtl,msl,mtmsl")
-    parser.add_argument("--methods", default=",".join(method_names()))
+    parser.add_argument("--methods", default=",".join([*method_names(), *aliases()]))
     parser.add_argument("--dataset", default="movielens", help="configs/<setting>/<dataset>.yaml")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))
@@ -123,7 +125,7 @@ def main() -> None:
         dataset = load_config(f"configs/{setting}/{arguments.dataset}.yaml", arguments.overrides).dataset
         tasks = dataset.tasks or [task.name for task in DatasetManifest.load(Path(dataset.path)).tasks]
         baseline = logistic_regression(Path(dataset.path), tasks)
-        rows += [[setting, "logistic regression", task, v["auc"], v["logloss"], *[""] * 5] for task, v in baseline.items()]
+        rows += [[setting, "logistic regression", task, v["auc"], v["logloss"], *[""] * 6] for task, v in baseline.items()]
         for name in arguments.methods.split(","):
             if Setting(setting) not in method(name).settings:
                 continue
@@ -131,7 +133,7 @@ def main() -> None:
             for task, values in found["test"].items():
                 above = values["auc"] - baseline[task]["auc"]
                 cost = [f"{found[key]:,.0f}" for key in ("parameters", "steps", "samples_per_second", "peak_mib")]
-                rows.append([setting, name, task, values["auc"], values["logloss"], f"{above:+.4f}", *cost])
+                rows.append([setting, name, task, values["auc"], values["logloss"], f"{above:+.4f}", found["precision"], *cost])
             print(f"{setting} {name}: {found['test']}", flush=True)
     headers = [
         "setting",
