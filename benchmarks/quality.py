@@ -51,26 +51,28 @@ def _matrix(folder: Path, manifest: DatasetManifest, split: str) -> tuple[csr_ma
     return hstack([*sparse, *dense]).tocsr(), table
 
 
-def logistic_regression(folder: Path, tasks: list[str]) -> dict[str, dict[str, float]]:
-    """Test AUC and logloss of one logistic regression for each task, L2 penalty chosen by validation AUC."""
+def _baseline(folder: Path, task: str, out: Path) -> dict[str, float]:
+    """`logistic_regression`, once for each output folder."""
+    kept = out / f"logistic-regression-{folder.name}-{task}.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(logistic_regression(folder, task)), encoding="utf-8")
+    return dict(json.loads(kept.read_text(encoding="utf-8")))
+
+
+def logistic_regression(folder: Path, task: str) -> dict[str, float]:
+    """Test AUC and logloss of a logistic regression for a task, L2 penalty chosen by validation AUC."""
     manifest = DatasetManifest.load(folder)
     splits = {split: _matrix(folder, manifest, split) for split in ("train", "valid", "test")}
-    found = {}
-    for task in tasks:
-        best: tuple[float, LogisticRegression] | None = None
-        labels = {split: table[label_column(task)].to_numpy() for split, (_, table) in splits.items()}
-        for strength in (0.03, 0.1, 0.3, 1.0):
-            model = LogisticRegression(C=strength, max_iter=300).fit(splits["train"][0], labels["train"])
-            auc = roc_auc_score(labels["valid"], model.decision_function(splits["valid"][0]))
-            if best is None or auc > best[0]:
-                best = auc, model
-        assert best is not None
-        scores = best[1].predict_proba(splits["test"][0])[:, 1]
-        found[task] = {
-            "auc": float(roc_auc_score(labels["test"], scores)),
-            "logloss": float(log_loss(labels["test"], scores)),
-        }
-    return found
+    labels = {split: table[label_column(task)].to_numpy() for split, (_, table) in splits.items()}
+    best: tuple[float, LogisticRegression] | None = None
+    for strength in (0.03, 0.1, 0.3, 1.0):
+        model = LogisticRegression(C=strength, max_iter=300).fit(splits["train"][0], labels["train"])
+        auc = roc_auc_score(labels["valid"], model.decision_function(splits["valid"][0]))
+        if best is None or auc > best[0]:
+            best = auc, model
+    assert best is not None
+    scores = best[1].predict_proba(splits["test"][0])[:, 1]
+    return {"auc": float(roc_auc_score(labels["test"], scores)), "logloss": float(log_loss(labels["test"], scores))}
 
 
 def train(setting: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def main() -> None:
     for setting in arguments.settings.split(","):
         dataset = load_config(f"configs/{setting}/{arguments.dataset}.yaml", arguments.overrides).dataset
         tasks = dataset.tasks or [task.name for task in DatasetManifest.load(Path(dataset.path)).tasks]
-        baseline = logistic_regression(Path(dataset.path), tasks)
+        baseline = {task: _baseline(Path(dataset.path), task, arguments.out) for task in tasks}
         rows += [[setting, "logistic regression", task, v["auc"], v["logloss"], *[""] * 6] for task, v in baseline.items()]
         for name in arguments.methods.split(","):
             if Setting(setting) not in method(name).settings:
