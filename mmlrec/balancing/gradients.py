@@ -90,7 +90,7 @@ class GradientBalancing(Balancing):
         """Gram matrix [K, K] of the whole batch's gradients, and the losses [K]: float64, equal on all ranks."""
         count, world_size = len(of_each), dist.get_world_size() if dist.is_initialized() else 1
         gram = objectives.new_zeros(count, count, dtype=torch.float64)
-        if self.scope != "embedding":
+        if self.scope != "embedding" and len(of_each[0]) > 1:
             dense = torch.stack([torch.cat([g.flatten() for g in own[1:]]) for own in of_each])
             gram += inner_products(dense if self.average_grams else mean_over_ranks(dense))
         if self.scope != "shared_dense":
