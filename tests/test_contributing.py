@@ -1,0 +1,65 @@
+"""A method written as CONTRIBUTING.md says, one file and one YAML in a copy, is found and tested without another edit."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.datasets import write_dataset
+from tests.test_documents import METHOD, REPOSITORY
+
+NAME = "mean_experts"
+CONFIG = """
+dataset: {path: data, setting: mtmsl}
+model: {name: mean_experts, num_experts: 3, expert_hidden_units: [7, 5]}
+embeddings: {dim: 4}
+training: {batch_size: 32, max_steps: 5}
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("mmlrec", "apps", "tests", "configs", "preprocessing"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", folder)
+    (folder / "mmlrec" / "models" / f"{NAME}.py").write_text(METHOD)
+    (folder / "configs" / "mean_experts.yaml").write_text(CONFIG)
+    return folder
+
+
+def run(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    # A session of its own below a worker of pytest-xdist, whose settings it would inherit.
+    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
+    result = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_it_is_listed(copy):
+    assert NAME in run(copy, "apps.models")
+    assert "num_experts" in run(copy, "apps.models", NAME)
+
+
+def test_it_trains(copy):
+    write_dataset(copy / "data", rows=200)
+    run(copy, "apps.train", "--config", "configs/mean_experts.yaml", "--run-dir", "run")
+    assert (copy / "run" / "result.json").is_file()
+
+
+def test_the_tests_of_all_methods_take_it_in(copy):
+    expected = {
+        "tests/models/test_invariants.py": 50,
+        "tests/models/test_stability.py": 80,
+        "tests/models/test_compile.py": 1,
+        "tests/models/test_tied_heads.py": 1,
+        "tests/training/test_method_parity.py": 3,
+    }
+    report = run(copy, "pytest", *expected, "-k", NAME, "-m", "not long", "-p", "no:cacheprovider", "-vv")
+    passed = [line.split("::")[0] for line in report.splitlines() if NAME in line and " PASSED" in line]
+    for file, at_least in expected.items():
+        assert passed.count(file) >= at_least, file
+    assert "SKIPPED" not in report
