@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmlrec.errors import ConfigError
 from mmlrec.schema import Task
 
 if TYPE_CHECKING:
@@ -104,11 +105,18 @@ class Loss:
             labels, mask, scenario, weight: as for `denominators`.
             denominators: summed over ranks.
             world_size: number of ranks over which gradients are averaged.
+
+        Raises:
+            ConfigError: an objective has the name of a term, which would take its place.
         """
         losses = self.row_losses(output, labels)
         share = row_weights(labels, mask, weight).to(losses.dtype) * self._scale(denominators, scenario) * world_size
         sums = self._by_unit(losses * share, scenario)
-        return dict(zip(self.objectives, sums.unbind(), strict=True)) | self.terms(output, labels, share)
+        terms = self.terms(output, labels, share)
+        for name in terms:
+            if name in self.objectives:
+                raise ConfigError(f"objective '{name}' has the name of a term of the method's loss: rename it in the dataset.")
+        return dict(zip(self.objectives, sums.unbind(), strict=True)) | terms
 
     def row_losses(self, output: Output, labels: Tensor) -> Tensor:
         """Loss of each row and task, [B, T], finite also where a label is missing (NaN)."""

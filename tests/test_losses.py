@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmlrec.errors import ConfigError
 from mmlrec.losses import Loss, LossOptions, chain_logit
 from mmlrec.models.base import Output
 from mmlrec.schema import Task
@@ -132,6 +133,15 @@ def test_chain_logit_worked_numbers(a, c, expected):
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 2e-5)):
         value = chain_logit(torch.tensor(a, dtype=dtype), torch.tensor(c, dtype=dtype)).item()
         assert value == pytest.approx(expected, abs=tolerance)
+
+
+def test_an_objective_with_the_name_of_a_term_is_refused():
+    # The term would take the objective's place, and its task would not be trained.
+    labels, mask, scenario, weight = random_batch(4)
+    loss = Loss(BINARY, 3, LossOptions())
+    output = Output(torch.zeros(4, 2, dtype=torch.float64), extra_losses={"buy": torch.tensor(1.0)})
+    with pytest.raises(ConfigError, match=r"'buy'.*rename"):
+        loss(output, labels, mask, scenario, weight, loss.denominators(labels, mask, scenario, weight))
 
 
 def test_chain_logit_loss_and_gradient():

@@ -115,9 +115,9 @@ def test_rows_without_a_click_or_conversion_label_are_left_out(norm, variant):
     imputed = None if variant == "ips" else imputed
     expected = plain(range(4, 23), a, c, o, r, imputed, weight, norm, 15.0)
     mask = torch.ones(23, 2, dtype=F64)
-    mask[:2, 0] = 0
     o, r = o.clone(), r.clone()
-    o[:2], r[2], mask[3, 1] = math.nan, math.nan, 0
+    # Either the mask or the label says that it is missing.
+    mask[0, 0], o[1], r[2], mask[3, 1] = 0, math.nan, math.nan, 0
     found = risk(a, c, o, r, imputed, weight, mask=mask, ips_norm=norm)
     assert found.item() == pytest.approx(sum(expected), rel=1e-10)
 
