@@ -150,12 +150,13 @@ def test_extreme_logits_have_finite_losses_and_gradients(name, autocast):
                 assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_the_roles_decide_which_task_is_which():
+@pytest.mark.parametrize("name", ["esmm", "escm2"])
+def test_the_roles_decide_which_task_is_which(name):
     spec = make_spec()
     turned = replace(spec, tasks=spec.tasks[::-1])
-    net, other = build("esmm", spec), build("esmm", turned)
+    net, other = build(name, spec), build(name, turned)
     assert (net.chain, other.chain) == ((0, 1), (1, 0))
-    swapped = build("esmm", spec, roles=["t1", "t0"])
+    swapped = build(name, spec, roles=["t1", "t0"])
     data = make_data(net, 40)
     values = losses(net, data)
     assert losses(swapped, data)["t1"] != values["t1"]
@@ -163,9 +164,22 @@ def test_the_roles_decide_which_task_is_which():
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), net.parameters(), strict=True):
             mine.copy_(theirs.flip(0))
+    named = [n(data.x, data.fields, data.scenario).named for n in (net, other)]
+    for key in ("ctr", "cvr", "ctcvr"):
+        torch.testing.assert_close(named[1][key], named[0][key], msg=key)
     data.labels = data.labels.flip(1)
-    for name, value in losses(other, data).items():
-        torch.testing.assert_close(value, values[name])
+    for key, value in losses(other, data).items():
+        torch.testing.assert_close(value, values[key])
+
+
+@pytest.mark.parametrize("name", ["esmm", "escm2", "aitm"])
+def test_a_shared_chain_belongs_to_no_scenario(name):
+    net = build(name, make_spec(2, 3), scenario_towers="shared")
+    data = make_data(net, 300)
+    for s in range(3):
+        _, gradients = step(net, data.rows(data.scenario == s))
+        assert all((gradient != 0).any() for gradient in gradients.values())
+    assert {net.owner(key) for key, _ in net.named_parameters()} <= {None, "task"}
 
 
 def test_a_shared_chain_does_not_look_at_the_scenario():
