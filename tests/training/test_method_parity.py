@@ -1,7 +1,7 @@
-"""Two ranks train like one: every method in every setting, under both kinds of plan. A new method is picked up by its name.
+"""Several ranks train like one: every method in every setting, under both kinds of plan. A new method is picked up by its name.
 
-One launch for each world size runs all cases that are selected. `make test` takes each method once in each setting,
-`make test-all` the whole matrix; `pytest -k "parity and mmoe"` the cases of one method.
+One launch for each world size runs all cases that are selected. `make test` takes each method once in each setting on two
+ranks, `make test-all` the whole matrix, and each method on three and four ranks; `pytest -k "parity and mmoe"` one method's.
 """
 
 import itertools
@@ -46,9 +46,10 @@ class Case(NamedTuple):
     setting: Setting
     plan: str
     use_bn: bool
+    world_size: int = 2
 
     def __str__(self) -> str:
-        return "-".join([self.method, self.setting, self.plan, *["bn"] * self.use_bn])
+        return "-".join([self.method, self.setting, self.plan, *["bn"] * self.use_bn, str(self.world_size)])
 
     @property
     def overrides(self) -> list[str]:
@@ -64,14 +65,16 @@ def cases() -> list:
     for number, (name, setting) in enumerate(pairs):
         for plan, use_bn in itertools.product(PLANS, (False, True)):
             short = plan == PLANS[number % 2] and (not use_bn or name == WITH_BN)
-            case = Case(name, setting, plan, use_bn)
-            found.append(pytest.param(case, id=str(case), marks=[] if short else [pytest.mark.long]))
-    return found
+            found.append((Case(name, setting, plan, use_bn), short))
+    widest = dict(pairs)  # settings come in the order of their width
+    for (name, setting), world_size in itertools.product(widest.items(), (3, 4)):
+        found.append((Case(name, setting, PLANS[world_size % 2], False, world_size), False))
+    return [pytest.param(case, id=str(case), marks=[] if short else [pytest.mark.long]) for case, short in found]
 
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """What ranks kept: case -> world size -> one dict for each rank."""
+    """What ranks kept: case -> one dict for each rank."""
     root = tmp_path_factory.mktemp("parity")
     write_dataset(
         root / "data",
@@ -86,37 +89,37 @@ def runs(request, tmp_path_factory):
     )
     config = root / "config.yaml"
     config.write_text(CONFIG.format(dataset=root / "data", options=OPTIONS, batch=BATCH))
-    items = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
-    selected = {item.callspec.id: item.callspec.params["case"] for item in items}
-    for world_size in (1, 2):
+    selected = {item.callspec.params["case"] for item in request.session.items if item.path == request.path}
+    for world_size in sorted({1} | {case.world_size for case in selected}):
+        alike = [case._replace(world_size=world_size) for case in selected if world_size in (1, case.world_size)]
         actions = [
             {
                 "kind": "steps",
                 "config": str(config),
                 "overrides": case.overrides,
                 "steps": STEPS,
-                "run_dir": str(root / str(world_size) / name),
+                "run_dir": str(root / str(case)),
             }
-            for name, case in selected.items()
+            for case in sorted(set(alike))
         ]
         launch(world_size, actions, root)
-    yield lambda case, world_size: [torch.load(root / str(world_size) / str(case) / f"{rank}.pt") for rank in range(world_size)]
+    yield lambda case: [torch.load(root / str(case) / f"{rank}.pt") for rank in range(case.world_size)]
     shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("case", cases())
-def test_two_ranks_equal_one_process(runs, case):
-    (one,), two = (runs(case, world_size) for world_size in (1, 2))
-    assert len(one["losses"]) == len(two[0]["losses"]) == STEPS
-    torch.testing.assert_close(two[0]["losses"], one["losses"], rtol=TOLERANCE, atol=0)
-    assert two[0]["weights"].keys() == one["weights"].keys()
+def test_ranks_equal_one_process(runs, case):
+    (one,), many = runs(case._replace(world_size=1)), runs(case)
+    assert len(one["losses"]) == len(many[0]["losses"]) == STEPS
+    torch.testing.assert_close(many[0]["losses"], one["losses"], rtol=TOLERANCE, atol=0)
+    assert many[0]["weights"].keys() == one["weights"].keys()
     for key, expected in one["weights"].items():
-        found = two[0]["weights"][key]
+        found = many[0]["weights"][key]
         apart, size = (found - expected).abs().max(), expected.abs().max()
         # Biases start at 0, and in front of a normalisation their gradient is 0 but for rounding: no size of their own.
         assert apart <= TOLERANCE * max(size, SMALL), f"{key}: {apart} of {size}"
     # What makes this hard did happen: in some step one rank had no row of a scenario that the other had, and labels of
     # a task were spread unequally.
-    scenarios, labels = (torch.stack([torch.stack(rank[kind]) for rank in two]) for kind in ("scenarios", "labels"))
+    scenarios, labels = (torch.stack([torch.stack(rank[kind]) for rank in many]) for kind in ("scenarios", "labels"))
     assert ((scenarios == 0).any(dim=0) & (scenarios > 0).any(dim=0)).any()
-    assert (labels[0] != labels[1]).any()
+    assert (labels[0] != labels[-1]).any()
