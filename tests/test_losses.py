@@ -135,6 +135,33 @@ def test_chain_logit_worked_numbers(a, c, expected):
         assert value == pytest.approx(expected, abs=tolerance)
 
 
+@pytest.mark.parametrize("reduction", ["pooled", "balanced"])
+def test_objectives_of_every_unit_are_parts_of_the_same_sums(reduction):
+    labels, mask, scenario, weight = random_batch(29)
+    logits = torch.randn(29, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = dict.fromkeys([(t, s) for t in range(2) for s in range(3)], 0.0)
+    for t in range(2):
+        rows = {s: [b for b in range(29) if mask[b, t] and scenario[b] == s] for s in range(3)}
+        total = sum(weight[b].item() for own in rows.values() for b in own)
+        for s, own in rows.items():
+            over = total if reduction == "pooled" else 3 * sum(weight[b].item() for b in own)
+            for b in own:
+                p = 1 / (1 + math.exp(-logits[b, t].item()))
+                expected[t, s] -= weight[b].item() * math.log(p if labels[b, t] else 1 - p) / over
+    names = ("click", "buy")
+    wanted = {
+        "task": {name: sum(expected[t, s] for s in range(3)) for t, name in enumerate(names)},
+        "scenario": {place: sum(expected[t, s] for t in range(2)) for s, place in enumerate("xyz")},
+        "head": {f"{name}/{place}": expected[t, s] for t, name in enumerate(names) for s, place in enumerate("xyz")},
+    }
+    for unit, values in wanted.items():
+        loss = Loss(BINARY, 3, LossOptions(reduction, unit, ("x", "y", "z")))
+        found = call(loss, logits, labels, mask, scenario, weight)
+        assert tuple(found) == loss.objectives == tuple(values)
+        for name, value in values.items():
+            assert found[name].item() == pytest.approx(value, rel=1e-6)
+
+
 def test_an_objective_with_the_name_of_a_term_is_refused():
     # The term would take the objective's place, and its task would not be trained.
     labels, mask, scenario, weight = random_batch(4)

@@ -117,9 +117,10 @@ class PLE(MultiTaskModel):
         """Heads own the towers and what only they read: the last level's parts, and the gates of the level below it.
 
         The shared gate of every level but the last reads all specific experts of that level, so they are shared; so are the
-        gates two or more levels below the last, whose outputs those experts read.
+        gates two or more levels below the last, whose outputs those experts read. Without shared experts there is no shared
+        gate, and heads own everything.
         """
-        if parameter.startswith("towers."):
+        if parameter.startswith("towers.") or not self.config.num_shared_experts:
             return "head"
         _, index, part, *_ = parameter.split(".")
         below_last = self.config.num_levels - 1 - int(index)

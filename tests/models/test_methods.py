@@ -270,6 +270,24 @@ def test_ple_levels_below_the_last_mix_heads_and_the_last_does_not():
     assert (last[:, 0] != 0).any()
 
 
+@pytest.mark.parametrize(("levels", "options"), [(1, {}), (2, {}), (3, {}), (3, {"num_shared_experts": 0})])
+def test_ple_heads_own_exactly_what_one_head_trains(levels, options):
+    net = build("ple", make_spec(3), num_levels=levels, **options)
+    data = make_data(net, 256)
+    trained = []
+    for task in range(3):
+        data.mask = torch.zeros_like(data.mask)
+        data.mask[:, task] = 1
+        trained.append(step(net, data)[1])
+    for key, _ in net.named_parameters():
+        own = []
+        for task, gradients in enumerate(trained):
+            # Member m of a stack of heads is head m modulo 3; a stack of another size belongs to no head.
+            members = gradients[key].reshape(-1, 3, gradients[key][0].numel()) if len(gradients[key]) % 3 == 0 else None
+            own.append(members is not None and not members[:, [h for h in range(3) if h != task]].any())
+        assert all(own) == (net.owner(key) == "head"), key
+
+
 def test_ple_without_shared_experts_shares_nothing():
     for levels in (1, 2):
         net = build("ple", make_spec(), num_levels=levels, num_shared_experts=0)
