@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.schema import Setting
@@ -20,6 +21,7 @@ _HINTS = {
     "weight_decay": "Fused table kernels ignore weight decay on some devices; use embeddings.l2 (a penalty on looked-up"
     " vectors) or dense.l2.",
     "batch_size_per_rank": "training.batch_size is global: the same for every world size.",
+    "loss_weights": "Weights of tasks and scenarios stand in balancing.loss_weights.",
     "momentum": "Fused table kernels ignore momentum on some devices, so it is not offered.",
 }
 
@@ -35,7 +37,9 @@ class DatasetConfig(StrictModel):
 
     path: str
     setting: Setting = Field(default=Setting.MTL, strict=False)
-    tasks: list[str] | None = Field(default=None, description="Tasks in order; all of the manifest's when absent.")
+    tasks: list[str] | None = Field(
+        default=None, min_length=1, description="Tasks in order; all of the manifest's when absent."
+    )
 
 
 class TableOptimizerConfig(StrictModel):
@@ -309,7 +313,9 @@ class RunConfig(StrictModel):
                 others = [n for n, other in STRATEGIES.items() if key in other.model_fields]
                 belongs = f" It belongs to {', '.join(others)}." if others else ""
                 allowed = ", ".join(sorted(strategy.model_fields))
-                raise ValueError(f"strategy '{name}' has no option '{key}'.{near}{belongs} Its options: {allowed}")
+                text = f"strategy '{name}' has no option '{key}'.{near}{belongs} Its options: {allowed}"
+                # The option may stand in a file and the name on the command line: the message tells where the option does.
+                raise PydanticCustomError("option", "{text}", {"text": text, "option": str(key)})
         return strategy.model_validate(section)
 
     @model_validator(mode="after")
@@ -437,7 +443,9 @@ def validate_section(
         lines = []
         for problem in error.errors():
             path = [str(part) for part in problem["loc"]]
-            key = prefix + ".".join(path)
+            if problem["type"] == "option":
+                path.append(problem["ctx"]["option"])
+            key = (prefix + ".".join(path)).rstrip(".")
             where = _origin_of(key, origin or {}, source)
             if problem["type"] == "extra_forbidden":
                 allowed = _fields_at(section, path[:-1])
@@ -445,8 +453,14 @@ def validate_section(
                 message += f" Allowed: {', '.join(sorted(allowed))}."
             elif problem["type"] == "missing":
                 message = "required, but not given."
+            elif problem["type"] in ("value_error", "option"):
+                message = f"{problem['msg'].removeprefix('Value error, ')}."
+            elif problem["type"] in ("dict_type", "model_type"):
+                given = problem["input"]
+                example = f", such as {key}.name={given}" if isinstance(given, str) and key in ("model", "balancing") else ""
+                message = f"must be a section of keys and values{example}; found {given!r}."
             else:
-                message = f"{problem['msg']}; found {problem['input']!r}." if path else f"{problem['msg']}."
+                message = f"{problem['msg']}; found {problem['input']!r}."
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
 

@@ -26,5 +26,6 @@ class CheckpointError(UserError):
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A suggestion for a mistyped name, as a sentence with a leading space, or the empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    spelling = {choice.lower(): choice for choice in allowed}
+    close = difflib.get_close_matches(name.lower(), spelling, n=1)
+    return f" Did you mean '{spelling[close[0]]}'?" if close else ""

@@ -84,6 +84,19 @@ CONFIGS = {
     "text for a number": (["embeddings.optimizer.lr=fast"], ["embeddings.optimizer.lr", "'fast'"]),
     "no value": (["training.seed"], ["'training.seed' is not of the form key.path=value"]),
     "unknown method": (["model={name: mmo}"], ["unknown method 'mmo'", "Did you mean 'mmoe'?"]),
+    "capitals": (["model.name=MMoE"], ["unknown method 'MMoE'", "Did you mean 'mmoe'?"]),
+    "no tasks": (["dataset.tasks=[]"], ["dataset.tasks", "at least 1 item"]),
+    "field twice": (["model.gate_extra_fields=[f0, f0]"], ["model.gate_extra_fields", "'f0' is named twice"]),
+    "name for a section": (["balancing=uw"], ["balancing: must be a section", "such as balancing.name=uw"]),
+    "weights in the wrong place": (
+        ["loss.loss_weights={click: 2}"],
+        ["loss.loss_weights: unknown key", "balancing.loss_weights"],
+    ),
+    "no weight": (["balancing.loss_weights={click: 0, buy: 0}"], ["all objectives have weight 0"]),
+    "weight of a task by head": (
+        ["dataset.setting=mtmsl", "balancing={unit: head, loss_weights: {buy: 2}}"],
+        ["'buy' is not an objective", "Did you mean 'buy/"],
+    ),
     "unknown default": (["model_defaults.depth=3"], ["model_defaults.depth", "no method has this option"]),
     "width": (["embeddings.dim=6"], ["embeddings.dim", "multiple of 4"]),
     "weight decay": (["embeddings.optimizer.weight_decay=0.1"], ["weight_decay: unknown key", "embeddings.l2"]),
@@ -93,7 +106,7 @@ CONFIGS = {
     "strategy": (["balancing.name=pcgard"], ["unknown strategy 'pcgard'", "Did you mean 'pcgrad'?"]),
     "option of another strategy": (
         ["balancing.name=pcgrad", "balancing.c_a=0.3"],
-        ["strategy 'pcgrad' has no option 'c_a'", "It belongs to cagrad", "refresh_every"],
+        ["error: command line: balancing.c_a: strategy 'pcgrad' has no option 'c_a'", "It belongs to cagrad", "refresh_every"],
     ),
     "value of a strategy": (
         ["balancing.name=cagrad", "balancing.c_a=2"],
@@ -110,7 +123,7 @@ CONFIGS = {
         ["pcg", "balancing.name=pcgrad", "model.name=mmoe"],
     ),
     "task twice": (["dataset.tasks=[click, click]"], ["named twice"]),
-    "one task in mtl": (["dataset.tasks=[click]"], ["MMoE in setting 'mtl' needs at least 2 tasks", "'msl'"]),
+    "one task in mtl": (["dataset.tasks=[click]"], ["MMoE in setting 'mtl' needs at least 2 tasks", "dataset.tasks", "'msl'"]),
     "two tasks in msl": (["dataset.setting=msl"], ["MMoE in setting 'msl' needs exactly 1 task", "dataset.tasks"]),
     "unknown setting": (["dataset.setting=mtt"], ["dataset.setting", "'mtl', 'msl' or 'mtmsl'"]),
     "unknown table": (["embeddings.table_sharding={t9: row_wise}"], ["table_sharding.t9", "no such table"]),
@@ -131,6 +144,29 @@ def test_config(data, train, case):
         assert fragment in error
 
 
+def test_option_of_the_file_under_a_strategy_of_the_command_line(data, train, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text() + "balancing: {name: cagrad, c_a: 0.3}\n")
+    code, error = train("balancing.name=uw")
+    assert code == 2
+    assert f"{path}: balancing.c_a: strategy 'uw' has no option 'c_a'" in error
+
+
+def test_options_that_exclude_each_other(data, train, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"dataset: {{path: {tmp_path / 'data'}}}\n")
+    code, error = train("model={name: ple, num_shared_experts: 0, num_specific_experts: 0}")
+    assert code == 2
+    assert "config.yaml with the command line: model: num_shared_experts and num_specific_experts must not both be 0." in error
+
+
+def test_chain_method_with_one_task_is_not_sent_to_a_setting_it_lacks(data, train, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"dataset: {{path: {tmp_path / 'data'}}}\n")
+    code, error = train("model.name=esmm", "dataset.tasks=[click]")
+    assert code == 2
+    assert "ESMM in setting 'mtl' needs at least 2 tasks" in error
+    assert "'msl'" not in error
+
+
 def test_config_file_missing(data, train):
     code, error = train(config="confg.yaml")
     assert code == 2
@@ -141,9 +177,10 @@ def test_config_file_missing(data, train):
 def test_msl_without_scenarios(tmp_path, train):
     write_dataset(tmp_path / "data", rows=50, num_scenarios=0)
     (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
-    code, error = train("dataset.setting=mtmsl")
-    assert code == 2
-    assert "this dataset has none: use setting 'mtl'" in error
+    for setting in ("msl", "mtmsl"):
+        code, error = train(f"dataset.setting={setting}")
+        assert code == 2
+        assert "this dataset has none: use setting 'mtl'" in error
 
 
 def replace_column(table: pa.Table, name: str, values: list) -> pa.Table:

@@ -72,6 +72,8 @@ def build_balancing(
     names = loss.objectives
     for name in config.loss_weights:
         check_objective("balancing.loss_weights", name, loss)
+    if all(config.loss_weights.get(name) == 0 for name in names):
+        raise ConfigError("balancing.loss_weights: all objectives have weight 0, so nothing would be trained. Leave one out.")
     if isinstance(config, GradientBalancingConfig):
         owned = frozenset(name for name, owner in owners.items() if owner in _REFINES[loss.unit])
         return _gradient_balancing(config, loss, owned, len(owned) < len(owners), num_looked_up, seed)
@@ -139,8 +141,9 @@ def check_objective(key: str, name: str, loss: Loss) -> str:
     """
     names = loss.objectives
     if name not in names:
+        parts = [objective for objective in names if name in objective.split("/")]
         raise ConfigError(
-            f"{key}: '{name}' is not an objective of this run.{did_you_mean(name, names)}"
+            f"{key}: '{name}' is not an objective of this run.{did_you_mean(name, parts or names)}"
             f" Objectives (balancing.unit={loss.unit}): {', '.join(names)}."
         )
     return name

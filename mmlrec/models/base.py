@@ -132,7 +132,7 @@ class MultiTaskModel(nn.Module):
         return next((kind for name, kind in self.owners.items() if parameter == name or parameter.startswith(name + ".")), None)
 
     def check_fields(self, option: str, names: Sequence[str]) -> None:
-        """Refuse names of fields that the data does not have.
+        """Refuse names of fields that the data does not have, and a name given twice.
 
         Raises:
             ConfigError: naming the option, the field and the nearest one.
@@ -141,6 +141,8 @@ class MultiTaskModel(nn.Module):
             if name not in self.spec.fields:
                 near, known = did_you_mean(name, self.spec.fields), ", ".join(self.spec.fields)
                 raise ConfigError(f"model.{option}: no field '{name}'.{near} Fields: {known}.")
+            if list(names).count(name) > 1:
+                raise ConfigError(f"model.{option}: field '{name}' is named twice.")
 
     def make_loss(self, options: LossOptions) -> Loss:
         """The loss of this network; a method with terms of its own overrides it."""
@@ -189,16 +191,20 @@ class MultiTaskModel(nn.Module):
         name, setting = cls.__name__, spec.setting
         if setting not in cls.settings:
             raise ConfigError(f"{name} is not defined for setting '{setting}'. {cls.alternative}".rstrip())
+        if setting is not Setting.MTL and spec.num_scenarios < 2:
+            raise ConfigError(
+                f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: use setting 'mtl'."
+            )
         if setting is not Setting.MSL and spec.num_tasks < 2:
-            raise ConfigError(f"{name} in setting '{setting}' needs at least 2 tasks, got {spec.num_tasks}; use setting 'msl'.")
+            other = ", or, with scenarios, use setting 'msl'" if Setting.MSL in cls.settings else ""
+            raise ConfigError(
+                f"{name} in setting '{setting}' needs at least 2 tasks, got {[t.name for t in spec.tasks]}:"
+                f" choose more with dataset.tasks{other}."
+            )
         if setting is Setting.MSL and spec.num_tasks != 1:
             raise ConfigError(
                 f"{name} in setting 'msl' needs exactly 1 task, got {[t.name for t in spec.tasks]}:"
                 " choose one with dataset.tasks, or use setting 'mtmsl'."
-            )
-        if setting is not Setting.MTL and spec.num_scenarios < 2:
-            raise ConfigError(
-                f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: use setting 'mtl'."
             )
 
     def forward(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmlrec.config import RunConfig
+from mmlrec.config import ALIASES, RunConfig
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.registry import resolve_model
@@ -21,10 +21,12 @@ from mmlrec.training.trainer import Trainer
 
 
 def default_run_dir(config: RunConfig, source: Path) -> Path:
-    """`run_dir` of the configuration, else a name made of config file, method and seed."""
+    """`run_dir` of the configuration, else a name made of config file, method, strategy (if not static) and seed."""
     if config.run_dir is not None:
         return Path(config.run_dir)
-    stem = f"{config.dataset.setting}-{source.stem}-{config.model['name']}-seed{config.training.seed}"
+    name, strategy = config.model["name"], config.balancing.name
+    balanced = "" if strategy == "static" or name in ALIASES else f"-{strategy}"
+    stem = f"{config.dataset.setting}-{source.stem}-{name}{balanced}-seed{config.training.seed}"
     return Path("runs") / stem
 
 
@@ -118,11 +120,12 @@ def _announce(session: Session, trainer: Trainer, run_dir: Path, found: Path | N
     dense = sum(p.numel() for p in session.network.parameters())
     tables = sum(row["rows"] * row["dim"] for row in session.plan)
     logger.info(
-        "%s, setting %s, tasks %s, %d scenarios | %d rank(s) on %s, %s | %s dense and %s table parameters",
+        "%s, setting %s, tasks %s, %d scenario(s), balancing %s | %d rank(s) on %s, %s | %s dense and %s table parameters",
         config.model["name"],
         config.dataset.setting,
         ", ".join(task.name for task in session.spec.tasks),
         len(session.manifest.scenario.values) if session.manifest.scenario else 1,
+        config.balancing.name,
         world.world_size,
         world.device.type,
         config.training.precision,

@@ -36,6 +36,12 @@ def test_alias_is_listed_and_resolves(config):
     assert default_run_dir(resolved, config) == Path("runs/mtl-config-pcg-seed0")
 
 
+def test_strategies_have_run_folders_of_their_own(config):
+    balanced, plain = load_config(config, ["balancing.name=uw"]), load_config(config)
+    assert default_run_dir(balanced, config) == Path("runs/mtl-config-mmoe-uw-seed0")
+    assert default_run_dir(plain, config) == Path("runs/mtl-config-mmoe-seed0")
+
+
 @pytest.mark.parametrize("strategy", ["static", "mgda"])
 def test_alias_refuses_another_strategy(config, strategy):
     with pytest.raises(ConfigError, match=f"balancing.name=pcgrad, but balancing.name is '{strategy}'"):
