@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.schema import Setting
@@ -267,6 +266,14 @@ class TrainingConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+class _OptionError(ValueError):
+    """An option that its section does not have."""
+
+    def __init__(self, message: str, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 class RunConfig(StrictModel):
     """The whole file."""
 
@@ -315,7 +322,7 @@ class RunConfig(StrictModel):
                 allowed = ", ".join(sorted(strategy.model_fields))
                 text = f"strategy '{name}' has no option '{key}'.{near}{belongs} Its options: {allowed}"
                 # The option may stand in a file and the name on the command line: the message tells where the option does.
-                raise PydanticCustomError("option", "{text}", {"text": text, "option": str(key)})
+                raise _OptionError(text, str(key))
         return strategy.model_validate(section)
 
     @model_validator(mode="after")
@@ -443,8 +450,9 @@ def validate_section(
         lines = []
         for problem in error.errors():
             path = [str(part) for part in problem["loc"]]
-            if problem["type"] == "option":
-                path.append(problem["ctx"]["option"])
+            cause = problem.get("ctx", {}).get("error")
+            if isinstance(cause, _OptionError):
+                path.append(cause.option)
             key = (prefix + ".".join(path)).rstrip(".")
             where = _origin_of(key, origin or {}, source)
             if problem["type"] == "extra_forbidden":
@@ -453,8 +461,8 @@ def validate_section(
                 message += f" Allowed: {', '.join(sorted(allowed))}."
             elif problem["type"] == "missing":
                 message = "required, but not given."
-            elif problem["type"] in ("value_error", "option"):
-                message = f"{problem['msg'].removeprefix('Value error, ')}."
+            elif problem["type"] == "value_error":
+                message = f"{cause}."
             elif problem["type"] in ("dict_type", "model_type"):
                 given = problem["input"]
                 example = f", such as {key}.name={given}" if isinstance(given, str) and key in ("model", "balancing") else ""
