@@ -45,10 +45,17 @@ from mmlrec.config import (
     UwConfig,
 )
 from mmlrec.errors import did_you_mean
-from mmlrec.losses import Loss, Unit
+from mmlrec.losses import Loss
 
-#: Owners whose parameters belong to one objective of a unit; a task's parameters are shared by scenarios, and so on.
-_REFINES: Mapping[Unit, tuple[str, ...]] = {"task": ("task", "head"), "scenario": ("scenario", "head"), "head": ("head",)}
+
+def _owning(loss: Loss) -> set[str]:
+    """Owners whose parameters belong to one objective; a task's parameters are shared by its scenarios, and so on."""
+    owning: set[str] = {"head", loss.unit}
+    if len(loss.tasks) == 1:
+        owning.add("scenario")  # a scenario has one head only
+    if loss.num_scenarios == 1:
+        owning.add("task")
+    return owning
 
 
 def build_balancing(
@@ -75,7 +82,7 @@ def build_balancing(
     if all(config.loss_weights.get(name) == 0 for name in names):
         raise ConfigError("balancing.loss_weights: all objectives have weight 0, so nothing would be trained. Leave one out.")
     if isinstance(config, GradientBalancingConfig):
-        owned = frozenset(name for name, owner in owners.items() if owner in _REFINES[loss.unit])
+        owned = frozenset(name for name, owner in owners.items() if owner in _owning(loss))
         return _gradient_balancing(config, loss, owned, len(owned) < len(owners), num_looked_up, seed)
     if isinstance(config, UwConfig):
         return UncertaintyWeighting(_kappas(loss))

@@ -13,8 +13,18 @@ from mmlrec.schema import Setting
 from tests.models.support import build, make_data, make_spec, spec_of, supports
 
 GRADIENT_LEVEL = ("gradnorm", "pcgrad", "mgda", "cagrad", "imtl_g", "nash", "aligned", "metabalance")
-REFINES = {"task": {"task", "head"}, "scenario": {"scenario", "head"}, "head": {"head"}}
-CASES = [("mtl", "task"), ("msl", "scenario"), ("msl-many", "head"), *(("mtmsl", unit) for unit in REFINES)]
+UNITS = ("task", "scenario", "head")
+CASES = [("mtl", "task"), ("mtl", "head"), ("msl", "scenario"), ("msl-many", "head"), *(("mtmsl", unit) for unit in UNITS)]
+#: What one objective owns in each case; in MTL a task has one head, in MSL a scenario has.
+OWNED = {
+    ("mtl", "task"): {"head", "task"},
+    ("mtl", "head"): {"head", "task"},
+    ("msl", "scenario"): {"head", "scenario"},
+    ("msl", "head"): {"head", "scenario"},
+    ("mtmsl", "task"): {"head", "task"},
+    ("mtmsl", "scenario"): {"head", "scenario"},
+    ("mtmsl", "head"): {"head"},
+}
 EVERYWHERE = [
     (name, shape, unit)
     for name in method_names()
@@ -66,7 +76,7 @@ class Case:
         return [self.backward(lambda x, k=k: self.objectives(x)[k])[1] for k in range(count)]
 
     def owned(self):
-        return {name for name, owner in self.owners.items() if owner in REFINES[self.loss.unit]}
+        return {name for name, owner in self.owners.items() if owner in OWNED[self.net.spec.setting, self.loss.unit]}
 
     def gram(self, of_each, scope):
         """Inner products, vector by vector."""
@@ -202,7 +212,18 @@ def test_report_names_cosines_norms_and_coefficients():
     assert set(report) == {f"balancing/{k}" for k in ("norm/t0", "norm/t1", "cosine/t0~t1", "coefficient/t0", "coefficient/t1")}
 
 
-@pytest.mark.parametrize("unit", REFINES)
+@pytest.mark.parametrize("name", ["shared_bottom", "star", "apg", "pepnet", "hmoe"])
+def test_with_one_task_heads_are_scenarios(name):
+    coefficients = []
+    for unit in ("scenario", "head"):
+        case = Case(name, "msl-many", unit)
+        strategy = case.strategy("mgda")
+        case.backward(lambda x, c=case, s=strategy: s(c.objectives(x), x, dict(c.net.named_parameters()), 1))
+        coefficients.append(strategy.coefficient)
+    assert torch.equal(*coefficients)
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_objectives_of_every_unit_add_up(unit):
     case = Case("mmoe", "mtmsl", unit)
     expected = Case("mmoe", "mtmsl", "task").objectives(case.data.x)
