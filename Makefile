@@ -58,11 +58,12 @@ lint: $(ENVIRONMENT)
 types: $(ENVIRONMENT)
 	$(RUN) -m mypy
 
+# Two files at a time, one thread each: most tests wait for processes that they start.
 tests: $(ENVIRONMENT)
-	$(RUN) -m pytest -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not long and not gpu"
 
 tests-all: $(ENVIRONMENT)
-	$(RUN) -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

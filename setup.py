@@ -58,7 +58,16 @@ setup(
     extras_require={
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
-        "dev": ["mypy>=2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12", "types-PyYAML", "types-tabulate", "types-tqdm"],
+        "dev": [
+            "mypy>=2",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "types-PyYAML",
+            "types-tabulate",
+            "types-tqdm",
+        ],
     },
     entry_points={
         # Registering one component hides TorchX's own, so those are registered again.
