@@ -50,6 +50,7 @@ def test_it_trains(copy):
     assert (copy / "run" / "result.json").is_file()
 
 
+@pytest.mark.long
 def test_the_tests_of_all_methods_take_it_in(copy):
     expected = {
         "tests/models/test_invariants.py": 50,
