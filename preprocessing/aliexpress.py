@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
 from preprocessing.common.dataset import Dataset, dense, sparse
+from preprocessing.common.delimited import DelimitedText
 from preprocessing.common.join import IdIndex
 from preprocessing.common.raw_files import Block, RawFile, RawFolder
 from preprocessing.common.splits import SIDE_COLUMN, FileSplit
@@ -84,6 +85,11 @@ class AliExpress(Dataset):
             self.scenario = Scenario(name="country", values=self._countries)
         else:
             self.group_key = "search_id"  # two countries may use one id for two searches
+        #: Name of the file that gives the rows -> scenario and side.
+        self._place: dict[str, tuple[int, int]] = {}
+        for scenario, country in enumerate(self._countries):
+            for side, names in zip((0, 2), self._names(country), strict=True):
+                self._place[names[-1]] = scenario, side
         self._unshown: dict[str, int] = {}
 
     @classmethod
@@ -105,14 +111,35 @@ class AliExpress(Dataset):
 
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """Country by country, train before test, in the order of the item file."""
-        schema = self.canonical_schema()
-        for scenario, country in enumerate(self._countries):
-            for side, names in zip((0, 2), self._names(country), strict=True):
-                for block, columns in self._read_processed(raw, *names) if self._processed else self._read_pair(raw, *names):
-                    columns["key.search_id"] = block.table["search_id"]
-                    columns[SCENARIO_COLUMN] = pa.array(np.full(len(block.lines), scenario))
-                    columns[SIDE_COLUMN] = pa.array(np.full(len(block.lines), side))
-                    yield from pa.table({n: columns[n] for n in schema.names}, schema=schema).combine_chunks().to_batches()
+        if self._processed:
+            yield from super().batches(raw)
+            return
+        for country in self._countries:
+            for user_name, item_name in self._names(country):
+                users = _Rows(raw.scratch / user_name)
+                blocks = users.store(raw.map(_with_search_id, DelimitedText(user_name, ",", _USER)))
+                index = IdIndex("search_id", blocks, raw.bad_rows)
+                self._pair = index, users, np.zeros(users.num_rows, bool)
+                for batches in raw.map(self.canonical, DelimitedText(item_name, ",", _ITEM)):
+                    yield from batches
+                self._unshown[user_name] = int(users.num_rows - np.count_nonzero(self._pair[2]))
+                users.remove()
+
+    def sources(self) -> Iterator[DelimitedText]:
+        """Files of the processed form."""
+        for country in self._countries:
+            for (name,) in self._names(country):
+                yield DelimitedText(name, ",", _PROCESSED, header=True)
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Of a processed file, or of an item file joined with the user file of its pair."""
+        block = _with_search_id(block)
+        block, columns = self._processed_rows(block) if self._processed else self._joined_rows(block)
+        columns["key.search_id"] = block.table["search_id"]
+        scenario, side = self._place[block.source.name]
+        columns[SCENARIO_COLUMN] = np.full(len(block.lines), scenario)
+        columns[SIDE_COLUMN] = np.full(len(block.lines), side)
+        return columns
 
     def statistics(self) -> dict[str, Any]:
         """`searches_without_items`: lines of each user file that no item refers to (raw form only)."""
@@ -124,31 +151,26 @@ class AliExpress(Dataset):
             return [(f"AliExpress_{country}/{side}.csv",) for side in ("train", "test")]
         return [tuple(f"{country}_{part}_{side}.csv" for part in ("user", "item")) for side in ("train", "test")]
 
-    def _read_processed(self, raw: RawFolder, name: str) -> Iterator[tuple[Block, dict[str, Any]]]:
-        for block in raw.blocks(name, ",", _PROCESSED, header=True):
-            block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
-            for label in ("click", "conversion"):
-                good = np.isin(block.table[label].to_numpy(), (0, 1))
-                block = block.require(good, f"{label} must be 0 or 1, found {{{label}}}. Mend the line.")
-            click, conversion = (block.table[label].to_numpy() for label in ("click", "conversion"))
-            good = conversion <= click
-            block = block.require(good, "a conversion without a click. Mend the line or fetch the file again.")
-            yield block, _with_labels(block.table, click[good] + conversion[good])
+    def _processed_rows(self, block: Block) -> tuple[Block, dict[str, Any]]:
+        for label in ("click", "conversion"):
+            good = np.isin(block.table[label].to_numpy(), (0, 1))
+            block = block.require(good, f"{label} must be 0 or 1, found {{{label}}}. Mend the line.")
+        click, conversion = (block.table[label].to_numpy() for label in ("click", "conversion"))
+        good = conversion <= click
+        block = block.require(good, "a conversion without a click. Mend the line or fetch the file again.")
+        return block, _with_labels(block.table, click[good] + conversion[good])
 
-    def _read_pair(self, raw: RawFolder, user_name: str, item_name: str) -> Iterator[tuple[Block, dict[str, Any]]]:
-        users = _Rows(raw.scratch / user_name)
-        index = IdIndex("search_id", users.store(raw.blocks(user_name, ",", _USER)))
-        shown = np.zeros(users.num_rows, bool)
-        for block in raw.blocks(item_name, ",", _ITEM):
-            block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
-            good = np.isin(block.table["label"].to_numpy(), (0, 1, 2))
-            block = block.require(good, "the label must be 0 (shown), 1 (clicked) or 2 (bought), found {label}. Mend the line.")
-            block, rows = index.find(block)
-            shown[rows] = True
-            columns = _with_labels(block.table, block.table["label"].to_numpy())
-            yield block, columns | users.take(rows)
-        users.remove()
-        self._unshown[user_name] = int(users.num_rows - np.count_nonzero(shown))
+    def _joined_rows(self, block: Block) -> tuple[Block, dict[str, Any]]:
+        index, users, shown = self._pair
+        good = np.isin(block.table["label"].to_numpy(), (0, 1, 2))
+        block = block.require(good, "the label must be 0 (shown), 1 (clicked) or 2 (bought), found {label}. Mend the line.")
+        block, rows = index.find(block)
+        shown[rows] = True
+        return block, _with_labels(block.table, block.table["label"].to_numpy()) | users.take(rows)
+
+
+def _with_search_id(block: Block) -> Block:
+    return block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
 
 
 def _with_labels(table: pa.Table, label: NDArray[np.int64]) -> dict[str, Any]:
@@ -175,7 +197,6 @@ class _Rows:
         """Write the blocks as they pass."""
         with self._path.open("wb") as file:
             for block in blocks:
-                block = block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
                 rows = np.empty(len(block.lines), self._dtype)
                 for name in self._dtype.names or ():
                     column = block.table[name]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,8 @@ import pyarrow.compute as pc
 
 from mmlrec.schema import Task, label_column
 from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
+from preprocessing.common.delimited import DelimitedText
+from preprocessing.common.raw_files import Block, RawFile
 from preprocessing.common.splits import SIDE_COLUMN, FileSplit, RandomSplit
 
 _TERMS = (
@@ -83,21 +85,22 @@ class _Census(Dataset):
             " (--parity implies it)",
         )
 
-    def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
-        """Train file, then test file, 8 MiB of raw text at a time."""
-        schema = self.canonical_schema()
+    def sources(self) -> Iterator[DelimitedText]:
+        """Train file, then test file."""
         for file in self.raw_files:
-            side = 2 if file.name.endswith(".test") else 0
-            for block in raw.blocks(file.name, ", ", self.fields, comment=self.comment):
-                block = self._cleaned(block)
-                for field, zeros, ones in self.labels.values():
-                    known = pc.is_in(block.table[field], pa.array(zeros + ones)).to_numpy()
-                    block = block.require(known, f"{field} holds no known value: {{{field}!r}}. Mend the line.")
-                columns = {feature.name: block.table[feature.name] for feature in self.features}
-                for task, (field, _, ones) in self.labels.items():
-                    columns[label_column(task)] = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
-                columns[SIDE_COLUMN] = pa.array(np.full(len(block.lines), side))
-                yield from pa.table({n: columns[n] for n in schema.names}, schema=schema).combine_chunks().to_batches()
+            yield DelimitedText(file.name, ", ", self.fields, comment=self.comment)
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Cleaned columns and the two labels."""
+        block = self._cleaned(block)
+        for field, zeros, ones in self.labels.values():
+            known = pc.is_in(block.table[field], pa.array(zeros + ones)).to_numpy()
+            block = block.require(known, f"{field} holds no known value: {{{field}!r}}. Mend the line.")
+        columns: dict[str, Any] = {feature.name: block.table[feature.name] for feature in self.features}
+        for task, (field, _, ones) in self.labels.items():
+            columns[label_column(task)] = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
+        columns[SIDE_COLUMN] = np.full(len(block.lines), 2 if block.source.name.endswith(".test") else 0)
+        return columns
 
     def _cleaned(self, block: Block) -> Block:
         """Texts without blanks at their ends. `?` and an empty text become null; in the parity form they are values."""
@@ -108,7 +111,7 @@ class _Census(Dataset):
                 text = pc.utf8_trim_whitespace(block.table[name])
                 missing = pc.is_in(text, pa.array([] if self.parity else ["", "?"], _TEXT))
                 columns[name] = pc.if_else(missing, None, text)
-        return Block(block.path, block.lines, pa.table(columns), block.bad_rows)
+        return replace(block, table=pa.table(columns))
 
 
 class CensusIncome(_Census):

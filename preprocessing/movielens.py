@@ -11,8 +11,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.schema import Scenario, Task
 from preprocessing.common.dataset import Dataset, multi, sparse
+from preprocessing.common.delimited import DelimitedText
 from preprocessing.common.join import IdIndex
 from preprocessing.common.raw_files import Block, RawFile, RawFolder
 
@@ -80,48 +82,53 @@ class _MovieLens(Dataset):
             help="what divides the rows: gender (F, M), age3 (under 25, 25-34, 35 and over), or none (default: gender)",
         )
 
-    def users(self, raw: RawFolder) -> Block:
+    def users(self) -> DelimitedText:
         """Columns user, gender, age, occupation, zip."""
         raise NotImplementedError
 
-    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:
-        """A block with column movie, and the genres of each row joined by '|'."""
+    def movies(self) -> DelimitedText:
+        """Column movie, and what `genres` needs."""
         raise NotImplementedError
 
-    def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
-        """Ratings joined with users and movies, 8 MiB of raw text at a time."""
-        users = self.users(raw)
-        users = users.require(_matches(users, "gender", "^[FM]$"), "gender must be F or M, found {gender!r}. Mend the line.")
-        for name, what in (("user", "user id"), ("age", "age"), ("zip", "zip code"), ("occupation", "occupation")):
-            users = users.require(users.present(name), f"the {what} is missing. Mend the line.")
-        user_index = IdIndex("user", [users])
-        movies, genres = self.movies(raw)
-        movie_index = IdIndex("movie", [movies])
-        if not self.parity:
-            genres = pc.split_pattern(genres, "|")
-        schema = self.canonical_schema()
-        for block in raw.blocks(self.ratings_name, self.separator, _RATING):
-            for name in _RATING:
-                block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
-            rating = block.table["rating"].to_numpy()
-            good = (rating >= 1) & (rating <= 5)
-            block = block.require(good, "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
-            block, _ = user_index.find(block)
-            block, movie_rows = movie_index.find(block)
-            _, user_rows = user_index.find(block)
-            rating, user = block.table["rating"].to_numpy(), users.table.take(user_rows)
-            columns = {
-                "user": user["user"],
-                "movie": block.table["movie"],
-                **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
-                "genres": genres.take(movie_rows),
-                "label.label2": (rating > 2).astype(np.float32),
-                "label.label3": (rating > 3).astype(np.float32),
-                **{f"key.{name}": block.table[name] for name in self.keys},
-            }
-            if self.scenario is not None:
-                columns["sample.scenario"] = _scenario_ids(self.scenario, user)
-            yield from pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
+    def genres(self, movies: Block) -> Block:
+        """The movies with a column genres, joined by '|'; those without are bad rows."""
+        raise NotImplementedError
+
+    def prepare(self, raw: RawFolder) -> None:
+        """Users and movies."""
+        users, movies = raw.table(self.users(), _good_users), raw.table(self.movies(), self.genres)
+        self._users, self._user_index = users.table, IdIndex("user", [users], raw.bad_rows)
+        self._movie_index = IdIndex("movie", [movies], raw.bad_rows)
+        genres = movies.table["genres"].combine_chunks()
+        self._genres = genres if self.parity else pc.split_pattern(genres, "|")
+
+    def sources(self) -> Iterator[DelimitedText]:
+        """The ratings."""
+        yield DelimitedText(self.ratings_name, self.separator, _RATING)
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Ratings joined with users and movies."""
+        for name in _RATING:
+            block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
+        rating = block.table["rating"].to_numpy()
+        good = (rating >= 1) & (rating <= 5)
+        block = block.require(good, "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
+        block, _ = self._user_index.find(block)
+        block, movie_rows = self._movie_index.find(block)
+        _, user_rows = self._user_index.find(block)
+        rating, user = block.table["rating"].to_numpy(), self._users.take(user_rows)
+        columns = {
+            "user": user["user"],
+            "movie": block.table["movie"],
+            **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
+            "genres": self._genres.take(movie_rows),
+            "label.label2": (rating > 2).astype(np.float32),
+            "label.label3": (rating > 3).astype(np.float32),
+            **{f"key.{name}": block.table[name] for name in self.keys},
+        }
+        if self.scenario is not None:
+            columns["sample.scenario"] = _scenario_ids(self.scenario, user)
+        return columns
 
 
 class MovieLens1M(_MovieLens):
@@ -139,15 +146,16 @@ class MovieLens1M(_MovieLens):
     ratings_name, separator = "ratings.dat", "::"
     occupation_type = _INT
 
-    def users(self, raw: RawFolder) -> Block:  # noqa: D102
+    def users(self) -> DelimitedText:  # noqa: D102
         columns = {"user": _INT, "gender": _TEXT, "age": _INT, "occupation": _INT, "zip": _TEXT}
-        return raw.table("users.dat", "::", columns)
+        return DelimitedText("users.dat", "::", columns)
 
-    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
-        block = raw.table("movies.dat", "::", {"movie": _INT, "title": _TEXT, "genres": _TEXT}, encoding="iso-8859-1")
-        block = block.require(block.present("movie"), "the movie id is missing. Mend the line.")
-        block = block.require(block.present("genres"), "the genres are missing. Mend the line.")
-        return block, block.table["genres"].combine_chunks()
+    def movies(self) -> DelimitedText:  # noqa: D102
+        return DelimitedText("movies.dat", "::", {"movie": _INT, "title": _TEXT, "genres": _TEXT}, encoding="iso-8859-1")
+
+    def genres(self, movies: Block) -> Block:  # noqa: D102
+        movies = movies.require(movies.present("movie"), "the movie id is missing. Mend the line.")
+        return movies.require(movies.present("genres"), "the genres are missing. Mend the line.")
 
 
 class MovieLens100K(_MovieLens):
@@ -165,20 +173,24 @@ class MovieLens100K(_MovieLens):
     ratings_name, separator = "u.data", "\t"
     occupation_type = _TEXT
 
-    def users(self, raw: RawFolder) -> Block:  # noqa: D102
+    def users(self) -> DelimitedText:  # noqa: D102
         columns = {"user": _INT, "age": _INT, "gender": _TEXT, "occupation": _TEXT, "zip": _TEXT}
-        return raw.table("u.user", "|", columns)
+        return DelimitedText("u.user", "|", columns)
 
-    def movies(self, raw: RawFolder) -> tuple[Block, pa.Array]:  # noqa: D102
+    def movies(self) -> DelimitedText:  # noqa: D102
         text = dict.fromkeys(("title", "released", "video", "url"), _TEXT)
-        block = raw.table("u.item", "|", {"movie": _INT, **text, **dict.fromkeys(_GENRES, _INT)}, encoding="iso-8859-1")
-        block = block.require(block.present("movie"), "the movie id is missing. Mend the line.")
+        return DelimitedText("u.item", "|", {"movie": _INT, **text, **dict.fromkeys(_GENRES, _INT)}, encoding="iso-8859-1")
+
+    def genres(self, movies: Block) -> Block:  # noqa: D102
+        movies = movies.require(movies.present("movie"), "the movie id is missing. Mend the line.")
         for genre in _GENRES:
-            block = block.require(_matches(block, genre, "^[01]$"), f"the flag of genre {genre} must be 0 or 1. Mend the line.")
-        flags = np.stack([block.table[genre].to_numpy() for genre in _GENRES], axis=1)
+            good = _matches(movies, genre, "^[01]$")
+            movies = movies.require(good, f"the flag of genre {genre} must be 0 or 1. Mend the line.")
+        flags = np.stack([movies.table[genre].to_numpy() for genre in _GENRES], axis=1)
         some = flags.sum(axis=1) > 0
-        block = block.require(some, "no genre flag is set. Mend the line.")
-        return block, pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags[some]])
+        movies = movies.require(some, "no genre flag is set. Mend the line.")
+        names = pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags[some]])
+        return replace(movies, table=movies.table.append_column("genres", names))
 
     @classmethod
     def rebuild_elsewhere(cls, folder: Path) -> str | None:
@@ -204,6 +216,13 @@ def _lines(table: pa.Table, separator: str) -> str:
     """The wheel's users table has the age before the gender, as the raw file has."""
     columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
     return "".join(separator.join(row) + "\n" for row in zip(*columns, strict=True))
+
+
+def _good_users(users: Block) -> Block:
+    users = users.require(_matches(users, "gender", "^[FM]$"), "gender must be F or M, found {gender!r}. Mend the line.")
+    for name, what in (("user", "user id"), ("age", "age"), ("zip", "zip code"), ("occupation", "occupation")):
+        users = users.require(users.present(name), f"the {what} is missing. Mend the line.")
+    return users
 
 
 def _matches(block: Block, name: str, pattern: str) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
 The folder --out appears when it is complete, never half. Then train on it:
   python -m apps.train --config configs/mtl/movielens.yaml dataset.path=data/movielens-1m
 """
-_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download"}  # options that do not change what is written
+_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers"}  # options that do not change what is written
 
 
 def main(arguments: list[str]) -> int:
@@ -62,7 +62,7 @@ def _run(arguments: list[str]) -> None:
     dataset = kind(options)
     if options.download:
         download(dataset, options.raw)
-    raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows)
+    raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
     if _holds_dataset(options.out) and not options.overwrite:
         _refuse_other(options.out, kind.name, recorded, raw)
         print(f"{options.out}: already there, made from the same raw files and options.")
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, help="the dataset folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
         command.add_argument("--seed", type=_seed, default=2024, help="of the split and of generated data (default: 2024)")
+        command.add_argument("--workers", type=_positive, metavar="N", help=_WORKERS)
         if kind.raw_files:
             command.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
             command.add_argument("--parity", action="store_true", help=_PARITY)
@@ -112,6 +113,15 @@ _BAD_ROWS = (
     "pass over up to N bad rows instead of stopping at the first; the first ten are told, all are counted in the manifest"
     " (default: 0)"
 )
+
+
+_WORKERS = "how many threads work beside each other; the dataset is the same, to the byte, for any number (default: all cores)"
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, found '{text}'")
+    return int(text)
 
 
 def _count(text: str) -> int:

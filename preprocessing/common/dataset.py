@@ -14,21 +14,24 @@ To add a dataset, write one file `preprocessing/my_data.py` with a subclass of `
             self.keys = {"user": pa.int64()}
             self.group_key = "user"
 
-        def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
-            for block in raw.blocks("log.csv", "|", {"user": pa.int64(), "item": pa.string(), ...}):
-                yield pa.RecordBatch.from_pydict({...}, schema=self.canonical_schema())
+        def sources(self) -> Iterator[Source]:
+            yield DelimitedText("log.csv", "|", {"user": pa.int64(), "item": pa.string(), ...})
+
+        def rows(self, block: Block) -> dict[str, Any]:
+            return {"user": block.table["user"], ..., "label.click": ...}
 
     DATASETS = (MyData,)
 
-`batches` yields the *canonical table*: raw values, one row per example, in any order and any batch size, in constant
-memory. The engine counts, splits, shuffles, fits vocabularies and scalers on the train rows, encodes and writes.
+`rows` gives the *canonical table*: raw values, one row per example. It sees a block of some thousand lines at a time, in
+several threads, and what `prepare` has read of smaller files. The engine counts, splits, shuffles, fits vocabularies and
+scalers on the train rows, encodes and writes. Data that does not come as lines overrides `batches` instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -37,7 +40,7 @@ import pyarrow as pa
 
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
-from preprocessing.common.raw_files import RawFile, RawFolder
+from preprocessing.common.raw_files import Block, RawFile, RawFolder, Source
 from preprocessing.common.splits import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
 
 _FOLDER = Path(__file__).parents[1]
@@ -125,9 +128,28 @@ class Dataset:
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Add the dataset's own options; they are recorded in the manifest."""
 
+    def prepare(self, raw: RawFolder) -> None:
+        """Read what `rows` needs besides its block: small files, indices of ids."""
+
+    def sources(self) -> Iterable[Source]:
+        """The files that hold the rows, in order, and how they are read."""
+        raise NotImplementedError
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Columns of `canonical_schema()` of one block: a function of the block and of what `prepare` has read."""
+        raise NotImplementedError
+
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """The canonical table, of `canonical_schema()`. Raises DataError naming file and line of a bad row."""
-        raise NotImplementedError
+        self.prepare(raw)
+        for source in self.sources():
+            for batches in raw.map(self.canonical, source):
+                yield from batches
+
+    def canonical(self, block: Block) -> list[pa.RecordBatch]:
+        """The canonical rows of a block; none where all its rows are bad."""
+        columns, schema = self.rows(block), self.canonical_schema()
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
 
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""

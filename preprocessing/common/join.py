@@ -7,26 +7,27 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from preprocessing.common.raw_files import Block
+from preprocessing.common.raw_files import BadRow, BadRows, Block
 
 
 class IdIndex:
     """Finds a row of a file by its unique int64 id, in 16 bytes a row. The row of a second occurrence of an id is a bad row."""
 
-    def __init__(self, name: str, blocks: Iterable[Block]) -> None:
+    def __init__(self, name: str, blocks: Iterable[Block], bad_rows: BadRows) -> None:
         """Read column `name`, which has no nulls, of blocks of one file; rows are numbered from 0 through them all."""
         ids, lines = [], []
         for block in blocks:
             ids.append(block.table[name].to_numpy())
             lines.append(block.lines)
-            self._path, bad_rows = block.path, block.bad_rows
+            self._path = block.path
         self._name = name
         every = np.concatenate(ids)
         order = np.argsort(every, kind="stable")
         again = np.append(False, every[order[1:]] == every[order[:-1]]) if len(every) else np.zeros(0, bool)
         line = np.concatenate(lines)
         for row in np.sort(order[again]):
-            bad_rows.add(self._path, int(line[row]), f"{name} {every[row]} appears a second time. Remove one of the lines.")
+            complaint = f"{name} {every[row]} appears a second time. Remove one of the lines."
+            bad_rows.add(BadRow(self._path, int(line[row]), complaint))
         self._order = order[~again]
         self._ids = every[self._order]
 

@@ -8,27 +8,23 @@ from pathlib import Path
 import pytest
 
 from preprocessing.common.command_line import main
-from tests.preprocessing.aliexpress_fake import write_aliexpress
-from tests.preprocessing.census_fake import write_adult, write_kdd
+from tests.preprocessing.fakes import FAKES
 
 ROOT = Path(__file__).parents[2]
-DATASETS = {
-    "census-income": (lambda raw: write_kdd(raw, 3000, 1000), "mtl/census", ["income", "marital"]),
-    "adult-income": (lambda raw: write_adult(raw, 3000, 1000), "mtl/census", ["income", "marital"]),
-    "aliexpress": (lambda raw: write_aliexpress(raw, num_searches=600), "msl/aliexpress", ["click"]),
-}
+CASES = [(name, config) for name, fake in FAKES.items() for config in fake.configs or {}]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
-@pytest.mark.parametrize("name", DATASETS)
-def test_one_epoch_on_fake_files(name, model, tmp_path):
-    write, config, tasks = DATASETS[name]
-    assert main([name, "--raw", str(write(tmp_path / "raw")), "--out", str(tmp_path / "data")]) == 0
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_one_epoch_on_fake_files(name, config, model, tmp_path):
+    fake = FAKES[name]
+    raw = fake.write(tmp_path / "raw")
+    assert main([name.split()[0], "--raw", str(raw), "--out", str(tmp_path / "data"), *fake.options]) == 0
     options = [f"model.name={model}", f"dataset.path={tmp_path / 'data'}", "training.epochs=1", "training.batch_size=128"]
     command = [sys.executable, "-m", "apps.train", "--config", f"configs/{config}.yaml", "--run-dir", str(tmp_path / "run")]
     result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "run" / "result.json").read_text())["test"]
-    assert list(report["tasks"]) == tasks
-    assert all(0 < report["tasks"][task]["auc"] < 1 for task in tasks)
+    assert list(report["tasks"]) == (fake.configs or {})[config]
+    assert all(0 < report["tasks"][task]["auc"] < 1 for task in report["tasks"])

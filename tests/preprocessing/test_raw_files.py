@@ -10,17 +10,19 @@ import pytest
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest
 from preprocessing.common.command_line import main
+from preprocessing.common.delimited import DelimitedText
 from preprocessing.common.join import IdIndex
 from preprocessing.common.raw_files import RawFile, RawFolder
 
 INT, NUMBER, TEXT = pa.int64(), pa.float32(), pa.string()
 COLUMNS = {"id": INT, "price": NUMBER, "name": TEXT}
+CSV = DelimitedText("a.csv", ",", COLUMNS)
 
 
 def read(folder, text, max_bad_rows=0, columns=COLUMNS, block_bytes=1 << 20, **form):
     (folder / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     raw = RawFolder(folder, (RawFile("a.csv"),), "", max_bad_rows)
-    blocks = list(raw.blocks("a.csv", ",", columns, block_bytes=block_bytes, **form))
+    blocks = list(raw.blocks(DelimitedText("a.csv", ",", columns, **form), block_bytes))
     rows = [tuple(row.values()) for block in blocks for row in block.table.to_pylist()]
     return rows, [line for block in blocks for line in block.lines.tolist()], raw.bad_rows.counts
 
@@ -121,7 +123,7 @@ def test_packed_files_and_other_case_are_found(tmp_path, name):
     else:
         (tmp_path / name).write_bytes(gzip.compress(b"1,2,a\n" * 3) if name.endswith("gz") else b"1,2,a\n" * 3)
     raw = RawFolder(tmp_path, (RawFile("a.csv"),), "")
-    (block,) = raw.blocks("a.csv", ",", COLUMNS)
+    (block,) = raw.blocks(CSV)
     assert block.table.to_pylist() == [{"id": 1, "price": 2.0, "name": "a"}] * 3
     assert list(raw.sha256()) == [name]
 
@@ -135,12 +137,12 @@ def test_damaged_and_wrong_archives_are_told(tmp_path):
     for content in (whole[:middle], whole[:middle] + bytes(64) + whole[middle + 64 :]):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"a\.csv\.zip: the zip file is truncated or damaged"):
-            list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks("a.csv", ",", COLUMNS))
+            list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("b.csv", "")
         archive.writestr("c.csv", "")
     with pytest.raises(DataError, match=r"the archive holds no a\.csv"):
-        list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks("a.csv", ",", COLUMNS))
+        list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV))
 
 
 def test_files_in_subfolders_keep_their_path_in_the_fingerprints(tmp_path):
@@ -163,9 +165,11 @@ def test_ids_are_found_over_many_blocks_and_a_second_occurrence_is_a_bad_row(tmp
 
     def found(max_bad_rows):
         raw = RawFolder(tmp_path, files, "", max_bad_rows)
-        index = IdIndex("id", raw.blocks("left.csv", ",", {"id": INT}, block_bytes=200))
-        (right,) = raw.blocks("right.csv", ",", {"id": INT})
-        return (*index.find(right), raw.bad_rows.counts)
+        index = IdIndex("id", raw.blocks(DelimitedText("left.csv", ",", {"id": INT}), 200), raw.bad_rows)
+        ((*found, counts),) = raw.map(
+            lambda right: (*index.find(right), raw.bad_rows.counts), DelimitedText("right.csv", ",", {"id": INT})
+        )
+        return *found, counts
 
     block, rows, counts = found(3)
     known = [i for i in wanted.tolist() if i in set(ids.tolist())]

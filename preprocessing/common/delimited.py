@@ -1,0 +1,145 @@
+"""Delimited text as Arrow tables, with exact complaints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from mmlrec.errors import DataError
+from preprocessing.common.raw_files import BadRow, Block, Piece, Source
+
+_REMEDY = "Mend the line or fetch the file again."
+_SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DelimitedText(Source):
+    """Delimited text, one row a line.
+
+    Bad rows are those with the wrong number of fields, bytes that do not decode, or a field that is no number. An empty number
+    becomes null; a literal nan or inf is a bad row.
+
+    Attributes:
+        separator: one or more characters between fields.
+        columns: name -> int64, float32 or string. Without a header, one for each field of a line; with one, those that are
+            wanted.
+        header: the first line names the fields, in any order.
+        comment: lines that are blank or start with it are passed over. Empty: there are none.
+        fields: names of all fields in their order; from the header, where there is one.
+    """
+
+    separator: str
+    columns: dict[str, pa.DataType]
+    encoding: str = "utf-8"
+    header: bool = False
+    comment: str = ""
+    fields: tuple[str, ...] = ()
+
+    def opened(self, path: Path, text: bytes) -> DelimitedText:
+        """With `fields`. Raises DataError when the header lacks a wanted column."""
+        return replace(self, fields=_header(path, text, self) if self.header else tuple(self.columns))
+
+    def parse(self, piece: Piece) -> Block:
+        """The rows of a piece; see `Source`."""
+        path, text = piece.path, piece.text
+        lines = np.arange(piece.first_line, piece.first_line + text.count(b"\n"))
+        header = self.header and piece.first_line == 1
+        if header or self.comment:
+            start, passed = self.comment.encode(), header
+            kept = []
+            for index, line in enumerate(text.split(b"\n")[:-1]):
+                if passed or (self.comment and (not line.strip() or line.startswith(start))):
+                    passed = False
+                else:
+                    kept.append((index, line))
+            lines = lines[[index for index, _ in kept]] if kept else lines[:0]
+            text = b"".join(line + b"\n" for _, line in kept)
+        bad_rows: list[BadRow] = []
+        try:
+            table = _parse(text, self)
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+            raw_lines = [line.removesuffix(b"\r") for line in text.split(b"\n")[:-1]]
+            complaints = {row: why for row, line in enumerate(raw_lines) if (why := _complaint(line, self))}
+            if not complaints:
+                raise DataError(f"{path}, lines from {piece.first_line}: cannot be parsed: {error}") from error
+            bad_rows += [BadRow(path, int(lines[row]), why) for row, why in complaints.items()]
+            good = np.array([row not in complaints for row in range(len(lines))], bool)
+            lines = lines[good]
+            table = _parse(b"".join(line + b"\n" for line, kept in zip(raw_lines, good, strict=True) if kept), self)
+        block = Block(self, path, lines, table, bad_rows)
+        for column, kind in self.columns.items():
+            if pa.types.is_floating(kind):
+                finite = pc.is_finite(block.table[column]).fill_null(True).to_numpy(zero_copy_only=False)
+                block = block.require(
+                    finite, f"{column} is nan or infinite, or too large. Leave the field empty, or mend the line."
+                )
+        return block
+
+
+def _header(path: Path, text: bytes, form: DelimitedText) -> tuple[str, ...]:
+    """The names that the first line gives. Raises DataError when a wanted one is not among them."""
+    first = text.partition(b"\n")[0].rstrip(b"\r").decode("utf-8-sig", errors="replace")
+    names = tuple(first.split(form.separator))
+    missing = [name for name in form.columns if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}, line 1: the header lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''};"
+            f" it is {first[:80]!r}. Fetch the file again, or name its columns in the first line."
+        )
+    return names
+
+
+def _parse(text: bytes, form: DelimitedText) -> pa.Table:
+    if not text:
+        return pa.schema(form.columns.items()).empty_table()
+    if len(form.fields) > 1 and (text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text):
+        raise pa.ArrowInvalid("an empty line")  # which Arrow takes for a row of missing values
+    plain = text if form.encoding == "utf-8" else text.decode(form.encoding).encode()
+    separator = form.separator
+    if len(separator) > 1:
+        plain = plain.replace(separator.encode(), _SEPARATOR.encode())
+        separator = _SEPARATOR
+    table = pyarrow.csv.read_csv(
+        pa.py_buffer(plain),
+        read_options=pyarrow.csv.ReadOptions(column_names=list(form.fields), block_size=len(plain) + 1),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=separator, quote_char=False, ignore_empty_lines=False),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=form.columns, include_columns=list(form.columns), null_values=[""]
+        ),
+    )
+    if len(table) != text.count(b"\n"):
+        raise pa.ArrowInvalid("a carriage return within a line")
+    return table.combine_chunks()
+
+
+def _complaint(raw: bytes, form: DelimitedText) -> str:
+    """What is wrong with a line; empty when nothing is. Only for blocks that did not parse."""
+    if b"\r" in raw:
+        return f"a carriage return stands within the line: {raw[:80]!r}. {_REMEDY}"
+    try:
+        fields = raw.decode(form.encoding).split(form.separator)
+    except UnicodeDecodeError as error:
+        return f"bytes that are not {form.encoding}: {error.reason}. Fetch the file again."
+    if len(fields) != len(form.fields):
+        names = form.separator.join(form.fields if len(form.fields) <= 20 else [*form.fields[:19], "..."])
+        shape = f"{len(form.fields)} fields ({names})".replace("\t", "<tab>")
+        return f"{shape} expected, {len(fields)} found: {raw[:80]!r}. {_REMEDY}"
+    for name, field in zip(form.fields, fields, strict=True):
+        kind, value = form.columns.get(name), field.strip(" \t")
+        if kind is None or not value:
+            continue
+        if pa.types.is_integer(kind):
+            if not (value.isascii() and value.removeprefix("-").isdigit()):
+                return f"{name} must be an integer, found {value!r}. {_REMEDY}"
+            if not -(2**63) <= int(value) < 2**63:
+                return f"{name} = {value} does not fit into 64 bits. {_REMEDY}"
+        if pa.types.is_floating(kind) and not _NUMBER.fullmatch(value):
+            return f"{name} must be a number, found {value!r}. {_REMEDY}"
+    return ""

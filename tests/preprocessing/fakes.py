@@ -1,0 +1,49 @@
+"""A fake of every dataset, for the tests that hold for all of them: tests/preprocessing/test_every_dataset.py and the like.
+
+A dataset's own fake writes raw files with what makes the real ones awkward; here it gets one line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
+from tests.preprocessing.census_fake import write_adult, write_kdd
+from tests.preprocessing.movielens_fake import write_movielens
+
+
+@dataclass(frozen=True)
+class Fake:
+    """How to make a dataset from fake raw files.
+
+    Attributes:
+        write: puts raw files of some thousand rows into a folder that does not exist yet, and returns it.
+        options: of the command line, beyond --raw and --out.
+        configs: names below configs/ that train on the dataset, with the tasks that they report.
+    """
+
+    write: Callable[[Path], Path]
+    options: tuple[str, ...] = ()
+    configs: dict[str, list[str]] | None = None
+
+
+def _processed(folder: Path) -> Path:
+    write_processed(write_aliexpress(folder / "pairs", num_searches=600), folder)
+    return folder
+
+
+#: Dataset, or dataset and a word for its form -> fake.
+FAKES: dict[str, Fake] = {
+    "movielens-1m": Fake(
+        lambda folder: write_movielens(folder, 6000),
+        configs={
+            "mtl/movielens": ["label2", "label3"],
+            "msl/movielens": ["label3"],
+            "mtmsl/movielens": ["label2", "label3"],
+        },
+    ),
+    "census-income": Fake(lambda folder: write_kdd(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
+    "adult-income": Fake(lambda folder: write_adult(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
+    "aliexpress": Fake(lambda folder: write_aliexpress(folder, num_searches=600), configs={"msl/aliexpress": ["click"]}),
+    "aliexpress processed": Fake(_processed, ("--form", "processed")),
+}
