@@ -40,6 +40,12 @@ class Dispatch:
         """Rows [..., B, o] from the strategy's order back into batch order."""
         return x.index_select(-2, self.inverse) if self.grouped else x
 
+    def own(self, x: Tensor) -> Tensor:
+        """Of every scenario's results each row's own: [N * S, B, k], index n * S + s, rows arranged -> [N, B, k]."""
+        members = x.unflatten(0, (-1, self.num_scenarios))
+        index = self.scenario.view(1, 1, -1, 1).expand(members.shape[0], 1, -1, x.shape[2])
+        return torch.gather(members, 1, index)[:, 0]
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y[n, b] = x[n, b] @ weight[n, s_b] + bias[n, s_b].
 

@@ -107,7 +107,6 @@ class CrossStitch(MultiTaskModel):
         return_all_heads: bool = False,
     ) -> Output:
         """Logits; see the base class."""
-        spec = self.spec
         dispatch = self.own_dispatch(scenario, self.config.tower_hidden_units, return_all_heads)
         if dispatch is not None:
             x = dispatch.arrange(x)
@@ -116,7 +115,4 @@ class CrossStitch(MultiTaskModel):
             x = stitch(layer(x, valid))
         if dispatch is None:
             return self.select(self.towers(x, self.head_rows(scenario, valid)), scenario, return_all_heads)
-        heads = x.unflatten(0, (spec.num_tasks, spec.num_scenarios))
-        index = dispatch.scenario.view(1, 1, -1, 1).expand(spec.num_tasks, 1, -1, x.shape[2])
-        own = torch.gather(heads, 1, index)[:, 0]
-        return Output(dispatch.restore(self.towers.own(own, dispatch)))
+        return Output(dispatch.restore(self.towers.own(dispatch.own(x), dispatch)))

@@ -139,7 +139,7 @@ class PLE(MultiTaskModel):
         return_all_heads: bool = False,
     ) -> Output:
         """Logits; see the base class."""
-        config, spec = self.config, self.spec
+        config = self.config
         widths = [*config.expert_hidden_units, *config.gate_hidden_units, *config.tower_hidden_units]
         dispatch = self.own_dispatch(scenario, widths, return_all_heads)
         if dispatch is not None:
@@ -154,8 +154,6 @@ class PLE(MultiTaskModel):
             own, _ = last(own, shared, rows, valid)
             return self.select(self.towers(own, rows), scenario, return_all_heads)
         if own.dim() == 3:
-            heads = own.view(spec.num_tasks, spec.num_scenarios, *own.shape[1:])
-            index = dispatch.scenario.view(1, 1, -1, 1).expand(spec.num_tasks, 1, -1, own.shape[2])
-            own = torch.gather(heads, 1, index)[:, 0]
+            own = dispatch.own(own)
         own = last.own(own, shared, dispatch)
         return Output(dispatch.restore(self.towers.own(own, dispatch)))

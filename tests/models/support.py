@@ -115,3 +115,18 @@ def step(net: MultiTaskModel, data: Data, reduction: str = "pooled") -> tuple[Te
         assert parameter.grad is not None, name
         gradients[name] = parameter.grad.clone()
     return total.detach(), gradients
+
+
+def assert_gradients_are_slopes(net: MultiTaskModel, data: Data) -> None:
+    """The gradients of a step equal finite differences of the loss, along a random direction of each parameter; float64."""
+    _, gradients = step(net, data)
+    for key, parameter in net.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(sign * 1e-5 * direction)
+                values.append(sum(losses(net, data).values()))
+                parameter.sub_(sign * 1e-5 * direction)
+        slope = (values[0] - values[1]) / 2e-5
+        torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)

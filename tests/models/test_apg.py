@@ -11,7 +11,7 @@ from mmlrec.config import ConfigError
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.models.base import ModelSpec
 from mmlrec.registry import method
-from tests.models.support import build, losses, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, step
 
 F64 = torch.float64
 ACTIVATIONS = {None: lambda x: x, "relu": lambda x: x.clamp(min=0), "tanh": torch.tanh}
@@ -88,17 +88,7 @@ def test_gradients_equal_finite_differences(tasks, scenarios, condition):
     options = {"condition": condition, "activation": "tanh", "apg_overparam": True, "inner_activation": "tanh"}
     net = disturb(build("apg", make_spec(tasks, scenarios), **options).double())
     data = make_data(net, 6, dtype=F64)
-    _, gradients = step(net, data)
-    for key, parameter in net.named_parameters():
-        direction = torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(7))
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * 1e-5 * direction)
-                values.append(sum(losses(net, data).values()))
-                parameter.sub_(sign * 1e-5 * direction)
-        slope = (values[0] - values[1]) / 2e-5
-        torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)
+    assert_gradients_are_slopes(net, data)
 
 
 @pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (1, 2), (2, 3)])

@@ -11,7 +11,7 @@ from mmlrec.training.distributed import process_group
 from mmlrec.training.run import train
 from mmlrec.training.session import build_session
 from tests.datasets import write_dataset
-from tests.models.support import build, losses, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, step
 from tests.training.launch import tensors
 
 F64 = torch.float64
@@ -87,17 +87,7 @@ def test_equals_a_loop_over_rows_and_branches(mode, depth, tasks, scenarios):
 def test_gradients_equal_finite_differences(mode, tasks, scenarios):
     net = build("cross_stitch", make_spec(tasks, scenarios), stitch_mode=mode, activation="tanh", shared_depth=1).double()
     data = make_data(net, 6, dtype=F64)
-    _, gradients = step(net, data)
-    for key, parameter in net.named_parameters():
-        direction = torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(7))
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * 1e-5 * direction)
-                values.append(sum(losses(net, data).values()))
-                parameter.sub_(sign * 1e-5 * direction)
-        slope = (values[0] - values[1]) / 2e-5
-        torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)
+    assert_gradients_are_slopes(net, data)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method
-from tests.models.support import build, losses, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, losses, make_data, make_spec, step
 
 F64 = torch.float64
 SIZES = [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)]
@@ -93,17 +93,7 @@ def test_equals_a_loop_over_rows_and_connections(variant, training, tasks, scena
 def test_gradients_equal_finite_differences(variant, tasks, scenarios):
     net = perturbed(make_spec(tasks, scenarios), variant=variant, activation="tanh", l0_lambda=0.1)
     data = make_data(net, 6, dtype=F64)
-    _, gradients = step(net, data)
-    for key, parameter in net.named_parameters():
-        direction = torch.randn(parameter.shape, dtype=F64, generator=torch.Generator().manual_seed(7))
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(sign * 1e-5 * direction)
-                values.append(sum(losses(net, data).values()))
-                parameter.sub_(sign * 1e-5 * direction)
-        slope = (values[0] - values[1]) / 2e-5
-        torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)
+    assert_gradients_are_slopes(net, data)
 
 
 @pytest.mark.parametrize(("variant", "tiny", "benchmark"), [("trans", 1395, 1_386_266), ("aver", 603, 206_618)])
