@@ -159,11 +159,11 @@ def check_memory(
     on_gpu = device.type == "cuda"
     first = rank // local_world_size * local_world_size
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
-    state = {"sgd": 0.0, "rowwise_adagrad": None, "adagrad": 1.0, "adam": 2.0}[optimizer]
     need = 0.0
     for table in report:
-        row_bytes = table["weight_bytes"] * (1.0 + state) if state is not None else table["weight_bytes"] + 4.0 * table["rows"]
-        need += row_bytes * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
+        weights = table["weight_bytes"]
+        state = {"sgd": 0, "rowwise_adagrad": 4 * table["rows"], "adagrad": weights, "adam": 2 * weights}[optimizer]
+        need += (weights + state) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
     if need > free:
         raise ConfigError(
