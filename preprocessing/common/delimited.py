@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mmlrec.errors import DataError
+from mmlrec.errors import ConfigError, DataError
 from preprocessing.common.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
@@ -24,13 +24,15 @@ class DelimitedText(Source):
     """Delimited text, one row a line.
 
     Bad rows are those with the wrong number of fields, bytes that do not decode, or a field that is no number. An empty number
-    becomes null; a literal nan or inf is a bad row.
+    becomes null; a literal nan or inf is a bad row, and so is a quoted field with a line end in it: files are cut at line ends.
 
     Attributes:
         separator: one or more characters between fields.
         columns: name -> int64, float32 or string. Without a header, one for each field of a line; with one, those that are
             wanted.
         header: the first line names the fields, in any order.
+        quoted: a field may stand in double quotes, with separators in it and quotes doubled (RFC 4180). As with Python's csv,
+            what follows the closing quote belongs to the field, and a quote that does not begin a field is a quote.
         comment: lines that are blank or start with it are passed over. Empty: there are none.
         fields: names of all fields in their order; from the header, where there is one.
     """
@@ -39,8 +41,13 @@ class DelimitedText(Source):
     columns: dict[str, pa.DataType]
     encoding: str = "utf-8"
     header: bool = False
+    quoted: bool = False
     comment: str = ""
     fields: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.quoted and len(self.separator) > 1:
+            raise ConfigError(f"quoted fields need a separator of one character, not {self.separator!r}.")
 
     def opened(self, path: Path, text: bytes) -> DelimitedText:
         """With `fields`. Raises DataError when the header lacks a wanted column."""
@@ -86,7 +93,10 @@ class DelimitedText(Source):
 def _header(path: Path, text: bytes, form: DelimitedText) -> tuple[str, ...]:
     """The names that the first line gives. Raises DataError when a wanted one is not among them."""
     first = text.partition(b"\n")[0].rstrip(b"\r").decode("utf-8-sig", errors="replace")
-    names = tuple(first.split(form.separator))
+    try:
+        names = tuple(_fields(first, form))
+    except ValueError as error:
+        raise DataError(f"{path}, line 1: {error}. {_REMEDY}") from error
     missing = [name for name in form.columns if name not in names]
     if missing:
         raise DataError(
@@ -101,6 +111,8 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
         return pa.schema(form.columns.items()).empty_table()
     if len(form.fields) > 1 and (text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text):
         raise pa.ArrowInvalid("an empty line")  # which Arrow takes for a row of missing values
+    if form.quoted and text.count(b"\r") != text.count(b"\r\n"):
+        raise pa.ArrowInvalid("a carriage return within a line")  # its extra row would make up for a line end within quotes
     plain = text if form.encoding == "utf-8" else text.decode(form.encoding).encode()
     separator = form.separator
     if len(separator) > 1:
@@ -109,14 +121,32 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
     table = pyarrow.csv.read_csv(
         pa.py_buffer(plain),
         read_options=pyarrow.csv.ReadOptions(column_names=list(form.fields), block_size=len(plain) + 1),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=separator, quote_char=False, ignore_empty_lines=False),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=separator, quote_char='"' if form.quoted else False, ignore_empty_lines=False
+        ),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=form.columns, include_columns=list(form.columns), null_values=[""]
         ),
     )
     if len(table) != text.count(b"\n"):
-        raise pa.ArrowInvalid("a carriage return within a line")
+        raise pa.ArrowInvalid("a carriage return within a line, or a line end within quotes")
     return table.combine_chunks()
+
+
+def _fields(line: str, form: DelimitedText) -> list[str]:
+    """The fields of a line, as Arrow takes them apart. Raises ValueError when a quote is not closed."""
+    if not form.quoted:
+        return line.split(form.separator)
+    separator = re.escape(form.separator)
+    fields = []
+    for field in re.finditer(rf'("(?:[^"]|"")*+")?([^{separator}]*)({separator}|\Z)', line):
+        quoted, plain, end = field.groups(default="")
+        if not quoted and plain.startswith('"'):
+            raise ValueError(f"a quote is not closed on the line: {line[field.start() :][:80]!r}")
+        fields.append(quoted[1:-1].replace('""', '"') + plain)
+        if not end:
+            break
+    return fields
 
 
 def _complaint(raw: bytes, form: DelimitedText) -> str:
@@ -124,9 +154,11 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
     if b"\r" in raw:
         return f"a carriage return stands within the line: {raw[:80]!r}. {_REMEDY}"
     try:
-        fields = raw.decode(form.encoding).split(form.separator)
+        fields = _fields(raw.decode(form.encoding), form)
     except UnicodeDecodeError as error:
         return f"bytes that are not {form.encoding}: {error.reason}. Fetch the file again."
+    except ValueError as error:
+        return f"{error}. {_REMEDY}"
     if len(fields) != len(form.fields):
         names = form.separator.join(form.fields if len(form.fields) <= 20 else [*form.fields[:19], "..."])
         shape = f"{len(form.fields)} fields ({names})".replace("\t", "<tab>")

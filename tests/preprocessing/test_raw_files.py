@@ -1,13 +1,15 @@
 """Raw text as blocks: bad rows passed over and counted, headers, comments, numbers, archives."""
 
+import csv
 import gzip
+import io
 import zipfile
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmlrec.errors import DataError
+from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import DatasetManifest
 from preprocessing.common.command_line import main
 from preprocessing.common.delimited import DelimitedText
@@ -100,6 +102,78 @@ def test_header_gives_the_columns_by_name(tmp_path):
         read(tmp_path, text.replace(",2,", ",q,"), header=True, block_bytes=30)
     with pytest.raises(DataError, match="is empty"):
         read(tmp_path, "name,id,price\n", header=True)
+
+
+def test_quoted_fields_hold_separators_and_quotes(tmp_path):
+    text = '"name","more, or less",id,"price"\r\n"American President, The (1995)",x,"7","2.5"\r\n""" is ""a""",,8,""\r\n'
+    rows, lines, _ = read(tmp_path, text, header=True, quoted=True)
+    assert rows == [(7, 2.5, "American President, The (1995)"), (8, None, '" is "a"')]
+    assert lines == [2, 3]
+    with pytest.raises(ConfigError, match="a separator of one character, not '::'"):
+        DelimitedText("a.csv", "::", COLUMNS, quoted=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_quoted_text_is_read_as_the_csv_module_does(tmp_path, seed):
+    """Of every line by itself; a line that csv reads on from, or that has too few or too many fields, is a bad row."""
+    random = np.random.default_rng(seed)
+    line_ends = "\n" if seed % 2 else "\r\n"
+    lines = ["".join(random.choice(list('",ab '), random.integers(1, 14))) for _ in range(3000)]
+    expected = []
+    for number, line in enumerate(lines, start=1):
+        reader = csv.reader([line + "\n", ""])
+        fields = next(reader)
+        if reader.line_num == 1 and len(fields) == 3:
+            expected.append((number, tuple(fields)))
+    assert len(expected) > 100
+    columns = dict.fromkeys("xyz", TEXT)
+    text = line_ends.join(lines) + line_ends
+    rows, numbers, counts = read(tmp_path, text, len(lines), columns, block_bytes=10_000, quoted=True)
+    assert list(zip(numbers, rows, strict=True)) == expected
+    assert counts == {"a.csv": len(lines) - len(expected)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_values_written_by_the_csv_module_come_back(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    values = [tuple("".join(random.choice(list('",;é x1'), random.integers(0, 9))) for _ in range(3)) for _ in range(3000)]
+    text = io.StringIO()
+    csv.writer(text, delimiter=";", quoting=csv.QUOTE_ALL if seed % 2 else csv.QUOTE_MINIMAL).writerows(values)
+    (tmp_path / "a.csv").write_text(text.getvalue(), encoding="iso-8859-1", newline="")
+    source = DelimitedText("a.csv", ";", dict.fromkeys("xyz", TEXT), encoding="iso-8859-1", quoted=True)
+    blocks = RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(source, 5000)
+    assert [tuple(row.values()) for block in blocks for row in block.table.to_pylist()] == values
+
+
+BAD_QUOTED_LINES = {
+    b'1,2,"a': "a quote is not closed on the line: '\"a'",
+    b'1,2,"a""': "a quote is not closed",
+    b'1,"2,a\nb",c': "a quote is not closed on the line: '\"2,a'",  # a line end within quotes: both lines are bad
+    b'1,"2,5",a,b': "3 fields (id,price,name) expected, 4 found",
+    b'"x",2,a': "id must be an integer, found 'x'",
+    b'1,2,"a\rb"': "a carriage return stands within the line",
+    b'1,"2,a\nb\r",c': "a quote is not closed",  # as many rows as lines
+}
+
+
+@pytest.mark.parametrize("bad", BAD_QUOTED_LINES)
+def test_a_bad_quoted_line_stops_the_run_or_is_passed_over(tmp_path, bad):
+    good = "".join(f'{i},"{i}.5","n, ""{i}"""\n' for i in range(1, 51)).encode()
+    text = good + bad + b"\n" + good
+    with pytest.raises(DataError) as stop:
+        read(tmp_path, text, quoted=True)
+    assert str(stop.value).startswith(f"{tmp_path / 'a.csv'}, line 51: ")
+    assert BAD_QUOTED_LINES[bad] in str(stop.value)
+    num_bad = 1 + bad.count(b"\n")
+    rows, lines, counts = read(tmp_path, text, max_bad_rows=num_bad, quoted=True)
+    assert rows == [(i, i + 0.5, f'n, "{i}"') for i in range(1, 51)] * 2
+    assert lines == [*range(1, 51), *range(51 + num_bad, 101 + num_bad)]
+    assert counts == {"a.csv": num_bad}
+
+
+def test_an_unclosed_quote_in_the_header_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"a\.csv, line 1: a quote is not closed on the line: '\"price'"):
+        read(tmp_path, 'id,name,"price\n1,a,2\n', header=True, quoted=True)
 
 
 @pytest.mark.parametrize("block_bytes", [8, 1 << 20])
