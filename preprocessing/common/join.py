@@ -31,11 +31,16 @@ class IdIndex:
         self._order = order[~again]
         self._ids = every[self._order]
 
+    def locate(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row of each id, [ids] int64; -1 where it is unknown."""
+        if not len(self._ids):
+            return np.full(len(ids), -1)
+        at = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[at] == ids, self._order[at], -1)
+
     def find(self, block: Block) -> tuple[Block, NDArray[np.int64]]:
         """The block's rows whose id is known, and the row of each, [rows] int64. The others are bad rows."""
-        wanted = block.table[self._name].to_numpy()
-        at = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
-        known = self._ids[at] == wanted if len(self._ids) else np.zeros(len(wanted), bool)
+        rows = self.locate(block.table[self._name].to_numpy())
         remedy = f"is not in {self._path.name}. Fetch both files again from one release."
-        block = block.require(known, f"{self._name} {{{self._name}}} {remedy}")
-        return block, self._order[at[known]]
+        block = block.require(rows >= 0, f"{self._name} {{{self._name}}} {remedy}")
+        return block, rows[rows >= 0]

@@ -103,7 +103,11 @@ class Block:
         for row in np.flatnonzero(~good):
             values = {name: self.table[name][row].as_py() for name in self.table.column_names}
             self.bad_rows.append(BadRow(self.path, int(self.lines[row]), complaint.format(**values)))
-        return replace(self, lines=self.lines[good], table=self.table.filter(pa.array(good)).combine_chunks())
+        return self.only(good)
+
+    def only(self, wanted: NDArray[np.bool_]) -> Block:
+        """The rows that are `wanted`. The others are not bad, only no part of the dataset."""
+        return replace(self, lines=self.lines[wanted], table=self.table.filter(pa.array(wanted)).combine_chunks())
 
     def present(self, name: str) -> NDArray[np.bool_]:
         """[rows] whether a column has a value: neither null nor an empty string."""
@@ -163,8 +167,13 @@ class RawFolder:
         except OSError as error:
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}.") from error
 
-    def map(self, function: Callable[[Block], T], source: Source, piece_bytes: int | None = None) -> Iterator[T]:
+    def map(
+        self, function: Callable[[Block], T], source: Source, piece_bytes: int | None = None, *, count_bad_rows: bool = True
+    ) -> Iterator[T]:
         """`function` of each block of a file, in the order of the file. Blocks are parsed and worked on in threads.
+
+        Args:
+            count_bad_rows: False when the file will be read once more, so that its bad rows count once.
 
         Raises:
             DataError: the file is empty, or is not what `source` reads; or it has more bad rows than are allowed. The message
@@ -183,7 +192,7 @@ class RawFolder:
         if first is not None:
             source = source.opened(path, first.text)
             for num_rows, bad_rows, result in in_order(work, _chain(first, pieces), self.workers):
-                for row in bad_rows:
+                for row in bad_rows if count_bad_rows else ():
                     self.bad_rows.add(row)
                 if num_rows:
                     empty = False
