@@ -22,9 +22,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
+from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
 from preprocessing.common.dataset import Column, Dataset, dense, multi, sparse
-from preprocessing.common.permutation import mix64, split_ends
+from preprocessing.common.permutation import split_ends
 from preprocessing.common.raw_files import RawFolder
 from preprocessing.common.splits import InOrder
 from preprocessing.common.zipf import Zipf

@@ -1,25 +1,13 @@
-"""A seeded permutation of row numbers in constant memory, the exact 8:1:1 split, and the integer hash beneath."""
+"""A seeded permutation of row numbers in constant memory and the exact 8:1:1 split."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-UInt64Array = NDArray[np.uint64]
+from mmlrec.hashing import UInt64Array, mix64
 
 _ROUNDS = 8  # even, so that the two halves end with the widths they began with
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def mix64(values: UInt64Array) -> UInt64Array:
-    """Hash of each value, uint64, a bijection: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 17)."""
-    z = values + np.uint64(_GOLDEN)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
 
 
 def split_ends(num_rows: int) -> tuple[int, int]:

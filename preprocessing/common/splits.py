@@ -18,8 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from mmlrec.hashing import UInt64Array, mix64
 from mmlrec.schema import SPLITS, key_column
-from preprocessing.common.permutation import RowPermutation, UInt64Array, mix64, split_ends
+from preprocessing.common.permutation import RowPermutation, split_ends
 
 SIDE_COLUMN = "split.side"
 _READ_BYTES = 8 << 20

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from preprocessing.common.permutation import RowPermutation, mix64, split_ends
+from mmlrec.hashing import mix64
+from preprocessing.common.permutation import RowPermutation, split_ends
 
 
 def test_mix64_equals_the_published_splitmix64_stream():
