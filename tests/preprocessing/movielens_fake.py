@@ -1,4 +1,4 @@
-"""A small fake of ml-1m for tests, and the bytes of a folder."""
+"""Small fakes of ml-1m and of ml-20m for tests, and the bytes of a folder."""
 
 import numpy as np
 
@@ -25,6 +25,33 @@ def write_movielens(folder, num_ratings=2000, num_users=40, num_movies=60, seed=
     (folder / "users.dat").write_text("\n".join(users) + "\n", encoding="ascii")
     (folder / "movies.dat").write_text("\n".join(movies) + "\n", encoding="iso-8859-1")
     (folder / "ratings.dat").write_text("\n".join(ratings) + "\n", encoding="ascii")
+    return folder
+
+
+def write_movielens_csv(folder, num_ratings=2000, num_users=40, num_movies=60, seed=0):
+    """A small fake in the layout of ml-20m and ml-25m: half stars, quoted titles, movies without genres or ratings."""
+    random = np.random.default_rng(seed)
+    genres = ["Action", "Children", "Film-Noir", "IMAX", "Sci-Fi"]
+    folder.mkdir(parents=True)
+    titles = [
+        "Toy Story {m} (1995)",
+        '"American President, The {m} (1995)"',
+        '"""Great Performances"" Cats {m}, é"',
+        "Amélie {m}",
+    ]
+    movies = [
+        f"{3 * m},{titles[m % 4].format(m=m)},"
+        f"{'(no genres listed)' if m % 7 == 2 else '|'.join(genres[m % 5 : m % 5 + 1 + m % 3])}"
+        for m in range(1, num_movies + 11)  # the last ten are never rated
+    ]
+    user = np.sort(1 + (num_users * random.random(num_ratings) ** 2).astype(int))
+    movie = 3 * (1 + (num_movies * random.random(num_ratings) ** 3).astype(int))
+    ratings = [
+        f"{u},{m},{r / 2},{978300000 + i}"
+        for i, (u, m, r) in enumerate(zip(user, movie, random.integers(1, 11, num_ratings), strict=True))
+    ]
+    (folder / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]) + "\n", encoding="utf-8")
+    (folder / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *ratings]) + "\n")
     return folder
 
 
