@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
 from preprocessing.common.dataset import Dataset, dense, sparse
 from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex
+from preprocessing.common.join import IdIndex, RowsOnDisk
 from preprocessing.common.raw_files import Block, RawFile, RawFolder
 from preprocessing.common.splits import SIDE_COLUMN, FileSplit
 
@@ -116,7 +115,7 @@ class AliExpress(Dataset):
             return
         for country in self._countries:
             for user_name, item_name in self._names(country):
-                users = _Rows(raw.scratch / user_name)
+                users = RowsOnDisk(raw.scratch / user_name, {name: _USER[name] for name in _USER if name != "search_id"})
                 blocks = users.store(raw.map(_with_search_id, DelimitedText(user_name, ",", _USER)))
                 index = IdIndex("search_id", blocks, raw.bad_rows)
                 self._pair = index, users, np.zeros(users.num_rows, bool)
@@ -177,50 +176,6 @@ def _with_labels(table: pa.Table, label: NDArray[np.int64]) -> dict[str, Any]:
     """The table's columns, and the labels that 0 shown, 1 clicked, 2 bought mean."""
     columns = {name: table[name] for name in table.column_names}
     return columns | {"label.click": (label > 0).astype(np.float32), "label.conversion": (label > 1).astype(np.float32)}
-
-
-class _Rows:
-    """The user file's values on disk, 8 bytes an id and 4 a number, read back by row number: memory does not hold them all.
-
-    Missing values are kept: NaN for a number, the least int64 for an id.
-    """
-
-    _MISSING = np.iinfo(np.int64).min
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.num_rows = 0
-        kinds = {name: np.float32 if kind == _NUMBER else np.int64 for name, kind in _USER.items() if name != "search_id"}
-        self._dtype = np.dtype(list(kinds.items()))
-
-    def store(self, blocks: Iterator[Block]) -> Iterator[Block]:
-        """Write the blocks as they pass."""
-        with self._path.open("wb") as file:
-            for block in blocks:
-                rows = np.empty(len(block.lines), self._dtype)
-                for name in self._dtype.names or ():
-                    column = block.table[name]
-                    missing = np.nan if column.type == _NUMBER else self._MISSING
-                    rows[name] = column.fill_null(missing).to_numpy()
-                rows.tofile(file)
-                self.num_rows += len(rows)
-                yield block
-
-    def take(self, rows: NDArray[np.int64]) -> dict[str, pa.Array]:
-        """Columns of these rows."""
-        if not self.num_rows:
-            return {name: pa.array([], _USER[name]) for name in self._dtype.names or ()}
-        taken = np.memmap(self._path, self._dtype, mode="r")[rows]
-        found = {}
-        for name in self._dtype.names or ():
-            values = np.ascontiguousarray(taken[name])
-            missing = np.isnan(values) if values.dtype == np.float32 else values == self._MISSING
-            found[name] = pa.array(values, mask=missing)
-        return found
-
-    def remove(self) -> None:
-        """Delete the file."""
-        self._path.unlink()
 
 
 DATASETS = (AliExpress,)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from preprocessing.common.raw_files import BadRow, BadRows, Block
@@ -44,3 +47,93 @@ class IdIndex:
         remedy = f"is not in {self._path.name}. Fetch both files again from one release."
         block = block.require(rows >= 0, f"{self._name} {{{self._name}}} {remedy}")
         return block, rows[rows >= 0]
+
+
+class RowsOnDisk:
+    """Columns of a file too large for memory, kept in a folder and read back by row number; missing values are kept.
+
+    A row takes 8 bytes a column, and a list 8 bytes an id more. In memory are the distinct values of string columns only.
+    """
+
+    _NO_ID, _NO_CODE = np.iinfo(np.int64).min, -1
+
+    def __init__(self, folder: Path, columns: dict[str, pa.DataType]) -> None:
+        """Make the folder, which does not exist yet. `columns`: name -> int64, float32, float64, string or list of int64."""
+        folder.mkdir()
+        self._folder, self._columns = folder, columns
+        self._codes: dict[str, dict[str, int]] = {name: {} for name, kind in columns.items() if pa.types.is_string(kind)}
+        self._list_ends = {name: 0 for name, kind in columns.items() if pa.types.is_list(kind)}
+        fields: list[tuple[str, Any]] = []
+        for name, kind in columns.items():
+            if pa.types.is_list(kind):
+                fields.append((name, [("start", np.int64), ("length", np.int32)]))
+            else:
+                fields.append((name, np.int64 if pa.types.is_string(kind) else kind.to_pandas_dtype()))
+        self._dtype = np.dtype(fields)
+        self.num_rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Append the rows of a table, which may have further columns."""
+        rows = np.empty(len(table), self._dtype)
+        for name, kind in self._columns.items():
+            column = table[name].combine_chunks()
+            if pa.types.is_list(kind):
+                self._add_lists(name, column, rows[name])
+            elif pa.types.is_string(kind):
+                codes, distinct = self._codes[name], column.dictionary_encode()
+                of_distinct = [codes.setdefault(value, len(codes)) for value in distinct.dictionary.to_pylist()]
+                of_distinct.append(self._NO_CODE)
+                rows[name] = np.array(of_distinct)[distinct.indices.fill_null(-1).to_numpy()]
+            else:
+                rows[name] = column.fill_null(np.nan if pa.types.is_floating(kind) else self._NO_ID).to_numpy()
+        with (self._folder / "rows.bin").open("ab") as file:
+            rows.tofile(file)
+        self.num_rows += len(rows)
+
+    def store(self, blocks: Iterable[Block]) -> Iterator[Block]:
+        """Append the rows of blocks as they pass."""
+        for block in blocks:
+            self.add(block.table)
+            yield block
+
+    def take(self, rows: NDArray[np.int64]) -> dict[str, pa.Array]:
+        """Columns of these rows."""
+        if not self.num_rows:
+            return {name: pa.array([], kind) for name, kind in self._columns.items()}
+        taken = np.memmap(self._folder / "rows.bin", self._dtype, mode="r")[rows]
+        found = {}
+        for name, kind in self._columns.items():
+            values = np.ascontiguousarray(taken[name])
+            if pa.types.is_list(kind):
+                found[name] = self._take_lists(name, values)
+            elif pa.types.is_string(kind):
+                indices = pa.array(values, mask=values == self._NO_CODE)
+                found[name] = pa.DictionaryArray.from_arrays(indices, pa.array(list(self._codes[name]), kind)).cast(kind)
+            else:
+                missing = np.isnan(values) if pa.types.is_floating(kind) else values == self._NO_ID
+                found[name] = pa.array(values, kind, mask=missing)
+        return found
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        for path in self._folder.iterdir():
+            path.unlink()
+        self._folder.rmdir()
+
+    def _add_lists(self, name: str, lists: pa.ListArray, rows: NDArray[Any]) -> None:
+        lengths = lists.value_lengths().fill_null(0).to_numpy()
+        ends = self._list_ends[name] + np.cumsum(lengths)
+        rows["start"], rows["length"] = ends - lengths, lengths
+        with (self._folder / f"{name}.bin").open("ab") as file:
+            lists.flatten().to_numpy().tofile(file)
+        self._list_ends[name] = int(ends[-1]) if len(ends) else self._list_ends[name]
+
+    def _take_lists(self, name: str, rows: NDArray[Any]) -> pa.ListArray:
+        """Lists as they are; a missing one has become empty."""
+        ends = np.cumsum(rows["length"], dtype=np.int64)
+        values = np.zeros(0, np.int64)
+        if self._list_ends[name]:
+            shift = rows["start"] - (ends - rows["length"])
+            kept = np.memmap(self._folder / f"{name}.bin", np.int64, mode="r")
+            values = kept[np.arange(ends[-1] if len(ends) else 0) + np.repeat(shift, rows["length"])]
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]), pa.int32()), pa.array(values))

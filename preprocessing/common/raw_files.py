@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +88,7 @@ class Block:
         source: what they were read with.
         lines: where they stand in the file, [rows] int64 (the first line is 1).
         bad_rows: the bad rows found so far among those that the block began with.
+        passed_over: reason -> how many of those rows `only` has left out so far.
     """
 
     source: Source
@@ -95,6 +96,7 @@ class Block:
     lines: NDArray[np.int64]
     table: pa.Table
     bad_rows: list[BadRow] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
 
     def require(self, good: NDArray[np.bool_], complaint: str) -> Block:
         """The rows that are `good`. The others are bad rows; `complaint` may hold {column} placeholders."""
@@ -105,8 +107,10 @@ class Block:
             self.bad_rows.append(BadRow(self.path, int(self.lines[row]), complaint.format(**values)))
         return self.only(good)
 
-    def only(self, wanted: NDArray[np.bool_]) -> Block:
-        """The rows that are `wanted`. The others are not bad, only no part of the dataset."""
+    def only(self, wanted: NDArray[np.bool_], reason: str = "") -> Block:
+        """The rows that are `wanted`. The others are not bad, only no part of the dataset; a `reason` counts them."""
+        if reason:
+            self.passed_over[reason] = self.passed_over.get(reason, 0) + int(np.count_nonzero(~wanted))
         return replace(self, lines=self.lines[wanted], table=self.table.filter(pa.array(wanted)).combine_chunks())
 
     def present(self, name: str) -> NDArray[np.bool_]:
@@ -131,12 +135,38 @@ class Source(ABC):
         """The rows of a piece. What cannot be a row is in `bad_rows` of the block. Raises DataError when nothing can be."""
 
 
+@dataclass(frozen=True)
+class Work(Generic[T]):
+    """What a function made of a piece of a file.
+
+    Attributes:
+        num_rows: rows that the source parsed.
+        bad_rows, passed_over: those left out, by the source or by the function; see `Block`.
+    """
+
+    num_rows: int
+    bad_rows: list[BadRow]
+    passed_over: dict[str, int]
+    result: T
+
+
+def work(function: Callable[[Block], T], source: Source, piece: Piece) -> Work[T]:
+    """Parse a piece and apply the function."""
+    block = source.parse(piece)
+    num_rows = len(block.lines)
+    result = function(block)
+    return Work(num_rows, block.bad_rows, block.passed_over, result)
+
+
 class RawFolder:
-    """The folder given as --raw. A file may lie there plain, gzipped (NAME.gz) or zipped (NAME.zip, or .zip for its suffix).
+    """The folder given as --raw.
+
+    A file may lie there plain, gzipped (NAME.gz) or zipped (NAME.zip, or .zip for its suffix), or so in a folder below.
 
     Attributes:
         paths: plain name -> where the file lies.
-        bad_rows: rows passed over so far.
+        bad_rows: the bad rows so far.
+        passed_over: plain name of a file -> reason -> how many rows were left out for it (see `Block.only`).
         workers: how many pieces are worked on at a time.
         scratch: a folder for large intermediate files, removed when the canonical table is complete; set by the engine.
 
@@ -151,6 +181,7 @@ class RawFolder:
     ) -> None:
         self._folder = folder
         self.bad_rows = BadRows(max_bad_rows)
+        self.passed_over: dict[str, dict[str, int]] = {}
         self.workers = workers or num_cores()
         found = {file.name: _find(folder, file.name) for file in files}
         self.paths = {name: path for name, path in found.items() if path is not None}
@@ -173,32 +204,39 @@ class RawFolder:
         """`function` of each block of a file, in the order of the file. Blocks are parsed and worked on in threads.
 
         Args:
-            count_bad_rows: False when the file will be read once more, so that its bad rows count once.
+            count_bad_rows: False when the file will be read once more, so that its bad rows count once, as do those passed
+                over.
 
         Raises:
             DataError: the file is empty, or is not what `source` reads; or it has more bad rows than are allowed. The message
                 names file and line. Bad rows that `function` finds with `Block.require` count as well.
         """
         path = self.paths[source.name]
-
-        def work(piece: Piece) -> tuple[int, list[BadRow], T]:
-            block = source.parse(piece)
-            num_rows = len(block.lines)
-            return num_rows, block.bad_rows, function(block)
-
         pieces = self.pieces(source.name, piece_bytes or PIECE_BYTES)
         first = next(pieces, None)
         empty = True
         if first is not None:
-            source = source.opened(path, first.text)
-            for num_rows, bad_rows, result in in_order(work, _chain(first, pieces), self.workers):
-                for row in bad_rows if count_bad_rows else ():
-                    self.bad_rows.add(row)
-                if num_rows:
+            opened = source.opened(path, first.text)
+            for done in in_order(lambda piece: work(function, opened, piece), _chain(first, pieces), self.workers):
+                if count_bad_rows:
+                    self.account(source.name, done)
+                if done.num_rows:
                     empty = False
-                    yield result
+                    yield done.result
         if empty:
-            raise DataError(f"{path}: the file is empty, or has no good row. Fetch it again.")
+            raise self.no_rows(source.name)
+
+    def account(self, name: str, done: Work[Any]) -> None:
+        """Count what was left out of a piece of a file. Raises DataError when it has more bad rows than are allowed."""
+        for row in done.bad_rows:
+            self.bad_rows.add(row)
+        for reason, count in done.passed_over.items():
+            counts = self.passed_over.setdefault(name, {})
+            counts[reason] = counts.get(reason, 0) + count
+
+    def no_rows(self, name: str) -> DataError:
+        """The complaint about a file of which no row could be parsed."""
+        return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again.")
 
     def blocks(self, source: Source, piece_bytes: int | None = None) -> Iterator[Block]:
         """The blocks of a file that have rows. Raises as `map` does; a caller that finds bad rows in them adds them itself."""
@@ -225,6 +263,12 @@ def _chain(first: Piece, others: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _find(folder: Path, name: str) -> Path | None:
+    below = sorted(path for path in folder.rglob("*") if path.is_dir() and not path.name.startswith("."))
+    found = (_find_in(place, name) for place in (folder, *below))
+    return next((path for path in found if path is not None), None)
+
+
+def _find_in(folder: Path, name: str) -> Path | None:
     plain = folder / name
     if not plain.parent.is_dir():
         return None

@@ -227,6 +227,39 @@ def test_files_in_subfolders_keep_their_path_in_the_fingerprints(tmp_path):
     assert list(raw.sha256()) == ["x/t.csv", "y/t.csv"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_are_found_in_the_folders_of_an_unpacked_archive(tmp_path, packed):
+    inner = tmp_path / "Data 2.0" / "data"
+    inner.mkdir(parents=True)
+    (tmp_path / ".download-x").mkdir()
+    (tmp_path / ".download-x" / "a.csv").write_text("half")
+    if packed:
+        (inner / "a.csv.gz").write_bytes(gzip.compress(b"7\n"))
+    else:
+        (inner / "a.csv").write_text("7\n")
+    raw = RawFolder(tmp_path, (RawFile("a.csv"),), "advice")
+    assert [block.table["id"].to_pylist() for block in raw.blocks(DelimitedText("a.csv", ",", {"id": pa.int64()}))] == [[7]]
+    assert list(raw.sha256()) == [f"Data 2.0/data/a.csv{'.gz' if packed else ''}"]
+    (tmp_path / "a.csv").write_text("8\n")  # what lies at the top comes first
+    assert RawFolder(tmp_path, (RawFile("a.csv"),), "advice").paths["a.csv"] == tmp_path / "a.csv"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_rows_that_are_left_out_for_a_reason_are_counted(tmp_path, workers):
+    (tmp_path / "a.csv").write_text("".join(f"{k}\n" for k in range(1000)))
+    raw = RawFolder(tmp_path, (RawFile("a.csv"),), "advice", workers=workers)
+
+    def odd(block):
+        ids = block.table["id"].to_numpy()
+        return block.only(ids % 2 == 1, "even").only(ids[ids % 2 == 1] < 900).table["id"].to_pylist()
+
+    source = DelimitedText("a.csv", ",", {"id": pa.int64()})
+    list(raw.map(odd, source, 64, count_bad_rows=False))
+    assert raw.passed_over == {}
+    assert [number for numbers in raw.map(odd, source, 64) for number in numbers] == list(range(1, 900, 2))
+    assert raw.passed_over == {"a.csv": {"even": 500}}
+
+
 def test_ids_are_found_over_many_blocks_and_a_second_occurrence_is_a_bad_row(tmp_path):
     random = np.random.default_rng(0)
     ids = random.permutation(np.arange(-500, 500) * 7)
