@@ -70,28 +70,44 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
             encoded = ((start, encoder.encode(batch)) for start, batch in sorter.batches())
         group_rows = row_group_size(borders[1], NUM_LANES)
         splits = _write(dataset, encoded, borders, group_rows, folder)
-        encoder.save(folder / "vocab")
-        statistics = _statistics(dataset, splits) | statistics | dataset.statistics()
-        if raw.bad_rows.counts:
-            statistics["bad_rows"] = raw.bad_rows.counts
-        manifest = DatasetManifest(
-            name=dataset.name,
-            tables=encoder.tables(),
-            features=[Feature(name=f.name, kind=f.kind, table=f.table) for f in dataset.features],
-            tasks=list(dataset.tasks),
-            scenario=dataset.scenario,
-            keys=list(dataset.keys),
-            group_key=dataset.group_key,
-            num_lanes=NUM_LANES,
-            row_group_size=group_rows,
-            splits=splits,
-            raw_files=raw.sha256(),
-            terms=dataset.terms,
-            parity=parity,
-            statistics=statistics,
-            preprocessing=options | {"dense_ranges": encoder.dense_ranges()},
-        )
-        manifest.save(folder)
+        return complete(dataset, raw, folder, encoder, splits, statistics, parity, options)
+
+
+def complete(
+    dataset: Dataset,
+    raw: RawFolder,
+    folder: Path,
+    encoder: Encoder,
+    splits: dict[str, Split],
+    statistics: dict[str, Any],
+    parity: bool,
+    options: dict[str, Any],
+) -> DatasetManifest:
+    """Add the vocabularies and the manifest to `folder`, which holds the parts of `splits`; `statistics` are further ones."""
+    encoder.save(folder / "vocab")
+    statistics = _statistics(dataset, splits) | statistics | dataset.statistics()
+    if raw.bad_rows.counts:
+        statistics["bad_rows"] = raw.bad_rows.counts
+    if raw.passed_over:
+        statistics["passed_over"] = raw.passed_over
+    manifest = DatasetManifest(
+        name=dataset.name,
+        tables=encoder.tables(),
+        features=[Feature(name=f.name, kind=f.kind, table=f.table) for f in dataset.features],
+        tasks=list(dataset.tasks),
+        scenario=dataset.scenario,
+        keys=list(dataset.keys),
+        group_key=dataset.group_key,
+        num_lanes=NUM_LANES,
+        row_group_size=row_group_size(splits["train"].num_rows, NUM_LANES),
+        splits=splits,
+        raw_files=raw.sha256(),
+        terms=dataset.terms,
+        parity=parity,
+        statistics=statistics,
+        preprocessing=options | {"dense_ranges": encoder.dense_ranges()},
+    )
+    manifest.save(folder)
     return manifest
 
 
@@ -101,7 +117,7 @@ def _spill(dataset: Dataset, raw: RawFolder, folder: Path, placement: Placement)
     raw.scratch.mkdir()
     with progress(f"{dataset.name}: read") as done:
         for batch in dataset.batches(raw):
-            _check_canonical(dataset, batch)
+            check_canonical(dataset, batch)
             placement.count(batch)
             rows.add(batch)
             done.update(batch.num_rows)
@@ -109,8 +125,8 @@ def _spill(dataset: Dataset, raw: RawFolder, folder: Path, placement: Placement)
     return rows
 
 
-def _check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
-    """A literal nan or inf is a bad row: only an empty cell means missing."""
+def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
+    """A literal nan or inf is a bad row: only an empty cell means missing. Raises DataError."""
     for feature in dataset.features:
         if feature.kind == "dense" and pc.all(pc.is_finite(batch.column(feature.name))).as_py() is False:
             raise DataError(
