@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -126,6 +127,10 @@ class Source(ABC):
 
     name: str
 
+    def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
+        """The file in order, about `piece_bytes` at a time: whole lines, where a source says nothing else."""
+        return raw.pieces(self.name, piece_bytes)
+
     def opened(self, path: Path, text: bytes) -> Source:
         """The source for this very file, whose first lines are `text`: the place to look at a header."""
         return self
@@ -212,7 +217,7 @@ class RawFolder:
                 names file and line. Bad rows that `function` finds with `Block.require` count as well.
         """
         path = self.paths[source.name]
-        pieces = self.pieces(source.name, piece_bytes or PIECE_BYTES)
+        pieces = source.pieces(self, piece_bytes or PIECE_BYTES)
         first = next(pieces, None)
         empty = True
         if first is not None:
@@ -281,7 +286,19 @@ def _find_in(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _open(path: Path, name: str) -> BinaryIO:
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around what reads a raw file. Raises DataError when the file is damaged or cannot be read."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        kind = "zip" if path.suffix in (".zip", ".npz") else "gzip"
+        raise DataError(f"{path}: the {kind} file is truncated or damaged ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def open_unpacked(path: Path, name: str) -> BinaryIO:
     """The bytes of a file, unpacked; `name` picks it out of a zip archive that holds several."""
     with path.open("rb") as file:
         start = file.read(4)
@@ -302,20 +319,14 @@ def _open(path: Path, name: str) -> BinaryIO:
 
 def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
     rest = b""
-    try:
-        with _open(path, name) as file:
-            while text := file.read(block_bytes):
-                end = text.rfind(b"\n") + 1
-                if end:
-                    yield rest + text[:end]
-                    rest = text[end:]
-                elif len(rest := rest + text) > _LONGEST_LINE:
-                    raise DataError(f"{path}: no line end within {_LONGEST_LINE >> 20} MiB, so no text table. Fetch it again.")
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        kind = "zip" if path.suffix == ".zip" else "gzip"
-        raise DataError(f"{path}: the {kind} file is truncated or damaged ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+    with readable(path), open_unpacked(path, name) as file:
+        while text := file.read(block_bytes):
+            end = text.rfind(b"\n") + 1
+            if end:
+                yield rest + text[:end]
+                rest = text[end:]
+            elif len(rest := rest + text) > _LONGEST_LINE:
+                raise DataError(f"{path}: no line end within {_LONGEST_LINE >> 20} MiB, so no text table. Fetch it again.")
     if rest:
         yield rest + b"\n"
 
