@@ -152,7 +152,7 @@ class Ijcai15(Dataset):
         block = _with_pair(replace(block, table=block.table.rename_columns(names)))
         if self._repeat:
             at = self._pair_index.locate(block.table["pair"].to_numpy())
-            block = _with(block, label=self._pair_label[at]).only(at >= 0)
+            block = _with(block, label=self._pair_label[at]).only(at >= 0, "outside the train pairs")
         block, at = self._user_index.find(block)
         return _with(block, **{name: self._users[name].take(at) for name in ("age_range", "gender")})
 
@@ -161,8 +161,8 @@ class Ijcai15(Dataset):
         block = _with_pair(self._good_users(_within(block, "merchant_id", 0, _ID_END - 1)))
         if self._repeat:
             block = _within(block, "label", -1, 1)
-            block = block.only(block.table["label"].to_numpy() >= 0)
-        block = block.only(block.present("activity_log"))
+            block = block.only(block.table["label"].to_numpy() >= 0, "outside the train pairs")
+        block = block.only(block.present("activity_log"), "no event")
         good = pc.match_substring_regex(block.table["activity_log"], f"^{_EVENT}(#{_EVENT})*$").to_numpy(zero_copy_only=False)
         form = "item_id:cat_id:brand_id:time_stamp:action_type divided by #"
         block = block.require(good, f"activity_log is no list of {form}. Mend the line or fetch the file again.")
