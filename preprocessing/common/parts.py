@@ -20,6 +20,11 @@ def row_group_size(num_train_rows: int, num_lanes: int) -> int:
     return min(65536, max(1024, num_train_rows // (4 * num_lanes)))
 
 
+def part_size(group_rows: int) -> int:
+    """Rows of every part but a split's last: whole row groups."""
+    return max(PART_ROWS // group_rows, 1) * group_rows
+
+
 def _encoding(schema: pa.Schema) -> dict[str, object]:
     """Parquet encodings that decode fastest at a reasonable size.
 
@@ -49,7 +54,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, group_rows: int, tasks: tuple[Task, ...], scenario: Scenario | None) -> None:
         self._folder, self._split = folder, split
         self._group_rows = group_rows
-        self._part_rows = max(PART_ROWS // group_rows, 1) * group_rows
+        self._part_rows = part_size(group_rows)
         self._tasks, self._scenario = tasks, scenario
         self._waiting: list[pa.RecordBatch] = []
         self._num_waiting = 0

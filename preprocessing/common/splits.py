@@ -8,7 +8,8 @@ the positions that come out. So the order of a block depends on the seed and its
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -96,9 +97,17 @@ class Placement:
         """Take note of these canonical rows."""
         if isinstance(self._rule, TimeSplit) and self._cuts is None:
             with self._times.open("ab") as file:
-                file.write(_key(rows, self._rule.key).to_numpy().tobytes())
+                file.write(times(rows, self._rule).tobytes())
         else:
-            self._sizes += np.bincount(self._blocks(rows), minlength=3)
+            self.add(self.sizes(rows))
+
+    def sizes(self, rows: pa.RecordBatch) -> IntArray:
+        """How many of the rows belong to each block, [3]. Under a `TimeSplit` the cuts must be known."""
+        return np.bincount(self._blocks(rows), minlength=3)
+
+    def add(self, sizes: IntArray) -> None:
+        """Take note of rows of which only the `sizes` are at hand."""
+        self._sizes += sizes
 
     def close(self, name: str) -> None:
         """No rows are left to count. Raises DataError when train, valid or test of dataset `name` would be empty."""
@@ -106,10 +115,9 @@ class Placement:
         if isinstance(rule, TimeSplit) and self._cuts is None:
             num_rows = self._times.stat().st_size // 8 if self._times.exists() else 0
             if num_rows:
-                first, second = (_value_at(self._times, end) for end in split_ends(num_rows))
-                self._cuts = first, second
-                for times in _chunks(self._times):
-                    self._sizes += np.bincount(_sides(times, self._cuts), minlength=3)
+                self._cuts = find_cuts(num_rows, self._digit_counts)
+                for chunk in _chunks(self._times):
+                    self._sizes += np.bincount(_sides(chunk, self._cuts), minlength=3)
         train, valid, test = map(int, self._sizes)
         self.num_rows = train + valid + test
         self.train_end, self.valid_end = train, train + valid
@@ -135,6 +143,18 @@ class Placement:
             positions[here] = self._offsets[block] + permutation.positions(start, stop)
             self._placed[block] = stop
         return positions
+
+    def after(self, sizes: IntArray) -> Placement:
+        """A placement for rows that follow these many of each block, [3]: so that pieces can be placed apart."""
+        placement = copy(self)
+        placement._placed = sizes.tolist()
+        return placement
+
+    def _digit_counts(self, shift: int, prefix: int) -> IntArray:
+        counts = np.zeros(1 << 16, np.int64)
+        for chunk in _chunks(self._times):
+            counts += digit_counts(chunk, shift, prefix)
+        return counts
 
     def _check(self, name: str) -> None:
         sizes = self.train_end, self.valid_end - self.train_end, self.num_rows - self.valid_end
@@ -191,19 +211,33 @@ def _chunks(path: Path) -> Iterator[IntArray]:
             yield np.frombuffer(content, np.int64)
 
 
-def _value_at(path: Path, rank: int) -> int:
-    """The int64 value that would stand at `rank` (from 0) if the file were sorted: radix selection, 16 bits a pass."""
+def times(rows: pa.RecordBatch, rule: TimeSplit) -> IntArray:
+    """The key that cuts the rows, [rows]. Raises DataError when some rows have none."""
+    return _key(rows, rule.key).to_numpy()
+
+
+def find_cuts(num_rows: int, counts: Callable[[int, int], IntArray]) -> tuple[int, int]:
+    """The times at 80 % and 90 % of the rows in order of time. `counts` are the `digit_counts` of all of them."""
+    first, second = (_value_at(end, counts) for end in split_ends(num_rows))
+    return first, second
+
+
+def digit_counts(values: IntArray, shift: int, prefix: int) -> IntArray:
+    """How often each number stands in bits shift..shift + 15 of those int64 values whose higher bits are `prefix`, [65536]."""
+    ordered = values.view(np.uint64) ^ np.uint64(1 << 63)  # negative values first
+    if shift < 48:
+        ordered = ordered[ordered >> np.uint64(shift + 16) == prefix]
+    digits = (ordered >> np.uint64(shift)) & np.uint64(0xFFFF)
+    return np.bincount(digits.astype(np.int64), minlength=1 << 16)
+
+
+def _value_at(rank: int, counts: Callable[[int, int], IntArray]) -> int:
+    """The int64 value that would stand at `rank` (from 0) if all were sorted: radix selection, 16 bits a pass."""
     prefix = 0
     for shift in (48, 32, 16, 0):
-        counts = np.zeros(1 << 16, np.int64)
-        for values in _chunks(path):
-            ordered = values.view(np.uint64) ^ np.uint64(1 << 63)  # negative values first
-            if shift < 48:
-                ordered = ordered[ordered >> np.uint64(shift + 16) == prefix]
-            digits = (ordered >> np.uint64(shift)) & np.uint64(0xFFFF)
-            counts += np.bincount(digits.astype(np.int64), minlength=1 << 16)
-        ends = np.cumsum(counts)
+        found = counts(shift, prefix)
+        ends = np.cumsum(found)
         digit = int(np.searchsorted(ends, rank, side="right"))
-        rank -= int(ends[digit] - counts[digit])
+        rank -= int(ends[digit] - found[digit])
         prefix = prefix << 16 | digit
     return prefix - (1 << 63)
