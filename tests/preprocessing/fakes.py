@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
 from tests.preprocessing.census_fake import write_adult, write_kdd
+from tests.preprocessing.ijcai15_fake import write_ijcai15
+from tests.preprocessing.ijcai18_fake import write_ijcai18
 from tests.preprocessing.movielens_fake import write_movielens, write_movielens_csv
 
 
@@ -48,4 +50,10 @@ FAKES: dict[str, Fake] = {
     "adult-income": Fake(lambda folder: write_adult(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
     "aliexpress": Fake(lambda folder: write_aliexpress(folder, num_searches=600), configs={"msl/aliexpress": ["click"]}),
     "aliexpress processed": Fake(_processed, ("--form", "processed")),
+    "ijcai15": Fake(lambda folder: write_ijcai15(folder, 800), configs={"mtl/ijcai15": ["label", "label2"]}),
+    "ijcai15 lists": Fake(lambda folder: write_ijcai15(folder, 800), ("--form", "2")),
+    "ijcai15 funnel": Fake(write_ijcai15, ("--variant", "funnel"), configs={"mtl/ijcai15": ["label", "label2"]}),
+    "ijcai15 time": Fake(write_ijcai15, ("--variant", "funnel", "--form", "2", "--split", "time")),
+    "ijcai18": Fake(write_ijcai18, configs={"msl/ijcai18": ["is_trade"]}),
+    "ijcai18 last-day": Fake(write_ijcai18, ("--split", "last_day", "--ids")),
 }
