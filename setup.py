@@ -58,7 +58,9 @@ setup(
     extras_require={
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
+        "plots": ["matplotlib>=3.9"],
         "dev": [
+            "matplotlib>=3.9",
             "mypy>=2",
             "pytest>=8",
             "pytest-timeout>=2.3",

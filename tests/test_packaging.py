@@ -105,7 +105,17 @@ def test_lock_is_complete_and_holds_nothing_else():
     direct = ["torch", "torchrec", "fbgemm-gpu-cpu", "torchx-nightly", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy"]
     direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel"]
     assert reached(direct) == pins("cpu.txt").keys()
-    tools = ["pytest", "pytest-timeout", "pytest-xdist", "mypy", "ruff", "types-PyYAML", "types-tabulate", "types-tqdm"]
+    tools = [
+        "matplotlib",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "mypy",
+        "ruff",
+        "types-PyYAML",
+        "types-tabulate",
+        "types-tqdm",
+    ]
     assert reached(tools) - pins("cpu.txt").keys() == pins("dev.txt").keys()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import mmlrec
 from mmlrec.errors import DataError, UserError
 from mmlrec.schema import MANIFEST, DatasetManifest
+from preprocessing.common import description_report
 from preprocessing.common.dataset import Dataset, dataset_class, datasets
 from preprocessing.common.download import download
 from preprocessing.common.engine import build
@@ -23,10 +24,12 @@ _EXAMPLES = """examples:
   python -m preprocessing movielens-1m --raw raw/ml-1m --out data/movielens-1m-age --scenario age3
   python -m preprocessing synthetic --rows 1e6 --tasks 2 --scenarios 3 --out data/synthetic
   python -m preprocessing synthetic --help
+  python -m preprocessing describe data/movielens-1m --page movielens-1m.html
 
 The folder --out appears when it is complete, never half. Then train on it:
   python -m apps.train --config configs/mtl/movielens.yaml dataset.path=data/movielens-1m
 """
+_DESCRIBE = "describe"  # the one sub-command that is no dataset
 _NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers"}  # options that do not change what is written
 
 
@@ -53,9 +56,12 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and not arguments[0].startswith("-") and arguments[0] != _DESCRIBE:
         dataset_class(arguments[0])
     options = _parser().parse_args(arguments)
+    if options.dataset == _DESCRIBE:
+        description_report.run(options)
+        return
     kind = dataset_class(options.dataset)
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
@@ -100,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
         command.set_defaults(raw=Path(), download=False, max_bad_rows=0)
         kind.add_options(command)
+    summary = "what a dataset folder holds: label rates, ids, coverage, examples; as tables and as a page with plots"
+    command = commands.add_parser(_DESCRIBE, help=summary, description=f"{_DESCRIBE}: {summary}.")
+    description_report.add_options(command)
     return parser
 
 
