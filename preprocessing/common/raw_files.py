@@ -23,7 +23,7 @@ from mmlrec.errors import DataError
 from preprocessing.common.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
-_LONGEST_LINE = 64 << 20
+LONGEST_LINE = 64 << 20
 _REPORTED = 10  # bad rows that are told one by one
 
 T = TypeVar("T")
@@ -57,15 +57,15 @@ class BadRows:
     """Rows passed over: told, counted by file, and no more than the user allowed (`--max-bad-rows`)."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.counts: dict[str, int] = {}
 
     def add(self, row: BadRow) -> None:
         """Count a row. Raises DataError naming it when it is one too many."""
         self.counts[row.path.name] = self.counts.get(row.path.name, 0) + 1
         total = sum(self.counts.values())
-        if total > self._limit:
-            more = f" It is bad row {total}; --max-bad-rows allows {self._limit}." if self._limit else ""
+        if total > self.limit:
+            more = f" It is bad row {total}; --max-bad-rows allows {self.limit}." if self.limit else ""
             raise DataError(f"{row.path}, line {row.line}: {row.complaint}{more}")
         if total <= _REPORTED:
             more = " (further ones are only counted)" if total == _REPORTED else ""
@@ -325,8 +325,8 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
             if end:
                 yield rest + text[:end]
                 rest = text[end:]
-            elif len(rest := rest + text) > _LONGEST_LINE:
-                raise DataError(f"{path}: no line end within {_LONGEST_LINE >> 20} MiB, so no text table. Fetch it again.")
+            elif len(rest := rest + text) > LONGEST_LINE:
+                raise DataError(f"{path}: no line end within {LONGEST_LINE >> 20} MiB, so no text table. Fetch it again.")
     if rest:
         yield rest + b"\n"
 
