@@ -1,0 +1,209 @@
+"""JSON lines as Arrow tables, with exact complaints."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from numpy.typing import NDArray
+
+from mmlrec.errors import DataError
+from preprocessing.common.raw_files import BadRow, Block, Piece, Source
+
+_REMEDY = "Mend the line or fetch the file again."
+_BOM = b"\xef\xbb\xbf"
+#: A value that is an object without lists and objects in it.
+_FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
+_TO_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+
+Lines = list[tuple[int, bytes]]  # number and content, without blanks and line ends around it
+
+
+@dataclass(frozen=True)
+class JsonLines(Source):
+    """One JSON object a line, in UTF-8. Blank lines are passed over, and so are keys that are not wanted.
+
+    An absent key and a JSON null become null. Bad rows are those that are no JSON object, hold a wanted key twice or with a
+    value of another type, an integer beyond 64 bits, a number that is nan, infinite or too large for float32, or bytes that
+    do not decode. `1.0` and `"1"` are no integers.
+
+    Attributes:
+        columns: wanted key -> int64, float32, string or bool; a list of one of these; or `pa.json_()` for an object, which
+            is given as its JSON text in a column of strings.
+    """
+
+    columns: dict[str, pa.DataType]
+
+    def opened(self, path: Path, text: bytes) -> JsonLines:
+        """Itself. Raises DataError when the file is one JSON array instead of lines."""
+        if text.lstrip(_BOM + b" \t\r\n").startswith(b"["):
+            raise DataError(
+                f"{path}, line 1: the file begins with '[', so it is one JSON array; one JSON object a line is needed."
+                f" Fetch the original, or unpack the array into lines: python -c '{_TO_LINES}' < array.json > {self.name}"
+            )
+        return self
+
+    def parse(self, piece: Piece) -> Block:
+        """The rows of a piece; see `Source`."""
+        text = piece.text.removeprefix(_BOM) if piece.first_line == 1 else piece.text
+        bad_rows: list[BadRow] = []
+        try:
+            table = _parse(text, self.columns)
+            lines = np.arange(piece.first_line, piece.first_line + len(table))
+        except (pa.ArrowInvalid, UnicodeDecodeError):
+            stripped = [(number, line.strip(b" \t\r")) for number, line in enumerate(text.split(b"\n"), piece.first_line)]
+            runs = list(_good_runs([(number, line) for number, line in stripped if line], self.columns, piece.path, bad_rows))
+            bad_rows.sort(key=lambda row: row.line)
+            lines = np.array([number for numbers, _ in runs for number in numbers], np.int64)
+            empty = _schema(self.columns).empty_table()
+            table = pa.concat_tables([empty, *(run for _, run in runs)]).combine_chunks()
+        block = Block(self, piece.path, lines, table, bad_rows)
+        for name, kind in self.columns.items():
+            if pa.types.is_floating(kind) or (pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)):
+                complaint = f"{name} is nan or infinite, or too large. Leave the key out, or mend the line."
+                block = block.require(_finite(block.table[name]), complaint)
+        return block
+
+
+def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([(name, pa.string() if isinstance(kind, pa.JsonType) else kind) for name, kind in columns.items()])
+
+
+def _finite(values: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """[rows] whether no value of a row is nan or infinite; values are numbers or lists of numbers."""
+    if not pa.types.is_list(values.type):
+        return pc.is_finite(values).fill_null(True).to_numpy(zero_copy_only=False)
+    good = np.ones(len(values), bool)
+    finite = pc.is_finite(pc.list_flatten(values)).fill_null(True)
+    good[pc.list_parent_indices(values).filter(pc.invert(finite)).to_numpy()] = False
+    return good
+
+
+def _parse(text: bytes, columns: dict[str, pa.DataType]) -> pa.Table:
+    """Rows of lines each of which ends in a line end. Raises ArrowInvalid or UnicodeDecodeError when one of them is bad."""
+    text.decode()  # Arrow takes any bytes for text
+    content = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(content == ord("\n"))
+    starts = np.append(0, ends + 1)
+    # Without this, Arrow would take an object over two lines, and it crashes when a text begins with null.
+    if not ((content[starts[:-1]] == ord("{")).all() and (content[ends - 1] == ord("}")).all()):
+        raise pa.ArrowInvalid("a line is no object")
+    nested = pa.struct([])  # for Arrow to see that there is an object, and to skip what is in it
+    schema = pa.schema([(name, nested if isinstance(kind, pa.JsonType) else kind) for name, kind in columns.items()])
+    table = pyarrow.json.read_json(
+        pa.py_buffer(text),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
+        parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+    )
+    if len(table) != len(ends):
+        raise pa.ArrowInvalid("a line with several objects")
+    for index, (name, kind) in enumerate(columns.items()):
+        if isinstance(kind, pa.JsonType):
+            buffers = [None, pa.py_buffer(starts), pa.py_buffer(text)]
+            lines = pa.Array.from_buffers(pa.large_string(), len(ends), buffers)
+            objects = _objects(name, lines, table[name].is_valid().combine_chunks())
+            table = table.set_column(index, pa.field(name, pa.string()), objects)
+    return table.combine_chunks()
+
+
+def _objects(name: str, lines: pa.LargeStringArray, present: pa.BooleanArray) -> pa.Array:
+    """JSON text of a key's value, which is an object in the lines where it is `present`; [rows] strings, others null.
+
+    A quotation mark within a JSON string has a backslash before it. So where the quoted name stands once in a line whose
+    object has the key, it stands for the key. Other lines, and objects that are not flat, are left to Python.
+    """
+    key = json.dumps(name, ensure_ascii=False)
+    once = pc.and_(present, pc.equal(pc.count_substring(lines, key), 1))
+    pattern = rf"{re.escape(key)}\s*:\s*(?P<value>{_FLAT_OBJECT})"
+    matched = pc.extract_regex(pc.if_else(once, lines, None), pattern)
+    found = pc.struct_field(matched, "value").cast(pa.string())
+    missed = np.flatnonzero(pc.and_(present, found.is_null()).to_numpy(zero_copy_only=False))
+    if not len(missed):
+        return found
+    values = found.to_pylist()
+    for row in missed:
+        values[row] = json.dumps(json.loads(lines[int(row)].as_py())[name], ensure_ascii=False)
+    return pa.array(values, pa.string())
+
+
+def _good_runs(
+    lines: Lines, columns: dict[str, pa.DataType], path: Path, bad_rows: list[BadRow]
+) -> Iterator[tuple[list[int], pa.Table]]:
+    """Numbers and rows of the good lines, in runs.
+
+    Arrow alone decides what is good, so that no line's fate hangs on its neighbours. Python finds the words, and where it
+    finds none, the lines are halved until the bad one stands alone.
+    """
+    if not lines:
+        return
+    try:
+        yield [number for number, _ in lines], _parse(b"".join(line + b"\n" for _, line in lines), columns)
+        return
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        words = [_complaint(line, columns) for _, line in lines]
+        if len(lines) == 1:
+            words = [words[0] or f"{error}."]
+    bad_rows += [BadRow(path, number, f"{why} {_REMEDY}") for (number, _), why in zip(lines, words, strict=True) if why]
+    rest = [line for line, why in zip(lines, words, strict=True) if not why]
+    middle = len(rest) // 2 if len(rest) == len(lines) else len(rest)
+    yield from _good_runs(rest[:middle], columns, path, bad_rows)
+    yield from _good_runs(rest[middle:], columns, path, bad_rows)
+
+
+class _Object(list[tuple[str, Any]]):
+    """A JSON object as its pairs, in which a key may stand twice."""
+
+
+def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> str:
+    """What is wrong with a line; empty when Python sees nothing that Arrow would refuse."""
+    shown = repr(line[:80])
+    try:
+        found = json.loads(line.decode(), object_pairs_hook=_Object)
+    except UnicodeDecodeError as error:
+        return f"bytes that are not utf-8 ({error.reason})."
+    except RecursionError:
+        return ""
+    except ValueError as error:
+        return "" if b"Inf" in line else f"no JSON ({error}): {shown}."  # Arrow takes Inf for a number
+    if not isinstance(found, _Object):
+        return f"a JSON object is needed, found {shown}."
+    names = [name for name, _ in found]
+    for name, kind in columns.items():
+        if names.count(name) > 1:
+            return f"the key {name} stands twice in the line."
+        if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
+            return f"{name} {why}."
+    return ""
+
+
+def _mismatch(value: Any, kind: pa.DataType) -> str:
+    """Why a JSON value is not of a type; empty when it is."""
+    shown = repr(dict(value) if isinstance(value, _Object) else value)[:80]
+    if pa.types.is_list(kind):
+        if type(value) is not list:
+            return f"must be a list, found {shown}"
+        wrong = (why for item in value if item is not None and (why := _mismatch(item, kind.value_type)))
+        return next((f"holds a value that {why}" for why in wrong), "")
+    wanted, what = _PYTHON_TYPES[kind]
+    if type(value) not in wanted:
+        return f"must be {what}, found {shown}"
+    if pa.types.is_integer(kind) and not -(2**63) <= value < 2**63:
+        return f"= {value} does not fit into 64 bits"
+    return ""
+
+
+_PYTHON_TYPES: dict[pa.DataType, tuple[tuple[type, ...], str]] = {
+    pa.int64(): ((int,), "an integer"),
+    pa.float32(): ((int, float), "a number"),
+    pa.string(): ((str,), "a string"),
+    pa.bool_(): ((bool,), "true or false"),
+    pa.json_(): ((_Object,), "an object"),
+}
