@@ -11,6 +11,7 @@ from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processe
 from tests.preprocessing.census_fake import write_adult, write_kdd
 from tests.preprocessing.ijcai15_fake import write_ijcai15
 from tests.preprocessing.ijcai18_fake import write_ijcai18
+from tests.preprocessing.kuairec_fake import write_kuairec
 from tests.preprocessing.movielens_fake import write_movielens, write_movielens_csv
 
 
@@ -56,4 +57,7 @@ FAKES: dict[str, Fake] = {
     "ijcai15 time": Fake(write_ijcai15, ("--variant", "funnel", "--form", "2", "--split", "time")),
     "ijcai18": Fake(write_ijcai18, configs={"msl/ijcai18": ["is_trade"]}),
     "ijcai18 last-day": Fake(write_ijcai18, ("--split", "last_day", "--ids")),
+    "kuairec": Fake(write_kuairec, configs={"mtl/kuairec": ["label", "label2"], "msl/kuairec": ["label"]}),
+    "kuairec ids": Fake(write_kuairec, ("--ids",)),
+    "kuairec small": Fake(write_kuairec, ("--variant", "train-big-eval-small"), configs={"msl/kuairec": ["label"]}),
 }
