@@ -159,13 +159,14 @@ class Ijcai15(Dataset):
     def _listed(self, block: Block) -> Block:
         """The events in the lists of format 2's lines, in their order. For repeat: of the lines with a label."""
         block = _with_pair(self._good_users(_within(block, "merchant_id", 0, _ID_END - 1)))
+        log = block.table["activity_log"]
+        good = pc.match_substring_regex(log, f"^({_EVENT}(#{_EVENT})*)?$").to_numpy()
+        form = "item_id:cat_id:brand_id:time_stamp:action_type divided by #"
+        block = block.require(good, f"activity_log is no list of {form}. Mend the line or fetch the file again.")
         if self._repeat:
             block = _within(block, "label", -1, 1)
             block = block.only(block.table["label"].to_numpy() >= 0, "outside the train pairs")
         block = block.only(block.present("activity_log"), "no event")
-        good = pc.match_substring_regex(block.table["activity_log"], f"^{_EVENT}(#{_EVENT})*$").to_numpy(zero_copy_only=False)
-        form = "item_id:cat_id:brand_id:time_stamp:action_type divided by #"
-        block = block.require(good, f"activity_log is no list of {form}. Mend the line or fetch the file again.")
         lists = pc.split_pattern(block.table["activity_log"].combine_chunks(), "#")
         line = pc.list_parent_indices(lists).to_numpy()
         parts = pc.split_pattern(lists.flatten(), ":").flatten()
