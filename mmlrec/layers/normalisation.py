@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -133,22 +132,30 @@ class PartitionedNorm(nn.Module):
         kind = x.dtype
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(kind, torch.float32))
-            # Products with a one-hot matrix pick and sum rows with static shapes; their gradients are GEMMs, too.
-            own = F.one_hot(scenario, len(self.scenario_weight)).to(x.dtype)
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             if self.training:
-                mean, var = self._batch_moments(x, own, valid, mean, var)
+                mean, var = self._batch_moments(x, scenario, valid, mean, var)
             scale = self.weight * self.scenario_weight * torch.rsqrt(var + self.eps)
-            return ((x - own @ mean) * (own @ scale) + own @ (self.bias + self.scenario_bias)).to(kind)
+            shift, centred = self.bias + self.scenario_bias, x - mean.index_select(0, scenario)
+            return torch.addcmul(shift.index_select(0, scenario), centred, scale.index_select(0, scenario)).to(kind)
 
-    def _batch_moments(self, x: Tensor, own: Tensor, valid: Tensor | None, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        counted = own if valid is None else own * valid.unsqueeze(1)
-        sums = sum_over_ranks(torch.cat([counted.sum(dim=0).unsqueeze(1), counted.t() @ x], dim=1))
-        count = sums[:, :1].detach()
+    def _batch_moments(
+        self, x: Tensor, scenario: Tensor, valid: Tensor | None, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        counted = x.new_ones(len(x), 1) if valid is None else valid.unsqueeze(1).to(x.dtype)
+
+        def sums(rows: Tensor) -> Tensor:
+            """[B, k] -> [S, k] over all ranks; its cost does not grow with S."""
+            total = rows.new_zeros(self.running_mean.shape[0], rows.shape[1])
+            return sum_over_ranks(total.index_add(0, scenario, rows))
+
+        first = sums(torch.cat([counted, x if valid is None else x * counted], dim=1))
+        count = first[:, :1].detach()
         some = count.clamp(min=1.0)
-        batch_mean = sums[:, 1:] / some
+        batch_mean = first[:, 1:] / some
         # Centred first: E[x^2] - E[x]^2 would cancel where the mean is large.
-        batch_var = sum_over_ranks(counted.t() @ (x - own @ batch_mean).square()) / some
+        squares = (x - batch_mean.index_select(0, scenario)).square()
+        batch_var = sums(squares if valid is None else squares * counted) / some
         enough = count >= self.min_count
         with torch.no_grad():
             unbiased = batch_var * (some / (some - 1).clamp(min=1.0))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Dispatch:
@@ -46,21 +49,24 @@ class Dispatch:
         index = self.scenario.view(1, 1, -1, 1).expand(members.shape[0], 1, -1, x.shape[2])
         return torch.gather(members, 1, index)[:, 0]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """y[n, b] = x[n, b] @ weight[n, s_b] + bias[n, s_b].
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shared: Tensor | None = None) -> Tensor:
+        """y[n, b] = x[n, b] @ (weight[n, s_b] * shared) + bias[n, s_b].
 
         Args:
             x: [N, B, i], rows in the strategy's order.
             weight: [N * S, i, o], index n * S + s.
             bias: [N * S, o] or None.
+            shared: [i, o], multiplied element by element; None = 1.
 
         Returns:
             [N, B, o]. Scenarios without rows get zero gradients.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            kind = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(kind), weight.to(kind)
-            bias = None if bias is None else bias.to(kind)
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        x = x.to(kind)
+        if self.grouped and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _Grouped.apply(x, self.ends, weight, bias, shared)
+        weight = (weight if shared is None else weight * shared).to(kind)
+        bias = None if bias is None else bias.to(kind)
         # torch.compile knows grouped_mm's result in bfloat16 only.
         kinds = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16)
         if self.grouped and x.dtype in kinds:
@@ -90,6 +96,64 @@ class Dispatch:
             return y
         members = torch.arange(stack, device=x.device).view(-1, 1) * self.num_scenarios + self.scenario
         return y + F.embedding(members, bias)
+
+
+class _Grouped(torch.autograd.Function):
+    """`Dispatch.linear` on a CPU: one scenario after the other, without padding.
+
+    A scenario's product of weights is made, used and forgotten while it is in the cache: the memory traffic that grows with
+    the number of scenarios is one read of the weights forward, and one read and the write of their gradient backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, shared: Tensor | None) -> Tensor:
+        """Arguments as for `linear`; `ends` [S]: where the rows of each scenario end."""
+        y = x.new_empty(*x.shape[:2], weight.shape[2])
+        ctx.sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        biases = () if bias is None else bias.to(x.dtype).unbind()
+        for member, (own, rows, out) in enumerate(
+            zip(weight.unbind(), _parts(x, ctx.sizes), _parts(y, ctx.sizes), strict=True)
+        ):
+            product = (own if shared is None else own * shared).to(x.dtype)
+            if biases:
+                torch.addmm(biases[member], rows, product, out=out)
+            else:
+                torch.mm(rows, product, out=out)
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight, shared)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, shared = ctx.saved_tensors
+        at_outputs = _parts(grad, ctx.sizes)
+        # Balancing differentiates one objective at a time; rows of all other scenarios then have no gradient, at no cost.
+        live = [member for member, part in enumerate(at_outputs) if part.any()]
+        make = torch.empty_like if len(live) == len(weight) else torch.zeros_like
+        grad_x = make(x, memory_format=torch.contiguous_format)
+        grad_weight = make(weight, memory_format=torch.contiguous_format)
+        grad_bias = make(weight[:, 0], memory_format=torch.contiguous_format)
+        grad_shared = None if shared is None else torch.zeros_like(shared)
+        rows, at_rows = _parts(x, ctx.sizes), _parts(grad_x, ctx.sizes)
+        weights, at_weights, at_biases = weight.unbind(), grad_weight.unbind(), grad_bias.unbind()
+        for member in live:
+            own, at_output = weights[member], at_outputs[member]
+            product = (own if shared is None else own * shared).to(x.dtype)
+            torch.mm(at_output, product.t(), out=at_rows[member])
+            torch.sum(at_output, 0, out=at_biases[member])
+            at_product = torch.mm(rows[member].t(), at_output)
+            if shared is None or grad_shared is None:
+                at_weights[member].copy_(at_product)
+            else:
+                torch.mul(at_product, shared, out=at_weights[member])
+                grad_shared.addcmul_(at_product, own)
+        return grad_x, None, grad_weight, grad_bias if ctx.has_bias else None, grad_shared
+
+
+def _parts(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Rows of member n * S + s in [N, B, k]: those of scenario s in x[n]."""
+    return [part for own in x.unbind() for part in own.split(sizes)]
 
 
 class ScenarioEmbedding(nn.Module):

@@ -7,11 +7,11 @@ for Multi-Domain CTR Prediction", CIKM 2021.
     h_0   = x'
     h_l   = act(h_{l-1} (W_l * W_{l,u}) + (b_l + b_{l,u}))            l = 1..n; W_l [i, o] shared, W_{l,u} [U, i, o]
     z_fcn = h_n (W * W_u) + (b + b_u)
-    z_aux = Lin(MLP([domain, x]; aux_hidden_units))                   [B]
+    z_aux = Lin(MLP([scenario, x]; aux_hidden_units))                   [B]
     z     = z_fcn + z_aux
 
 Member u is a head (`star_axis: head`; in MTL a task) or a scenario (`scenario`; then the last layer has a column for each
-task). W_u = 1 and b_u = 0 at the start, so that STAR begins as one shared MLP. `domain` is the embedding of the named
+task). W_u = 1 and b_u = 0 at the start, so that STAR begins as one shared MLP. `scenario` is the embedding of the named
 `scenario_fields`, or a vector for each scenario that the network owns. In MTL a row has no scenario: then there is neither
 normalisation nor auxiliary network. With all heads asked for, normalisation and auxiliary network still see the row's own
 scenario.
@@ -91,8 +91,8 @@ class _Star(nn.Module):
         return x.permute(1, 2, 0).flatten(1)
 
     def _linear(self, x: Tensor, layer: int, dispatch: Dispatch | None) -> Tensor:
-        weight, bias = self.weights[layer] * self.own_weights[layer], self.biases[layer] + self.own_biases[layer]
-        return stacked_linear(x, weight, bias) if dispatch is None else dispatch.linear(x, weight, bias)
+        shared, own, bias = self.weights[layer], self.own_weights[layer], self.biases[layer] + self.own_biases[layer]
+        return stacked_linear(x, shared * own, bias) if dispatch is None else dispatch.linear(x, own, bias, shared)
 
 
 class STAR(MultiTaskModel):
@@ -132,12 +132,12 @@ class STAR(MultiTaskModel):
                 scenarios, spec.input_width, config.pn_eps, momentum=config.pn_momentum, min_count=config.pn_min_count
             )
         self.aux: Towers | None = None
-        self.domain: ScenarioEmbedding | None = None
+        self.scenario_embedding: ScenarioEmbedding | None = None
         if has_scenarios if config.use_aux is None else config.use_aux:
             width = sum(spec.fields[name] for name in config.scenario_fields)
             if not config.scenario_fields:
                 width = next(iter(spec.fields.values()))
-                self.domain = ScenarioEmbedding(scenarios, width, generator)
+                self.scenario_embedding = ScenarioEmbedding(scenarios, width, generator)
             self.aux = Towers(1, width + spec.input_width, config.aux_hidden_units, hidden, generator)
 
     @staticmethod
@@ -158,7 +158,7 @@ class STAR(MultiTaskModel):
         """The members of the star belong to `star_axis`, statistics and vectors of scenarios to the scenarios."""
         if parameter.startswith(("star.own_", "star.norms.")):
             return self.config.star_axis
-        return "scenario" if parameter.startswith(("norm.scenario_", "domain.")) else None
+        return "scenario" if parameter.startswith(("norm.scenario_", "scenario_embedding.")) else None
 
     def forward(
         self,
@@ -181,8 +181,9 @@ class STAR(MultiTaskModel):
                 rows = rows[: self.star.stack]  # By scenario: heads repeat the scenarios for each task.
             output = self.select(self.star(normed, rows, None), scenario, return_all_heads)
         if self.aux is not None:
-            domain = [self.domain(scenario)] if self.domain is not None else [fields[n] for n in self.config.scenario_fields]
-            extra = self.aux(torch.cat([*domain, x], dim=1), valid)  # [B, 1]
+            named = [fields[name] for name in self.config.scenario_fields]
+            own = named if self.scenario_embedding is None else [self.scenario_embedding(scenario)]
+            extra = self.aux(torch.cat([*own, x], dim=1), valid)  # [B, 1]
             output.logits = output.logits + extra
             if output.all_logits is not None:
                 output.all_logits = output.all_logits + extra

@@ -53,7 +53,7 @@ def reference(net, data):
         extra = 0.0
         if net.aux is not None:
             named = [data.fields[name][b] for name in net.config.scenario_fields]
-            a = torch.cat([*(named or [net.domain.weight[data.scenario[b]]]), data.x[b]])
+            a = torch.cat([*(named or [net.scenario_embedding.weight[data.scenario[b]]]), data.x[b]])
             for weight, bias in zip(net.aux.hidden.weights, net.aux.hidden.biases, strict=True):
                 a = act(a @ weight[0] + bias[0])
             extra = a @ net.aux.weight[0, :, 0] + net.aux.bias[0]
@@ -104,7 +104,7 @@ def test_gradients_equal_finite_differences(tasks, scenarios, axis):
 
 def size(net):
     """Parameters without embeddings: the network's own vectors of the scenarios are not counted, as tables are not."""
-    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("domain."))
+    return sum(p.numel() for name, p in net.named_parameters() if not name.startswith("scenario_embedding."))
 
 
 @pytest.mark.parametrize(("options", "tiny", "benchmark"), [({}, 708, 147_412), (PLAIN, 543, 142_851)])
@@ -113,7 +113,7 @@ def test_parameter_counts(options, tiny, benchmark):
     net = method("star")(make_spec(1, 2, fields=7, dim=8, num_dense=0), method("star").Config(**options))
     assert size(net) == benchmark
     if not options:
-        assert net.domain.weight.shape == (2, 8)
+        assert net.scenario_embedding.weight.shape == (2, 8)
 
 
 def test_in_mtl_there_is_neither_normalisation_nor_auxiliary_network():
@@ -178,7 +178,7 @@ def test_members_belong_to_the_axis(axis):
     assert [tuple(p.shape) for p in net.star.own_weights] == [(stack, 14, 8), (stack, 8, 6), (stack, 6, columns)]
     assert net.norm.running_mean.shape == (3, 14)
     assert {net.owner(f"star.own_weights.{layer}") for layer in range(3)} == {axis}
-    assert net.owner("norm.scenario_bias") == net.owner("domain.weight") == "scenario"
+    assert net.owner("norm.scenario_bias") == net.owner("scenario_embedding.weight") == "scenario"
     assert net.owner("star.weights.0") is net.owner("norm.weight") is net.owner("aux.bias") is None
     data = make_data(net, 60)
     data.mask[:, 1] = 0  # Task 0 trains.
@@ -247,7 +247,7 @@ def test_logits_are_float32_under_autocast(axis):
 
 def test_named_fields_tell_the_scenario():
     net = build("star", make_spec(1, 2), scenario_fields=["f1"])
-    assert net.domain is None
+    assert net.scenario_embedding is None
     data = make_data(net, 16)
     moved = data.fields | {"f1": data.fields["f1"] + 1}
     before, after = (net(data.x, fields, data.scenario).logits for fields in (data.fields, moved))
