@@ -1,4 +1,4 @@
-"""The exceptions that carry a message for the user. Entry points print them without a traceback."""
+"""The exceptions and warnings that carry a message for the user. Entry points print them without a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,6 +22,10 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
+
+
+class UserAdvice(UserWarning):
+    """Something that works but that the user may not want. Rank 0 of a run logs its message as one line."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, UserAdvice
 from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.schema import Scenario, Task
@@ -50,7 +50,7 @@ def build_report(
         report["cvr"] = _task_entry(_clicked(rows, chain), 0, Task(name="cvr"), scenario, undefined)
     if undefined:
         text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
-        warnings.warn(f"{text} {', '.join(undefined)}.", stacklevel=2)
+        warnings.warn(f"{text} {', '.join(undefined)}.", UserAdvice, stacklevel=2)
     return report
 
 

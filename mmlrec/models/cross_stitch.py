@@ -24,6 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP, stacked_linear
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
@@ -76,6 +77,7 @@ class CrossStitch(MultiTaskModel):
         if config.stitch_mode == "full" and heads > 8:
             warnings.warn(
                 f"cross_stitch with stitch_mode 'full' builds {heads} x {heads} matrices in each layer; consider 'scalar'",
+                UserAdvice,
                 stacklevel=2,
             )
         cross = 0.1 / max(heads - 1, 1) if config.stitch_cross is None else config.stitch_cross

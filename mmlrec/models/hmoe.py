@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmlrec.config import ConfigError
+from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, mix
 from mmlrec.layers.towers import Towers
@@ -101,7 +102,9 @@ class HMoE(MultiTaskModel):
             )
         if mixes_tasks:
             warnings.warn(
-                f"hmoe mixes scores of different tasks ({', '.join(kinds)}); it is made for scenarios of one task", stacklevel=3
+                f"hmoe mixes scores of different tasks ({', '.join(kinds)}); it is made for scenarios of one task",
+                UserAdvice,
+                stacklevel=3,
             )
 
     def owner(self, parameter: str) -> Owner | None:

@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmlrec.config import ConfigError
+from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP, stacked_linear
 from mmlrec.layers.scenario import ScenarioEmbedding
 from mmlrec.layers.towers import Towers
@@ -136,6 +137,7 @@ class PEPNet(MultiTaskModel):
         if config.use_ppnet and not config.prior_fields:
             warnings.warn(
                 "pepnet: model.prior_fields is empty, so PPNet's gates read the embedding only; name those of user and item",
+                UserAdvice,
                 stacklevel=3,
             )
 

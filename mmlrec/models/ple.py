@@ -23,6 +23,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, mix, mix_own
 from mmlrec.layers.scenario import Dispatch
@@ -104,6 +105,7 @@ class PLE(MultiTaskModel):
             warnings.warn(
                 f"ple builds {heads} heads x {config.num_specific_experts} specific experts at each level; consider a"
                 " smaller model.num_specific_experts",
+                UserAdvice,
                 stacklevel=2,
             )
         self.levels = nn.ModuleList()

@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mmlrec.errors import UserError
+from mmlrec.errors import UserAdvice, UserError
 
 logger = logging.getLogger("mmlrec")
 
@@ -165,6 +167,14 @@ def configure_logging(rank: int) -> None:
     handler.addFilter(lambda record: record.levelno >= logging.INFO)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
+    warnings.showwarning = partial(_show_warning, rank)
+
+
+def _show_warning(rank: int, message: Warning | str, category: type[Warning], filename: str, lineno: int, *others: Any) -> None:
+    if not issubclass(category, UserAdvice):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+    elif rank == 0:
+        logger.warning("note: %s", message)
 
 
 @contextlib.contextmanager
