@@ -30,33 +30,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmlrec.layers.experts import StackedMLP
-from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, HardConcreteOptions, split_noise
+from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, split_noise
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base import GatedConnectionsConfig, ModelSpec, MultiTaskModel, Output, Owner
 
 
 class MSSM(MultiTaskModel):
     """Multiple-level sparse sharing."""
 
-    class Config(NetworkConfig):
+    class Config(GatedConnectionsConfig):
         """Options of MSSM."""
 
-        num_experts: int = Field(default=4, ge=1, description="Sub-networks E of each level.")
-        expert_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Width of each level.")
-        tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
         fscm: bool = Field(default=True, description="Gates on fields; the MMLRec code has none.")
         dense_as_one_field: bool = Field(default=False, description="One field gate for all dense features, not one each.")
-        log_alpha_init: float = Field(default=2.0, description="Start of the gates; 2 = open with probability 0.985.")
         l0_field: float = Field(default=1e-4, ge=0, description="Weight of the expected number of open field gates.")
         l0_cell: float = Field(default=1e-4, ge=0, description="Weight of the expected number of open connections.")
-        hc_beta: float = Field(default=0.9, gt=0, description="Temperature of the gates.")
-        hc_gamma: float = Field(default=-0.1, lt=0, description="Lower end of the gates' stretched interval.")
-        hc_zeta: float = Field(default=1.1, gt=1, description="Upper end of the gates' stretched interval.")
-
-        @property
-        def gates(self) -> HardConcreteOptions:
-            """The gates' options, as the layer takes them."""
-            return HardConcreteOptions(self.log_alpha_init, self.hc_beta, self.hc_gamma, self.hc_zeta)
 
     config: Config
     field_of_column: Tensor

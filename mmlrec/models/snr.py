@@ -28,7 +28,7 @@ from mmlrec.layers.gates import mix
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, HardConcreteOptions, split_noise
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base import GatedConnectionsConfig, ModelSpec, MultiTaskModel, Output, Owner
 
 
 class _GatedSums(nn.Module):
@@ -52,30 +52,18 @@ class _GatedSums(nn.Module):
 class SNR(MultiTaskModel):
     """Sub-network routing."""
 
-    class Config(NetworkConfig):
+    class Config(GatedConnectionsConfig):
         """Options of SNR."""
 
         variant: Literal["trans", "aver"] = Field(default="trans", description="Connections with linear maps, or plain sums.")
-        num_experts: int = Field(default=4, ge=1, description="Sub-networks E of each level.")
-        expert_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Width of each level.")
-        tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
-        log_alpha_init: float = Field(default=2.0, description="Start of the gates; 2 = open with probability 0.985.")
         l0_lambda: float = Field(default=1e-4, ge=0, description="Weight of the expected cost of open connections.")
         l0_cost: Literal["connections", "params"] = Field(default="connections", description="Cost 1, or its parameters h^2.")
-        hc_beta: float = Field(default=0.9, gt=0, description="Temperature of the gates.")
-        hc_gamma: float = Field(default=-0.1, lt=0, description="Lower end of the gates' stretched interval.")
-        hc_zeta: float = Field(default=1.1, gt=1, description="Upper end of the gates' stretched interval.")
 
         @model_validator(mode="after")
         def _cost_exists(self) -> SNR.Config:
             if self.variant == "aver" and self.l0_cost == "params":
                 raise ValueError("l0_cost 'params' needs variant 'trans': sums have no parameters; use 'connections'")
             return self
-
-        @property
-        def gates(self) -> HardConcreteOptions:
-            """The gates' options, as the layer takes them."""
-            return HardConcreteOptions(self.log_alpha_init, self.hc_beta, self.hc_gamma, self.hc_zeta)
 
     config: Config
 
