@@ -5,6 +5,7 @@ Codes may be written as floats (`1.0`) and may be missing; -124 stands for unkno
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -52,21 +53,37 @@ def good_users(users: Block, parity: bool) -> Block:
     users = users.require(
         known, f"user_active_degree must be one of {', '.join(ACTIVITY)}, found {{user_active_degree}}. Mend the line."
     )
-    numbers = [name for name in _COLUMNS if name not in _TEXTS]
-    for name in numbers:
-        values = users.table[name].fill_null(0).to_numpy()
-        whole = (values == np.floor(values)) & (np.abs(values) < 2**53)
-        users = users.require(whole, f"{name} must be a whole number, found {{{name}}}. Mend the line.")
+    users = whole_numbers(users, [name for name in _COLUMNS if name not in _TEXTS])
     for name in COUNTS:
         values = users.table[name].fill_null(0).to_numpy()
         good = (values >= 0) | (values == _UNKNOWN)
         users = users.require(good, f"{name} must be 0 or more, or {_UNKNOWN} for unknown, found {{{name}}}. Mend the line.")
+    users = without_empty_texts(users)
+    if parity:
+        return users
     columns = {name: users.table[name] for name in users.table.column_names}
-    for name in numbers:
-        codes = columns[name].cast(pa.int64())
-        if not parity:
-            codes = pc.if_else(pc.equal(codes, _UNKNOWN), None, codes)
-            if name in COUNTS:
-                codes = pc.log1p(codes.cast(pa.float64())).cast(pa.float32())
-        columns[name] = codes
+    for name, values in columns.items():
+        if pa.types.is_integer(values.type) and name != "user_id":
+            columns[name] = pc.if_else(pc.equal(values, _UNKNOWN), None, values)
+    for name in COUNTS:
+        columns[name] = pc.log1p(columns[name].cast(pa.float64())).cast(pa.float32())
     return replace(users, table=pa.table(columns))
+
+
+def without_empty_texts(block: Block) -> Block:
+    """The block with null for texts that are empty."""
+    columns = {name: block.table[name] for name in block.table.column_names}
+    for name, values in columns.items():
+        if pa.types.is_string(values.type):
+            columns[name] = pc.if_else(pc.equal(values, ""), None, values)
+    return replace(block, table=pa.table(columns))
+
+
+def whole_numbers(block: Block, names: Sequence[str]) -> Block:
+    """The block with these columns, float64 as read, as int64. Other values than whole numbers make bad rows."""
+    for name in names:
+        values = block.table[name].fill_null(0).to_numpy()
+        whole = (values == np.floor(values)) & (np.abs(values) < 2**53)
+        block = block.require(whole, f"{name} must be a whole number below 2^53, found {{{name}}}. Mend the line.")
+    columns = {name: block.table[name] for name in block.table.column_names}
+    return replace(block, table=pa.table(columns | {name: columns[name].cast(pa.int64()) for name in names}))

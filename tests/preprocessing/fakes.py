@@ -11,6 +11,7 @@ from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processe
 from tests.preprocessing.census_fake import write_adult, write_kdd
 from tests.preprocessing.ijcai15_fake import write_ijcai15
 from tests.preprocessing.ijcai18_fake import write_ijcai18
+from tests.preprocessing.kuairand_fake import write_kuairand
 from tests.preprocessing.kuairec_fake import write_kuairec
 from tests.preprocessing.movielens_fake import write_movielens, write_movielens_csv
 
@@ -23,11 +24,13 @@ class Fake:
         write: puts raw files of some thousand rows into a folder that does not exist yet, and returns it.
         options: of the command line, beyond --raw and --out.
         configs: names below configs/ that train on the dataset, with the tasks that they report.
+        own: columns of the raw files that identify a row: of two with the same values, one is left out.
     """
 
     write: Callable[[Path], Path]
     options: tuple[str, ...] = ()
     configs: dict[str, list[str]] | None = None
+    own: tuple[str, ...] = ()
 
 
 def _processed(folder: Path) -> Path:
@@ -60,4 +63,6 @@ FAKES: dict[str, Fake] = {
     "kuairec": Fake(write_kuairec, configs={"mtl/kuairec": ["label", "label2"], "msl/kuairec": ["label"]}),
     "kuairec ids": Fake(write_kuairec, ("--ids",)),
     "kuairec small": Fake(write_kuairec, ("--variant", "train-big-eval-small"), configs={"msl/kuairec": ["label"]}),
+    "kuairand": Fake(write_kuairand),
+    "kuairand 27k": Fake(lambda folder: write_kuairand(folder, "27k"), ("--version", "27k", "--tabs", "0,1")),
 }
