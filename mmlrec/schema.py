@@ -61,7 +61,10 @@ class Table(_Contract):
     name: str
     num_rows: int = Field(ge=1)
     vocabulary: str | None = Field(default=None, description="Parquet file of raw value, id and count, relative to the folder.")
-    hash_seed: int | None = None
+    hash_seed: int | None = Field(
+        default=None, description="Ids are hashes of raw values, see mmlrec.hashing; None = they are not."
+    )
+    num_hashes: int = Field(default=1, ge=1, description="Ids of one raw value, when hashed.")
 
     @model_validator(mode="after")
     def _named(self) -> Table:

@@ -333,6 +333,29 @@ def test_predict_on_a_dataset_with_other_tables(data, train, app, tmp_path):
     assert not output.exists()
 
 
+def test_predict_on_a_dataset_with_other_hashes(data, train, app, tmp_path):
+    def hashed(folder: Path, **update: int) -> None:
+        manifest = DatasetManifest.load(folder)
+        table = manifest.tables[0].model_copy(update=update)
+        manifest.model_copy(update={"tables": [table, *manifest.tables[1:]]}).save(folder)
+
+    hashed(data.folder, hash_seed=3)
+    assert train()[0] == 0
+    output = tmp_path / "scores.parquet"
+    for name, update, words in (
+        ("seed", {"hash_seed": 4}, "are 1 hash(es) with seed 4"),
+        ("number", {"hash_seed": 3, "num_hashes": 2}, "are 2 hash(es) with seed 3"),
+        ("none", {}, "are not hashed"),
+    ):
+        hashed(write_dataset(tmp_path / name, rows=50).folder, **update)
+        code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / name, "--output", output)
+        assert code == 2
+        assert f"ids of table 't0' {words}, the run was trained with 1 hash(es) with seed 3" in error
+    hashed(write_dataset(tmp_path / "same", rows=50).folder, hash_seed=3)
+    code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", output)
+    assert code == 0, error
+
+
 def test_predict_on_a_dataset_with_another_vocabulary(data, train, app, tmp_path):
     def with_vocabulary(folder: Path, values: list[str]) -> None:
         manifest = DatasetManifest.load(folder)

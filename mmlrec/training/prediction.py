@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.exact import conditional_logit
-from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, key_column
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
 from mmlrec.training.distributed import logger
 from mmlrec.training.evaluation import predict_split
 from mmlrec.training.session import Session
@@ -53,13 +53,23 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
     if session.config.dataset.setting is not Setting.MTL and values[0] != values[1]:
         raise DataError(f"{folder}: its scenarios are {values[1]}, the run was trained with {values[0]}, in this order.")
     for table in trained.tables:
-        if table.num_rows != given.table(table.name).num_rows:
+        other = given.table(table.name)
+        if table.num_rows != other.num_rows:
             raise DataError(
-                f"{folder}: table '{table.name}' has {given.table(table.name).num_rows} rows, the run was trained with"
-                f" {table.num_rows}: {_OTHER_IDS}"
+                f"{folder}: table '{table.name}' has {other.num_rows} rows, the run was trained with {table.num_rows}:"
+                f" {_OTHER_IDS}"
+            )
+        if (table.hash_seed, table.num_hashes) != (other.hash_seed, other.num_hashes):
+            raise DataError(
+                f"{folder}: ids of table '{table.name}' are {_hashing(other)}, the run was trained with {_hashing(table)}:"
+                f" {_OTHER_IDS}"
             )
         if table.vocabulary is not None:
             _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+
+
+def _hashing(table: Table) -> str:
+    return "not hashed" if table.hash_seed is None else f"{table.num_hashes} hash(es) with seed {table.hash_seed}"
 
 
 def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:

@@ -47,8 +47,17 @@ _FOLDER = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
+class Hashing:
+    """Ids by hash instead of a vocabulary: see mmlrec.hashing. Several hashes give a `multi` feature that many ids a value."""
+
+    num_buckets: int
+    num_hashes: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Column:
-    """One feature as a dataset declares it; make it with `sparse`, `multi` or `dense`.
+    """One feature as a dataset declares it; make it with `sparse`, `multi`, `dense` or `bucketed`.
 
     Attributes:
         raw_type: Arrow type of one raw value in the canonical table: int64 or string for ids, float32 for dense.
@@ -56,6 +65,8 @@ class Column:
         min_count: values seen less often in train get id 0; equal for all features of a table.
         num_ids: raw values are ids 1..num_ids already (0 = missing), no vocabulary is fitted; None = fit one.
         scaled: dense values are min-max scaled by the train rows and clipped to [0, 1].
+        hashing: no vocabulary is fitted, ids come by hash; equal for all features of a table.
+        num_buckets: raw values are numbers (float32), ids come by quantiles of the train rows.
     """
 
     name: str
@@ -65,20 +76,39 @@ class Column:
     min_count: int = 1
     num_ids: int | None = None
     scaled: bool = False
+    hashing: Hashing | None = None
+    num_buckets: int | None = None
 
 
 def sparse(
-    name: str, raw_type: pa.DataType | None = None, *, table: str | None = None, min_count: int = 1, num_ids: int | None = None
+    name: str,
+    raw_type: pa.DataType | None = None,
+    *,
+    table: str | None = None,
+    min_count: int = 1,
+    num_ids: int | None = None,
+    hashing: Hashing | None = None,
 ) -> Column:
     """A feature with one raw value a row (string unless told); null = missing."""
-    return Column(name, "sparse", raw_type or pa.string(), table or name, min_count, num_ids)
+    return Column(name, "sparse", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing)
 
 
 def multi(
-    name: str, raw_type: pa.DataType | None = None, *, table: str | None = None, min_count: int = 1, num_ids: int | None = None
+    name: str,
+    raw_type: pa.DataType | None = None,
+    *,
+    table: str | None = None,
+    min_count: int = 1,
+    num_ids: int | None = None,
+    hashing: Hashing | None = None,
 ) -> Column:
     """A feature with a list of raw values a row, mean pooled; null or an empty list = missing."""
-    return Column(name, "multi", raw_type or pa.string(), table or name, min_count, num_ids)
+    return Column(name, "multi", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing)
+
+
+def bucketed(name: str, num_buckets: int) -> Column:
+    """A numeric feature, float32, that becomes one of about `num_buckets` ids with equally many train rows; null = missing."""
+    return Column(name, "sparse", pa.float32(), name, num_buckets=num_buckets)
 
 
 def dense(name: str, *, scaled: bool = True) -> Column:

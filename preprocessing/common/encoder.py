@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError
+from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
+from preprocessing.common.buckets import CollisionCounter, QuantileBuckets
 from preprocessing.common.dataset import Column
 
 
@@ -31,6 +34,12 @@ class ValueCounter:
         self._pending_rows += len(counts)
         if self._pending_rows > max(len(self._merged), 1 << 18):
             self._merge()
+
+    def merge(self, other: ValueCounter) -> None:
+        """Add what another one has counted."""
+        self._pending.append(other.counts())
+        self._pending_rows += len(self._pending[-1])
+        self._merge()
 
     def counts(self) -> pa.Table:
         """Distinct values and their counts: columns `value` and `count` (int64), in no particular order."""
@@ -95,6 +104,10 @@ class DenseRange:
         if found["min"].is_valid:
             self.low, self.high = min(self.low, found["min"].as_py()), max(self.high, found["max"].as_py())
 
+    def merge(self, other: DenseRange) -> None:
+        """Widen the range by what another one has seen."""
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
     def scale(self, values: pa.Array) -> pa.Array:
         """Min-max scaled and clipped to [0, 1], float32; null becomes 0, and so does all when the range is empty or a point."""
         width = self.high - self.low
@@ -110,15 +123,19 @@ class Encoder:
     def __init__(self, features: tuple[Column, ...], parity: bool) -> None:
         self._features = features
         self._parity = parity
-        self._fitted = [f for f in features if f.kind != "dense" and f.num_ids is None]
+        self._fitted = [f for f in features if f.kind != "dense" and not (f.num_ids or f.hashing or f.num_buckets)]
         self._counters = {f.table: ValueCounter(f.raw_type) for f in self._fitted}
         self.ranges = {f.name: DenseRange() for f in features if f.scaled}
+        self.buckets = {f.name: QuantileBuckets(f.num_buckets) for f in features if f.num_buckets}
+        self._collisions = {
+            f.table: CollisionCounter(f.hashing.num_buckets, f.hashing.num_hashes) for f in features if f.hashing
+        }
         self.vocabularies: dict[str, Vocabulary] = {}
 
     @property
     def needs_fitting(self) -> bool:
-        """Whether any feature has a vocabulary or a range."""
-        return bool(self._counters or self.ranges)
+        """Whether anything of any feature is found by counting."""
+        return bool(self._counters or self.ranges or self.buckets or self._collisions)
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
@@ -127,14 +144,27 @@ class Encoder:
             self._counters[feature.table].add(column.flatten() if feature.kind == "multi" else column)
         for name, seen in self.ranges.items():
             seen.add(rows.column(name))
+        for name, buckets in self.buckets.items():
+            buckets.add(rows.column(name))
+        for feature in self._features:
+            if feature.hashing:
+                column = rows.column(feature.name)
+                values = (column.flatten() if feature.kind == "multi" else column).drop_null()
+                self._collisions[feature.table].add(hash_ids(values, feature.hashing.seed))
+
+    def counters(self) -> list[Any]:
+        """All that `fit` counts with: each has a method `merge`, which adds what the one of another encoder has counted."""
+        return [*self._counters.values(), *self.ranges.values(), *self.buckets.values(), *self._collisions.values()]
 
     def freeze(self) -> None:
-        """Turn the counts into vocabularies."""
+        """Turn the counts into vocabularies and buckets."""
         min_counts = {f.table: 1 if self._parity else f.min_count for f in self._fitted}
         for table, counter in self._counters.items():
             assert table is not None
             self.vocabularies[table] = Vocabulary(counter.counts(), min_counts[table], self._parity)
         self._counters.clear()
+        for buckets in self.buckets.values():
+            buckets.freeze()
 
     def encode(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """The same rows with ids int64, lists of ids list<int64>, dense float32; other columns untouched."""
@@ -147,33 +177,47 @@ class Encoder:
         found: dict[str, Table] = {}
         for f in self._features:
             if f.table is not None and f.table not in found:
-                if f.num_ids is None:
-                    vocabulary = self.vocabularies[f.table]
-                    found[f.table] = Table(name=f.table, num_rows=vocabulary.num_rows, vocabulary=f"vocab/{f.table}.parquet")
+                if f.hashing:
+                    rows, seed, num_hashes = f.hashing.num_buckets + 1, f.hashing.seed, f.hashing.num_hashes
+                    found[f.table] = Table(name=f.table, num_rows=rows, hash_seed=seed, num_hashes=num_hashes)
+                elif f.num_ids is None:
+                    fitted = self.buckets[f.name] if f.num_buckets else self.vocabularies[f.table]
+                    found[f.table] = Table(name=f.table, num_rows=fitted.num_rows, vocabulary=f"vocab/{f.table}.parquet")
                 else:
                     found[f.table] = Table(name=f.table, num_rows=f.num_ids + 1)
         return list(found.values())
+
+    def collisions(self) -> dict[str, dict[str, float]]:
+        """Table with hashed ids -> how often values of the train rows share their ids; see `CollisionCounter`."""
+        return {str(table): counter.result() for table, counter in self._collisions.items()}
 
     def dense_ranges(self) -> dict[str, list[float] | None]:
         """Least and greatest train value of each scaled feature; None when all are missing."""
         return {name: [seen.low, seen.high] if seen.low <= seen.high else None for name, seen in self.ranges.items()}
 
     def save(self, folder: Path) -> None:
-        """Write `<table>.parquet` for each vocabulary."""
+        """Write `<table>.parquet` for each vocabulary and each feature in buckets."""
         folder.mkdir()
-        for table, vocabulary in self.vocabularies.items():
-            vocabulary.save(folder / f"{table}.parquet")
+        fitted: dict[str, Vocabulary | QuantileBuckets] = {**self.vocabularies, **self.buckets}
+        for table, entries in fitted.items():
+            entries.save(folder / f"{table}.parquet")
 
     def _encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
         if feature.kind == "dense":
             return self.ranges[feature.name].scale(values) if feature.scaled else values.fill_null(0.0)
         if feature.kind == "multi":
             filled = values.fill_null([]) if values.null_count else values
-            offsets = pa.array(np.concatenate([[0], np.cumsum(filled.value_lengths().to_numpy())]).astype(np.int32))
+            lengths = filled.value_lengths().to_numpy() * (feature.hashing.num_hashes if feature.hashing else 1)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
             return pa.ListArray.from_arrays(offsets, self._ids(feature, filled.flatten()))
         return self._ids(feature, values)
 
     def _ids(self, feature: Column, values: pa.Array) -> pa.Array:
+        if feature.hashing:
+            hashing = feature.hashing
+            return pa.array(bucket_ids(values, hashing.seed, hashing.num_buckets, hashing.num_hashes).ravel())
+        if feature.num_buckets:
+            return self.buckets[feature.name].encode(values)
         if feature.num_ids is None:
             return self.vocabularies[str(feature.table)].encode(values)
         ids = values.fill_null(0)

@@ -86,6 +86,8 @@ def complete(
     """Add the vocabularies and the manifest to `folder`, which holds the parts of `splits`; `statistics` are further ones."""
     encoder.save(folder / "vocab")
     statistics = _statistics(dataset, splits) | statistics | dataset.statistics()
+    if collisions := encoder.collisions():
+        statistics["hash_collisions"] = collisions
     if raw.bad_rows.counts:
         statistics["bad_rows"] = raw.bad_rows.counts
     if raw.passed_over:
