@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
+from tests.preprocessing.amazon_fake import write_amazon, write_amazon_2014
 from tests.preprocessing.census_fake import write_adult, write_kdd
 from tests.preprocessing.ijcai15_fake import write_ijcai15
 from tests.preprocessing.ijcai18_fake import write_ijcai18
@@ -58,11 +59,23 @@ FAKES: dict[str, Fake] = {
     "ijcai15 lists": Fake(lambda folder: write_ijcai15(folder, 800), ("--form", "2")),
     "ijcai15 funnel": Fake(write_ijcai15, ("--variant", "funnel"), configs={"mtl/ijcai15": ["label", "label2"]}),
     "ijcai15 time": Fake(write_ijcai15, ("--variant", "funnel", "--form", "2", "--split", "time")),
-    "ijcai18": Fake(write_ijcai18, configs={"msl/ijcai18": ["is_trade"]}),
-    "ijcai18 last-day": Fake(write_ijcai18, ("--split", "last_day", "--ids")),
+    "ijcai18": Fake(write_ijcai18, configs={"msl/ijcai18": ["is_trade"]}, own=("instance_id",)),
+    "ijcai18 last-day": Fake(write_ijcai18, ("--split", "last_day", "--ids"), own=("instance_id",)),
     "kuairec": Fake(write_kuairec, configs={"mtl/kuairec": ["label", "label2"], "msl/kuairec": ["label"]}),
     "kuairec ids": Fake(write_kuairec, ("--ids",)),
     "kuairec small": Fake(write_kuairec, ("--variant", "train-big-eval-small"), configs={"msl/kuairec": ["label"]}),
     "kuairand": Fake(write_kuairand),
     "kuairand 27k": Fake(lambda folder: write_kuairand(folder, "27k"), ("--version", "27k", "--tabs", "0,1")),
+    "amazon-2018": Fake(
+        write_amazon,
+        configs={
+            "mtl/amazon": ["label", "label2"],
+            "msl/amazon": ["label"],
+            "mtmsl/amazon": ["label", "label2"],
+        },
+    ),
+    "amazon-2018 time": Fake(write_amazon, ("--split", "time")),
+    "amazon-2018 2014": Fake(
+        write_amazon_2014, ("--release", "2014", "--categories", "Beauty,Baby"), configs={"mtl/amazon": ["label", "label2"]}
+    ),
 }
