@@ -6,29 +6,15 @@ line) and the key. Imports neither torch nor torchrec.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.schema import Setting
-
-_HINTS = {
-    "weight_decay": "Fused table kernels ignore weight decay on some devices; use embeddings.l2 (a penalty on looked-up"
-    " vectors) or dense.l2.",
-    "batch_size_per_rank": "training.batch_size is global: the same for every world size.",
-    "loss_weights": "Weights of tasks and scenarios stand in balancing.loss_weights.",
-    "momentum": "Fused table kernels ignore momentum on some devices, so it is not offered.",
-}
-
-
-class StrictModel(BaseModel):
-    """Base of every config section: unknown keys are errors, types are not coerced, instances do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from mmlrec.yaml_config import Loader, OptionError, StrictModel, load_with_base, merge, validate_section
 
 
 class DatasetConfig(StrictModel):
@@ -77,7 +63,7 @@ class DenseConfig(StrictModel):
 
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the dense gradient.")
-    l2: float = Field(default=0.0, ge=0)
+    l2: float = Field(default=0.0, ge=0, description="Penalty on the squares of all parameters, gates and norms included.")
 
 
 class ScheduleConfig(StrictModel):
@@ -266,14 +252,6 @@ class TrainingConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class _OptionError(ValueError):
-    """An option that its section does not have."""
-
-    def __init__(self, message: str, option: str) -> None:
-        super().__init__(message)
-        self.option = option
-
-
 class RunConfig(StrictModel):
     """The whole file."""
 
@@ -322,7 +300,7 @@ class RunConfig(StrictModel):
                 allowed = ", ".join(sorted(strategy.model_fields))
                 text = f"strategy '{name}' has no option '{key}'.{near}{belongs} Its options: {allowed}"
                 # The option may stand in a file and the name on the command line: the message tells where the option does.
-                raise _OptionError(text, str(key))
+                raise OptionError(text, str(key))
         return strategy.model_validate(section)
 
     @model_validator(mode="after")
@@ -336,26 +314,6 @@ class RunConfig(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-Section = TypeVar("Section", bound=BaseModel)
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything.
 
@@ -363,128 +321,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
     """
     origin: dict[str, str] = {}
-    content = _load_with_base(Path(path), origin, ())
+    content = load_with_base(Path(path), origin)
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):
             raise ConfigError(f"command line: '{override}' is not of the form key.path=value, e.g. training.max_steps=200.")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"command line: value of '{key}' is not valid YAML: {text!r}.") from error
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _merge(content, nested, "command line", origin, "")
+        merge(content, nested, "command line", origin)
     return validate_section(RunConfig, content, prefix="", source=str(path), origin=origin)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping strictly.
-
-    Raises:
-        ConfigError: the file is missing, unreadable, not YAML, or no mapping.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        beside = f" Beside it: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections, found {type(content).__name__}.")
-    return content
-
-
-def _load_with_base(path: Path, origin: dict[str, str], above: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise ConfigError(f"{path}: `base:` leads back to this file.")
-    own = read_yaml(path)
-    bases = own.pop("base", [])
-    if isinstance(bases, str):
-        bases = [bases]
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base: must be a file name or a list of file names, relative to this file.")
-    merged: dict[str, Any] = {}
-    for base in bases:
-        _merge(merged, _load_with_base(path.parent / base, origin, (*above, path.resolve())), None, origin, "")
-    _merge(merged, own, str(path), origin, "")
-    return merged
-
-
-def _merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin: dict[str, str], prefix: str) -> None:
-    for key, value in new.items():
-        where = f"{prefix}{key}"
-        if source is not None:
-            origin[where] = source
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, source, origin, f"{where}.")
-        else:
-            into[key] = value
-            if isinstance(value, dict) and source is not None:
-                _merge({}, value, source, origin, f"{where}.")
-
-
-def validate_section(
-    section: type[Section], content: dict[str, Any], *, prefix: str, source: str, origin: dict[str, str] | None = None
-) -> Section:
-    """Check `content` against a section's schema.
-
-    Args:
-        prefix: dotted path of the section, with its trailing dot, for messages.
-        source: file to name when `origin` does not know the key.
-        origin: dotted key -> file or "command line".
-
-    Raises:
-        ConfigError: with one line for each problem.
-    """
-    try:
-        return section.model_validate(content)
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = [str(part) for part in problem["loc"]]
-            cause = problem.get("ctx", {}).get("error")
-            if isinstance(cause, _OptionError):
-                path.append(cause.option)
-            key = (prefix + ".".join(path)).rstrip(".")
-            where = _origin_of(key, origin or {}, source)
-            if problem["type"] == "extra_forbidden":
-                allowed = _fields_at(section, path[:-1])
-                message = f"unknown key.{did_you_mean(path[-1], allowed)} {_HINTS.get(path[-1], '')}".rstrip()
-                message += f" Allowed: {', '.join(sorted(allowed))}."
-            elif problem["type"] == "missing":
-                message = "required, but not given."
-            elif problem["type"] == "value_error":
-                message = f"{cause}."
-            elif problem["type"] in ("dict_type", "model_type"):
-                given = problem["input"]
-                example = f", such as {key}.name={given}" if isinstance(given, str) and key in ("model", "balancing") else ""
-                message = f"must be a section of keys and values{example}; found {given!r}."
-            else:
-                message = f"{problem['msg']}; found {problem['input']!r}."
-            lines.append(f"{where}: {key or 'config'}: {message}")
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _origin_of(key: str, origin: dict[str, str], source: str) -> str:
-    while key:
-        if key in origin:
-            return origin[key]
-        key = key.rpartition(".")[0]
-    return source
-
-
-def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        section = field.annotation
-    return list(section.model_fields)

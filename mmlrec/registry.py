@@ -9,8 +9,9 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlrec.config import ALIASES, ConfigError, RunConfig, validate_section
+from mmlrec.config import ALIASES, ConfigError, RunConfig
 from mmlrec.errors import did_you_mean
+from mmlrec.yaml_config import validate_section
 
 if TYPE_CHECKING:
     from mmlrec.models.base import MultiTaskModel, NetworkConfig

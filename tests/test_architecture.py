@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("mmlrec", "apps", "preprocessing", "benchmarks")
-CONTRACT = ("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.errors")
+CONTRACT = ("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.yaml_config", "mmlrec.errors")
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
 EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 

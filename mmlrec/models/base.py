@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmlrec.config import ConfigError, StrictModel
-from mmlrec.errors import did_you_mean
+from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.layers.hard_concrete import HardConcreteOptions
 from mmlrec.layers.options import Activation, HiddenOptions, Init
 from mmlrec.layers.scenario import Dispatch, prefers_grouped
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import Loss, LossOptions
 from mmlrec.schema import Setting, Task
+from mmlrec.yaml_config import StrictModel
 
 Width = Annotated[int, Field(gt=0)]
 #: Stacked members of an owned parameter belong to one head (index t * S + s), task or scenario each, in that order.

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import yaml
 
-from mmlrec.config import RunConfig, StrictModel, load_config
+from mmlrec.config import RunConfig, load_config
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.schema import DatasetManifest
 from mmlrec.training.distributed import World
+from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
 _MAY_DIFFER = (
