@@ -326,7 +326,8 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
                 yield rest + text[:end]
                 rest = text[end:]
             elif len(rest := rest + text) > LONGEST_LINE:
-                raise DataError(f"{path}: no line end within {LONGEST_LINE >> 20} MiB, so no text table. Fetch it again.")
+                limit = f"no line end within {LONGEST_LINE >> 20} MiB, so neither a text table nor JSON lines"
+                raise DataError(f"{path}: {limit}. Fetch it again; of a JSON array, put each object on a line of its own.")
     if rest:
         yield rest + b"\n"
 

@@ -216,6 +216,12 @@ def test_an_array_instead_of_lines_is_told_with_the_remedy(tmp_path, text):
     assert [row["id"] for row in rows] == [row["id"] for row in json.loads(array)]
 
 
+def test_a_long_array_without_line_ends_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.common.raw_files.LONGEST_LINE", 1000)
+    with pytest.raises(DataError, match="no line end within .* of a JSON array, put each object on a line of its own"):
+        read(tmp_path, json.dumps([{"id": 1}] * 500), piece_bytes=100)
+
+
 @pytest.mark.parametrize("text", ["", "\n \n", "{}x\n"])
 def test_a_file_without_a_row(tmp_path, text):
     with pytest.raises(DataError, match="the file is empty, or has no good row"):
