@@ -218,7 +218,7 @@ def test_an_array_instead_of_lines_is_told_with_the_remedy(tmp_path, text):
 
 def test_a_long_array_without_line_ends_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("preprocessing.common.raw_files.LONGEST_LINE", 1000)
-    with pytest.raises(DataError, match="no line end within .* of a JSON array, put each object on a line of its own"):
+    with pytest.raises(DataError, match=r"no line end within .* of a JSON array, put each object on a line of its own"):
         read(tmp_path, json.dumps([{"id": 1}] * 500), piece_bytes=100)
 
 
