@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import Task
@@ -26,7 +25,7 @@ from preprocessing.common.dataset import Dataset, sparse
 from preprocessing.common.delimited import DelimitedText
 from preprocessing.common.join import IdIndex
 from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import GroupSplit, RandomSplit, TimeSplit
+from preprocessing.common.splits import GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _INT, _TEXT = pa.int64(), pa.string()
 _LOG, _USERS, _PAIRS = "user_log_format1.csv", "user_info_format1.csv", "train_format1.csv"
@@ -78,9 +77,8 @@ class Ijcai15(Dataset):
             self.keys["pair"] = _INT
         else:
             self.tasks = (Task(name="label", role="ctr", implied_by_next=True), Task(name="label2", role="ctcvr"))
-        rules = {"random": RandomSplit()} | (
-            {"pair": GroupSplit("pair")} if self._repeat else {"time": TimeSplit("time_stamp", _CUTS)}
-        )
+        own: dict[str, SplitRule] = {"pair": GroupSplit("pair")} if self._repeat else {"time": TimeSplit("time_stamp", _CUTS)}
+        rules = own | {"random": RandomSplit()}
         split = options.split or ("pair" if self._repeat else "random")
         if split not in rules:
             raise ConfigError(
@@ -210,7 +208,7 @@ def _within(block: Block, name: str, lowest: int, highest: int, *, optional: boo
     column = block.table[name]
     good = pc.and_(pc.greater_equal(column, lowest), pc.less_equal(column, highest)).fill_null(optional)
     complaint = f"{name} must be a whole number from {lowest} to {highest}, found {{{name}}}. Mend the line."
-    return block.require(_bools(good), complaint)
+    return block.require(np.asarray(good, bool), complaint)
 
 
 def _whole_numbers(block: Block, name: str) -> Block:
@@ -218,14 +216,10 @@ def _whole_numbers(block: Block, name: str) -> Block:
     texts = block.table[name].combine_chunks().dictionary_encode()
     distinct = pc.replace_substring_regex(pc.utf8_trim_whitespace(texts.dictionary), r"\.0*$", "")
     number = pc.match_substring_regex(distinct, "^[0-9]{1,18}$")
-    good = _bools(pc.or_(number, pc.equal(distinct, "")).take(texts.indices))
+    good = np.asarray(pc.or_(number, pc.equal(distinct, "")).take(texts.indices), bool)
     block = block.require(good, f"{name} must be a whole number or empty, found {{{name}!r}}. Mend the line.")
     numbers = pc.if_else(number, distinct, None).cast(_INT).take(texts.indices)
     return _with(block, **{name: numbers.filter(pa.array(good))})
-
-
-def _bools(column: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
-    return np.asarray(column.to_numpy(zero_copy_only=False)) if isinstance(column, pa.Array) else column.to_numpy()
 
 
 DATASETS = (Ijcai15,)
