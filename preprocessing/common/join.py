@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from preprocessing.common.raw_files import BadRow, BadRows, Block
 class IdIndex:
     """Finds a row of a file by its unique int64 id, in 16 bytes a row. The row of a second occurrence of an id is a bad row."""
 
-    def __init__(self, name: str, blocks: Iterable[Block], bad_rows: BadRows) -> None:
-        """Read column `name`, which has no nulls, of blocks of one file; rows are numbered from 0 through them all."""
+    def __init__(self, name: str, blocks: Iterable[Block], bad_rows: BadRows, shown: Callable[[np.int64], str] = str) -> None:
+        """Read column `name`, which has no nulls, of blocks of one file; rows are numbered from 0 through them all.
+
+        `shown` writes an id for a complaint.
+        """
         ids, lines = [], []
         for block in blocks:
             ids.append(block.table[name].to_numpy())
@@ -29,7 +32,7 @@ class IdIndex:
         again = np.append(False, every[order[1:]] == every[order[:-1]]) if len(every) else np.zeros(0, bool)
         line = np.concatenate(lines)
         for row in np.sort(order[again]):
-            complaint = f"{name} {every[row]} appears a second time. Remove one of the lines."
+            complaint = f"{name} {shown(every[row])} appears a second time. Remove one of the lines."
             bad_rows.add(BadRow(self._path, int(line[row]), complaint))
         self._order = order[~again]
         self._ids = every[self._order]
@@ -87,7 +90,7 @@ class RowsOnDisk:
             else:
                 rows[name] = column.fill_null(np.nan if pa.types.is_floating(kind) else self._NO_ID).to_numpy()
         with (self._folder / "rows.bin").open("ab") as file:
-            rows.tofile(file)
+            file.write(rows.data)  # unlike tofile, it tells why it failed
         self.num_rows += len(rows)
 
     def store(self, blocks: Iterable[Block]) -> Iterator[Block]:
@@ -125,7 +128,7 @@ class RowsOnDisk:
         ends = self._list_ends[name] + np.cumsum(lengths)
         rows["start"], rows["length"] = ends - lengths, lengths
         with (self._folder / f"{name}.bin").open("ab") as file:
-            lists.flatten().to_numpy().tofile(file)
+            file.write(lists.flatten().to_numpy().data)
         self._list_ends[name] = int(ends[-1]) if len(ends) else self._list_ends[name]
 
     def _take_lists(self, name: str, rows: NDArray[Any]) -> pa.ListArray:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.preprocessing.aliccp_fake import write_aliccp
 from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
 from tests.preprocessing.amazon_fake import write_amazon, write_amazon_2014
 from tests.preprocessing.census_fake import write_adult, write_kdd
+from tests.preprocessing.criteo_fake import TABLE_ROWS, write_arrays, write_days, write_kaggle
 from tests.preprocessing.ijcai15_fake import write_ijcai15
 from tests.preprocessing.ijcai18_fake import write_ijcai18
 from tests.preprocessing.kuairand_fake import write_kuairand
@@ -38,6 +40,8 @@ def _processed(folder: Path) -> Path:
     write_processed(write_aliexpress(folder / "pairs", num_searches=600), folder)
     return folder
 
+
+_CRITEO_TABLES = ("--days", "0-2", "--table-rows", ",".join(map(str, TABLE_ROWS)))
 
 #: Dataset, or dataset and a word for its form -> fake.
 FAKES: dict[str, Fake] = {
@@ -73,9 +77,23 @@ FAKES: dict[str, Fake] = {
             "msl/amazon": ["label"],
             "mtmsl/amazon": ["label", "label2"],
         },
+        own=("reviewerID", "asin", "unixReviewTime"),
     ),
-    "amazon-2018 time": Fake(write_amazon, ("--split", "time")),
+    "amazon-2018 time": Fake(write_amazon, ("--split", "time"), own=("reviewerID", "asin", "unixReviewTime")),
     "amazon-2018 2014": Fake(
-        write_amazon_2014, ("--release", "2014", "--categories", "Beauty,Baby"), configs={"mtl/amazon": ["label", "label2"]}
+        write_amazon_2014,
+        ("--release", "2014", "--categories", "Beauty,Baby"),
+        configs={"mtl/amazon": ["label", "label2"]},
+        own=("reviewerID", "asin", "unixReviewTime"),
+    ),
+    "aliccp": Fake(write_aliccp, configs={"msl/aliexpress": ["click"]}),
+    "criteo": Fake(write_days, ("--days", "0-2", "--scenario", "day"), configs={"scaling/criteo": ["click"]}),
+    "criteo by-day": Fake(write_days, ("--days", "0-2", "--dense", "min-max")),
+    "criteo kaggle": Fake(write_kaggle, ("--form", "kaggle")),
+    "criteo npy": Fake(lambda folder: write_arrays(folder, False), ("--form", "npy", *_CRITEO_TABLES)),
+    "criteo multi-hot": Fake(
+        lambda folder: write_arrays(folder, True),
+        ("--form", "multi-hot", *_CRITEO_TABLES, "--scenario", "day"),
+        configs={"scaling/criteo": ["click"]},
     ),
 }
