@@ -1,4 +1,4 @@
-"""The methods: what each is, in which settings it is defined, its options, its paper.
+"""The methods: what each is, in which settings it is defined, its options, its paper. Options of balancing strategies, too.
 
 python -m apps.models [NAME ...] [--json]
 """
@@ -11,9 +11,12 @@ import json
 import re
 import sys
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apps.cli import run
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _WIDTH = 120
 
@@ -40,17 +43,6 @@ def describe(name: str) -> dict[str, Any]:
     first, second, *_ = [*inspect.cleandoc(sys.modules[chosen.__module__].__doc__ or "").split("\n\n"), "", ""]
     paper = "" if second.startswith("No paper") else " ".join(second.split())
     venue = re.search(r'" ?,? ?(?P<venue>[^"]*?\b(?:19|20)\d\d)[^"]*$', paper)
-    schema = chosen.Config.model_json_schema()
-    options = [
-        {
-            "name": option,
-            "type": _type(content, schema.get("$defs", {})),
-            "default": content.get("default"),
-            "description": content.get("description", ""),
-            "common": option in NetworkConfig.model_fields,
-        }
-        for option, content in schema["properties"].items()
-    ]
     return {
         "name": name,
         "alias_of": alias_of,
@@ -60,9 +52,39 @@ def describe(name: str) -> dict[str, Any]:
         "venue": venue["venue"] if venue else "",
         "settings": {str(setting): setting in chosen.settings for setting in Setting},
         "alternative": chosen.alternative,
-        "options": sorted(options, key=lambda option: bool(option["common"])),
+        "options": _options(chosen.Config, NetworkConfig),
         "example": f"python -m apps.train --config configs/{chosen.settings[0]}/movielens.yaml model.name={name}",
     }
+
+
+def describe_strategy(name: str) -> dict[str, Any]:
+    """A balancing strategy as plain data: `name`, `summary`, `options` and `example`, as `describe` has them."""
+    from mmlrec.config import STRATEGIES, BalancingConfig, GradientBalancingConfig
+
+    chosen = STRATEGIES[name]
+    base = GradientBalancingConfig if issubclass(chosen, GradientBalancingConfig) else BalancingConfig
+    return {
+        "name": name,
+        "summary": inspect.cleandoc(chosen.__doc__ or ""),
+        "options": [option for option in _options(chosen, base) if option["name"] != "name"],
+        "example": f"python -m apps.train --config configs/mtl/movielens.yaml balancing.name={name}",
+    }
+
+
+def _options(config: type[BaseModel], common: type[BaseModel]) -> list[dict[str, Any]]:
+    """Options of a section, those of `common` last."""
+    schema = config.model_json_schema()
+    options = [
+        {
+            "name": option,
+            "type": _type(content, schema.get("$defs", {})),
+            "default": content.get("default"),
+            "description": content.get("description", ""),
+            "common": option in common.model_fields,
+        }
+        for option, content in schema["properties"].items()
+    ]
+    return sorted(options, key=lambda option: bool(option["common"]))
 
 
 def _type(content: dict[str, Any], definitions: dict[str, Any]) -> str:
@@ -95,7 +117,11 @@ def overview() -> str:
         settings = "  ".join(f"{'yes' if has else '-':<{len(setting)}}" for setting, has in found["settings"].items())
         meaning = _stands_for(found) or found["summary"].partition(". ")[0].removesuffix(".")
         lines.append(f"{found['name']:<{name_width}}  {settings}  {found['venue'] or '-':<{venue_width}}  {meaning}")
-    return "\n".join([*lines, "", "python -m apps.models NAME shows the options of a method; model.name=NAME trains it."])
+    from mmlrec.config import STRATEGIES
+
+    lines += ["", "python -m apps.models NAME shows the options of a method; model.name=NAME trains it."]
+    lines += ["The same with a balancing strategy, balancing.name=NAME:"]
+    return "\n".join([*lines, *textwrap.wrap(", ".join(STRATEGIES), _WIDTH, initial_indent="  ", subsequent_indent="  ")])
 
 
 def _stands_for(found: dict[str, Any]) -> str:
@@ -113,13 +139,28 @@ def details(found: dict[str, Any]) -> str:
     lines += ["", f"settings: {', '.join(supported)}"]
     if missing:
         lines += textwrap.wrap(f"not in {', '.join(missing)}: {found['alternative']}", _WIDTH)
-    for common, title in ((False, "options, model.OPTION=VALUE:"), (True, "options of all methods:")):
-        rows = [option for option in found["options"] if option["common"] is common]
+    lines += _option_lines(found["options"], "options, model.OPTION=VALUE:", "options of all methods:")
+    return "\n".join([*lines, "", "example:", f"  {found['example']}"])
+
+
+def strategy_details(found: dict[str, Any]) -> str:
+    """One strategy, from `describe_strategy`."""
+    lines = textwrap.wrap(f"{found['name']}: {found['summary']}", _WIDTH)
+    lines += _option_lines(found["options"], "options, balancing.OPTION=VALUE:", "options it shares with others of its kind:")
+    return "\n".join(
+        [*lines, "", "example:", f"  {found['example']}", "", "What it computes, and its paper: docs/balancing.md"]
+    )
+
+
+def _option_lines(options: list[dict[str, Any]], own: str, shared: str) -> list[str]:
+    lines = []
+    for common, title in ((False, own), (True, shared)):
+        rows = [option for option in options if option["common"] is common]
         lines += ["", title] if rows else []
         for option in rows:
             lines.append(f"  {option['name']} = {json.dumps(option['default'])}    [{option['type']}]")
             lines += textwrap.wrap(option["description"], _WIDTH - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join([*lines, "", "example:", f"  {found['example']}"])
+    return lines
 
 
 def parse() -> argparse.Namespace:
@@ -128,9 +169,9 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.models",
         description="List all methods, or show the options, settings and paper of some.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m apps.models\n  python -m apps.models mmoe ple\n  python -m apps.models --json mmoe",
+        epilog="examples:\n  python -m apps.models\n  python -m apps.models mmoe pcgrad\n  python -m apps.models --json mmoe",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="methods to show; all, a line each, when absent")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="methods or strategies; all methods, a line each, when absent")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser.parse_args()
 
@@ -138,12 +179,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Print what was asked for."""
     arguments = parse()
+    from mmlrec.config import STRATEGIES
     from mmlrec.registry import aliases, method_names
 
+    names = arguments.names or ([*method_names(), *aliases()] if arguments.json else [])
+    pairs = [(name, describe_strategy(name) if name in STRATEGIES else describe(name)) for name in names]
     if arguments.json:
-        print(json.dumps([describe(name) for name in arguments.names or [*method_names(), *aliases()]], indent=2))
+        print(json.dumps([found for _, found in pairs], indent=2))
     elif arguments.names:
-        print("\n\n\n".join(details(describe(name)) for name in arguments.names))
+        shown = [strategy_details(found) if name in STRATEGIES else details(found) for name, found in pairs]
+        print("\n\n\n".join(shown))
     else:
         print(overview())
 

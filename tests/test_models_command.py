@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from apps.models import describe, details, overview
-from mmlrec.config import load_config
+from mmlrec.config import STRATEGIES, load_config
 from mmlrec.models.base import NetworkConfig
 from mmlrec.registry import aliases, method, method_names, model_config, resolve_model
 
@@ -51,6 +51,18 @@ def test_an_unknown_method_is_one_line_with_a_suggestion():
     assert shown.returncode == 2
     assert shown.stderr.startswith("error: model.name: unknown method 'mmo'. Did you mean 'mmoe'?")
     assert shown.stderr.count("\n") == 1
+
+
+def test_strategies_are_listed_and_shown():
+    overview_lines = overview()
+    assert all(name in overview_lines for name in STRATEGIES)
+    shown = run("apps.models", "dwa", "mmoe")
+    assert shown.returncode == 0, shown.stderr
+    dwa, _ = shown.stdout.split("\n\n\n")
+    assert "tau = 2.0    [number > 0]" in dwa
+    (found,) = json.loads(run("apps.models", "--json", "metabalance").stdout)
+    options = {option["name"]: option["default"] for option in found["options"]}
+    assert options == STRATEGIES["metabalance"]().model_dump(exclude={"name"})
 
 
 def test_an_alias_says_what_it_stands_for():
