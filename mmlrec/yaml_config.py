@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -131,17 +132,22 @@ def validate_section(
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            path = [str(part) for part in problem["loc"]]
-            cause = problem.get("ctx", {}).get("error")
+            path, allowed = _written(section, [str(part) for part in problem["loc"]], problem["type"] == "extra_forbidden")
+            context = problem.get("ctx", {})
+            cause = context.get("error")
+            if "discriminator" in context:
+                path.append(context["discriminator"].strip("'"))
             if isinstance(cause, OptionError):
                 path.append(cause.option)
             key = (prefix + ".".join(path)).rstrip(".")
             where = _origin_of(key, origin or {}, source)
             if problem["type"] == "extra_forbidden":
-                allowed = _fields_at(section, path[:-1])
                 message = f"unknown key.{did_you_mean(path[-1], allowed)} {_HINTS.get(path[-1], '')}".rstrip()
                 message += f" Allowed: {', '.join(sorted(allowed))}."
-            elif problem["type"] == "missing":
+            elif problem["type"] == "union_tag_invalid":
+                known = context["expected_tags"].replace("'", "")
+                message = f"'{context['tag']}' is none of {known}.{did_you_mean(context['tag'], known.split(', '))}"
+            elif problem["type"] in ("missing", "union_tag_not_found"):
                 message = "required, but not given."
             elif problem["type"] == "value_error":
                 message = f"{cause}."
@@ -163,10 +169,36 @@ def _origin_of(key: str, origin: dict[str, str], source: str) -> str:
     return source
 
 
-def _fields_at(section: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = section.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        section = field.annotation
-    return list(section.model_fields)
+def _written(section: type[BaseModel], location: list[str], unknown: bool) -> tuple[list[str], list[str]]:
+    """Path of a problem as it stands in the file, without the tags of unions, and the fields of the section that holds it.
+
+    Args:
+        unknown: the last part is no field of its section.
+    """
+    path: list[str] = []
+    at: Any = section
+    for part in location[:-1] if unknown else location:
+        sections = _sections(at)
+        if len(sections) > 1:
+            at = next((kind for kind in sections if _has_tag(kind, part)), None)
+            continue
+        if sections:
+            field = sections[0].model_fields.get(part)
+            at = None if field is None else field.annotation
+        else:
+            at = get_args(at)[-1] if get_origin(at) in (dict, list) else None
+        path.append(part)
+    sections = _sections(at)
+    return path + location[-1:] if unknown else path, list(sections[0].model_fields) if len(sections) == 1 else []
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: one, those of a union, or none."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _has_tag(section: type[BaseModel], tag: str) -> bool:
+    return any(tag in get_args(field.annotation) for field in section.model_fields.values())

@@ -1,0 +1,129 @@
+"""Conditions on the columns of a block, such as `rating > 3` or `action in [1, 2] and seconds >= 30`, as labels."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pa.Array]] = {
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+}
+_TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Gt: ast.Lt, ast.Lt: ast.Gt, ast.GtE: ast.LtE, ast.LtE: ast.GtE}
+_WORDS = {"true": True, "false": False}
+_GRAMMAR = (
+    "a condition compares columns with constants, COLUMN > 3, COLUMN == 'yes', COLUMN in [1, 2], and may join several with"
+    " and, or, not"
+)
+_KINDS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A parsed condition.
+
+    Attributes:
+        text: as it was written.
+        columns: the columns in it -> bool, float64 or string, by the constants that they are compared with.
+    """
+
+    text: str
+    columns: dict[str, pa.DataType]
+
+    def evaluate(self, table: pa.Table) -> pa.Array:
+        """[rows] bool; null where a missing value leaves it open: `a and b` is false when one of them is."""
+        return _evaluate(ast.parse(self.text, mode="eval").body, table)
+
+
+def parse_condition(text: str) -> Condition:
+    """Raises ValueError where the text is no condition."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{text!r} cannot be read: {_GRAMMAR}") from None
+    columns: dict[str, pa.DataType] = {}
+    for column, kind in _compared(tree, text):
+        if columns.setdefault(column, kind) != kind:
+            raise ValueError(f"{text!r} compares {column} with constants of two kinds")
+    return Condition(text, columns)
+
+
+def _compared(node: ast.expr, text: str) -> list[tuple[str, pa.DataType]]:
+    """Each column with the type of the constants beside it. Raises ValueError."""
+    if isinstance(node, ast.BoolOp):
+        return [found for value in node.values for found in _compared(value, text)]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return _compared(node.operand, text)
+    if isinstance(node, ast.Compare):
+        operands = [node.left, *node.comparators]
+        pairs = list(zip(operands[:-1], node.ops, operands[1:], strict=True))
+        return [_comparison(*pair, text)[1:3] for pair in pairs]
+    raise ValueError(f"{text!r}: {_GRAMMAR}")
+
+
+def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr, text: str) -> tuple[type[ast.cmpop], str, pa.DataType, Any]:
+    """Operator, column, type and constant of `column op constant`; `constant op column` is turned round."""
+    kind = type(op)
+    if not _is_column(left) and _is_column(right) and not isinstance(op, ast.In | ast.NotIn):
+        left, right, kind = right, left, _TURNED.get(kind, kind)
+    if not (isinstance(left, ast.Name) and _is_column(left)) or kind not in (*_COMPARISONS, ast.In, ast.NotIn):
+        raise ValueError(f"{text!r}: {_GRAMMAR}")
+    try:
+        value = _WORDS[right.id] if isinstance(right, ast.Name) and right.id in _WORDS else ast.literal_eval(right)
+    except (ValueError, SyntaxError):
+        raise ValueError(f"{text!r}: {_GRAMMAR}") from None
+    several = isinstance(op, ast.In | ast.NotIn)
+    constants: list[Any] = list(value) if isinstance(value, list | tuple | set) else [value]
+    if several != isinstance(value, list | tuple | set) or not constants:
+        raise ValueError(f"{text!r}: {left.id} needs {'a list such as [1, 2]' if several else 'one constant'} beside it")
+    kinds = {_KINDS.get(type(each)) for each in constants}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(f"{text!r}: constants beside {left.id} must all be numbers, all strings, or true or false")
+    if any(isinstance(each, int) and not -(2**63) <= each < 2**63 for each in constants):
+        raise ValueError(f"{text!r}: a constant beside {left.id} does not fit into 64 bits")
+    return kind, left.id, kinds.pop(), value
+
+
+def _is_column(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id not in _WORDS
+
+
+def _evaluate(node: ast.expr, table: pa.Table) -> pa.Array:
+    if isinstance(node, ast.BoolOp):
+        join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+        found = _evaluate(node.values[0], table)
+        for value in node.values[1:]:
+            found = join(found, _evaluate(value, table))
+        return found
+    if isinstance(node, ast.UnaryOp):
+        return pc.invert(_evaluate(node.operand, table))
+    assert isinstance(node, ast.Compare)
+    operands = [node.left, *node.comparators]
+    found = None
+    for left, op, right in zip(operands[:-1], node.ops, operands[1:], strict=True):
+        kind, name, _, value = _comparison(left, op, right, "")
+        column = table[name].combine_chunks()
+        if kind in _COMPARISONS:
+            result = _COMPARISONS[kind](column, value)
+        else:
+            result = _among(column, list(value))
+            result = pc.invert(result) if kind is ast.NotIn else result
+        found = result if found is None else pc.and_kleene(found, result)
+    return found
+
+
+def _among(column: pa.Array, values: list[Any]) -> pa.Array:
+    """Whether a value is one of these; null stays null. Compared one by one, so that 3.0 is 3 whatever the types."""
+    found = pc.equal(column, values[0])
+    for value in values[1:]:
+        found = pc.or_kleene(found, pc.equal(column, value))
+    return found

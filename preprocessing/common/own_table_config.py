@@ -1,0 +1,274 @@
+"""The configuration of `python -m preprocessing table`: what the columns of any table of your own mean."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mmlrec.errors import did_you_mean
+from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
+from preprocessing.common.expressions import Condition, parse_condition
+
+FORMATS = {
+    "csv": (".csv", ".tsv", ".txt", ".dat", ".log"),
+    "json": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet", ".pq"),
+}
+Files = Annotated[list[str], Field(min_length=1)]
+_OPERATOR = re.compile(r"[<>=]| in ")
+
+
+class CsvConfig(StrictModel):
+    """How delimited text is written."""
+
+    separator: str = Field(default=",", min_length=1, description="One or more characters between fields.")
+    quoted: bool = Field(default=True, description="A field may stand in double quotes (RFC 4180).")
+    header: bool = Field(default=True, description="The first line names the columns.")
+    columns: list[str] = Field(default=[], description="Names of all columns in order, where no header names them.")
+    encoding: str = "utf-8"
+
+    @model_validator(mode="after")
+    def _names_once(self) -> CsvConfig:
+        if self.header == bool(self.columns):
+            raise ValueError("give either a header or columns: names of all columns, for `header: false`")
+        if self.quoted and len(self.separator) > 1 and "quoted" in self.model_fields_set:
+            raise ValueError("quoted fields need a separator of one character")
+        return self
+
+
+class HashConfig(StrictModel):
+    """Ids by hash: no vocabulary, a table of fixed size."""
+
+    num_buckets: int = Field(ge=1, le=2**40, description="Rows of the table, without row 0.")
+    num_hashes: int = Field(default=1, ge=1, le=8, description="Ids of one value; with several the feature has a list of them.")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class IdFeature(StrictModel):
+    """A feature with one id a row."""
+
+    kind: Literal["id"]
+    column: str | None = Field(default=None, description="The feature's name, when absent.")
+    type: Literal["int", "string"] = "string"
+    table: str | None = Field(default=None, description="Another feature, whose embedding table this one shares.")
+    min_count: int | None = Field(default=None, ge=1, description="Values seen less often in train get id 0; 1 when absent.")
+    hash: HashConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_mapping(self) -> IdFeature:
+        given = [name for name in ("table", "min_count", "hash") if getattr(self, name) is not None]
+        if len(given) > 1:
+            why = "a shared table has the mapping of the feature that it is named after" if given[0] == "table" else ""
+            raise ValueError(f"{' and '.join(given)} exclude each other: {why or 'hashed ids are not counted'}")
+        return self
+
+
+class IdsFeature(IdFeature):
+    """A feature with several ids a row: text with a separator, a list column, or a JSON list."""
+
+    kind: Literal["ids"]  # type: ignore[assignment]
+    separator: str | None = Field(default=None, min_length=1, description="Between the ids; without one, a list is there.")
+
+
+class NumberFeature(StrictModel):
+    """A number: dense, or a sparse feature of quantile buckets."""
+
+    kind: Literal["number"]
+    column: str | None = None
+    scale: Literal["min_max", "log", "none"] = Field(
+        default="min_max", description="log: sign(x) log(1 + |x|), then min-max; both by the train rows."
+    )
+    buckets: int | None = Field(default=None, ge=2, le=1 << 16, description="Quantiles of the train rows, as ids.")
+
+    @model_validator(mode="after")
+    def _scaled_or_in_buckets(self) -> NumberFeature:
+        if self.buckets is not None and "scale" in self.model_fields_set:
+            raise ValueError("scale and buckets exclude each other: quantiles are the same on any scale")
+        return self
+
+
+FeatureConfig = Annotated[IdFeature | IdsFeature | NumberFeature, Field(discriminator="kind")]
+
+
+class TaskConfig(StrictModel):
+    """A label: a column, or a condition on columns."""
+
+    name: str
+    label: str = Field(description="A column of 0 and 1, or a condition such as `rating > 3`.")
+    kind: Literal["binary", "regression"] = "binary"
+    role: str | None = None
+    implied_by_next: bool = False
+
+    @model_validator(mode="after")
+    def _readable(self) -> TaskConfig:
+        if self.condition is not None and self.kind == "regression":
+            raise ValueError("a condition is a binary label; a regression task names a column")
+        return self
+
+    @property
+    def condition(self) -> Condition | None:
+        """The condition, where the label is one."""
+        return parse_condition(self.label.strip()) if _OPERATOR.search(self.label) else None
+
+
+class ScenarioConfig(StrictModel):
+    """What divides the rows: a column, and which of its values are which scenario, in the order of their first mention."""
+
+    column: str
+    name: str | None = Field(default=None, description="The column, when absent.")
+    values: dict[int | str, str] = Field(description="Value -> scenario, or a list of values that are scenarios themselves.")
+    others: str = Field(default="error", description="Rows with other values: `error`, `drop`, or the scenario that they join.")
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _mapping(cls, values: Any) -> Any:
+        mapping = {value: str(value) for value in values} if isinstance(values, list) else values
+        if isinstance(mapping, dict) and any(isinstance(value, bool) for value in (*mapping, *mapping.values())):
+            raise ValueError("true or false among the values: YAML reads NO, yes, on and off so; write them in quotes")
+        return mapping
+
+    @model_validator(mode="after")
+    def _several(self) -> ScenarioConfig:
+        if len({type(value) for value in self.values}) > 1:
+            raise ValueError("values must be all numbers or all text; write numbers that are text in quotes")
+        if len(self.names) < 2:
+            raise ValueError("two or more scenarios are needed; leave the section away where there is one")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """The scenarios in the order of their ids."""
+        joined = [] if self.others in ("error", "drop") else [self.others]
+        return list(dict.fromkeys([*self.values.values(), *joined]))
+
+
+class KeyConfig(StrictModel):
+    """A column that names, groups or dates rows; no feature."""
+
+    type: Literal["int", "string", "datetime"] = Field(description="datetime: ISO 8601; kept as seconds since 1970, UTC.")
+    column: str | None = None
+
+
+class RandomRule(StrictModel):
+    """8:1:1 of the rows."""
+
+    rule: Literal["random"] = "random"
+
+
+class GroupRule(StrictModel):
+    """8:1:1 of the values of a key; all rows with one value on one side."""
+
+    rule: Literal["group"]
+    key: str
+
+
+class TimeRule(StrictModel):
+    """Train before the first cut, test from the second on; without cuts at 80 % and 90 % of the rows."""
+
+    rule: Literal["time"]
+    key: str
+    cuts: tuple[int | date | datetime, int | date | datetime] | None = Field(default=None, strict=False)
+
+    @property
+    def seconds(self) -> tuple[int, int] | None:
+        """The cuts as integers."""
+        if self.cuts is None:
+            return None
+        first, second = (cut if isinstance(cut, int) else _seconds(cut) for cut in self.cuts)
+        return first, second
+
+    @model_validator(mode="after")
+    def _ascending(self) -> TimeRule:
+        if self.seconds is not None and self.seconds[0] >= self.seconds[1]:
+            raise ValueError("the second cut must be after the first")
+        return self
+
+
+class FileRule(StrictModel):
+    """The files say the side; without files for valid, one in `one_in` rows of train or test is valid."""
+
+    rule: Literal["file"]
+    train: Files
+    valid: list[str] = []
+    test: Files
+    valid_from: Literal["train", "test"] | None = Field(default=None, description="When `valid` is absent; train by default.")
+    one_in: int | None = Field(default=None, ge=2, description="When `valid` is absent; 10 by default.")
+
+    @model_validator(mode="after")
+    def _one_way_to_valid(self) -> FileRule:
+        if self.valid and (self.valid_from or self.one_in):
+            raise ValueError("valid has files of its own: leave valid_from and one_in away")
+        return self
+
+
+SplitConfig = Annotated[RandomRule | GroupRule | TimeRule | FileRule, Field(discriminator="rule")]
+
+
+class TableConfig(StrictModel):
+    """The whole file."""
+
+    files: list[str] = Field(default=[], description="Files, patterns such as logs/*.csv.gz, or folders, below --raw.")
+    format: Literal["csv", "json", "parquet"] | None = Field(default=None, description="By the files' names, when absent.")
+    csv: CsvConfig = CsvConfig()
+    features: dict[str, FeatureConfig] = Field(min_length=1)
+    tasks: list[TaskConfig] = Field(min_length=1)
+    scenario: ScenarioConfig | None = None
+    keys: dict[str, KeyConfig] = {}
+    group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
+    split: SplitConfig = RandomRule()
+    terms: str = Field(default="", description="Terms of use of the data, shown with results.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TableConfig:
+        if isinstance(self.split, FileRule) == bool(self.files):
+            raise ValueError(
+                "split.train and split.test name the files: leave `files` away"
+                if self.files
+                else "`files` is missing: name the files that hold the rows"
+            )
+        if self.format not in (None, "csv") and "csv" in self.model_fields_set:
+            raise ValueError(f"the section csv does not go with format: {self.format}")
+        for name, feature in self.features.items():
+            if isinstance(feature, IdFeature) and feature.table is not None:
+                self._check_shared(name, feature)
+        if self.group_key is not None:
+            self._check_key("group_key", self.group_key, ("int",))
+        if isinstance(self.split, GroupRule):
+            self._check_key("split.key", self.split.key, ("int", "string", "datetime"))
+        if isinstance(self.split, TimeRule):
+            self._check_key("split.key", self.split.key, ("int", "datetime"))
+            dates = any(isinstance(cut, date) for cut in self.split.cuts or ())
+            if dates and self.keys[self.split.key].type == "int":
+                raise ValueError(f"split.cuts are dates, but key '{self.split.key}' is int: give integers, or type: datetime")
+        return self
+
+    def _check_shared(self, name: str, feature: IdFeature) -> None:
+        other = self.features.get(str(feature.table))
+        if not isinstance(other, IdFeature) or other is feature or other.table is not None:
+            owners = [n for n, f in self.features.items() if isinstance(f, IdFeature) and f.table is None]
+            raise ValueError(
+                f"features.{name}.table: '{feature.table}' is no feature of ids with a table of its own."
+                f"{did_you_mean(str(feature.table), owners)} Such are: {', '.join(owners) or 'none'}"
+            )
+        if feature.type != other.type:
+            raise ValueError(f"features.{name} is {feature.type}, but '{feature.table}', whose table it shares, {other.type}")
+
+    def _check_key(self, where: str, key: str, types: tuple[str, ...]) -> None:
+        if key not in self.keys:
+            raise ValueError(f"{where}: '{key}' is not among the keys.{did_you_mean(key, self.keys)} Declare it under `keys:`")
+        if self.keys[key].type not in types:
+            raise ValueError(f"{where}: key '{key}' is of type {self.keys[key].type}; {' or '.join(types)} is needed")
+
+
+def read_table_config(path: Path) -> TableConfig:
+    """Raises ConfigError naming file, key, what is allowed, and the nearest valid key."""
+    return validate_section(TableConfig, read_yaml(path), prefix="", source=str(path))
+
+
+def _seconds(cut: date) -> int:
+    moment = cut if isinstance(cut, datetime) else datetime(cut.year, cut.month, cut.day)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

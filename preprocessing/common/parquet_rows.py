@@ -1,0 +1,148 @@
+"""Parquet files, some rows at a time, with exact complaints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmlrec.errors import DataError, did_you_mean
+from preprocessing.common.raw_files import Block, Piece, RawFolder, Source
+
+_MOST_ROWS = 1 << 17
+_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
+@dataclass(frozen=True)
+class ParquetRows(Source):
+    """The wanted columns of a Parquet file. In complaints a row is a line; the first is line 1.
+
+    Null stays null. Bad rows are those with an integer beyond 64 bits or with a fraction (pandas stores integers with gaps as
+    float), or with a number that is nan, infinite or too large for the wanted type.
+
+    Attributes:
+        columns: name -> int64, float32, float64, bool or string, or a list of one of these. Times and dates are given as
+            strings in ISO 8601.
+    """
+
+    columns: dict[str, pa.DataType]
+
+    def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
+        """Rows as an Arrow stream of one batch. Raises DataError when a column is missing or of another kind."""
+        path = raw.paths[self.name]
+        with _readable(path), pq.ParquetFile(path) as file:
+            self._check(path, file.schema_arrow)
+            groups = range(file.metadata.num_row_groups)
+            row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(file.metadata.num_rows, 1)
+            rows = min(max(piece_bytes // max(row_bytes, 1), 1), _MOST_ROWS)
+            start = 1
+            for batch in file.iter_batches(rows, columns=list(self.columns)):
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, batch.schema) as stream:
+                    stream.write_batch(batch)
+                yield Piece(path, start, sink.getvalue().to_pybytes())
+                start += batch.num_rows
+
+    def parse(self, piece: Piece) -> Block:
+        """The rows of a piece; see `Source`."""
+        with pa.ipc.open_stream(piece.text) as stream:
+            table = stream.read_all().combine_chunks()
+        block = Block(self, piece.path, np.arange(piece.first_line, piece.first_line + len(table)), table)
+        for name, kind in self.columns.items():
+            good = _fits(table[name].combine_chunks(), kind)
+            if good is not None:
+                complaint = f"{name} = {{{name}}} is no {_word(kind)} that can be used. Mend the row, or leave it null."
+                block = block.require(good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line], complaint)
+        columns = {name: _as(block.table[name].combine_chunks(), kind) for name, kind in self.columns.items()}
+        return Block(self, piece.path, block.lines, pa.table(columns), block.bad_rows)
+
+    def _check(self, path: Path, schema: pa.Schema) -> None:
+        for name, kind in self.columns.items():
+            if name not in schema.names:
+                raise DataError(
+                    f"{path}: there is no column '{name}'.{did_you_mean(name, schema.names)}"
+                    f" Columns: {', '.join(schema.names[:20])}{' ...' if len(schema.names) > 20 else ''}."
+                )
+            found = schema.field(name).type
+            if not _is_list(kind) == _is_list(found) or not _usable(_element(found), _element(kind)):
+                raise DataError(
+                    f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. Declare it so, or write it anew."
+                )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises DataError when the file is damaged, no Parquet, or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+        if start and start != b"PAR1":
+            raise DataError(f"{path}: no Parquet file: it begins with {start!r}. Unpack it, or name its format.")
+        if start:
+            yield
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: the Parquet file is truncated or damaged ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}. Fetch it again.") from error
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(test(kind) for test in _LIST_TYPES)
+
+
+def _element(kind: pa.DataType) -> pa.DataType:
+    kind = kind.value_type if _is_list(kind) else kind
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
+    number = pa.types.is_integer(found) or pa.types.is_floating(found)
+    if pa.types.is_integer(wanted):
+        return number
+    if pa.types.is_floating(wanted):
+        return number or pa.types.is_boolean(found) or pa.types.is_decimal(found)
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_temporal(found)
+    return pa.types.is_boolean(found)
+
+
+def _word(kind: pa.DataType) -> str:
+    words = {"int64": "integer", "float": "number", "double": "number", "bool": "boolean"}
+    word = words.get(str(_element(kind)), "string")
+    return f"list of {word}s" if _is_list(kind) else word
+
+
+def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
+    """[rows] whether a value can be given as the wanted type; None where every value of this type can."""
+    if _is_list(kind):
+        inner = _fits(pc.list_flatten(values), _element(kind))
+        if inner is None or pc.all(inner).as_py() is not False:
+            return None
+        good = np.ones(len(values), bool)
+        good[pc.list_parent_indices(values).filter(pc.invert(inner)).to_numpy()] = False
+        return pa.array(good)
+    values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    if pa.types.is_floating(values.type):
+        values = values.cast(pa.float64())
+        if pa.types.is_integer(kind):
+            fits = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
+        else:
+            fits = pc.is_finite(values.cast(kind))
+        return fits.fill_null(True)
+    if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
+        return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
+    return None
+
+
+def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_boolean(values.type) and pa.types.is_floating(kind):
+        values = values.cast(pa.int8())
+    return values.cast(kind)
