@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,13 @@ class Criteo(Dataset):
         self._log = options.dense == "log"
         self._modulo: bool = options.modulo
         self._days = [] if self._form == "kaggle" else _days_of(options.days or f"0-{_NUM_DAYS - 1}")
-        self._table_rows = _table_rows_of(options.table_rows)
         if self._form == "kaggle" and options.days:
             raise ConfigError("--days: the Kaggle file has no days; leave the option away.")
         if not self._arrays and (options.modulo or options.table_rows):
             raise ConfigError(
                 f"--table-rows and --modulo are for --form npy and multi-hot; --form {self._form} fits vocabularies."
             )
+        self._table_rows = _table_rows_of(options.table_rows)
         forms = _DAY_FILES.get(self._form, ())
         names = [form.format(day) for day in self._days for form in forms] or ["train.txt"]
         self.raw_files = tuple(map(RawFile, names))
@@ -137,7 +138,7 @@ class Criteo(Dataset):
         num_rows = len(block.lines)
         columns = features | {"label.click": block.table["label"].to_numpy().astype(np.float32), "key.line": block.lines}
         if self._days:
-            day = int(block.source.name.split("_")[1])
+            day = _day_of(block)
             columns["key.day"] = np.full(num_rows, day)
             columns["sample.scenario"] = np.full(num_rows, self._days.index(day))
             columns["split.side"] = np.full(num_rows, 2 if day == self._days[-1] else 0)
@@ -154,10 +155,12 @@ class Criteo(Dataset):
         return block, columns
 
     def _array_features(self, block: Block) -> tuple[Block, dict[str, Any]]:
+        _, dense_name, ids_name = (form.format(_day_of(block)) for form in _DAY_FILES[self._form])
+        block = replace(block, path=block.path.with_name(dense_name))  # the file that a complaint is about
         for name in NUMBERS:
             good = np.isfinite(block.table[name].to_numpy())
-            block = block.require(good, f"{name} is nan or infinite in the dense array. Write the array anew.")
-        columns: dict[str, Any] = {name: block.table[name] for name in NUMBERS}
+            block = block.require(good, f"{name} is nan or infinite. Write the array anew.")
+        block = replace(block, path=block.path.with_name(ids_name))
         for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True):
             rows, ids = len(block.lines), _flat(block.table[name])
             ids = ids.reshape(rows, len(ids) // max(rows, 1))
@@ -166,9 +169,15 @@ class Criteo(Dataset):
                 good &= ids.max(axis=1, initial=0) < num_rows
             remedy = "Give --table-rows or --modulo, or write the array anew."
             block = block.require(good, f"{name} must lie in 0..{num_rows - 1}, found {{{name}}}. {remedy}")
-        for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True):
-            columns[name] = _modulo(block.table[name], num_rows) if self._modulo else block.table[name]
+        columns: dict[str, Any] = {name: block.table[name] for name in (*NUMBERS, *CATEGORIES)}
+        if self._modulo:
+            for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True):
+                columns[name] = _modulo(columns[name], num_rows)
         return block, columns
+
+
+def _day_of(block: Block) -> int:
+    return int(block.source.name.split("_")[1])
 
 
 def _days_of(text: str) -> list[int]:
