@@ -15,7 +15,8 @@ from mmlrec.errors import DataError
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
 from preprocessing.common.buckets import CollisionCounter, QuantileBuckets
-from preprocessing.common.dataset import Column
+from preprocessing.common.dataset import Column, Dataset
+from preprocessing.common.splits import SIDE_COLUMN
 
 
 class ValueCounter:
@@ -122,15 +123,17 @@ class Encoder:
 
     def __init__(self, features: tuple[Column, ...], parity: bool) -> None:
         self._features = features
-        self._parity = parity
-        self._fitted = [f for f in features if f.kind != "dense" and not (f.num_ids or f.hashing or f.num_buckets)]
-        self._counters = {f.table: ValueCounter(f.raw_type) for f in self._fitted}
+        self.parity = parity
+        self.fitted = [f for f in features if f.kind != "dense" and not (f.num_ids or f.hashing or f.num_buckets)]
+        self._counters = {f.table: ValueCounter(f.raw_type) for f in self.fitted}
         self.ranges = {f.name: DenseRange() for f in features if f.scaled}
         self.buckets = {f.name: QuantileBuckets(f.num_buckets) for f in features if f.num_buckets}
         self._collisions = {
             f.table: CollisionCounter(f.hashing.num_buckets, f.hashing.num_hashes) for f in features if f.hashing
         }
+        #: Table -> vocabulary in memory; of those that coder.py writes only `num_rows` is kept.
         self.vocabularies: dict[str, Vocabulary] = {}
+        self.num_rows: dict[str, int] = {}
 
     @property
     def needs_fitting(self) -> bool:
@@ -139,9 +142,13 @@ class Encoder:
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
-        for feature in self._fitted:
+        for feature in self.fitted:
             column = rows.column(feature.name)
             self._counters[feature.table].add(column.flatten() if feature.kind == "multi" else column)
+        self.fit_numbers(rows)
+
+    def fit_numbers(self, rows: pa.RecordBatch) -> None:
+        """Take note of all that needs no vocabulary."""
         for name, seen in self.ranges.items():
             seen.add(rows.column(name))
         for name, buckets in self.buckets.items():
@@ -158,17 +165,18 @@ class Encoder:
 
     def freeze(self) -> None:
         """Turn the counts into vocabularies and buckets."""
-        min_counts = {f.table: 1 if self._parity else f.min_count for f in self._fitted}
+        min_counts = {f.table: 1 if self.parity else f.min_count for f in self.fitted}
         for table, counter in self._counters.items():
             assert table is not None
-            self.vocabularies[table] = Vocabulary(counter.counts(), min_counts[table], self._parity)
+            self.vocabularies[table] = Vocabulary(counter.counts(), min_counts[table], self.parity)
+            self.num_rows[table] = self.vocabularies[table].num_rows
         self._counters.clear()
         for buckets in self.buckets.values():
             buckets.freeze()
 
     def encode(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """The same rows with ids int64, lists of ids list<int64>, dense float32; other columns untouched."""
-        encoded = {f.name: self._encode_column(f, rows.column(f.name)) for f in self._features}
+        encoded = {f.name: self.encode_column(f, rows.column(f.name)) for f in self._features}
         others = {name: rows.column(name) for name in rows.schema.names if name not in encoded}
         return pa.RecordBatch.from_pydict(encoded | others)
 
@@ -181,8 +189,8 @@ class Encoder:
                     rows, seed, num_hashes = f.hashing.num_buckets + 1, f.hashing.seed, f.hashing.num_hashes
                     found[f.table] = Table(name=f.table, num_rows=rows, hash_seed=seed, num_hashes=num_hashes)
                 elif f.num_ids is None:
-                    fitted = self.buckets[f.name] if f.num_buckets else self.vocabularies[f.table]
-                    found[f.table] = Table(name=f.table, num_rows=fitted.num_rows, vocabulary=f"vocab/{f.table}.parquet")
+                    rows = self.buckets[f.name].num_rows if f.num_buckets else self.num_rows[f.table]
+                    found[f.table] = Table(name=f.table, num_rows=rows, vocabulary=f"vocab/{f.table}.parquet")
                 else:
                     found[f.table] = Table(name=f.table, num_rows=f.num_ids + 1)
         return list(found.values())
@@ -197,12 +205,13 @@ class Encoder:
 
     def save(self, folder: Path) -> None:
         """Write `<table>.parquet` for each vocabulary and each feature in buckets."""
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         fitted: dict[str, Vocabulary | QuantileBuckets] = {**self.vocabularies, **self.buckets}
         for table, entries in fitted.items():
             entries.save(folder / f"{table}.parquet")
 
-    def _encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
+    def encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
+        """A column of `encode`."""
         if feature.kind == "dense":
             return self.ranges[feature.name].scale(values) if feature.scaled else values.fill_null(0.0)
         if feature.kind == "multi":
@@ -226,3 +235,20 @@ class Encoder:
                 f"feature '{feature.name}': ids must lie in 0..{feature.num_ids}; mend the dataset file's generator."
             )
         return ids
+
+
+def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
+    """A literal nan or inf is a bad row: only an empty cell means missing. Raises DataError."""
+    for feature in dataset.features:
+        if pa.types.is_floating(feature.raw_type) and pc.all(pc.is_finite(batch.column(feature.name))).as_py() is False:
+            raise DataError(
+                f"{dataset.name}: feature '{feature.name}' holds nan or inf; leave the cell empty where the value is missing."
+            )
+
+
+def encoded_schema(dataset: Dataset) -> pa.Schema:
+    """Of encoded rows: features first, then the other canonical columns, the side excepted."""
+    kinds = {"sparse": pa.int64(), "multi": pa.list_(pa.int64()), "dense": pa.float32()}
+    fields = {f.name: kinds[f.kind] for f in dataset.features}
+    fields |= {field.name: field.type for field in dataset.canonical_schema() if field.name not in {*fields, SIDE_COLUMN}}
+    return pa.schema(fields.items())

@@ -1,16 +1,10 @@
-"""From a dataset's canonical rows to a dataset folder, in passes of constant memory (vocabularies excepted).
+"""From a dataset's rows to a dataset folder: the passes over the rows (passes.py), vocabularies, manifest.
 
-1. raw files -> canonical rows, spilled to disk and counted;
-2. each row gets its position by the split rule and a seeded permutation; rows of the train positions are counted for the
-   vocabularies; all go into buckets by position;
-3. bucket by bucket: sort, encode, write to train, valid or test, which are ranges of the positions.
-
-A dataset that comes shuffled and encoded (`split = InOrder()`) takes the third pass only.
+A dataset that comes shuffled and encoded (`split = InOrder()`) is written as it comes.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,23 +25,33 @@ from mmlrec.schema import (
 from preprocessing.common.dataset import Dataset
 from preprocessing.common.encoder import Encoder, ValueCounter
 from preprocessing.common.output import new_folder
-from preprocessing.common.parts import SplitWriter, row_group_size
+from preprocessing.common.parts import NUM_LANES, SplitWriter, row_group_size
+from preprocessing.common.passes import Memory, Passes
 from preprocessing.common.permutation import split_ends
 from preprocessing.common.progress import progress
 from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.shuffle import BucketSort, RowSpill
-from preprocessing.common.splits import SIDE_COLUMN, InOrder, Placement
+from preprocessing.common.splits import InOrder
 
-NUM_LANES = 8
+MEMORY_BYTES = 4 << 30
 
 
-def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: bool, options: dict[str, Any]) -> DatasetManifest:
+def build(
+    dataset: Dataset,
+    raw: RawFolder,
+    out: Path,
+    *,
+    seed: int,
+    parity: bool,
+    options: dict[str, Any],
+    memory_bytes: int = MEMORY_BYTES,
+) -> DatasetManifest:
     """Make the dataset folder `out`, whole or not at all.
 
     Args:
         seed: of the permutation.
         parity: fit on all rows, in the order of raw values, as the reference benchmark does.
         options: the resolved options, recorded in the manifest.
+        memory_bytes: that the process may take; the dataset does not depend on it.
 
     Raises:
         DataError: bad raw data, or a place that cannot be written.
@@ -60,16 +64,12 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
             if dataset.num_rows < 10:
                 raise DataError(f"{dataset.name}: {dataset.num_rows} rows are too few to be split 8:1:1; give at least 10.")
             borders = [0, *split_ends(dataset.num_rows), dataset.num_rows]
-            encoded = _in_order(dataset, raw, encoder)
+            splits = _write_in_order(dataset, _in_order(dataset, raw, encoder), borders, folder)
         else:
-            placement = Placement(dataset.split, seed, folder)
-            rows = _spill(dataset, raw, folder, placement)
-            placement.close(dataset.name)
-            borders = [0, placement.train_end, placement.valid_end, placement.num_rows]
-            sorter = _distribute(dataset, rows, placement, folder, encoder, parity, statistics)
-            encoded = ((start, encoder.encode(batch)) for start, batch in sorter.batches())
-        group_rows = row_group_size(borders[1], NUM_LANES)
-        splits = _write(dataset, encoded, borders, group_rows, folder)
+            passes = Passes(dataset, raw, folder, encoder, seed, parity, Memory(memory_bytes, raw.workers))
+            passes.read()
+            statistics = passes.count()
+            splits = passes.write()
         return complete(dataset, raw, folder, encoder, splits, statistics, parity, options)
 
 
@@ -113,55 +113,6 @@ def complete(
     return manifest
 
 
-def _spill(dataset: Dataset, raw: RawFolder, folder: Path, placement: Placement) -> RowSpill:
-    rows = RowSpill(folder / "canonical.arrow", dataset.canonical_schema())
-    raw.scratch = folder / "scratch"
-    raw.scratch.mkdir()
-    with progress(f"{dataset.name}: read") as done:
-        for batch in dataset.batches(raw):
-            check_canonical(dataset, batch)
-            placement.count(batch)
-            rows.add(batch)
-            done.update(batch.num_rows)
-    shutil.rmtree(raw.scratch)
-    return rows
-
-
-def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
-    """A literal nan or inf is a bad row: only an empty cell means missing. Raises DataError."""
-    for feature in dataset.features:
-        if feature.kind == "dense" and pc.all(pc.is_finite(batch.column(feature.name))).as_py() is False:
-            raise DataError(
-                f"{dataset.name}: feature '{feature.name}' holds nan or inf; leave the cell empty where the value is missing."
-            )
-
-
-def _distribute(
-    dataset: Dataset,
-    rows: RowSpill,
-    placement: Placement,
-    folder: Path,
-    encoder: Encoder,
-    parity: bool,
-    statistics: dict[str, Any],
-) -> BucketSort:
-    kept = [name for name in dataset.canonical_schema().names if name != SIDE_COLUMN]
-    schema = pa.schema([dataset.canonical_schema().field(name) for name in kept])
-    sorter = BucketSort(folder, schema, placement.num_rows)
-    groups = _GroupsPerScenario(dataset)
-    train_end = placement.num_rows if parity else placement.train_end
-    with progress(f"{dataset.name}: shuffle, count values", placement.num_rows) as done:
-        for batch in rows.batches():
-            positions = placement.positions(batch)
-            encoder.fit(batch.filter(pa.array(positions < train_end)))
-            groups.add(batch)
-            sorter.add(batch.select(kept), positions)
-            done.update(batch.num_rows)
-    encoder.freeze()
-    statistics |= groups.statistics()
-    return sorter
-
-
 def _in_order(dataset: Dataset, raw: RawFolder, encoder: Encoder) -> Iterator[tuple[int, pa.RecordBatch]]:
     start = 0
     for batch in dataset.batches(raw):
@@ -170,9 +121,10 @@ def _in_order(dataset: Dataset, raw: RawFolder, encoder: Encoder) -> Iterator[tu
     assert start == dataset.num_rows, f"{start} rows were generated, {dataset.num_rows} announced"
 
 
-def _write(
-    dataset: Dataset, encoded: Iterator[tuple[int, pa.RecordBatch]], borders: list[int], group_rows: int, folder: Path
+def _write_in_order(
+    dataset: Dataset, encoded: Iterator[tuple[int, pa.RecordBatch]], borders: list[int], folder: Path
 ) -> dict[str, Split]:
+    group_rows = row_group_size(borders[1], NUM_LANES)
     writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario) for name in SPLITS]
     with progress(f"{dataset.name}: encode, write", borders[-1]) as done:
         for start, batch in encoded:
@@ -184,7 +136,7 @@ def _write(
     return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
 
 
-class _GroupsPerScenario:
+class GroupsPerScenario:
     """Distinct groups (users) of each scenario, over all splits."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -193,12 +145,14 @@ class _GroupsPerScenario:
         self._counters = {value: ValueCounter(dataset.keys[str(dataset.group_key)]) for value in values}
 
     def add(self, rows: pa.RecordBatch) -> None:
+        """Count the groups of these canonical rows."""
         if self._counters:
             scenario = rows.column(SCENARIO_COLUMN)
             for index, counter in enumerate(self._counters.values()):
                 counter.add(rows.column(key_column(str(self._group))).filter(pc.equal(scenario, index)))
 
     def statistics(self) -> dict[str, dict[str, int]]:
+        """For the manifest: `scenario_users` or the like."""
         if not self._counters:
             return {}
         return {f"scenario_{self._group}s": {value: len(counter.counts()) for value, counter in self._counters.items()}}

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from mmlrec.schema import SCENARIO_COLUMN, Part, Scenario, Split, Task, label_column
 from preprocessing.common.raw_files import file_sha256
 
-PART_ROWS = 4_000_000
+NUM_LANES = 8
+PART_ROWS = 1 << 20  # parts are written side by side, one by each worker
 
 
 def row_group_size(num_train_rows: int, num_lanes: int) -> int:
@@ -49,10 +50,22 @@ def _encoding(schema: pa.Schema) -> dict[str, object]:
 
 
 class SplitWriter:
-    """Writes one split. Every row group has exactly `group_rows` rows, across part borders, but the split's very last."""
+    """Writes one split, or the parts of it from `first_part` on.
 
-    def __init__(self, folder: Path, split: str, group_rows: int, tasks: tuple[Task, ...], scenario: Scenario | None) -> None:
-        self._folder, self._split = folder, split
+    Every row group has exactly `group_rows` rows, across part borders, but the split's very last. What is written does not
+    depend on how the rows are handed over.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        group_rows: int,
+        tasks: tuple[Task, ...],
+        scenario: Scenario | None,
+        first_part: int = 0,
+    ) -> None:
+        self._folder, self._split, self._first_part = folder, split, first_part
         self._group_rows = group_rows
         self._part_rows = part_size(group_rows)
         self._tasks, self._scenario = tasks, scenario
@@ -63,7 +76,7 @@ class SplitWriter:
         num_scenarios = len(scenario.values) if scenario else 0
         self._scenario_rows = np.zeros(num_scenarios, np.int64)
         self._counts = np.zeros((len(tasks), num_scenarios + 1, 2), np.int64)  # last scenario = all
-        (folder / split).mkdir()
+        (folder / split).mkdir(exist_ok=True)
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Append encoded rows."""
@@ -91,7 +104,7 @@ class SplitWriter:
         )
 
     def _path(self, index: int) -> str:
-        return f"{self._split}/part-{index:05d}.parquet"
+        return f"{self._split}/part-{self._first_part + index:05d}.parquet"
 
     def _part(self, index: int, num_rows: int) -> Part:
         path = self._folder / self._path(index)
@@ -104,7 +117,7 @@ class SplitWriter:
                 self._next_part(table.schema)
             assert self._writer is not None
             group = table.slice(start, min(self._group_rows, num_rows - start))
-            self._writer.write_table(group, row_group_size=self._group_rows)
+            self._writer.write_table(group.combine_chunks(), row_group_size=self._group_rows)  # pages end where chunks do
             self._written[-1] += group.num_rows
         self._waiting = table.slice(num_rows).to_batches()
         self._num_waiting -= num_rows
@@ -128,3 +141,20 @@ class SplitWriter:
                 self._counts[t, -1, k] += np.count_nonzero(chosen)
                 if self._scenario:
                     self._counts[t, :-1, k] += np.bincount(scenario[chosen], minlength=num_scenarios)
+
+
+def join_splits(pieces: list[Split]) -> Split:
+    """One split from the parts that several writers have made of it, in their order."""
+    scenarios, tasks = pieces[0].scenario_rows, pieces[0].label_counts
+    return Split(
+        parts=[part for piece in pieces for part in piece.parts],
+        num_rows=sum(piece.num_rows for piece in pieces),
+        scenario_rows={name: sum(piece.scenario_rows[name] for piece in pieces) for name in scenarios},
+        label_counts={
+            task: {
+                name: (sum(p.label_counts[task][name][0] for p in pieces), sum(p.label_counts[task][name][1] for p in pieces))
+                for name in counts
+            }
+            for task, counts in tasks.items()
+        },
+    )

@@ -173,6 +173,7 @@ class RawFolder:
         bad_rows: the bad rows so far.
         passed_over: plain name of a file -> reason -> how many rows were left out for it (see `Block.only`).
         workers: how many pieces are worked on at a time.
+        piece_bytes: how much of a file is parsed at a time.
         scratch: a folder for large intermediate files, removed when the canonical table is complete; set by the engine.
 
     Raises:
@@ -188,6 +189,7 @@ class RawFolder:
         self.bad_rows = BadRows(max_bad_rows)
         self.passed_over: dict[str, dict[str, int]] = {}
         self.workers = workers or num_cores()
+        self.piece_bytes = PIECE_BYTES
         found = {file.name: _find(folder, file.name) for file in files}
         self.paths = {name: path for name, path in found.items() if path is not None}
         missing = [name for name in found if name not in self.paths]
@@ -217,7 +219,7 @@ class RawFolder:
                 names file and line. Bad rows that `function` finds with `Block.require` count as well.
         """
         path = self.paths[source.name]
-        pieces = source.pieces(self, piece_bytes or PIECE_BYTES)
+        pieces = source.pieces(self, piece_bytes or self.piece_bytes)
         first = next(pieces, None)
         empty = True
         if first is not None:

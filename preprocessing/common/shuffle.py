@@ -1,96 +1,137 @@
-"""Rows on disk in the order of their target positions, in constant memory: a bucket sort through temporary files."""
+"""Rows on disk in the order of their target positions, in bounded memory: a bucket sort through temporary files."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+IntArray = NDArray[np.int64]
+
 BUCKET_ROWS = 1 << 18
+_LENGTH = struct.Struct("<q")
+_PLACE = "position"
 
 
-class RowSpill:
-    """Record batches written to one Arrow file and read back in the same order."""
+class BatchFile:
+    """Record batches of one schema in a file that is opened for each access only, so that any number may be in use.
+
+    Batches are written in their serialised form, which several threads can prepare at a time.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path = path
-        self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_stream(self._sink, schema)
-        self.num_rows = 0
+        self._path, self._schema = path, schema
+        self.num_bytes = 0
 
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Append rows."""
-        self._writer.write_batch(rows)
-        self.num_rows += rows.num_rows
+    def append(self, serialised: pa.Buffer) -> int:
+        """Append a batch; gives the offset to read it from."""
+        offset = self.num_bytes
+        with self._path.open("ab") as file:
+            file.write(_LENGTH.pack(serialised.size))
+            file.write(serialised)
+        self.num_bytes += _LENGTH.size + serialised.size
+        return offset
+
+    def add(self, rows: pa.RecordBatch) -> int:
+        """Append rows; gives the offset to read them from."""
+        return self.append(rows.serialize())
+
+    def at(self, offset: int) -> pa.RecordBatch:
+        """The batch that was written at an offset."""
+        with pa.OSFile(str(self._path), "rb") as file:
+            file.seek(offset)
+            return self._next(file)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows again; the file is removed at the end."""
-        self._writer.close()
-        self._sink.close()
-        with pa.OSFile(str(self._path), "rb") as source:
-            yield from pa.ipc.open_stream(source)
+        """All batches in the order of writing; the file is removed at the end."""
+        if not self.num_bytes:
+            return
+        with pa.OSFile(str(self._path), "rb") as file:
+            while file.tell() < self.num_bytes:
+                yield self._next(file)
         self._path.unlink()
+
+    def table(self) -> pa.Table:
+        """All rows; the file is removed."""
+        return pa.Table.from_batches(self.batches(), self._schema)
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self._path.unlink(missing_ok=True)
+
+    def _next(self, file: pa.OSFile) -> pa.RecordBatch:
+        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        return pa.ipc.read_record_batch(file.read_buffer(length), self._schema)
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Cuts the positions of train, valid and test into parts, and those into buckets, none of which crosses a border.
+
+    Attributes:
+        borders: positions where the splits begin, and the number of rows.
+        part_rows: rows of every part but a split's last.
+        bucket_rows: rows of every bucket but a part's last.
+    """
+
+    borders: tuple[int, int, int, int]
+    part_rows: int
+    bucket_rows: int
+
+    @property
+    def parts(self) -> list[tuple[int, int, range]]:
+        """Of each part: split, number within the split, buckets."""
+        found, first = [], 0
+        for split, (start, end) in enumerate(zip(self.borders[:-1], self.borders[1:], strict=True)):
+            for part, begin in enumerate(range(start, end, self.part_rows)):
+                last = first + -(-min(self.part_rows, end - begin) // self.bucket_rows)
+                found.append((split, part, range(first, last)))
+                first = last
+        return found
+
+    def buckets(self, positions: IntArray) -> tuple[IntArray, IntArray]:
+        """Bucket of each position, and the place within it."""
+        parts = self.parts
+        first_buckets = np.array([next(buckets.start for s, _, buckets in parts if s == split) for split in range(3)])
+        split = (positions >= self.borders[1]).astype(np.int64) + (positions >= self.borders[2])
+        part, within = np.divmod(positions - np.array(self.borders[:3])[split], self.part_rows)
+        bucket, place = np.divmod(within, self.bucket_rows)
+        return first_buckets[split] + part * -(-self.part_rows // self.bucket_rows) + bucket, place
 
 
 class BucketSort:
-    """Takes rows with their positions in any order and gives them back sorted by position.
+    """Takes rows with their positions in any order and gives them back bucket by bucket, each in the order of positions."""
 
-    Bucket b holds positions [b, b + 1) * BUCKET_ROWS. Its file is opened for each append only, so that the number of
-    buckets is not bounded by the number of files that may be open.
-    """
+    def __init__(self, folder: Path, schema: pa.Schema, plan: BucketPlan) -> None:
+        self._schema = schema.append(pa.field(_PLACE, pa.int32()))
+        self._plan = plan
+        num_buckets = plan.parts[-1][2].stop
+        self._files = [BatchFile(folder / f"bucket-{bucket}.arrow", self._schema) for bucket in range(num_buckets)]
 
-    def __init__(self, folder: Path, schema: pa.Schema, num_rows: int) -> None:
-        self._folder = folder
-        self._schema = schema.append(pa.field("position", pa.int64()))
-        self._num_buckets = -(-num_rows // BUCKET_ROWS)
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
+    def scatter(self, rows: pa.RecordBatch, positions: IntArray) -> list[tuple[int, pa.Buffer]]:
+        """Rows by bucket, ready to be appended; positions are [rows]. For several threads."""
+        buckets, places = self._plan.buckets(positions)
+        kind = np.uint16 if len(self._files) <= 1 << 16 else np.int64  # numpy sorts 16 bits by radix
+        order = np.argsort(buckets.astype(kind), kind="stable")
+        rows = pa.RecordBatch.from_arrays([*rows.columns, pa.array(places.astype(np.int32))], schema=self._schema)
+        rows = rows.take(pa.array(order))
+        counts = np.bincount(buckets, minlength=len(self._files))
+        starts = np.cumsum(counts) - counts
+        return [(int(b), rows.slice(starts[b], counts[b]).serialize()) for b in np.flatnonzero(counts)]
 
-    def add(self, rows: pa.RecordBatch, positions: NDArray[np.int64]) -> None:
-        """Append rows; positions are [rows] int64."""
-        self._waiting.append(pa.RecordBatch.from_arrays([*rows.columns, pa.array(positions)], schema=self._schema))
-        self._num_waiting += rows.num_rows
-        if self._num_waiting >= BUCKET_ROWS:
-            self._scatter()
+    def append(self, scattered: list[tuple[int, pa.Buffer]]) -> None:
+        """Write what `scatter` gave."""
+        for bucket, serialised in scattered:
+            self._files[bucket].append(serialised)
 
-    def batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Position of the first row, and rows in the order of positions; each bucket's file is removed when read."""
-        self._scatter()
-        for bucket in range(self._num_buckets):
-            rows = self._read(bucket)
-            order = np.empty(rows.num_rows, np.int64)
-            order[rows.column("position").to_numpy() - bucket * BUCKET_ROWS] = np.arange(rows.num_rows)
-            sorted_rows = rows.take(pa.array(order))
-            yield (
-                bucket * BUCKET_ROWS,
-                pa.RecordBatch.from_arrays(sorted_rows.columns[:-1], schema=self._schema.remove(len(self._schema) - 1)),
-            )
-
-    def _path(self, bucket: int) -> Path:
-        return self._folder / f"bucket-{bucket}.arrow"
-
-    def _scatter(self) -> None:
-        if not self._num_waiting:
-            return
-        rows = pa.concat_batches(self._waiting)
-        self._waiting, self._num_waiting = [], 0
-        buckets = rows.column("position").to_numpy() // BUCKET_ROWS
-        rows = rows.take(pa.array(np.argsort(buckets, kind="stable")))
-        ends = np.cumsum(np.bincount(buckets, minlength=self._num_buckets))
-        for bucket, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if end > start:
-                with self._path(bucket).open("ab") as file, pa.ipc.new_stream(file, self._schema) as stream:
-                    stream.write_batch(rows.slice(start, end - start))
-
-    def _read(self, bucket: int) -> pa.RecordBatch:
-        """All appended streams of a bucket's file, as one batch."""
-        path, batches = self._path(bucket), []
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            while file.tell() < size:
-                batches.extend(pa.ipc.open_stream(file))
-        path.unlink()
-        return pa.concat_batches(batches)
+    def read(self, bucket: int) -> pa.RecordBatch:
+        """The rows of a bucket in the order of positions; its file is removed. For several threads."""
+        rows = pa.concat_batches(list(self._files[bucket].batches()))
+        order = np.empty(rows.num_rows, np.int64)
+        order[rows.column(_PLACE).to_numpy()] = np.arange(rows.num_rows)
+        return rows.select(self._schema.names[:-1]).take(pa.array(order))

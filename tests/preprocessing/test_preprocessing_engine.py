@@ -165,7 +165,7 @@ class Many(Dataset):
             yield pa.RecordBatch.from_pydict(columns, schema=self.canonical_schema())
 
 num_rows = int(sys.argv[1])
-build(Many(None), RawFolder(Path(), (), ""), Path(sys.argv[2]), seed=1, parity=False, options={})
+build(Many(None), RawFolder(Path(), (), ""), Path(sys.argv[2]), seed=1, parity=False, options={}, memory_bytes=64 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -1,0 +1,156 @@
+"""Canonical rows with codes in place of raw values, so that each value is looked up once; codes become ids when counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mmlrec.schema import SCENARIO_COLUMN, key_column
+from preprocessing.common.dataset import Dataset
+from preprocessing.common.dictionaries import ArrayStore, Dictionaries
+from preprocessing.common.encoder import Encoder
+from preprocessing.common.ranking import VocabularyFile, num_distinct, rank
+from preprocessing.common.splits import SIDE_COLUMN
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Canonical rows with codes, and which generation of its table's dictionary the codes of each feature belong to."""
+
+    rows: pa.RecordBatch
+    generations: tuple[int, ...]
+
+
+class Coder:
+    """What `Encoder` does row by row of raw values, for rows that are read once, in bounded memory.
+
+    `code` and `encode` are for several threads.
+
+    Args:
+        encoder: does all that needs no vocabulary, and holds the vocabularies in the end.
+        folder: for dictionaries and counts that do not fit.
+        limit_bytes: of all dictionaries together; counts and ids take less than half of it.
+    """
+
+    def __init__(self, dataset: Dataset, encoder: Encoder, folder: Path, limit_bytes: int) -> None:
+        self._features, self._encoder = dataset.features, encoder
+        self._folder, self._limit = folder, limit_bytes
+        self._with_vocabulary = [f for f in dataset.features if f in encoder.fitted]
+        raw_types = {str(f.table): f.raw_type for f in self._with_vocabulary}
+        self._dictionaries = Dictionaries(raw_types, folder / "dictionaries", limit_bytes)
+        self._counts = ArrayStore(folder / "counts", limit_bytes // 4)
+        self._ids = ArrayStore(folder / "ids", limit_bytes // 4)
+        coded = {f.name: pa.list_(pa.int32()) if f.kind == "multi" else pa.int32() for f in self._with_vocabulary}
+        #: Of the rows that `code` gives.
+        self.schema = pa.schema([(field.name, coded.get(field.name, field.type)) for field in dataset.canonical_schema()])
+
+    def code(self, rows: pa.RecordBatch) -> Coded:
+        """Canonical rows with codes; -1 for null."""
+        columns, generations = dict(zip(rows.schema.names, rows.columns, strict=True)), []
+        for feature in self._with_vocabulary:
+            values = columns[feature.name]
+            flat = values.flatten() if feature.kind == "multi" else values
+            generation, codes = self._dictionaries.tables[str(feature.table)].code(flat)
+            columns[feature.name] = _like(values, codes) if feature.kind == "multi" else pa.array(codes)
+            generations.append(generation)
+        return Coded(pa.RecordBatch.from_pydict(columns, schema=self.schema), tuple(generations))
+
+    def begin(self) -> None:
+        """All rows are coded; those to be counted follow."""
+        for name, dictionary in self._dictionaries.tables.items():
+            for generation, size in enumerate(dictionary.sizes):
+                self._counts.put((name, generation), np.zeros(size, np.int64))
+
+    def count(self, coded: Coded, chosen: NDArray[np.bool_]) -> None:
+        """Count the values of the chosen rows, [rows]."""
+        rows = coded.rows if chosen.all() else coded.rows.filter(pa.array(chosen))
+        self._encoder.fit_numbers(rows)
+        for feature, generation in zip(self._with_vocabulary, coded.generations, strict=True):
+            column = rows.column(feature.name)
+            codes = (column.flatten() if feature.kind == "multi" else column).to_numpy()
+            counts = self._counts.get((feature.table, generation))
+            if len(counts) < len(codes):
+                counts += np.bincount(codes + 1, minlength=len(counts) + 1)[1:]
+            else:
+                np.add.at(counts, codes[codes >= 0], 1)
+
+    def freeze(self, vocabularies: Path) -> None:
+        """Turn the counts into vocabularies, written to this folder."""
+        vocabularies.mkdir()
+        for name, dictionary in self._dictionaries.tables.items():
+            feature = next(f for f in self._with_vocabulary if f.table == name)
+            parity = self._encoder.parity
+            self._encoder.num_rows[name] = rank(
+                dictionary,
+                partial(self._counts_of, name),
+                1 if parity else feature.min_count,
+                parity,
+                VocabularyFile(vocabularies / f"{name}.parquet", feature.raw_type),
+                partial(self._keep_ids, name),
+                self._folder / f"ranking-{len(self._encoder.num_rows)}",
+                max(self._limit // 4, 1 << 10),
+            )
+        self._dictionaries.tables.clear()
+
+    def _counts_of(self, table: str, generation: int) -> NDArray[np.int64]:
+        return self._counts.get((table, generation))
+
+    def _keep_ids(self, table: str, generation: int, ids: NDArray[np.signedinteger]) -> None:
+        self._ids.put((table, generation), ids)
+
+    def encode(self, coded: Coded) -> pa.RecordBatch:
+        """The rows with ids, as small as they go; `cast` to the schema of the parts makes all of them int64."""
+        generations = dict(zip([f.name for f in self._with_vocabulary], coded.generations, strict=True))
+        columns = {}
+        for feature in self._features:
+            values = coded.rows.column(feature.name)
+            if feature.name not in generations:
+                columns[feature.name] = self._encoder.encode_column(feature, values)
+                continue
+            ids = self._ids.get((feature.table, generations[feature.name]))
+            if feature.kind == "multi":
+                columns[feature.name] = _like(values, ids[values.flatten().to_numpy()])
+            else:
+                columns[feature.name] = pa.array(ids[values.to_numpy()])
+        others = {name: coded.rows.column(name) for name in coded.rows.schema.names if name not in columns}
+        others.pop(SIDE_COLUMN, None)
+        return pa.RecordBatch.from_pydict(columns | others)
+
+
+class GroupsOfScenarios:
+    """Distinct groups (users) of each scenario, in bounded memory; `add` is for several threads."""
+
+    def __init__(self, dataset: Dataset, folder: Path, limit_bytes: int) -> None:
+        self._key, self._folder, self._limit = dataset.group_key, folder, limit_bytes
+        scenarios = dataset.scenario.values if dataset.scenario and dataset.group_key else []
+        kind = dataset.keys[str(dataset.group_key)] if scenarios else pa.int64()
+        self._dictionaries = Dictionaries(dict.fromkeys(scenarios, kind), folder / "groups", limit_bytes)
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        """Take note of the groups of these canonical rows."""
+        for index, dictionary in enumerate(self._dictionaries.tables.values()):
+            here = pc.equal(rows.column(SCENARIO_COLUMN), index)
+            dictionary.code(rows.column(key_column(str(self._key))).filter(here))
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """For the manifest: `scenario_users` or the like."""
+        if not self._dictionaries.tables:
+            return {}
+        counts = {
+            scenario: num_distinct(dictionary, self._folder / f"groups-{index}", max(self._limit // 4, 1 << 10))
+            for index, (scenario, dictionary) in enumerate(self._dictionaries.tables.items())
+        }
+        return {f"scenario_{self._key}s": counts}
+
+
+def _like(lists: pa.ListArray, values: NDArray[np.signedinteger]) -> pa.ListArray:
+    """The same lists of other values; null becomes an empty list."""
+    lengths = lists.value_lengths().fill_null(0).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

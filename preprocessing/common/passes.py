@@ -1,0 +1,212 @@
+"""The passes over the rows, each on all cores and in bounded memory.
+
+1. `read`: raw files -> canonical rows, coded (coder.py), spilled to disk;
+2. `count`: each row gets its position by the split rule and a seeded permutation; train rows are counted for vocabularies;
+3. `distribute`: codes become ids; rows go into buckets by position;
+4. `write`: part by part, bucket by bucket, in the order of positions.
+
+What is written depends neither on the number of workers nor on the memory: codes, which do, are gone when ids are given.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmlrec.schema import SPLITS, Split
+from preprocessing.common import raw_files, shuffle
+from preprocessing.common.coder import Coded, Coder, GroupsOfScenarios
+from preprocessing.common.dataset import Dataset
+from preprocessing.common.encoder import Encoder, check_canonical, encoded_schema
+from preprocessing.common.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.common.progress import progress
+from preprocessing.common.raw_files import RawFolder
+from preprocessing.common.shuffle import BatchFile, BucketPlan, BucketSort
+from preprocessing.common.splits import Placement
+from preprocessing.common.workers import in_order
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Shares of the memory that a run may take; what is left over is Python's, Arrow's and numpy's.
+
+    Attributes:
+        num_bytes: of the whole process.
+        workers: threads.
+    """
+
+    num_bytes: int
+    workers: int
+
+    @property
+    def dictionary_bytes(self) -> int:
+        """Of all dictionaries of raw values."""
+        return self.num_bytes // 4
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of the rows that one thread works on: about four copies of them, and as many units waiting as there are workers."""
+        return self.num_bytes // 4 // (4 * (self.workers + 2))
+
+    @property
+    def piece_bytes(self) -> int:
+        """Of the text that one thread parses; rows take up to eight times as much on their way."""
+        return min(raw_files.PIECE_BYTES, max(self.num_bytes // 4 // (8 * 2 * (self.workers + 2)), 1 << 16))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where coded rows lie in the spill."""
+
+    offset: int
+    num_rows: int
+    generations: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Blocks that are worked on together, and the number of rows before them."""
+
+    blocks: list[_Block]
+    start: int
+
+
+class Passes:
+    """The passes over one dataset's rows. Call them in their order."""
+
+    def __init__(
+        self, dataset: Dataset, raw: RawFolder, folder: Path, encoder: Encoder, seed: int, parity: bool, memory: Memory
+    ) -> None:
+        self._dataset, self._raw, self._folder, self._parity, self._memory = dataset, raw, folder, parity, memory
+        self._scratch = folder / "scratch"
+        self._scratch.mkdir()
+        self._placement = Placement(dataset.split, seed, folder)
+        self._coder = Coder(dataset, encoder, self._scratch / "coder", memory.dictionary_bytes)
+        self._groups = GroupsOfScenarios(dataset, self._scratch, memory.dictionary_bytes // 8)
+        self._spill = BatchFile(self._scratch / "coded.arrow", self._coder.schema)
+        self._blocks: list[_Block] = []
+        self._positions = self._scratch / "positions.bin"
+        self._schema = encoded_schema(dataset)
+
+    def read(self) -> None:
+        """Raw files to coded rows on disk."""
+        raw = self._raw
+        raw.scratch = self._scratch / "raw"
+        raw.scratch.mkdir()
+        raw.piece_bytes = self._memory.piece_bytes
+
+        def code(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Coded, pa.Buffer]:
+            check_canonical(self._dataset, batch)
+            coded = self._coder.code(batch)
+            self._groups.add(batch)
+            return batch, coded, coded.rows.serialize()
+
+        with progress(f"{self._dataset.name}: read") as done:
+            for batch, coded, serialised in in_order(code, self._dataset.batches(raw), raw.workers):
+                self._placement.count(batch)
+                self._blocks.append(_Block(self._spill.append(serialised), batch.num_rows, coded.generations))
+                done.update(batch.num_rows)
+        shutil.rmtree(raw.scratch)
+        self._placement.close(self._dataset.name)
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Positions, and the vocabularies of the train rows; gives further statistics."""
+        placement = self._placement
+        train_end = placement.num_rows if self._parity else placement.train_end
+
+        def load(unit: _Unit) -> tuple[list[Coded], NDArray[np.int64]]:
+            coded = self._load(unit)
+            return coded, sum((placement.sizes(block.rows) for block in coded), np.zeros(3, np.int64))
+
+        def with_places() -> Iterator[tuple[list[Coded], Placement]]:
+            before = np.zeros(3, np.int64)
+            for coded, sizes in in_order(load, self._units(), self._raw.workers):
+                yield coded, placement.after(before)
+                before = before + sizes
+
+        def place(item: tuple[list[Coded], Placement]) -> tuple[list[Coded], list[NDArray[np.int64]]]:
+            coded, here = item
+            return coded, [here.positions(block.rows) for block in coded]
+
+        self._coder.begin()
+        with progress(f"{self._dataset.name}: count values", placement.num_rows) as done, self._positions.open("wb") as file:
+            for coded, positions in in_order(place, with_places(), self._raw.workers):
+                for block, of_block in zip(coded, positions, strict=True):
+                    self._coder.count(block, of_block < train_end)
+                    file.write(of_block.data)
+                    done.update(block.rows.num_rows)
+            self._coder.freeze(self._folder / "vocab")
+        return self._groups.statistics()
+
+    def write(self) -> dict[str, Split]:
+        """Rows to the parts of train, valid and test."""
+        group_rows = row_group_size(self._placement.train_end, NUM_LANES)
+        sorter, plan = self._distribute(group_rows)
+        dataset, lock = self._dataset, Lock()
+
+        def write_part(part: tuple[int, int, range]) -> tuple[int, Split]:
+            split, number, buckets = part
+            writer = SplitWriter(self._folder, SPLITS[split], group_rows, dataset.tasks, dataset.scenario, first_part=number)
+            for bucket in buckets:
+                rows = sorter.read(bucket)
+                writer.write(rows.cast(self._schema))
+                with lock:
+                    done.update(rows.num_rows)
+            return split, writer.close()
+
+        found: list[list[Split]] = [[], [], []]
+        with progress(f"{dataset.name}: write", self._placement.num_rows) as done:
+            for split, part in in_order(write_part, plan.parts, self._raw.workers):
+                found[split].append(part)
+        shutil.rmtree(self._scratch)
+        return {name: join_splits(parts) for name, parts in zip(SPLITS, found, strict=True)}
+
+    def _distribute(self, group_rows: int) -> tuple[BucketSort, BucketPlan]:
+        placement, part_rows = self._placement, part_size(group_rows)
+        bucket_rows = min(max(shuffle.BUCKET_ROWS, placement.num_rows // 64), self._unit_rows(), part_rows)
+        borders = (0, placement.train_end, placement.valid_end, placement.num_rows)
+        plan = BucketPlan(borders, part_rows, bucket_rows)
+        sorter: BucketSort | None = None
+        lock = Lock()
+
+        def scatter(unit: _Unit) -> tuple[int, list[tuple[int, pa.Buffer]]]:
+            nonlocal sorter
+            encoded = pa.concat_batches([self._coder.encode(block) for block in self._load(unit)])
+            with lock:
+                sorter = sorter or BucketSort(self._scratch, encoded.schema, plan)
+            positions = np.fromfile(self._positions, np.int64, encoded.num_rows, offset=8 * unit.start)
+            return encoded.num_rows, sorter.scatter(encoded, positions)
+
+        with progress(f"{self._dataset.name}: shuffle", placement.num_rows) as done:
+            for num_rows, scattered in in_order(scatter, self._units(), self._raw.workers):
+                assert sorter is not None
+                sorter.append(scattered)
+                done.update(num_rows)
+        assert sorter is not None
+        self._spill.remove()
+        return sorter, plan
+
+    def _unit_rows(self) -> int:
+        row_bytes = max(self._spill.num_bytes // self._placement.num_rows, 8 * len(self._schema))
+        return max(self._memory.unit_bytes // row_bytes, 1 << 10)
+
+    def _units(self) -> Iterator[_Unit]:
+        limit, waiting, start, num_rows = self._unit_rows(), [], 0, 0
+        for block in self._blocks:
+            waiting.append(block)
+            num_rows += block.num_rows
+            if num_rows >= limit:
+                yield _Unit(waiting, start)
+                waiting, start, num_rows = [], start + num_rows, 0
+        if waiting:
+            yield _Unit(waiting, start)
+
+    def _load(self, unit: _Unit) -> list[Coded]:
+        return [Coded(self._spill.at(block.offset), block.generations) for block in unit.blocks]

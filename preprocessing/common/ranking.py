@@ -1,0 +1,211 @@
+"""From the counts of coded values to a vocabulary: in memory, or, for a dictionary of several generations, through the disk.
+
+Both give the same vocabulary and the same ids, which go by (descending count, value); by value alone in the parity form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from preprocessing.common.dictionaries import Dictionary
+from preprocessing.common.shuffle import BatchFile
+from preprocessing.common.value_index import hash_words
+
+IntArray = NDArray[np.int64]
+_BATCH_ROWS = 1 << 16
+
+#: Generation -> count of each code, [codes] int64.
+Counts = Callable[[int], IntArray]
+#: Takes generation and ids of its codes, [codes + 1] int32 or int64; 0 = not in the vocabulary. The last one is for code -1.
+Ids = Callable[[int, NDArray[np.signedinteger]], None]
+
+
+class VocabularyFile:
+    """A vocabulary on disk: columns `value`, `id` (int64) and `count` (int64), in the order of ids 1, 2, ..."""
+
+    def __init__(self, path: Path, raw_type: pa.DataType) -> None:
+        self._schema = pa.schema([("value", raw_type), ("id", pa.int64()), ("count", pa.int64())])
+        self._writer = pq.ParquetWriter(path, self._schema)
+        self.num_rows = 1  # of the table: row 0 included
+
+    def add(self, entries: pa.Table) -> None:
+        """Append columns `value` and `count` in the order of ids."""
+        ids = pa.array(np.arange(self.num_rows, self.num_rows + len(entries)))
+        table = pa.table({"value": entries["value"], "id": ids, "count": entries["count"]})
+        for start in range(0, len(table), _BATCH_ROWS):  # a plain string column cannot be longer than 2 GiB
+            self._writer.write_table(table.slice(start, _BATCH_ROWS).cast(self._schema).combine_chunks())
+        self.num_rows += len(entries)
+
+    def close(self) -> int:
+        """Finish the file; gives `num_rows`."""
+        self._writer.close()
+        return self.num_rows
+
+
+def rank(
+    dictionary: Dictionary,
+    counts: Counts,
+    min_count: int,
+    parity: bool,
+    file: VocabularyFile,
+    ids: Ids,
+    folder: Path,
+    limit: int,
+) -> int:
+    """Write the vocabulary of a dictionary, and tell the ids of its codes. Values that are never counted are left out.
+
+    Args:
+        folder: for files in between.
+        limit: bytes of values and counts that may be sorted at a time.
+
+    Returns:
+        Rows of the table, row 0 included.
+    """
+    order = _order(parity)
+    sizes = dictionary.sizes
+    if len(sizes) == 1:
+        count = counts(0)
+        chosen = np.flatnonzero(count >= max(min_count, 1))
+        entries = pa.table({"value": dictionary.values(0).take(pa.array(chosen)), "count": count[chosen]})
+        ranks = pc.sort_indices(entries, sort_keys=order).to_numpy()
+        for start in range(0, len(ranks), _BATCH_ROWS):
+            file.add(entries.take(pa.array(ranks[start : start + _BATCH_ROWS])))
+        of_code = np.zeros(sizes[0] + 1, np.int32)
+        of_code[chosen[ranks]] = np.arange(1, len(ranks) + 1)
+        ids(0, of_code)
+        return file.close()
+    folder.mkdir()
+    entry_files = _partition(dictionary, counts, folder, limit)
+    runs = [_sort(entry_file, folder, run, min_count, order) for run, entry_file in enumerate(entry_files)]
+    run_ids = _merge([run for run, _ in runs], order, file, folder)
+    ids_of_generations = _spread(run_ids, [codes for _, codes in runs], sizes, folder)
+    num_rows = file.close()
+    for generation, found in enumerate(ids_of_generations):
+        ids(generation, found.astype(np.int32) if num_rows < 1 << 31 else found)
+    return num_rows
+
+
+def num_distinct(dictionary: Dictionary, folder: Path, limit: int) -> int:
+    """Distinct values over all generations."""
+    sizes = dictionary.sizes
+    if len(sizes) == 1:
+        return sizes[0]
+    folder.mkdir()
+    files = _partition(dictionary, lambda generation: np.ones(sizes[generation], np.int64), folder, limit)
+    return sum(len(pc.unique(file.table()["value"])) for file in files)
+
+
+def _order(parity: bool) -> list[tuple[str, str]]:
+    return [("value", "ascending")] if parity else [("count", "descending"), ("value", "ascending")]
+
+
+def _partition(dictionary: Dictionary, counts: Counts, folder: Path, limit: int) -> list[BatchFile]:
+    """Entries (value, count, generation, code) of all generations in files by the hash of the value."""
+    sizes = dictionary.sizes
+    num_bytes = sum(dictionary.values(generation).nbytes + 24 * size for generation, size in enumerate(sizes))
+    num_files = max(-(-num_bytes // limit), 2)
+    columns = {"value": dictionary.values(0).type, "count": pa.int64(), "generation": pa.int32(), "code": pa.int32()}
+    schema = pa.schema(columns.items())
+    files = [BatchFile(folder / f"entries-{index}.arrow", schema) for index in range(num_files)]
+    for generation in range(len(sizes)):
+        count, start = counts(generation), 0
+        for values in dictionary.values(generation).chunks:
+            places = (hash_words(values)[0] >> np.uint64(32)) % np.uint64(num_files)
+            for place, file in enumerate(files):
+                rows = np.flatnonzero(places == place)
+                codes, where = (start + rows).astype(np.int32), np.full(len(rows), generation, np.int32)
+                arrays = [values.take(pa.array(rows)), pa.array(count[codes]), pa.array(where), pa.array(codes)]
+                file.add(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            start += len(values)
+    return files
+
+
+def _sort(
+    entry_file: BatchFile, folder: Path, run: int, min_count: int, order: list[tuple[str, str]]
+) -> tuple[BatchFile, BatchFile]:
+    """Add up the counts of the values of one file.
+
+    Returns:
+        (value, count), sorted, and (generation, code, rank) for each entry; rank -1: seen too rarely.
+    """
+    entries = entry_file.table()
+    local = entries["value"].combine_chunks().dictionary_encode()
+    group = local.indices.to_numpy()
+    total = np.zeros(len(local.dictionary), np.int64)
+    np.add.at(total, group, entries["count"].to_numpy())
+    chosen = np.flatnonzero(total >= max(min_count, 1))
+    kept = pa.table({"value": local.dictionary.take(pa.array(chosen)), "count": total[chosen]})
+    ranks = pc.sort_indices(kept, sort_keys=order).to_numpy()
+    values = BatchFile(folder / f"run-{run}.arrow", kept.schema)
+    for start in range(0, len(ranks), _BATCH_ROWS):
+        values.add(_batch(kept.take(pa.array(ranks[start : start + _BATCH_ROWS]))))
+    rank_of_group = np.full(len(total), -1, np.int64)
+    rank_of_group[chosen[ranks]] = np.arange(len(ranks))
+    ranked = entries.select(["generation", "code"]).append_column("rank", pa.array(rank_of_group[group]))
+    codes = BatchFile(folder / f"codes-{run}.arrow", ranked.schema)
+    codes.add(_batch(ranked))
+    return values, codes
+
+
+def _merge(runs: list[BatchFile], order: list[tuple[str, str]], file: VocabularyFile, folder: Path) -> list[BatchFile]:
+    """Merge sorted runs into the vocabulary; gives the ids of each run in the order of its ranks."""
+    schema = pa.schema([("id", pa.int64())])
+    ids = [BatchFile(folder / f"ids-{run}.arrow", schema) for run in range(len(runs))]
+    readers = dict(enumerate(run.batches() for run in runs))  # of the runs that go on
+    waiting: dict[int, pa.Table] = {}
+    while True:
+        for run, reader in list(readers.items()):
+            if run not in waiting or len(waiting[run]) < _BATCH_ROWS:
+                batch = next(reader, None)
+                if batch is None:
+                    del readers[run]
+                    continue
+                more = pa.Table.from_batches([batch]).append_column("run", pa.array(np.full(batch.num_rows, run)))
+                waiting[run] = pa.concat_tables([waiting[run], more]) if run in waiting else more
+        if not waiting:
+            return ids
+        at_hand = pa.concat_tables(waiting.values())
+        ordered = pc.sort_indices(at_hand, sort_keys=order).to_numpy()
+        place = np.empty(len(ordered), np.int64)
+        place[ordered] = np.arange(len(ordered))
+        # What stands behind the last entry at hand of a run that goes on may have to wait for the next ones of that run.
+        lasts = dict(zip(waiting, np.cumsum([len(part) for part in waiting.values()]) - 1, strict=True))
+        sure = min((int(place[last]) + 1 for run, last in lasts.items() if run in readers), default=len(place))
+        at_hand = at_hand.take(pa.array(ordered))
+        of_run = at_hand["run"].to_numpy()
+        for run in np.unique(of_run[:sure]):
+            found = file.num_rows + np.flatnonzero(of_run[:sure] == run)
+            ids[run].add(pa.RecordBatch.from_arrays([pa.array(found)], schema=schema))
+        file.add(at_hand.slice(0, sure))
+        rest, run_of_rest = at_hand.slice(sure), of_run[sure:]
+        waiting = {int(run): rest.filter(pa.array(run_of_rest == run)) for run in np.unique(run_of_rest)}
+
+
+def _spread(run_ids: list[BatchFile], run_codes: list[BatchFile], sizes: list[int], folder: Path) -> Iterator[IntArray]:
+    """From the ids of each run to the ids of each generation's codes, [codes + 1]."""
+    schema = pa.schema([("code", pa.int32()), ("id", pa.int64())])
+    files = [BatchFile(folder / f"generation-{generation}.arrow", schema) for generation in range(len(sizes))]
+    for of_run, codes_of_run in zip(run_ids, run_codes, strict=True):
+        id_of_rank = np.append(of_run.table()["id"].to_numpy(), 0)  # rank -1: id 0
+        entries = codes_of_run.table()
+        generations, codes = entries["generation"].to_numpy(), entries["code"].to_numpy()
+        found = id_of_rank[entries["rank"].to_numpy()]
+        for generation in np.unique(generations):
+            here = generations == generation
+            arrays = [pa.array(codes[here]), pa.array(found[here])]
+            files[generation].add(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    for file, size in zip(files, sizes, strict=True):
+        table, ids = file.table(), np.zeros(size + 1, np.int64)
+        ids[table["code"].to_numpy()] = table["id"].to_numpy()
+        yield ids
+
+
+def _batch(table: pa.Table) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
