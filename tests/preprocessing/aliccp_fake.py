@@ -1,4 +1,4 @@
-"""A small fake of Ali-CCP: bytes 0x01-0x03, fields that repeat, histories, purchases without click, samples without field 301."""
+"""A small fake of Ali-CCP: bytes 0x01-0x03, fields that repeat, histories, purchases without click, places missing."""
 
 import random
 
