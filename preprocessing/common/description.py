@@ -338,10 +338,11 @@ def _listed(ids: int | list[int]) -> list[int]:
 
 
 def _raw_values(folder: Path, manifest: DatasetManifest, name: str, wanted: set[int]) -> dict[int, Any]:
-    """Raw values of some ids of a table; where it has no vocabulary, the ids themselves. They stand in the order of ids."""
+    """Raw values of some ids of a table, which are in the order of ids; without a vocabulary, the ids themselves."""
     vocabulary = manifest.table(name).vocabulary
     if vocabulary is None:
-        return {i: i for i in wanted}
+        hashed = manifest.table(name).hash_seed is not None
+        return {i: f"hash {i}" if hashed else i for i in wanted}
     found: dict[int, Any] = {}
     first = 1
     try:

@@ -90,10 +90,16 @@ def sections(description: Description) -> list[Section]:
         found.append(_groups(description))
     if description.ids:
         found.append(_features(description))
+    if collisions := description.manifest.statistics.get("hash_collisions"):
+        rows = [
+            [table, *(f"{counts[name]:,}" for name in ("values", "collisions")), _percent(counts["rate"])]
+            for table, counts in collisions.items()
+        ]
+        note = "collision: a value of train all of whose ids are those of another one, too."
+        found.append(Section("Hashed ids", ["table", "values", "collisions", "share"], rows, note))
     if description.numbers:
         found.append(_numbers(description))
-    bad_rows = description.manifest.statistics.get("bad_rows") or {"none": 0}
-    found.append(Section("Bad rows passed over", ["file", "rows"], [[name, f"{n:,}"] for name, n in bad_rows.items()]))
+    found.append(_left_out(description))
     if description.examples:
         found.append(_examples(description))
     return found
@@ -165,6 +171,14 @@ def _numbers(description: Description) -> Section:
     headers = ["feature", "raw train range", "least, greatest", *(f"mean, {split}" for split in SPLITS), "zero in train"]
     note = "Values as they are written; a missing one is written as 0."
     return Section("Dense features", headers, rows, note)
+
+
+def _left_out(description: Description) -> Section:
+    statistics = description.manifest.statistics
+    rows = [[file, "bad", f"{count:,}"] for file, count in statistics.get("bad_rows", {}).items()]
+    for file, reasons in statistics.get("passed_over", {}).items():
+        rows += [[file, reason, f"{count:,}"] for reason, count in reasons.items()]
+    return Section("Raw rows left out", ["file", "reason", "rows"], rows or [["none", "", "0"]])
 
 
 def _examples(description: Description) -> Section:

@@ -6,16 +6,21 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
-from mmlrec.schema import DatasetManifest
+from mmlrec.schema import DatasetManifest, Task
 from preprocessing.common import description
 from preprocessing.common.command_line import main
+from preprocessing.common.dataset import Dataset, Hashing, sparse
 from preprocessing.common.description import Distinct, IdCounts, describe
 from preprocessing.common.description_report import sections
+from preprocessing.common.engine import build
+from preprocessing.common.raw_files import RawFolder
 from tests.datasets import rewrite_part, write_dataset
+from tests.preprocessing.ijcai18_fake import write_ijcai18
 from tests.preprocessing.movielens_fake import write_movielens
 
 
@@ -204,7 +209,7 @@ def test_page_is_one_file_with_tables_and_plots(movielens, tmp_path, capsys):
     assert not {"script", "link", "img", "iframe"} & set(elements.tags)
     assert "url(http" not in text
     assert "@import" not in text
-    titles = ["Rows and label rates", "Groups", "Sparse and multi-valued features", "Bad rows passed over", "Examples"]
+    titles = ["Rows and label rates", "Groups", "Sparse and multi-valued features", "Raw rows left out", "Examples"]
     plots = ["Label rates", "Frequency of ids", "Overlap of scenarios", "Lengths of lists"]
     assert re.findall("<h2>(.*?)</h2>", text) == titles + plots
     assert elements.tags.count("svg") == len(plots)
@@ -247,17 +252,45 @@ def test_datasets_without_scenarios_lists_or_groups(tmp_path, capsys):
     written.manifest.model_copy(update={"group_key": None}).save(written.folder)
     assert main(["describe", str(written.folder), "--page", str(tmp_path / "page.html"), "--rows", "0"]) == 0
     titles = re.findall("<h2>(.*?)</h2>", (tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert titles == ["Rows and label rates", "Dense features", "Bad rows passed over", "Label rates", "Dense features"]
+    assert titles == ["Rows and label rates", "Dense features", "Raw rows left out", "Label rates", "Dense features"]
     assert "labelled" not in capsys.readouterr().out
 
 
-def test_bad_rows_are_told(tmp_path, capsys):
+def test_rows_left_out_are_told(tmp_path, capsys):
     raw = write_movielens(tmp_path / "raw")
     (raw / "ratings.dat").write_bytes((raw / "ratings.dat").read_bytes() + b"1::3::6::1\nx\n")
     assert main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out"), "--max-bad-rows", "2"]) == 0
     capsys.readouterr()
     assert main(["describe", str(tmp_path / "out")]) == 0
-    assert re.search(r"^ratings\.dat +2$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ratings\.dat +bad +2$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_rows_that_are_no_part_of_the_dataset_are_told_with_their_reason(tmp_path, capsys):
+    assert main(["ijcai18", "--raw", str(write_ijcai18(tmp_path / "raw")), "--out", str(tmp_path / "out")]) == 0
+    (reasons,) = DatasetManifest.load(tmp_path / "out").statistics["passed_over"].values()
+    capsys.readouterr()
+    assert main(["describe", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for reason, count in reasons.items():
+        assert re.search(rf"^round1_\S+ +{reason} +{count}$", shown, re.MULTILINE)
+
+
+def test_hashed_ids(tmp_path, capsys):
+    class Hashed(Dataset):
+        name = "hashed"
+        features = (sparse("user", pa.int64(), hashing=Hashing(50, seed=3)),)
+        tasks = (Task(name="click"),)
+
+        def batches(self, raw):
+            rows = {"user": np.arange(1000), "label.click": np.zeros(1000, np.float32)}
+            yield pa.RecordBatch.from_pydict(rows, schema=self.canonical_schema())
+
+    build(Hashed(None), RawFolder(tmp_path, (), ""), tmp_path / "out", seed=1, parity=False, options={})
+    assert main(["describe", str(tmp_path / "out"), "--rows", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^user +800 +800 +100\.00 %$", shown, re.MULTILINE)  # 800 values in 50 buckets: none is alone
+    (first,) = pq.read_table(tmp_path / "out/train/part-00000.parquet", columns=["user"])["user"].to_pylist()[:1]
+    assert re.search(rf"^user +hash {first}$", shown, re.MULTILINE)
 
 
 def test_parity_datasets_are_marked_and_their_coverage_is_that_of_train(tmp_path, capsys):
