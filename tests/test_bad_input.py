@@ -181,6 +181,9 @@ def test_msl_without_scenarios(tmp_path, train):
         code, error = train(f"dataset.setting={setting}")
         assert code == 2
         assert "this dataset has none: use setting 'mtl'" in error
+    code, error = train("dataset.setting=msl", "dataset.tasks=[click]")
+    assert code == 2
+    assert "make it again with scenarios" in error
 
 
 def replace_column(table: pa.Table, name: str, values: list) -> pa.Table:

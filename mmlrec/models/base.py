@@ -210,9 +210,10 @@ class MultiTaskModel(nn.Module):
         if setting not in cls.settings:
             raise ConfigError(f"{name} is not defined for setting '{setting}'. {cls.alternative}".rstrip())
         if setting is not Setting.MTL and spec.num_scenarios < 2:
-            raise ConfigError(
-                f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: use setting 'mtl'."
-            )
+            other = "use setting 'mtl'"
+            if spec.num_tasks < 2:
+                other = "make it again with scenarios, or choose 2 or more tasks in setting 'mtl'"
+            raise ConfigError(f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: {other}.")
         if setting is not Setting.MSL and spec.num_tasks < 2:
             other = ", or, with scenarios, use setting 'msl'" if Setting.MSL in cls.settings else ""
             raise ConfigError(
