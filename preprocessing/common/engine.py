@@ -11,19 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmlrec.errors import DataError
-from mmlrec.schema import (
-    SCENARIO_COLUMN,
-    SPLITS,
-    DatasetManifest,
-    Feature,
-    Split,
-    key_column,
-)
+from mmlrec.schema import SPLITS, DatasetManifest, Feature, Split
 from preprocessing.common.dataset import Dataset
-from preprocessing.common.encoder import Encoder, ValueCounter
+from preprocessing.common.encoder import Encoder
 from preprocessing.common.output import new_folder
 from preprocessing.common.parts import NUM_LANES, SplitWriter, row_group_size
 from preprocessing.common.passes import Memory, Passes
@@ -134,28 +126,6 @@ def _write_in_order(
                     writer.write(batch.slice(first - start, last - first))
             done.update(batch.num_rows)
     return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
-
-
-class GroupsPerScenario:
-    """Distinct groups (users) of each scenario, over all splits."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._group, self._scenario = dataset.group_key, dataset.scenario
-        values = dataset.scenario.values if dataset.scenario and dataset.group_key else []
-        self._counters = {value: ValueCounter(dataset.keys[str(dataset.group_key)]) for value in values}
-
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Count the groups of these canonical rows."""
-        if self._counters:
-            scenario = rows.column(SCENARIO_COLUMN)
-            for index, counter in enumerate(self._counters.values()):
-                counter.add(rows.column(key_column(str(self._group))).filter(pc.equal(scenario, index)))
-
-    def statistics(self) -> dict[str, dict[str, int]]:
-        """For the manifest: `scenario_users` or the like."""
-        if not self._counters:
-            return {}
-        return {f"scenario_{self._group}s": {value: len(counter.counts()) for value, counter in self._counters.items()}}
 
 
 def _statistics(dataset: Dataset, splits: dict[str, Split]) -> dict[str, Any]:

@@ -1,0 +1,338 @@
+"""The passes of the engine (engine.py) on Spark: the same functions of a block, run by Spark's executors. The same dataset.
+
+1. Raw files are cut into pieces at line ends; what is packed, or is no text, is first copied, a task each file.
+2. Each piece becomes canonical rows, kept on the executors' disks. How many there are tells every piece which rows precede
+   its own, so that it finds their positions by itself.
+3. Train rows are counted for vocabularies and scalers: within the pieces, then a task for each table sums up.
+4. Rows are encoded and sent to the task that writes the part in which their positions lie.
+
+Executors see the raw folder and `--out` under the paths that the driver knows, and have this package installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+
+from mmlrec.errors import ConfigError, DataError
+from mmlrec.schema import SPLITS, DatasetManifest, Split
+from preprocessing.common import shuffle
+from preprocessing.common.dataset import Dataset, datasets
+from preprocessing.common.encoder import Encoder, encoded_schema
+from preprocessing.common.engine import complete
+from preprocessing.common.output import new_folder
+from preprocessing.common.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.common.progress import progress
+from preprocessing.common.raw_files import RawFolder
+from preprocessing.common.shuffle import BucketPlan
+from preprocessing.common.spark_pieces import (
+    Cut,
+    Failure,
+    GroupsPerScenario,
+    PieceRows,
+    Stretch,
+    by_bucket,
+    canonical_rows,
+    in_order,
+    stretches,
+)
+from preprocessing.common.splits import IntArray, Placement, TimeSplit, digit_counts, find_cuts, times
+
+if TYPE_CHECKING:
+    from pyspark import RDD, SparkContext
+
+_LOGGING = """rootLogger.level = error
+rootLogger.appenderRef.console.ref = console
+appender.console.type = Console
+appender.console.name = console
+appender.console.target = SYSTEM_ERR
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
+logger.executor.name = org.apache.spark.executor.Executor
+logger.executor.level = off
+logger.tasks.name = org.apache.spark.scheduler.TaskSetManager
+logger.tasks.level = off
+"""
+
+T = TypeVar("T")
+
+
+def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: bool, options: dict[str, Any]) -> DatasetManifest:
+    """Make the dataset folder `out` as `engine.build` does, to the byte.
+
+    An active SparkContext is used, and left running; else one is started, with Spark's own configuration.
+
+    Raises:
+        ConfigError: the dataset does not come in blocks; or Spark cannot be started.
+        DataError: bad raw data, a place that cannot be written, or a failure of Spark.
+    """
+    if not _in_blocks(type(dataset)):
+        able = ", ".join(name for name, kind in datasets().items() if _in_blocks(kind))
+        raise ConfigError(f"--engine spark: {dataset.name} is read in one go, not in pieces. The option works for: {able}.")
+    with new_folder(out) as folder, _spark(f"mmlrec {dataset.name}", folder) as context:
+        raw.scratch = folder / "scratch"
+        raw.scratch.mkdir()
+        dataset.prepare(raw)
+        job = _Job(context, dataset, raw, seed, parity)
+        rows = job.read()
+        placed = job.place(rows)
+        encoder, statistics = job.fit(rows, placed)
+        splits = job.write(rows, placed, encoder, folder)
+        shutil.rmtree(raw.scratch)
+        return complete(dataset, raw, folder, encoder, splits, statistics, parity, options)
+
+
+def _in_blocks(kind: type[Dataset]) -> bool:
+    return kind.batches is Dataset.batches and kind.sources is not Dataset.sources
+
+
+@dataclass
+class _File:
+    """A raw file that gives rows: its pieces, as far as they could be had."""
+
+    name: str
+    cuts: list[Cut] = field(default_factory=list)
+    num_lines: int = 0
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where rows go: `before` tells, for each piece, the sizes of all that precedes it, [3]."""
+
+    placement: Placement
+    before: list[IntArray]
+
+
+class _Job:
+    """The steps of a run."""
+
+    def __init__(self, context: SparkContext, dataset: Dataset, raw: RawFolder, seed: int, parity: bool) -> None:
+        self._context, self._dataset, self._raw, self._parity = context, dataset, raw, parity
+        self._shared = context.broadcast(dataset)
+        self._placement = Placement(dataset.split, seed, raw.scratch)
+        self._seed = seed
+        self._sizes: list[IntArray] = []
+
+    def read(self) -> RDD[PieceRows]:
+        """The canonical rows. Raises DataError with the first complaint in the order of files and lines."""
+        from pyspark import StorageLevel
+
+        files = self._cut()
+        numbered = list(enumerate(cut for file in files for cut in file.cuts))
+        shared, limit = self._shared, self._raw.bad_rows.limit
+        placement = None if self._cuts_unknown() else self._placement
+
+        def rows_of(item: tuple[int, Cut]) -> PieceRows:
+            return canonical_rows(item[0], item[1], shared.value, placement, limit)
+
+        rows = self._spread(numbered).map(rows_of).persist(StorageLevel.DISK_ONLY)
+        with progress(f"{self._dataset.name}: read") as done:
+            found = iter(sorted(rows.map(PieceRows.account).collect(), key=lambda piece: piece.index))
+            for file in files:
+                num_rows = 0
+                for _ in file.cuts:
+                    piece = next(found)
+                    if piece.work is not None:
+                        self._raw.account(file.name, piece.work)
+                        num_rows += piece.work.num_rows
+                    if piece.failure is not None:
+                        raise piece.failure
+                    self._sizes.append(piece.sizes)
+                    done.update(piece.num_rows)
+                if file.failure is not None:
+                    raise file.failure
+                if not num_rows:
+                    raise self._raw.no_rows(file.name)
+        return rows
+
+    def place(self, rows: RDD[PieceRows]) -> _Placed:
+        """Count the rows of the splits. Raises DataError when one would be empty."""
+        if self._cuts_unknown():
+            self._find_cuts(rows)
+        before = np.cumsum([np.zeros(3, np.int64), *self._sizes], axis=0)
+        self._placement.add(before[-1])
+        self._placement.close(self._dataset.name)
+        return _Placed(self._placement, list(before[:-1]))
+
+    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any]]:
+        """The encoder, fitted on the train rows; and counts of groups."""
+        shared, parity = self._shared, self._parity
+        fit_end = placed.placement.num_rows if parity else placed.placement.train_end
+
+        def count(pieces: Iterable[PieceRows]) -> Iterator[tuple[int, Any]]:
+            encoder, groups = Encoder(shared.value.features, parity), GroupsPerScenario(shared.value)
+            for piece in pieces:
+                for batch, positions in piece.positions(placed.placement, placed.before[piece.index]):
+                    encoder.fit(batch.filter(pa.array(positions < fit_end)))
+                    groups.add(batch)
+            yield from enumerate([*encoder.counters(), *groups.counters.values()])
+
+        encoder, groups = Encoder(self._dataset.features, parity), GroupsPerScenario(self._dataset)
+        counters = [*encoder.counters(), *groups.counters.values()]
+        if counters:
+            with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
+                num_tasks = min(len(counters), 4 * self._context.defaultParallelism)
+                counted = rows.mapPartitions(count).reduceByKey(_merged, num_tasks, _same)
+                for index, counter in counted.collect():
+                    counters[index].merge(counter)
+                done.update(placed.placement.num_rows)
+        encoder.freeze()
+        return encoder, groups.statistics()
+
+    def write(self, rows: RDD[PieceRows], placed: _Placed, encoder: Encoder, folder: Path) -> dict[str, Split]:
+        """Parts of train, valid and test."""
+        placement, dataset = placed.placement, self._dataset
+        group_rows = row_group_size(placement.train_end, NUM_LANES)
+        part_rows = part_size(group_rows)
+        borders = (0, placement.train_end, placement.valid_end, placement.num_rows)
+        plan = BucketPlan(borders, part_rows, min(shuffle.BUCKET_ROWS, part_rows))
+        part_of_bucket = [part for part, (_, _, buckets) in enumerate(plan.parts) for _ in buckets]
+        shared_encoder, schema, scratch = self._context.broadcast(encoder), encoded_schema(dataset), self._raw.scratch
+        tasks, scenario = dataset.tasks, dataset.scenario
+
+        def encode(piece: PieceRows) -> Iterator[tuple[int, bytes]]:
+            for batch, positions in piece.positions(placement, placed.before[piece.index]):
+                rows = shared_encoder.value.encode(batch).select(schema.names).cast(schema)
+                yield from by_bucket(rows, positions, plan)
+
+        def write(part: int, content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Path, Split] | OSError]:
+            split, number, _ = plan.parts[part]
+            place = scratch / uuid4().hex  # a task may be tried twice at a time
+            try:
+                place.mkdir()
+                writer = SplitWriter(place, SPLITS[split], group_rows, tasks, scenario, first_part=number)
+                for _, streams in groupby(content, itemgetter(0)):
+                    writer.write(in_order([stream for _, stream in streams]))
+                yield part, place, writer.close()
+            except OSError as error:
+                yield error
+
+        with progress(f"{dataset.name}: encode, write", placement.num_rows) as done:
+            by_part = rows.flatMap(encode).repartitionAndSortWithinPartitions(len(plan.parts), part_of_bucket.__getitem__)
+            written = by_part.mapPartitionsWithIndex(write).collect()
+            done.update(placement.num_rows)
+        found: list[list[Split]] = [[], [], []]
+        for result in sorted(_or_raise(written), key=itemgetter(0)):
+            part, place, split = result
+            (folder / SPLITS[plan.parts[part][0]]).mkdir(exist_ok=True)
+            for file in split.parts:
+                (place / file.path).rename(folder / file.path)
+            found[plan.parts[part][0]].append(split)
+        return {name: join_splits(parts) for name, parts in zip(SPLITS, found, strict=True)}
+
+    def _cut(self) -> list[_File]:
+        """The pieces of the files, up to the first file that cannot be read to its end."""
+        files: list[_File] = []
+        orders: list[Stretch] = []
+        for source in self._dataset.sources():
+            files.append(_File(source.name))
+            try:
+                orders += stretches(len(files) - 1, source, self._raw)
+            except DataError as error:
+                files[-1].failure = error
+                break
+        raw, scratch = self._raw, self._raw.scratch
+        found = self._spread(orders).map(lambda order: order.cut(raw, scratch)).collect()
+        for order, (cuts, num_lines, failure) in zip(orders, found, strict=True):
+            file = files[order.file]
+            if file.failure is None:
+                file.cuts += [replace(cut, first_line=cut.first_line + file.num_lines) for cut in cuts]
+                file.num_lines += num_lines
+                file.failure = failure
+        broken = next((index for index, file in enumerate(files) if file.failure is not None), len(files))
+        return files[: broken + 1]
+
+    def _cuts_unknown(self) -> bool:
+        rule = self._dataset.split
+        return isinstance(rule, TimeSplit) and rule.cuts is None
+
+    def _find_cuts(self, rows: RDD[PieceRows]) -> None:
+        from pyspark import StorageLevel
+
+        rule = self._dataset.split
+        assert isinstance(rule, TimeSplit)
+
+        def moments(piece: PieceRows) -> IntArray:
+            return np.concatenate([np.empty(0, np.int64), *(times(batch, rule) for batch in piece.batches())])
+
+        every = rows.map(moments).persist(StorageLevel.DISK_ONLY)
+        num_rows = every.map(len).sum()
+        if num_rows:
+            cuts = find_cuts(num_rows, lambda shift, prefix: every.map(lambda t: digit_counts(t, shift, prefix)).reduce(np.add))
+            placement = self._placement = Placement(replace(rule, cuts=cuts), self._seed, self._raw.scratch)
+            self._sizes = rows.map(lambda piece: sum(map(placement.sizes, piece.batches()), np.zeros(3, np.int64))).collect()
+        every.unpersist()
+
+    def _spread(self, items: list[T]) -> RDD[T]:
+        """Items in tasks: one each, or several where there are very many."""
+        num_tasks = max(4 * self._context.defaultParallelism, len(items) // 8)
+        return self._context.parallelize(items, max(min(num_tasks, len(items)), 1))
+
+
+def _merged(counter: Any, other: Any) -> Any:
+    counter.merge(other)
+    return counter
+
+
+def _same(index: int) -> int:
+    return index
+
+
+def _or_raise(results: list[T | OSError]) -> list[T]:
+    for result in results:
+        if isinstance(result, OSError):
+            raise result
+    return results  # type: ignore[return-value]
+
+
+@contextmanager
+def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
+    """Spark, and its failures in words. What is started here is stopped at the end, before `folder` may be removed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of pyspark about pandas, which is not used
+            from pyspark import SparkConf, SparkContext
+            from pyspark.errors import PySparkException
+        from py4j.protocol import Py4JError
+    except ImportError as error:
+        raise ConfigError(f"--engine spark needs PySpark 3.5 or later ({error}): pip install 'mmlrec[spark]'.") from error
+    logging = folder / "log4j2.properties"
+    logging.write_text(_LOGGING, encoding="utf-8")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={logging}")
+    try:
+        context = SparkContext.getOrCreate(SparkConf().setAppName(name).set("spark.ui.showConsoleProgress", "false"))
+    except (PySparkException, Py4JError, OSError) as error:
+        raise ConfigError(
+            f"--engine spark: Spark cannot be started: {_reason(error)}. It needs Java 17: set JAVA_HOME."
+        ) from error
+    logging.unlink()
+    try:
+        yield context
+    except (PySparkException, Py4JError) as error:
+        raise DataError(f"--engine spark: a job failed: {_reason(error)}") from error
+    finally:
+        if context.appName == name:
+            context.stop()
+
+
+def _reason(error: Exception) -> str:
+    """The line that tells: the end of a Python traceback on an executor, or the first line of Java's."""
+    text = str(error)
+    python = re.findall(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Interrupt): .*)$", text.partition("\n\tat ")[0], re.MULTILINE)
+    return python[-1] if python else text.strip().partition("\n")[0]
