@@ -155,7 +155,9 @@ class Amazon(Dataset):
             return columns | {"vote": pc.list_element(review["helpful"], 0)}
         vote = pc.replace_substring(review["vote"], ",", "").cast(_INT)
         columns |= {"verified": review["verified"].cast(_TEXT), "vote": vote.fill_null(0)}
-        return columns | {"style": _by_value(review["style"].combine_chunks(), _whole_style if self.parity else _styles)}
+        texts = review["style"].combine_chunks()
+        styles = _by_value(texts, _whole_style, _TEXT) if self.parity else _by_value(texts, _styles, pa.list_(_TEXT))
+        return columns | {"style": styles}
 
     def _checked(self, block: Block) -> Block:
         for name in ("overall", "reviewTime", "unixReviewTime", "reviewerID", "asin"):
@@ -204,7 +206,7 @@ class _Pairs:
         ordered = np.split(records[np.argsort(parts, kind="stable")], ends[:-1])
         for path, part in zip(self._paths, ordered, strict=True):
             with path.open("ab") as file:
-                part.tofile(file)
+                file.write(part.data)
 
     def replaced(self) -> NDArray[np.int64]:
         """Places of the replaced rows, in order."""
@@ -224,12 +226,10 @@ def _among(places: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.
     return ordered[np.minimum(np.searchsorted(ordered, places), len(ordered) - 1)] == places
 
 
-def _by_value(texts: pa.Array, function: Callable[[str], Any]) -> pa.Array:
+def _by_value(texts: pa.Array, function: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
     """`function` of each text, called once for all equal ones; null stays null."""
     encoded = texts.dictionary_encode()
-    values = [function(text) for text in encoded.dictionary.to_pylist()]
-    kind = pa.list_(_TEXT) if function is _styles else _TEXT
-    return pa.array(values, kind).take(encoded.indices)
+    return pa.array([function(text) for text in encoded.dictionary.to_pylist()], kind).take(encoded.indices)
 
 
 def _styles(text: str) -> list[str]:
