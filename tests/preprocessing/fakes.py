@@ -25,7 +25,7 @@ class Fake:
 
     Attributes:
         write: puts raw files of some thousand rows into a folder that does not exist yet, and returns it.
-        options: of the command line, beyond --raw and --out.
+        options: of the command line, beyond --raw and --out; {raw} in them is the folder.
         configs: names below configs/ that train on the dataset, with the tasks that they report.
         own: columns of the raw files that identify a row: of two with the same values, one is left out.
     """
@@ -34,6 +34,10 @@ class Fake:
     options: tuple[str, ...] = ()
     configs: dict[str, list[str]] | None = None
     own: tuple[str, ...] = ()
+
+    def arguments(self, raw: Path) -> list[str]:
+        """The options for files that lie in `raw`, and --raw."""
+        return ["--raw", str(raw), *(option.format(raw=raw) for option in self.options)]
 
 
 def _processed(folder: Path) -> Path:

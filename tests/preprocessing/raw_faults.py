@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from preprocessing.common.arrays import Arrays
 from preprocessing.common.delimited import DelimitedText
 from preprocessing.common.json_lines import JsonLines
+from preprocessing.common.parquet_rows import ParquetRows
 
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in.</body></html>\n"
 BEYOND = 2**63
@@ -42,7 +44,7 @@ def unpacked(path):
 def faults(source, name, content):
     """Fault -> file `name`, which `source` reads, with that fault."""
     found = {"empty": Spoiled(b""), "HTML page": Spoiled(HTML)}
-    if not name.endswith(".npz"):
+    if not name.endswith((".npz", ".parquet")):
         packed = gzip.compress(content)
         found["truncated gzip"] = Spoiled(packed[: len(packed) // 2], suffix=".gz")
     if isinstance(source, DelimitedText):
@@ -51,6 +53,8 @@ def faults(source, name, content):
         return found | _json_faults(source, content)
     if isinstance(source, Arrays):
         return found | _array_faults(content)
+    if isinstance(source, ParquetRows):
+        return found | _parquet_faults(source, content)
     return found
 
 
@@ -58,6 +62,8 @@ def bad_row(source, content):
     """The file with one row that cannot be read, for `--max-bad-rows`; None where the form of the file has no such thing."""
     if isinstance(source, DelimitedText):
         return _text_faults(source, content).get("column count")
+    if isinstance(source, ParquetRows):
+        return _parquet_faults(source, content).get("nan")
     return _json_faults(source, content)["cut line"] if isinstance(source, JsonLines) else None
 
 
@@ -176,6 +182,29 @@ def _array_faults(content):
     return found
 
 
+def _parquet_faults(form, content):
+    table = pq.read_table(io.BytesIO(content))
+    middle = len(table) // 2
+
+    def spoiled(name, values, value):
+        values[middle] = value
+        changed = table.set_column(table.column_names.index(name), name, pa.array(values))
+        return Spoiled(_written(changed), middle + 1)
+
+    found = {"cut": Spoiled(content[: len(content) // 2])}
+    for name in [name for name, kind in form.columns.items() if kind == pa.int64()][:1]:
+        found["id beyond 2^63"] = spoiled(name, np.zeros(len(table), np.uint64), BEYOND)
+    for name in [name for name, kind in form.columns.items() if pa.types.is_floating(kind)][:1]:
+        found |= {str(number): spoiled(name, np.zeros(len(table)), number) for number in (np.nan, np.inf, -np.inf)}
+    return found
+
+
+def _written(table):
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
+
+
 def _saved(array):
     file = io.BytesIO()
     np.save(file, array)
@@ -195,6 +224,15 @@ def copied_rows(source, content, rows, own):
         for line, origin in rows.items():
             copied[line - 1] = array[origin - 1]
         return _saved(copied)
+    if isinstance(source, ParquetRows):
+        table = pq.read_table(io.BytesIO(content))
+        order = np.arange(len(table))
+        for line, origin in rows.items():
+            order[line - 1] = origin - 1
+        copied = table.take(order)
+        for name in own:
+            copied = copied.set_column(copied.column_names.index(name), name, table[name])
+        return _written(copied)
     if isinstance(source, JsonLines):
         lines = content.split(b"\n")
         objects = {line: json.loads(lines[line - 1]) for line in {*rows, *rows.values()}}

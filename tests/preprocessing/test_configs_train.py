@@ -20,7 +20,7 @@ CASES = [(name, config) for name, fake in FAKES.items() for config in fake.confi
 def test_one_epoch_on_fake_files(name, config, model, tmp_path):
     fake = FAKES[name]
     raw = fake.write(tmp_path / "raw")
-    assert main([name.split()[0], "--raw", str(raw), "--out", str(tmp_path / "data"), *fake.options]) == 0
+    assert main([name.split()[0], "--out", str(tmp_path / "data"), *fake.arguments(raw)]) == 0
     options = [f"model.name={model}", f"dataset.path={tmp_path / 'data'}", "training.epochs=1", "training.batch_size=128"]
     command = [sys.executable, "-m", "apps.train", "--config", f"configs/{config}.yaml", "--run-dir", str(tmp_path / "run")]
     result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -47,7 +47,7 @@ class Made:
 
 
 def arguments(name, raw, out, *more):
-    return [name.split()[0], "--raw", str(raw), "--out", str(out), *FAKES[name].options, *more]
+    return [name.split()[0], "--out", str(out), *FAKES[name].arguments(raw), *more]
 
 
 @pytest.fixture(scope="module")
