@@ -17,6 +17,9 @@ from preprocessing.common.dictionaries import ArrayStore, Dictionaries
 from preprocessing.common.encoder import Encoder
 from preprocessing.common.ranking import VocabularyFile, num_distinct, rank
 from preprocessing.common.splits import SIDE_COLUMN
+from preprocessing.common.workers import in_order
+
+_LEAST_SORTED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,29 @@ class Coder:
             else:
                 np.add.at(counts, codes[codes >= 0], 1)
 
-    def freeze(self, vocabularies: Path) -> None:
+    def freeze(self, vocabularies: Path, workers: int) -> None:
         """Turn the counts into vocabularies, written to this folder."""
         vocabularies.mkdir()
-        for name, dictionary in self._dictionaries.tables.items():
-            feature = next(f for f in self._with_vocabulary if f.table == name)
-            parity = self._encoder.parity
-            self._encoder.num_rows[name] = rank(
-                dictionary,
-                partial(self._counts_of, name),
-                1 if parity else feature.min_count,
-                parity,
-                VocabularyFile(vocabularies / f"{name}.parquet", feature.raw_type),
-                partial(self._keep_ids, name),
-                self._folder / f"ranking-{len(self._encoder.num_rows)}",
-                max(self._limit // 4, 1 << 10),
-            )
-        self._dictionaries.tables.clear()
+        tables = self._dictionaries.tables
+        ranked = in_order(partial(self._rank, vocabularies), enumerate(tables), workers)
+        self._encoder.num_rows |= dict(zip(tables, ranked, strict=True))
+        tables.clear()
+        for buckets in self._encoder.buckets.values():
+            buckets.freeze()
 
-    def _counts_of(self, table: str, generation: int) -> NDArray[np.int64]:
-        return self._counts.get((table, generation))
-
-    def _keep_ids(self, table: str, generation: int, ids: NDArray[np.signedinteger]) -> None:
-        self._ids.put((table, generation), ids)
+    def _rank(self, vocabularies: Path, item: tuple[int, str]) -> int:
+        index, table = item
+        feature = next(f for f in self._with_vocabulary if f.table == table)
+        return rank(
+            self._dictionaries.tables[table],
+            lambda generation: self._counts.get((table, generation)),
+            1 if self._encoder.parity else feature.min_count,
+            self._encoder.parity,
+            VocabularyFile(vocabularies / f"{table}.parquet", feature.raw_type),
+            lambda generation, ids: self._ids.put((table, generation), ids),
+            self._folder / f"ranking-{index}",
+            max(self._limit // 8, _LEAST_SORTED_BYTES),
+        )
 
     def encode(self, coded: Coded) -> pa.RecordBatch:
         """The rows with ids, as small as they go; `cast` to the schema of the parts makes all of them int64."""
@@ -143,7 +146,7 @@ class GroupsOfScenarios:
         if not self._dictionaries.tables:
             return {}
         counts = {
-            scenario: num_distinct(dictionary, self._folder / f"groups-{index}", max(self._limit // 4, 1 << 10))
+            scenario: num_distinct(dictionary, self._folder / f"groups-{index}", max(self._limit // 8, _LEAST_SORTED_BYTES))
             for index, (scenario, dictionary) in enumerate(self._dictionaries.tables.items())
         }
         return {f"scenario_{self._key}s": counts}

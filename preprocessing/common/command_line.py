@@ -12,7 +12,7 @@ from typing import Any
 import mmlrec
 from mmlrec.errors import DataError, UserError
 from mmlrec.schema import MANIFEST, DatasetManifest
-from preprocessing.common import description_report
+from preprocessing.common import description_report, spark
 from preprocessing.common.dataset import Dataset, dataset_class, datasets
 from preprocessing.common.download import download
 from preprocessing.common.engine import build
@@ -30,7 +30,8 @@ The folder --out appears when it is complete, never half. Then train on it:
   python -m apps.train --config configs/mtl/movielens.yaml dataset.path=data/movielens-1m
 """
 _DESCRIBE = "describe"  # the one sub-command that is no dataset
-_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers"}  # options that do not change what is written
+#: Options that do not change what is written.
+_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine"}
 
 
 def main(arguments: list[str]) -> int:
@@ -63,9 +64,9 @@ def _run(arguments: list[str]) -> None:
         description_report.run(options)
         return
     kind = dataset_class(options.dataset)
+    dataset = kind(options)
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
-    dataset = kind(options)
     if options.download:
         download(dataset, options.raw)
     raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
@@ -74,8 +75,14 @@ def _run(arguments: list[str]) -> None:
         print(f"{options.out}: already there, made from the same raw files and options.")
         return
     parity = getattr(options, "parity", False)
-    manifest = build(dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded)
-    _print_summary(manifest, options.out, kind.next_config)
+    if options.engine == "spark":
+        manifest = spark.build(dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded)
+    else:
+        memory_bytes = int(options.memory * (1 << 30))
+        manifest = build(
+            dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded, memory_bytes=memory_bytes
+        )
+    _print_summary(manifest, options.out, dataset.next_config)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,9 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
         command.add_argument("--seed", type=_seed, default=2024, help="of the split and of generated data (default: 2024)")
         command.add_argument("--workers", type=_positive, metavar="N", help=_WORKERS)
+        command.add_argument("--memory", type=_gib, default=4.0, metavar="GIB", help=_MEMORY)
+        command.add_argument("--engine", choices=["local", "spark"], default="local", help=_ENGINE)
         if kind.raw_files:
             command.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
             command.add_argument("--parity", action="store_true", help=_PARITY)
+        if kind.raw_files or kind.rows is not Dataset.rows:
             command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)
         if kind.archive:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
@@ -125,6 +135,28 @@ _BAD_ROWS = (
 
 
 _WORKERS = "how many threads work beside each other; the dataset is the same, to the byte, for any number (default: all cores)"
+
+
+_MEMORY = (
+    "GiB that the process may take; what does not fit goes to disk beside --out, and the dataset is the same, to the byte"
+    " (default: 4)"
+)
+
+
+_ENGINE = (
+    "spark: let the executors of Spark do the work, on one machine or many, as Spark's own configuration says; the dataset is"
+    " the same, to the byte. See docs/datasets/large_files.md (default: local)"
+)
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.5 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of GiB, at least 0.5, is needed, found '{text}'")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -205,6 +237,8 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     tables = ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables[:8])
     more = f", and {len(manifest.tables) - 8} more" if len(manifest.tables) > 8 else ""
     print(f"  rows of the tables: {tables}{more}")
+    for table, found in statistics.get("hash_collisions", {}).items():
+        print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
     print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
 
 

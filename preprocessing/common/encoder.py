@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
 from preprocessing.common.buckets import CollisionCounter, QuantileBuckets
 from preprocessing.common.dataset import Column, Dataset
+from preprocessing.common.ranking import VocabularyFile
 from preprocessing.common.splits import SIDE_COLUMN
 
 
@@ -88,8 +88,9 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write columns `value`, `id` (int64) and `count` (int64), in the order of ids."""
-        ids = pa.array(np.arange(1, self.num_rows, dtype=np.int64))
-        pq.write_table(pa.table({"value": self._values, "id": ids, "count": self._entries["count"]}), path)
+        file = VocabularyFile(path, self._values.type)
+        file.add(self._entries)
+        file.close()
 
 
 @dataclass

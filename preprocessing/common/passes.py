@@ -87,7 +87,7 @@ class Passes:
         self._dataset, self._raw, self._folder, self._parity, self._memory = dataset, raw, folder, parity, memory
         self._scratch = folder / "scratch"
         self._scratch.mkdir()
-        self._placement = Placement(dataset.split, seed, folder)
+        self._placement = Placement(dataset.split, seed, self._scratch)
         self._coder = Coder(dataset, encoder, self._scratch / "coder", memory.dictionary_bytes)
         self._groups = GroupsOfScenarios(dataset, self._scratch, memory.dictionary_bytes // 8)
         self._spill = BatchFile(self._scratch / "coded.arrow", self._coder.schema)
@@ -142,7 +142,7 @@ class Passes:
                     self._coder.count(block, of_block < train_end)
                     file.write(of_block.data)
                     done.update(block.rows.num_rows)
-            self._coder.freeze(self._folder / "vocab")
+            self._coder.freeze(self._folder / "vocab", self._raw.workers)
         return self._groups.statistics()
 
     def write(self) -> dict[str, Split]:

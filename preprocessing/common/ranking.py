@@ -20,6 +20,7 @@ from preprocessing.common.value_index import hash_words
 
 IntArray = NDArray[np.int64]
 _BATCH_ROWS = 1 << 16
+_MERGED_ROWS = 1 << 16  # of each run are at hand while runs are merged
 
 #: Generation -> count of each code, [codes] int64.
 Counts = Callable[[int], IntArray]
@@ -28,25 +29,43 @@ Ids = Callable[[int, NDArray[np.signedinteger]], None]
 
 
 class VocabularyFile:
-    """A vocabulary on disk: columns `value`, `id` (int64) and `count` (int64), in the order of ids 1, 2, ..."""
+    """A vocabulary on disk: columns `value`, `id` (int64) and `count` (int64), in the order of ids 1, 2, ...
+
+    Its bytes do not depend on how the entries are handed over.
+    """
 
     def __init__(self, path: Path, raw_type: pa.DataType) -> None:
         self._schema = pa.schema([("value", raw_type), ("id", pa.int64()), ("count", pa.int64())])
-        self._writer = pq.ParquetWriter(path, self._schema)
+        encodings = {"value": "PLAIN", "id": "DELTA_BINARY_PACKED", "count": "DELTA_BINARY_PACKED"}
+        self._writer = pq.ParquetWriter(path, self._schema, use_dictionary=False, column_encoding=encodings)
+        self._waiting: list[pa.Table] = []
+        self._num_waiting = 0
         self.num_rows = 1  # of the table: row 0 included
 
     def add(self, entries: pa.Table) -> None:
         """Append columns `value` and `count` in the order of ids."""
         ids = pa.array(np.arange(self.num_rows, self.num_rows + len(entries)))
-        table = pa.table({"value": entries["value"], "id": ids, "count": entries["count"]})
-        for start in range(0, len(table), _BATCH_ROWS):  # a plain string column cannot be longer than 2 GiB
-            self._writer.write_table(table.slice(start, _BATCH_ROWS).cast(self._schema).combine_chunks())
+        for start in range(0, len(entries), _BATCH_ROWS):  # a plain string column cannot be longer than 2 GiB
+            part = {"value": entries["value"], "id": ids, "count": entries["count"]}
+            self._waiting.append(pa.table(part).slice(start, _BATCH_ROWS).cast(self._schema))
         self.num_rows += len(entries)
+        self._num_waiting += len(entries)
+        if self._num_waiting >= _BATCH_ROWS:
+            self._write(self._num_waiting // _BATCH_ROWS * _BATCH_ROWS)
 
     def close(self) -> int:
         """Finish the file; gives `num_rows`."""
+        self._write(self._num_waiting)
         self._writer.close()
         return self.num_rows
+
+    def _write(self, num_rows: int) -> None:
+        every = pa.concat_tables(self._waiting or [self._schema.empty_table()])
+        for start in range(0, num_rows, _BATCH_ROWS):
+            rows = every.slice(start, min(_BATCH_ROWS, num_rows - start))
+            self._writer.write_table(rows.combine_chunks(), row_group_size=_BATCH_ROWS)
+        self._waiting = [every.slice(num_rows)]
+        self._num_waiting -= num_rows
 
 
 def rank(
@@ -118,11 +137,14 @@ def _partition(dictionary: Dictionary, counts: Counts, folder: Path, limit: int)
         count, start = counts(generation), 0
         for values in dictionary.values(generation).chunks:
             places = (hash_words(values)[0] >> np.uint64(32)) % np.uint64(num_files)
-            for place, file in enumerate(files):
-                rows = np.flatnonzero(places == place)
-                codes, where = (start + rows).astype(np.int32), np.full(len(rows), generation, np.int32)
-                arrays = [values.take(pa.array(rows)), pa.array(count[codes]), pa.array(where), pa.array(codes)]
-                file.add(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            order = np.argsort(places, kind="stable")
+            ends = np.cumsum(np.bincount(places.astype(np.int64), minlength=num_files))
+            for file, first, end in zip(files, [0, *ends[:-1]], ends, strict=True):
+                if first < end:
+                    rows = order[first:end]
+                    codes, where = (start + rows).astype(np.int32), np.full(len(rows), generation, np.int32)
+                    arrays = [values.take(pa.array(rows)), pa.array(count[codes]), pa.array(where), pa.array(codes)]
+                    file.add(pa.RecordBatch.from_arrays(arrays, schema=schema))
             start += len(values)
     return files
 
@@ -144,8 +166,8 @@ def _sort(
     kept = pa.table({"value": local.dictionary.take(pa.array(chosen)), "count": total[chosen]})
     ranks = pc.sort_indices(kept, sort_keys=order).to_numpy()
     values = BatchFile(folder / f"run-{run}.arrow", kept.schema)
-    for start in range(0, len(ranks), _BATCH_ROWS):
-        values.add(_batch(kept.take(pa.array(ranks[start : start + _BATCH_ROWS]))))
+    for start in range(0, len(ranks), _MERGED_ROWS):
+        values.add(_batch(kept.take(pa.array(ranks[start : start + _MERGED_ROWS]))))
     rank_of_group = np.full(len(total), -1, np.int64)
     rank_of_group[chosen[ranks]] = np.arange(len(ranks))
     ranked = entries.select(["generation", "code"]).append_column("rank", pa.array(rank_of_group[group]))
@@ -162,7 +184,7 @@ def _merge(runs: list[BatchFile], order: list[tuple[str, str]], file: Vocabulary
     waiting: dict[int, pa.Table] = {}
     while True:
         for run, reader in list(readers.items()):
-            if run not in waiting or len(waiting[run]) < _BATCH_ROWS:
+            if run not in waiting or len(waiting[run]) < _MERGED_ROWS:
                 batch = next(reader, None)
                 if batch is None:
                     del readers[run]
