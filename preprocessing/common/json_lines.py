@@ -32,12 +32,12 @@ class JsonLines(Source):
     """One JSON object a line, in UTF-8. Blank lines are passed over, and so are keys that are not wanted.
 
     An absent key and a JSON null become null. Bad rows are those that are no JSON object, hold a wanted key twice or with a
-    value of another type, an integer beyond 64 bits, a number that is nan, infinite or too large for float32, or bytes that
+    value of another type, an integer beyond 64 bits, a number that is nan, infinite or too large for its type, or bytes that
     do not decode. `1.0` and `"1"` are no integers.
 
     Attributes:
-        columns: wanted key -> int64, float32, string or bool; a list of one of these; or `pa.json_()` for an object, which
-            is given as its JSON text in a column of strings.
+        columns: wanted key -> int64, float32, float64, string or bool; a list of one of these; or `pa.json_()` for an object,
+            which is given as its JSON text in a column of strings.
     """
 
     columns: dict[str, pa.DataType]
@@ -203,6 +203,7 @@ def _mismatch(value: Any, kind: pa.DataType) -> str:
 _PYTHON_TYPES: dict[pa.DataType, tuple[tuple[type, ...], str]] = {
     pa.int64(): ((int,), "an integer"),
     pa.float32(): ((int, float), "a number"),
+    pa.float64(): ((int, float), "a number"),
     pa.string(): ((str,), "a string"),
     pa.bool_(): ((bool,), "true or false"),
     pa.json_(): ((_Object,), "an object"),

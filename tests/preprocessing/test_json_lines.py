@@ -188,6 +188,14 @@ def test_a_bad_line_stops_the_run_or_is_passed_over(tmp_path, bad, capsys):
     assert f"skipped: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_numbers_of_both_sizes(tmp_path, kind):
+    text = '{"price": 0.1}\n{"price": "x"}\n{"price": 1e999}\n{"price": 7}\n'
+    rows, lines, _ = read(tmp_path, text, columns={"price": kind}, max_bad_rows=2)
+    assert [row["price"] for row in rows] == pa.array([0.1, 7], kind).to_pylist()
+    assert lines == [1, 4]
+
+
 def test_many_bad_lines_are_told_in_their_order(tmp_path, capsys):
     lines = [json.dumps({"id": "x" if i % 3 == 0 else i, "price": 1}) for i in range(1, 100)]
     lines[9:12] = ['{"price": NaN}', "]", '{"price": 1e999}']
