@@ -87,13 +87,14 @@ class Coder:
         """Turn the counts into vocabularies, written to this folder."""
         vocabularies.mkdir()
         tables = self._dictionaries.tables
-        ranked = in_order(partial(self._rank, vocabularies), enumerate(tables), workers)
+        limit = max(self._limit // (8 * workers), _LEAST_SORTED_BYTES)
+        ranked = in_order(partial(self._rank, vocabularies, limit), enumerate(tables), workers)
         self._encoder.num_rows |= dict(zip(tables, ranked, strict=True))
         tables.clear()
         for buckets in self._encoder.buckets.values():
             buckets.freeze()
 
-    def _rank(self, vocabularies: Path, item: tuple[int, str]) -> int:
+    def _rank(self, vocabularies: Path, limit: int, item: tuple[int, str]) -> int:
         index, table = item
         feature = next(f for f in self._with_vocabulary if f.table == table)
         return rank(
@@ -104,7 +105,7 @@ class Coder:
             VocabularyFile(vocabularies / f"{table}.parquet", feature.raw_type),
             lambda generation, ids: self._ids.put((table, generation), ids),
             self._folder / f"ranking-{index}",
-            max(self._limit // 8, _LEAST_SORTED_BYTES),
+            limit,
         )
 
     def encode(self, coded: Coded) -> pa.RecordBatch:

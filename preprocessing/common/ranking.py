@@ -20,7 +20,8 @@ from preprocessing.common.value_index import hash_words
 
 IntArray = NDArray[np.int64]
 _BATCH_ROWS = 1 << 16
-_MERGED_ROWS = 1 << 16  # of each run are at hand while runs are merged
+_LEAST_ROWS = 32
+_MERGED_BYTES = 256  # of a row while runs are merged, all copies together
 
 #: Generation -> count of each code, [codes] int64.
 Counts = Callable[[int], IntArray]
@@ -102,8 +103,9 @@ def rank(
         return file.close()
     folder.mkdir()
     entry_files = _partition(dictionary, counts, folder, limit)
-    runs = [_sort(entry_file, folder, run, min_count, order) for run, entry_file in enumerate(entry_files)]
-    run_ids = _merge([run for run, _ in runs], order, file, folder)
+    rows_at_hand = min(max(limit // (_MERGED_BYTES * len(entry_files)), _LEAST_ROWS), _BATCH_ROWS)
+    runs = [_sort(entry_file, folder, run, min_count, order, rows_at_hand) for run, entry_file in enumerate(entry_files)]
+    run_ids = _merge([run for run, _ in runs], order, rows_at_hand, file, folder)
     ids_of_generations = _spread(run_ids, [codes for _, codes in runs], sizes, folder)
     num_rows = file.close()
     for generation, found in enumerate(ids_of_generations):
@@ -150,7 +152,7 @@ def _partition(dictionary: Dictionary, counts: Counts, folder: Path, limit: int)
 
 
 def _sort(
-    entry_file: BatchFile, folder: Path, run: int, min_count: int, order: list[tuple[str, str]]
+    entry_file: BatchFile, folder: Path, run: int, min_count: int, order: list[tuple[str, str]], batch_rows: int
 ) -> tuple[BatchFile, BatchFile]:
     """Add up the counts of the values of one file.
 
@@ -166,8 +168,8 @@ def _sort(
     kept = pa.table({"value": local.dictionary.take(pa.array(chosen)), "count": total[chosen]})
     ranks = pc.sort_indices(kept, sort_keys=order).to_numpy()
     values = BatchFile(folder / f"run-{run}.arrow", kept.schema)
-    for start in range(0, len(ranks), _MERGED_ROWS):
-        values.add(_batch(kept.take(pa.array(ranks[start : start + _MERGED_ROWS]))))
+    for start in range(0, len(ranks), batch_rows):
+        values.add(_batch(kept.take(pa.array(ranks[start : start + batch_rows]))))
     rank_of_group = np.full(len(total), -1, np.int64)
     rank_of_group[chosen[ranks]] = np.arange(len(ranks))
     ranked = entries.select(["generation", "code"]).append_column("rank", pa.array(rank_of_group[group]))
@@ -176,15 +178,17 @@ def _sort(
     return values, codes
 
 
-def _merge(runs: list[BatchFile], order: list[tuple[str, str]], file: VocabularyFile, folder: Path) -> list[BatchFile]:
-    """Merge sorted runs into the vocabulary; gives the ids of each run in the order of its ranks."""
+def _merge(
+    runs: list[BatchFile], order: list[tuple[str, str]], batch_rows: int, file: VocabularyFile, folder: Path
+) -> list[BatchFile]:
+    """Merge sorted runs into the vocabulary, `batch_rows` of each at a time; gives the ids of each run, by its ranks."""
     schema = pa.schema([("id", pa.int64())])
     ids = [BatchFile(folder / f"ids-{run}.arrow", schema) for run in range(len(runs))]
     readers = dict(enumerate(run.batches() for run in runs))  # of the runs that go on
     waiting: dict[int, pa.Table] = {}
     while True:
         for run, reader in list(readers.items()):
-            if run not in waiting or len(waiting[run]) < _MERGED_ROWS:
+            if run not in waiting or len(waiting[run]) < batch_rows:
                 batch = next(reader, None)
                 if batch is None:
                     del readers[run]
