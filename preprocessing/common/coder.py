@@ -67,6 +67,7 @@ class Coder:
     def begin(self) -> None:
         """All rows are coded; those to be counted follow."""
         for name, dictionary in self._dictionaries.tables.items():
+            dictionary.finish()
             for generation, size in enumerate(dictionary.sizes):
                 self._counts.put((name, generation), np.zeros(size, np.int64))
 

@@ -42,6 +42,13 @@ class Dictionary:
         indices = local.indices.fill_null(len(codes)) if local.null_count else local.indices
         return generation, np.append(codes, np.int32(-1))[indices.to_numpy()]
 
+    def finish(self) -> None:
+        """No value is left to code: keep the values alone, on disk where others are there already."""
+        if self._closed:
+            self._close()
+        else:
+            self._index.finish()
+
     @property
     def sizes(self) -> list[int]:
         """Number of codes of each generation."""

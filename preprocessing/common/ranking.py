@@ -130,14 +130,17 @@ def _order(parity: bool) -> list[tuple[str, str]]:
 def _partition(dictionary: Dictionary, counts: Counts, folder: Path, limit: int) -> list[BatchFile]:
     """Entries (value, count, generation, code) of all generations in files by the hash of the value."""
     sizes = dictionary.sizes
-    num_bytes = sum(dictionary.values(generation).nbytes + 24 * size for generation, size in enumerate(sizes))
+    num_bytes = 0
+    for generation, size in enumerate(sizes):
+        num_bytes += dictionary.values(generation).nbytes + 24 * size
     num_files = max(-(-num_bytes // limit), 2)
     columns = {"value": dictionary.values(0).type, "count": pa.int64(), "generation": pa.int32(), "code": pa.int32()}
     schema = pa.schema(columns.items())
     files = [BatchFile(folder / f"entries-{index}.arrow", schema) for index in range(num_files)]
     for generation in range(len(sizes)):
         count, start = counts(generation), 0
-        for values in dictionary.values(generation).chunks:
+        for values in pa.table({"value": dictionary.values(generation)}).to_batches(max_chunksize=_BATCH_ROWS):
+            values = values.column(0)
             places = (hash_words(values)[0] >> np.uint64(32)) % np.uint64(num_files)
             order = np.argsort(places, kind="stable")
             ends = np.cumsum(np.bincount(places.astype(np.int64), minlength=num_files))

@@ -91,6 +91,10 @@ class ValueIndex:
                 self._tell_collisions_apart(values, words, found, doubtful)
         return found
 
+    def finish(self) -> None:
+        """Free what finds codes; the values stay."""
+        self._slots, self._words, self._lengths = self._slots[:0].copy(), self._words[:0].copy(), self._lengths[:0].copy()
+
     def values(self) -> pa.ChunkedArray:
         """The values in the order of their codes; strings as large_string."""
         return pa.chunked_array(self._parts, self._stored)
