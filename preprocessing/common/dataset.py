@@ -142,7 +142,7 @@ class Dataset:
     hint: ClassVar[str] = ""
     archive: ClassVar[str] = ""
     split: SplitRule = RandomSplit()
-    next_config: ClassVar[str] = "configs/scaling/synthetic.yaml"
+    next_config: str = "configs/scaling/synthetic.yaml"
 
     features: tuple[Column, ...]
     tasks: tuple[Task, ...]
@@ -152,7 +152,11 @@ class Dataset:
     num_rows: int = 0
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Declare features and tasks from the parsed options. Raises ConfigError when options do not fit together."""
+        """Declare features and tasks from the parsed options, which are recorded in the manifest as they are left.
+
+        Raises:
+            ConfigError: options do not fit together.
+        """
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:

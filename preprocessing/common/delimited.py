@@ -34,7 +34,7 @@ class DelimitedText(Source):
         quoted: a field may stand in double quotes, with separators in it and quotes doubled (RFC 4180). As with Python's csv,
             what follows the closing quote belongs to the field, and a quote that does not begin a field is a quote.
         comment: lines that are blank or start with it are passed over. Empty: there are none.
-        fields: names of all fields in their order; from the header, where there is one.
+        fields: names of all fields in their order; from the header, where there is one, and else `columns` when absent.
     """
 
     separator: str
@@ -51,7 +51,7 @@ class DelimitedText(Source):
 
     def opened(self, path: Path, text: bytes) -> DelimitedText:
         """With `fields`. Raises DataError when the header lacks a wanted column."""
-        return replace(self, fields=_header(path, text, self) if self.header else tuple(self.columns))
+        return replace(self, fields=_header(path, text, self) if self.header else self.fields or tuple(self.columns))
 
     def parse(self, piece: Piece) -> Block:
         """The rows of a piece; see `Source`."""

@@ -18,6 +18,7 @@ FORMATS = {
     "json": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
 }
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 Files = Annotated[list[str], Field(min_length=1)]
 _OPERATOR = re.compile(r"[<>=]| in ")
 
@@ -97,7 +98,7 @@ FeatureConfig = Annotated[IdFeature | IdsFeature | NumberFeature, Field(discrimi
 class TaskConfig(StrictModel):
     """A label: a column, or a condition on columns."""
 
-    name: str
+    name: Name
     label: str = Field(description="A column of 0 and 1, or a condition such as `rating > 3`.")
     kind: Literal["binary", "regression"] = "binary"
     role: str | None = None
@@ -214,10 +215,10 @@ class TableConfig(StrictModel):
     files: list[str] = Field(default=[], description="Files, patterns such as logs/*.csv.gz, or folders, below --raw.")
     format: Literal["csv", "json", "parquet"] | None = Field(default=None, description="By the files' names, when absent.")
     csv: CsvConfig = CsvConfig()
-    features: dict[str, FeatureConfig] = Field(min_length=1)
+    features: dict[Name, FeatureConfig] = Field(min_length=1)
     tasks: list[TaskConfig] = Field(min_length=1)
     scenario: ScenarioConfig | None = None
-    keys: dict[str, KeyConfig] = {}
+    keys: dict[Name, KeyConfig] = {}
     group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
     split: SplitConfig = RandomRule()
     terms: str = Field(default="", description="Terms of use of the data, shown with results.")
@@ -232,6 +233,9 @@ class TableConfig(StrictModel):
             )
         if self.format not in (None, "csv") and "csv" in self.model_fields_set:
             raise ValueError(f"the section csv does not go with format: {self.format}")
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tasks have one name: {', '.join(names)}")
         for name, feature in self.features.items():
             if isinstance(feature, IdFeature) and feature.table is not None:
                 self._check_shared(name, feature)

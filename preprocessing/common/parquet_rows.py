@@ -36,6 +36,8 @@ class ParquetRows(Source):
     def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
         """Rows as an Arrow stream of one batch. Raises DataError when a column is missing or of another kind."""
         path = raw.paths[self.name]
+        if not path.stat().st_size:
+            return
         with _readable(path), pq.ParquetFile(path) as file:
             self._check(path, file.schema_arrow)
             groups = range(file.metadata.num_row_groups)
@@ -82,14 +84,15 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         with path.open("rb") as file:
             start = file.read(4)
-        if start and start != b"PAR1":
+        if start != b"PAR1":
             raise DataError(f"{path}: no Parquet file: it begins with {start!r}. Unpack it, or name its format.")
-        if start:
-            yield
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: the Parquet file is truncated or damaged ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}. Fetch it again.") from error
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
+        # Arrow's own OSError has no number
+        why = " ".join(str(error).split())
+        raise DataError(f"{path}: the Parquet file is truncated or damaged ({why}). Fetch it again.") from error
 
 
 def _is_list(kind: pa.DataType) -> bool:

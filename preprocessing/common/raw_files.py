@@ -146,7 +146,7 @@ class Work(Generic[T]):
 
     Attributes:
         num_rows: rows that the source parsed.
-        bad_rows, passed_over: those left out, by the source or by the function; see `Block`.
+        bad_rows, passed_over: those left out, by the source or by the function, in the order of lines; see `Block`.
     """
 
     num_rows: int
@@ -160,7 +160,7 @@ def work(function: Callable[[Block], T], source: Source, piece: Piece) -> Work[T
     block = source.parse(piece)
     num_rows = len(block.lines)
     result = function(block)
-    return Work(num_rows, block.bad_rows, block.passed_over, result)
+    return Work(num_rows, sorted(block.bad_rows, key=lambda row: row.line), block.passed_over, result)
 
 
 class RawFolder:
@@ -270,6 +270,8 @@ def _chain(first: Piece, others: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _find(folder: Path, name: str) -> Path | None:
+    if (folder / name).is_file():
+        return folder / name
     below = sorted(path for path in folder.rglob("*") if path.is_dir() and not path.name.startswith("."))
     found = (_find_in(place, name) for place in (folder, *below))
     return next((path for path in found if path is not None), None)

@@ -1,0 +1,165 @@
+"""Columns of a block to columns of the canonical table, as a table's configuration says; with what is wrong in which rows.
+
+Each function gives the new column and `faults`: pairs of [rows] bool, the good ones, and a complaint. A faulty row may hold
+anything in the new column.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from numpy.typing import NDArray
+
+Faults = list[tuple[NDArray[np.bool_], str]]
+Converted = tuple[pa.Array, Faults]
+
+_REMEDY = "Mend the line."
+_INTEGER = r"^-?[0-9]+$"
+
+
+def found(column: str) -> str:
+    """Words for the value that a complaint is about; none for columns that cannot stand in a format."""
+    return f", found {{{column}}}" if re.fullmatch(r"[\w -]+", column) else ""
+
+
+def present(values: pa.Array) -> pa.Array:
+    """An empty string is a missing value."""
+    return pc.if_else(pc.equal(values, ""), None, values) if pa.types.is_string(values.type) else values
+
+
+def number(values: pa.Array, column: str, *, log: bool) -> Converted:
+    """float32, as it is or sign(x) log(1 + |x|)."""
+    numbers = values.cast(pa.float64(), safe=False)
+    if log:
+        numbers = pc.multiply(pc.sign(numbers), pc.log1p(pc.abs(numbers)))
+    result = numbers.cast(pa.float32())
+    finite = _bools(pc.is_finite(result).fill_null(True))
+    return result, [(finite, f"{column} must be a finite number that float32 can hold{found(column)}. {_REMEDY}")]
+
+
+def label(values: pa.Array, column: str) -> Converted:
+    """0, 1 or null, float32."""
+    result = values.cast(pa.float32(), safe=False)
+    good = _bools(pc.or_(pc.equal(values, 0), pc.equal(values, 1)).fill_null(True))
+    remedy = f"Mend the line, or make the label a condition such as '{column} > 0'."
+    return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{found(column)}. {remedy}")]
+
+
+def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType) -> Converted:
+    """Lists of int64 or string from text; blanks around an id do not count, nor do empty ids."""
+    lists = pc.split_pattern(present(values), separator)
+    ids = pc.utf8_trim_whitespace(pc.list_flatten(lists))
+    parents = pc.list_parent_indices(lists).to_numpy()
+    filled = pc.not_equal(ids, "")
+    ids, parents = ids.filter(filled), parents[_bools(filled)]
+    faults: Faults = []
+    if pa.types.is_integer(kind):
+        ids, integers = _integers(ids)
+        good = np.ones(len(values), bool)
+        good[parents[~integers]] = False
+        faults.append(
+            (good, f"{column} must hold integers of 64 bits, divided by {_safe(separator)!r}{found(column)}. {_REMEDY}")
+        )
+    return _lists(ids, parents, len(values)), faults
+
+
+def listed(values: pa.Array) -> pa.Array:
+    """Lists without nulls and empty strings."""
+    ids, parents = present(pc.list_flatten(values)), pc.list_parent_indices(values).to_numpy()
+    return _lists(ids.drop_null(), parents[_bools(ids.is_valid())], len(values))
+
+
+def json_lists(values: pa.Array, column: str, kind: pa.DataType) -> Converted:
+    """Lists of int64 or string from text such as `[1, 2]` or `["a", "b"]`."""
+    filled = present(values).fill_null("null")
+    lines = pc.binary_join_element_wise('{"v":', filled, "}\n", "")
+    schema = pa.schema([("v", pa.list_(kind))])
+    options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    try:
+        if len(values) == 0 or pc.any(pc.match_substring_regex(filled, r"[\n}]")).as_py():
+            raise pa.ArrowInvalid("no single list")
+        text = "".join(lines.to_pylist()).encode()
+        read = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1)
+        lists = pyarrow.json.read_json(pa.py_buffer(text), read_options=read, parse_options=options)["v"].combine_chunks()
+        return listed(lists), []
+    except pa.ArrowInvalid:
+        one_by_one = [_json_list(text, kind) for text in filled.to_pylist()]
+    good = np.array([ids is not None for ids in one_by_one], bool)
+    what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
+    complaint = f"{column} must be a JSON list of {what}{found(column)}. Mend the line, or name the separator between the ids."
+    return listed(pa.array([ids or [] for ids in one_by_one], pa.list_(kind))), [(good, complaint)]
+
+
+def seconds(values: pa.Array, column: str) -> Converted:
+    """Seconds since 1970 of ISO 8601 text, int64, rounded down; without a zone it is UTC. Null stays null."""
+    text = present(values)
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return pc.floor(pc.divide(text.cast(kind).cast(pa.int64()).cast(pa.float64()), 1e6)).cast(pa.int64()), []
+        except pa.ArrowInvalid:
+            continue
+    moments = [None if moment is None else _moment(moment) for moment in text.to_pylist()]
+    good = np.array([moment is not False for moment in moments], bool)
+    complaint = f"{column} must be a time in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z{found(column)}. {_REMEDY}"
+    return pa.array([None if moment is False else moment for moment in moments], pa.int64()), [(good, complaint)]
+
+
+def places(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
+    """Place of each value among the known ones, -1 for others and nulls, [rows] int64."""
+    return pc.index_in(values, value_set=known).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _bools(values: pa.BooleanArray) -> NDArray[np.bool_]:
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _safe(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _lists(ids: pa.Array, parents: NDArray[np.int64], num_rows: int) -> pa.ListArray:
+    offsets = np.append(0, np.cumsum(np.bincount(parents, minlength=num_rows))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), ids)
+
+
+def _integers(texts: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """int64, and which of the texts are such."""
+    try:
+        if not pc.all(pc.match_substring_regex(texts, _INTEGER)).as_py() and len(texts):
+            raise pa.ArrowInvalid("no integers")
+        return texts.cast(pa.int64()), np.ones(len(texts), bool)
+    except pa.ArrowInvalid:
+        values = [int(text) if re.match(_INTEGER, text) else None for text in texts.to_pylist()]
+        good = np.array([value is not None and -(2**63) <= value < 2**63 for value in values], bool)
+        return pa.array([value if fits else 0 for value, fits in zip(values, good, strict=True)], pa.int64()), good
+
+
+def _json_list(text: str, kind: pa.DataType) -> list[int] | list[str] | None:
+    """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id."""
+    try:
+        ids = json.loads(text)
+    except ValueError:
+        return None
+    if ids is None:
+        return []
+    if not isinstance(ids, list):
+        return None
+    ids = [each for each in ids if each is not None]
+    if pa.types.is_integer(kind):
+        return ids if all(type(each) is int and -(2**63) <= each < 2**63 for each in ids) else None
+    return ids if all(isinstance(each, str) for each in ids) else None
+
+
+def _moment(text: str) -> int | bool:
+    """Seconds, or False where the text is no time."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() // 1)

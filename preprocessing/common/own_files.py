@@ -1,0 +1,59 @@
+"""The files that a table's configuration names: patterns, files and folders below one folder."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from mmlrec.errors import ConfigError, DataError, did_you_mean
+from preprocessing.common.own_table_config import FORMATS
+
+_PACKED = (".gz", ".zip")
+
+
+def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
+    """Names of the files relative to the folder, each once; those of one pattern, or in a named folder, in order of name.
+
+    Hidden files, and those whose names begin with '_', are passed over in folders and by patterns.
+
+    Raises:
+        ConfigError: a pattern leads out of the folder.
+        DataError: a pattern matches nothing.
+    """
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        if not pattern or PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+            raise ConfigError(
+                f"{config}: {key}: '{pattern}' must lie below the folder that --raw gives; name it relative to that."
+            )
+        named = folder / pattern
+        found = named.iterdir() if named.is_dir() else folder.glob(pattern)
+        files = [path for path in sorted(found) if path.is_file() and (path == named or path.name[0] not in "._")]
+        if not files:
+            there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+            holds = (
+                f"It holds {', '.join(there[:10])}{' ...' if len(there) > 10 else ''}." if there else "There is no such folder."
+            )
+            hint = did_you_mean(pattern, there)
+            raise DataError(
+                f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw."
+            )
+        names |= dict.fromkeys(path.relative_to(folder).as_posix() for path in files)
+    return list(names)
+
+
+def file_format(names: list[str], config: str) -> str:
+    """csv, json or parquet, by the names' suffixes.
+
+    Raises:
+        ConfigError: the suffixes say nothing, or not all the same.
+    """
+    formats: dict[str | None, str] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        suffix = (path.with_suffix("") if path.suffix.lower() in _PACKED else path).suffix.lower()
+        formats.setdefault(next((kind for kind, suffixes in FORMATS.items() if suffix in suffixes), None), name)
+    if len(formats) == 1 and None not in formats:
+        (found,) = formats
+        return str(found)
+    examples = ", ".join(formats.values())
+    raise ConfigError(f"{config}: format: cannot be told from the names ({examples}); give format: csv, json or parquet.")

@@ -1,0 +1,330 @@
+"""Any table of your own: CSV, JSON lines or Parquet files, whose columns a configuration explains.
+
+The configuration's sections stand in preprocessing/common/own_table_config.py, with examples in docs/datasets/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mmlrec.errors import ConfigError, DataError, did_you_mean
+from mmlrec.schema import Scenario, Task
+from preprocessing.common import own_columns as to
+from preprocessing.common.dataset import Column, Dataset, Hashing, bucketed, dense, multi, sparse
+from preprocessing.common.delimited import DelimitedText
+from preprocessing.common.json_lines import JsonLines
+from preprocessing.common.own_files import file_format, matching_files
+from preprocessing.common.own_table_config import (
+    FileRule,
+    GroupRule,
+    IdFeature,
+    IdsFeature,
+    NumberFeature,
+    TableConfig,
+    TimeRule,
+    read_table_config,
+)
+from preprocessing.common.parquet_rows import ParquetRows
+from preprocessing.common.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.common.splits import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
+
+_TYPES = {"int": pa.int64(), "string": pa.string()}
+EXAMPLE = """\
+# python -m preprocessing table --config my_table.yaml --out data/my-table
+files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
+csv: {separator: ","}               # also quoted, header, columns, encoding; JSON lines and Parquet need no section
+features:
+  user: {kind: id, type: int}       # one id a row; a vocabulary of the train rows
+  item: {kind: id, min_count: 2}    # ids seen less often in train become 0: missing, rare or unseen
+  bought: {kind: ids, separator: "|", table: item}  # several ids a row, in the table of item
+  page: {kind: id, column: url, hash: {num_buckets: 100000, num_hashes: 2, seed: 7}}
+  price: {kind: number, scale: log} # or min_max, none
+  age: {kind: number, buckets: 8}   # quantiles, as ids
+tasks:                              # in order; the next one is positive only where this one is
+  - {name: click, label: clicked, role: ctr, implied_by_next: true}
+  - {name: buy, label: "orders >= 1", role: ctcvr}
+scenario:
+  column: device
+  values: {phone: mobile, tablet: mobile, desktop: desktop}
+  others: drop                      # or error, or the name of a scenario
+keys:
+  user: {type: int}
+  time: {type: datetime}
+group_key: user                     # whose rows GAUC ranks among themselves
+split: {rule: time, key: time}      # or random; group and key; file and train, valid, test
+"""
+
+
+class Table(Dataset):
+    """What the configuration says."""
+
+    name = "table"
+    summary = "any table of your own: CSV, JSON lines or Parquet, explained by a configuration"
+    examples = (
+        f"A configuration (`python -m preprocessing table --example > my_table.yaml` writes it):\n\n{EXAMPLE}\n"
+        "All keys: docs/datasets/table.md"
+    )
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        path: Path = options.config
+        self._config = config = read_table_config(path)
+        self._where = str(path)
+        options.raw = options.raw or path.parent
+        options.config = json.loads(config.model_dump_json(exclude_defaults=True))
+        self.terms = config.terms  # type: ignore[misc]
+        self._sides = self._find_files(options.raw)
+        self._format = config.format or file_format(list(self._sides), self._where)
+        self.raw_files = tuple(map(RawFile, self._sides))
+        self._reads = self._columns_to_read()
+        self.features = tuple(self._feature(name) for name in config.features)
+        self.tasks = tuple(
+            Task(name=task.name, kind=task.kind, role=task.role, implied_by_next=task.implied_by_next) for task in config.tasks
+        )
+        scenario = config.scenario
+        if scenario is not None:
+            self.scenario = Scenario(name=scenario.name or scenario.column, values=scenario.names)
+        self.keys = {name: _TYPES.get(key.type, pa.int64()) for name, key in config.keys.items()}
+        self.group_key = config.group_key
+        self.split = _split_rule(config)
+        if scenario is not None:
+            setting = "mtmsl" if len(self.tasks) > 1 else "msl"
+            self.next_config = f"{Dataset.next_config} dataset.setting={setting}"
+
+    @classmethod
+    def add_options(cls, parser: argparse.ArgumentParser) -> None:
+        """`--config`, `--raw`, `--example`."""
+        parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="what the columns mean; see below")
+        parser.add_argument(
+            "--raw", type=Path, default=None, help="folder of the files that the configuration names (default: where it is)"
+        )
+        parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
+
+    def prepare(self, raw: RawFolder) -> None:
+        """A key that no JSON line has would be all missing, in silence."""
+        if self._format != "json":
+            return
+        wanted = set(self._reads)
+        seen: dict[str, None] = {}
+        for name in self._sides:
+            for piece in itertools.islice(raw.pieces(name), 1):
+                for line in piece.text.split(b"\n")[:1000]:
+                    seen |= dict.fromkeys(_json_object(line))
+            if not wanted - seen.keys():
+                return
+        if not seen:
+            return  # no JSON lines at all, as the reader will say
+        lacking = min(wanted - seen.keys())
+        raise DataError(
+            f"{raw.paths[next(iter(self._sides))]}: no line has the key '{lacking}', of the first 1,000 of each file."
+            f"{did_you_mean(lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
+        )
+
+    def sources(self) -> Iterator[Source]:
+        """The files in the order in which they are named, those of a pattern by name."""
+        for name in self._sides:
+            if self._format == "json":
+                yield JsonLines(name, self._reads)
+            elif self._format == "parquet":
+                yield ParquetRows(name, self._reads)
+            else:
+                csv = self._config.csv
+                quoted = csv.quoted and len(csv.separator) == 1
+                yield DelimitedText(
+                    name, csv.separator, self._reads, csv.encoding, csv.header, quoted, fields=tuple(csv.columns)
+                )
+
+    def rows(self, block: Block) -> dict[str, Any]:
+        """Columns of the canonical table; faulty rows are bad rows."""
+        columns: dict[str, pa.Array] = {}
+        faults: to.Faults = []
+        for make in (self._make_features, self._make_labels, self._make_keys):
+            make(block.table, columns, faults)
+        wanted = self._make_scenario(block.table, columns, faults)
+        if isinstance(self.split, FileSplit):
+            columns["split.side"] = pa.array(np.full(len(block.lines), self._sides[block.source.name]))
+        kept = np.arange(len(block.lines))
+        for good, complaint in faults:
+            block = block.require(good[kept], complaint)
+            kept = kept[good[kept]]
+        if not wanted[kept].all():
+            block.only(wanted[kept], "other scenarios")
+            kept = kept[wanted[kept]]
+        if len(kept) < len(wanted):
+            columns = {name: column.take(pa.array(kept)) for name, column in columns.items()}
+        return columns
+
+    def _find_files(self, folder: Path) -> dict[str, int]:
+        """File -> its side under a split by files, 0 otherwise; in order."""
+        config, split = self._config, self._config.split
+        if not isinstance(split, FileRule):
+            return dict.fromkeys(matching_files(folder, config.files, "files", self._where), 0)
+        sides: dict[str, int] = {}
+        for side, patterns in enumerate((split.train, split.valid, split.test)):
+            key = f"split.{('train', 'valid', 'test')[side]}"
+            for name in matching_files(folder, patterns, key, self._where) if patterns else ():
+                if name in sides:
+                    raise ConfigError(f"{self._where}: {key}: {name} is also among split.{('train', 'valid')[sides[name]]}.")
+                sides[name] = side
+        return sides
+
+    def _columns_to_read(self) -> dict[str, pa.DataType]:
+        """Column -> type in which the source gives it. Raises ConfigError when two uses of it do not go together."""
+        uses: list[tuple[str, pa.DataType, str]] = []
+        for name, feature in self._config.features.items():
+            kind = pa.float64() if isinstance(feature, NumberFeature) else _TYPES[feature.type]
+            if isinstance(feature, IdsFeature):
+                as_text = feature.separator is not None or self._format == "csv"
+                kind = pa.string() if as_text else pa.list_(kind)
+            uses.append((feature.column or name, kind, f"features.{name}"))
+        for task in self._config.tasks:
+            where = f"the label of task {task.name}"
+            read = task.condition.columns if task.condition else {task.label: pa.float64()}
+            uses += [(column, kind, where) for column, kind in read.items()]
+        for name, key in self._config.keys.items():
+            uses.append((key.column or name, _TYPES.get(key.type, pa.string()), f"keys.{name}"))
+        scenario = self._config.scenario
+        if scenario is not None:
+            kind = pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
+            uses.append((scenario.column, kind, "scenario.values"))
+        reads: dict[str, tuple[pa.DataType, str]] = {}
+        names = self._config.csv.columns
+        for column, kind, where in uses:
+            if names and column not in names:
+                raise ConfigError(f"{self._where}: {where}: csv.columns has no '{column}'.{did_you_mean(column, names)}")
+            before, other = reads.get(column, (kind, where))
+            if before != kind and {before, kind} != {pa.int64(), pa.float64()}:
+                raise ConfigError(
+                    f"{self._where}: column '{column}' is read as {before} by {other}, but as {kind} by {where}."
+                    " Declare both alike, e.g. by type: int, or by text in quotes."
+                )
+            reads[column] = (before if before == kind else pa.int64(), other)
+        return {column: kind for column, (kind, _) in reads.items()}
+
+    def _feature(self, name: str) -> Column:
+        feature = self._config.features[name]
+        if isinstance(feature, NumberFeature):
+            return bucketed(name, feature.buckets) if feature.buckets else dense(name, scaled=feature.scale != "none")
+        owner = feature if feature.table is None else self._config.features[feature.table]
+        assert isinstance(owner, IdFeature)
+        hashing = None
+        if owner.hash is not None:
+            hashing = Hashing(owner.hash.num_buckets, owner.hash.num_hashes, owner.hash.seed)
+        several = isinstance(feature, IdsFeature) or (hashing is not None and hashing.num_hashes > 1)
+        make = multi if several else sparse
+        return make(name, _TYPES[feature.type], table=feature.table or name, min_count=owner.min_count or 1, hashing=hashing)
+
+    def _make_features(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
+        for declared, (name, feature) in zip(self.features, self._config.features.items(), strict=True):
+            source = feature.column or name
+            values = table[source].combine_chunks()
+            more: to.Faults = []
+            if isinstance(feature, NumberFeature):
+                values, more = to.number(values, source, log=feature.scale == "log")
+            elif isinstance(feature, IdsFeature):
+                if feature.separator is not None:
+                    values, more = to.separated(values, source, feature.separator, declared.raw_type)
+                elif self._format == "csv":
+                    values, more = to.json_lists(values, source, declared.raw_type)
+                else:
+                    values = to.listed(values)
+            else:
+                values = to.present(values)
+                if declared.kind == "multi":  # several hashes of one id
+                    values = pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1, dtype=np.int32)), values)
+            columns[name] = values
+            faults += more
+
+    def _make_labels(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
+        for task in self._config.tasks:
+            if task.condition is not None:
+                values = task.condition.evaluate(table).cast(pa.float32())
+            elif task.kind == "regression":
+                values, more = to.number(table[task.label].combine_chunks(), task.label, log=False)
+                faults += more
+            else:
+                values, more = to.label(table[task.label].combine_chunks(), task.label)
+                faults += more
+            columns[f"label.{task.name}"] = values
+        for task, following in zip(self._config.tasks[:-1], self._config.tasks[1:], strict=True):
+            if task.implied_by_next:
+                before, after = columns[f"label.{task.name}"], columns[f"label.{following.name}"]
+                wrong = pc.and_(pc.equal(before, 0), pc.greater(after, 0)).fill_null(False)
+                complaint = f"task {following.name} is positive where {task.name} is not, which implied_by_next rules out."
+                faults.append((~wrong.to_numpy(zero_copy_only=False), f"{complaint} Mend the line, or leave that away."))
+
+    def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
+        needed = {self.group_key, getattr(self._config.split, "key", None)}
+        for name, key in self._config.keys.items():
+            source = key.column or name
+            values = to.present(table[source].combine_chunks())
+            if key.type == "datetime":
+                values, more = to.seconds(values, source)
+                faults += more
+            if name in needed:
+                good = values.is_valid().to_numpy(zero_copy_only=False)
+                faults.append((good, f"{source}, by which rows are divided or grouped, is missing. Mend the line."))
+            columns[f"key.{name}"] = values
+
+    def _make_scenario(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> np.ndarray:
+        """Adds the scenario; returns which rows belong to one."""
+        scenario = self._config.scenario
+        wanted = np.ones(len(table), bool)
+        if scenario is None:
+            return wanted
+        values = table[scenario.column].combine_chunks()
+        ids = np.array([scenario.names.index(name) for name in scenario.values.values()])
+        at = to.places(values, pa.array(list(scenario.values), values.type))
+        known = at >= 0
+        found = np.where(known, ids[at], 0)
+        if scenario.others == "error":
+            complaint = f"{scenario.column} holds no value of the scenarios{to.found(scenario.column)}."
+            faults.append((known, f"{complaint} Add it to scenario.values, or say with scenario.others what to do."))
+        elif scenario.others == "drop":
+            wanted = known
+        else:
+            found = np.where(known, found, scenario.names.index(scenario.others))
+        columns["sample.scenario"] = pa.array(found)
+        return wanted
+
+
+class _Example(argparse.Action):
+    """Prints the example and stops, whatever else is required."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(EXAMPLE, end="")
+        parser.exit()
+
+
+def _split_rule(config: TableConfig) -> SplitRule:
+    split = config.split
+    if isinstance(split, GroupRule):
+        return GroupSplit(split.key)
+    if isinstance(split, TimeRule):
+        return TimeSplit(split.key, split.seconds)
+    if isinstance(split, FileRule):
+        return FileSplit() if split.valid else FileSplit(split.valid_from or "train", split.one_in or 10)
+    return RandomSplit()
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    """The object; empty where the line holds none, which is a bad row when it is read."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+DATASETS = (Table,)

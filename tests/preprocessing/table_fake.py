@@ -1,0 +1,114 @@
+"""A table of one's own in three forms, with what real ones have: quotes, missing cells, rare ids, lists, odd scenarios."""
+
+import json
+import random
+
+import pandas as pd
+import yaml
+
+CONFIG = {
+    "features": {
+        "user": {"kind": "id", "type": "int"},
+        "item": {"kind": "id", "min_count": 3},
+        "bought": {"kind": "ids", "separator": "|", "table": "item"},
+        "tags": {"kind": "ids", "type": "int"},
+        "page": {"kind": "id", "column": "url", "hash": {"num_buckets": 50, "num_hashes": 2, "seed": 7}},
+        "seller": {"kind": "id", "type": "int", "hash": {"num_buckets": 20, "seed": 3}},
+        "price": {"kind": "number"},
+        "sold": {"kind": "number", "scale": "log"},
+        "rank": {"kind": "number", "scale": "none"},
+        "age": {"kind": "number", "buckets": 5},
+    },
+    "tasks": [
+        {"name": "click", "label": "clicked", "role": "ctr", "implied_by_next": True},
+        {"name": "buy", "label": "clicked == 1 and orders in [1, 2]"},
+        {"name": "liked", "label": "rating > 3"},
+    ],
+    "scenario": {"column": "device", "values": {"phone": "mobile", "desktop": "desktop", "tablet": "mobile"}, "others": "drop"},
+    "keys": {"row": {"type": "int"}, "user": {"type": "int"}, "time": {"type": "datetime"}},
+    "group_key": "user",
+}
+
+
+def records(num_rows=2000, seed=0):
+    """Rows as Python sees them; None = missing."""
+    draw = random.Random(seed)
+    rows = []
+    for row in range(num_rows):
+        price = draw.lognormvariate(2, 1)
+        rows.append(
+            {
+                "row": row,
+                "user": draw.randrange(2**61, 2**61 + 60),
+                "item": draw.choice([None, *(f'item {k}, the "{k}th"' if k % 4 == 0 else f"i{k}" for k in range(40))]),
+                "bought": [f"i{draw.randrange(50)}" for _ in range(draw.choice([0, 1, 3]))],
+                "tags": [draw.randrange(-5, 30) for _ in range(draw.choice([0, 1, 2]))],
+                "url": draw.choice([None, "/", *(f"/straße/{k}" for k in range(100))]),
+                "seller": draw.choice([None, *range(30)]),
+                "price": draw.choice([None, round(price, 2), round(price), price]),
+                "sold": draw.choice([0, -3, 10 ** draw.randrange(7)]),
+                "rank": draw.choice([None, draw.random()]),
+                "age": draw.choice([None, 18, draw.randrange(18, 90)]),
+                "clicked": draw.choice([0, 0, 1, 1, None]),
+                "orders": draw.choice([0, 1, 2, 3]),
+                "rating": draw.choice([None, 1, 2.5, 3, 3.5, 5]),
+                "device": draw.choice(["phone", "phone", "desktop", "tablet", "watch"]),
+                "time": f"2024-0{draw.randrange(1, 6)}-1{draw.randrange(10)}T0{draw.randrange(10)}:00:00",
+                "not wanted": draw.random(),
+            }
+        )
+    for row in rows:
+        if row["clicked"] is None and row["orders"] in (1, 2):
+            row["clicked"] = 1
+    return rows
+
+
+def as_text(rows):
+    """The frame that a CSV file of these rows has: lists joined, or as JSON."""
+    return pd.DataFrame(rows).assign(
+        bought=["|".join(row["bought"]) for row in rows],
+        tags=[json.dumps(row["tags"]) for row in rows],
+        **{name: pd.array([row[name] for row in rows], "Int64") for name in ("seller", "sold", "age", "clicked")},
+    )
+
+
+def write_csv(path, rows, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    as_text(rows).to_csv(path, index=False, **options)
+
+
+def write_json(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [
+        {key: value for key, value in row.items() if value is not None} | {"bought": "|".join(row["bought"])} for row in rows
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+
+
+def write_parquet(path, rows, **options):
+    """As pandas does: integers with gaps become float."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = pd.DataFrame(rows).assign(bought=["|".join(row["bought"]) for row in rows])
+    frame["time"] = pd.to_datetime(frame["time"])
+    frame["device"] = frame["device"].astype("category")
+    frame.to_parquet(path, **options)
+
+
+WRITERS = {"csv": ("rows.csv", write_csv), "json": ("rows.jsonl", write_json), "parquet": ("rows.parquet", write_parquet)}
+
+
+def write_config(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "my_table.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def write_table(folder, form="csv", num_rows=3000):
+    """Two files of a form, with their configuration beside them."""
+    name, write = WRITERS[form]
+    rows = records(num_rows)
+    write(folder / f"a-{name}", rows[: num_rows // 3])
+    write(folder / f"b-{name}", rows[num_rows // 3 :])
+    write_config(folder, CONFIG | {"files": [f"?-{name}"]})
+    return folder
