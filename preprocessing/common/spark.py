@@ -62,6 +62,8 @@ appender.console.name = console
 appender.console.target = SYSTEM_ERR
 appender.console.layout.type = PatternLayout
 appender.console.layout.pattern = %d{HH:mm:ss} %p %c{1}: %m%n
+logger.gateway.name = org.apache.spark.api.python.PythonGatewayServer
+logger.gateway.level = error
 logger.executor.name = org.apache.spark.executor.Executor
 logger.executor.level = off
 logger.tasks.name = org.apache.spark.scheduler.TaskSetManager
@@ -304,24 +306,27 @@ def _or_raise(results: list[T | OSError]) -> list[T]:
 def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
     """Spark, and its failures in words. What is started here is stopped at the end, before `folder` may be removed."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of pyspark about pandas, which is not used
-            from pyspark import SparkConf, SparkContext
-            from pyspark.errors import PySparkException
         from py4j.protocol import Py4JError
+        from pyspark import SparkConf, SparkContext
+        from pyspark.errors import PySparkException
     except ImportError as error:
-        raise ConfigError(f"--engine spark needs PySpark 3.5 or later ({error}): pip install 'mmlrec[spark]'.") from error
+        raise ConfigError(f"--engine spark needs PySpark 4 or later ({error}): pip install 'mmlrec[spark]'.") from error
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")  # which is not used here
     logging = folder / "log4j2.properties"
     logging.write_text(_LOGGING, encoding="utf-8")
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={logging}")
+    defaults = {"PYSPARK_PYTHON": sys.executable, "SPARK_SUBMIT_OPTS": f"-Dlog4j2.configurationFile={logging}"}
+    added = {variable: value for variable, value in defaults.items() if variable not in os.environ}
+    os.environ.update(added)
     try:
         context = SparkContext.getOrCreate(SparkConf().setAppName(name).set("spark.ui.showConsoleProgress", "false"))
     except (PySparkException, Py4JError, OSError) as error:
         raise ConfigError(
-            f"--engine spark: Spark cannot be started: {_reason(error)}. It needs Java 17: set JAVA_HOME."
+            f"--engine spark: Spark cannot be started: {_reason(error)}. It needs Java 17 or later: set JAVA_HOME."
         ) from error
-    logging.unlink()
+    finally:
+        logging.unlink()
+        for variable in added:
+            del os.environ[variable]
     try:
         yield context
     except (PySparkException, Py4JError) as error:
@@ -332,7 +337,8 @@ def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
 
 
 def _reason(error: Exception) -> str:
-    """The line that tells: the end of a Python traceback on an executor, or the first line of Java's."""
-    text = str(error)
-    python = re.findall(r"^(?:[\w.]*\.)?(\w*(?:Error|Exception|Interrupt): .*)$", text.partition("\n\tat ")[0], re.MULTILINE)
-    return python[-1] if python else text.strip().partition("\n")[0]
+    """The line that tells: the last of a Python traceback on an executor, or the one that names Java's exception."""
+    lines = str(error).partition("\n\tat ")[0].strip().splitlines()
+    python = [found[1] for line in lines if (found := re.match(r"(?:\w+\.)*(\w+(?:Error|Exception): .*)", line))]
+    java = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    return [*lines[:1], *java, *python][-1].rstrip(".")

@@ -60,13 +60,15 @@ class Stretch:
 
     Attributes:
         file: number of the file.
-        start: of a plain text file, the lines that begin in the `PIECE_BYTES` from here; None: all of a file that must be
+        start: of a plain text file, the lines that begin in the `piece_bytes` from here; None: all of a file that must be
             unpacked, or that the source cuts itself.
+        piece_bytes: of each piece.
     """
 
     file: int
     source: Source
     start: int | None
+    piece_bytes: int
 
     def cut(self, raw: RawFolder, folder: Path) -> tuple[list[Cut], int, Failure | None]:
         """The pieces, up to what cannot be read; and the number of lines. Copies go into `folder`.
@@ -86,7 +88,7 @@ class Stretch:
         path = folder / uuid4().hex  # a task may be tried twice at a time
         with path.open("wb") as file:
             try:
-                for piece in self.source.pieces(raw, PIECE_BYTES):
+                for piece in self.source.pieces(raw, self.piece_bytes):
                     start = file.tell()
                     file.write(piece.text)
                     cuts.append(Cut(self.source, piece.path, path, start, file.tell(), piece.first_line))
@@ -95,7 +97,7 @@ class Stretch:
         return cuts, 0, None
 
     def _lines(self, path: Path, start: int) -> tuple[Cut, int]:
-        stop = start + PIECE_BYTES
+        stop = start + self.piece_bytes
         with readable(path), path.open("rb") as file:
             if start:
                 file.seek(start - 1)
@@ -120,7 +122,7 @@ def stretches(file: int, source: Source, raw: RawFolder) -> list[Stretch]:
     with readable(path), open_unpacked(path, source.name) as text:
         plain = isinstance(text, io.BufferedReader) and type(source).pieces is Source.pieces
     starts = range(0, path.stat().st_size, PIECE_BYTES) if plain else [None]
-    return [Stretch(file, source, start) for start in starts]
+    return [Stretch(file, source, start, PIECE_BYTES) for start in starts]
 
 
 @dataclass(frozen=True)

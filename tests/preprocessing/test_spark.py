@@ -1,0 +1,291 @@
+"""Spark makes the same bytes as the local engine, whose output other tests compare with the raw files row by row."""
+
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing.common import parts, shuffle, spark_pieces
+from preprocessing.common.command_line import main
+from preprocessing.common.dataset import dataset_class
+from tests.preprocessing.fakes import FAKES
+from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
+
+ROOT = Path(__file__).parents[2]
+SPLITS = ("train", "valid", "test")
+IN_ONE_GO = {"aliexpress", "synthetic"}
+
+
+@pytest.fixture(scope="module")
+def spark():
+    """A SparkContext that all runs of this file share."""
+    pyspark = pytest.importorskip("pyspark")
+    if not (shutil.which("java") or os.environ.get("JAVA_HOME")):
+        pytest.skip("there is no Java")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    settings = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false", "spark.log.level": "OFF"}
+    conf = pyspark.SparkConf().setAppName("tests").setMaster("local[2]").setAll(settings.items())
+    context = pyspark.SparkContext(conf=conf)
+    yield context
+    context.stop()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Many pieces, buckets and parts in little data."""
+    monkeypatch.setattr(spark_pieces, "PIECE_BYTES", 10_000)
+    monkeypatch.setattr(parts, "PART_ROWS", 1024)
+    monkeypatch.setattr(shuffle, "BUCKET_ROWS", 300)
+
+
+def make(name, arguments, out, engine):
+    return main([name, *arguments, "--out", str(out), "--engine", engine])
+
+
+def both(name, arguments, folder):
+    """The bytes of the two folders, by file."""
+    made = []
+    for engine in ("local", "spark"):
+        assert make(name, arguments, folder / engine, engine) == 0
+        made.append(folder_bytes(folder / engine))
+    return made
+
+
+def rows_of(folder, split):
+    return pa.concat_tables([pq.read_table(path) for path in sorted((folder / split).glob("*.parquet"))])
+
+
+FORMS = ["movielens-1m", "census-income", "amazon-2018 time", "criteo npy"]
+FORMS = [form for form in FORMS if form in FAKES] + [
+    pytest.param(form, marks=pytest.mark.long) for form in FAKES if form not in FORMS and form.split()[0] not in IN_ONE_GO
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bytes_as_the_local_engine(form, spark, small, tmp_path, monkeypatch):
+    fake = FAKES[form]
+    raw = fake.write(tmp_path / "raw")
+    largest = max(path.stat().st_size for path in raw.rglob("*") if path.is_file())
+    monkeypatch.setattr(spark_pieces, "PIECE_BYTES", largest // 7)
+    local, on_spark = both(form.split()[0], fake.arguments(raw), tmp_path)
+    assert local.keys() == on_spark.keys()
+    assert [name for name in local if local[name] != on_spark[name]] == []
+
+
+@pytest.mark.parametrize("options", [["--parity"], ["--seed", "5", "--scenario", "none"]])
+def test_options_are_obeyed(options, spark, small, raw, tmp_path):
+    local, on_spark = both("movielens-1m", ["--raw", str(raw), *options], tmp_path)
+    assert local == on_spark
+
+
+def test_packed_files_are_the_same_data(spark, small, raw, tmp_path):
+    assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "plain", "spark") == 0
+    for path in list(raw.iterdir()):
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "packed", "spark") == 0
+    plain, packed = folder_bytes(tmp_path / "plain"), folder_bytes(tmp_path / "packed")
+    assert [name for name in plain if plain[name] != packed[name]] == ["manifest.json"]  # which has the raw files' digests
+
+
+@pytest.mark.parametrize("ending", [b"", b"\r\n"])
+def test_last_line_without_line_end_and_windows_line_ends(ending, spark, small, raw, tmp_path):
+    text = (raw / "ratings.dat").read_bytes().rstrip(b"\n")
+    (raw / "ratings.dat").write_bytes(text.replace(b"\n", ending) if ending else text)
+    local, on_spark = both("movielens-1m", ["--raw", str(raw)], tmp_path)
+    assert local == on_spark
+
+
+def test_reader_reads_every_row_of_several_parts_once(spark, small, tmp_path):
+    from mmlrec.data.reader import Reader
+    from mmlrec.schema import DatasetManifest
+
+    raw, out = write_movielens(tmp_path / "raw", 6000), tmp_path / "out"
+    assert make("movielens-1m", ["--raw", str(raw)], out, "spark") == 0
+    manifest = DatasetManifest.load(out)
+    assert len(manifest.splits["train"].parts) == 5
+    found = Counter()
+    reader = Reader(out, manifest, "train", tasks=["label2", "label3"], batch_size=512)
+    for batch in reader.epoch(0):
+        features = {key: jagged.to_dense() for key, jagged in batch.sparse.to_dict().items()}
+        for i in np.flatnonzero(batch.valid.numpy()):
+            ids = [tuple(features[f.name][i].tolist()) for f in manifest.sparse_features]
+            found[(*ids, *batch.labels[i].tolist(), int(batch.scenario[i]), int(batch.group[i]))] += 1
+    wanted = Counter()
+    for row in rows_of(out, "train").to_pylist():
+        ids = [tuple(row[f.name]) if f.kind == "multi" else (row[f.name],) for f in manifest.sparse_features]
+        wanted[(*ids, row["label.label2"], row["label.label3"], row["sample.scenario"], row["key.user"])] += 1
+    assert found == wanted
+    assert found.total() == 4800
+
+
+def spoil_lines(path, lines):
+    text = path.read_text(encoding="iso-8859-1").split("\n")
+    for number, line in lines.items():
+        text[number - 1] = line
+    path.write_text("\n".join(text), encoding="iso-8859-1")
+
+
+BAD = {
+    "two bad rows, far apart": lambda raw: spoil_lines(raw / "ratings.dat", {1900: "1::3::9::1", 700: "5::6::3"}),
+    "bytes that do not decode": lambda raw: spoil_lines(raw / "ratings.dat", {1000: "1::3::\xff::1"}),
+    "unknown movie": lambda raw: spoil_lines(raw / "ratings.dat", {1234: "5::7::3::1"}),
+    "side file": lambda raw: spoil_lines(raw / "users.dat", {6: "6::X::1::2::03"}),
+    "empty": lambda raw: (raw / "ratings.dat").write_text(""),
+    "no good row": lambda raw: (raw / "ratings.dat").write_text("x\n" * 30),
+    "page": lambda raw: (raw / "ratings.dat").write_text("<!DOCTYPE html>\n<html>"),
+    "too few rows": lambda raw: (raw / "ratings.dat").write_text("1::3::5::1\n" * 9),
+    "truncated": lambda raw: (raw / "ratings.dat").write_bytes(gzip.compress(os.urandom(9000))[:-2000]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_complaint_is_that_of_the_local_engine_and_nothing_is_left(case, spark, small, raw, tmp_path, capfd):
+    BAD[case](raw)
+    messages = []
+    for engine in ("local", "spark"):
+        assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "out", engine) == 2
+        (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        messages.append(error)
+        assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize(("limit", "code"), [(2, 2), (3, 0)])
+def test_bad_rows_are_told_counted_and_limited_as_locally(limit, code, spark, small, raw, tmp_path, capfd):
+    spoil_lines(raw / "ratings.dat", {2: "1::3::9::1", 900: "", 1800: "5::7::3::1"})
+    told = []
+    for engine in ("local", "spark"):
+        arguments = ["--raw", str(raw), "--max-bad-rows", str(limit)]
+        assert make("movielens-1m", arguments, tmp_path / engine, engine) == code
+        told.append([line for line in capfd.readouterr().err.splitlines() if line.startswith(("skipped: ", "error: "))])
+    assert told[0] == told[1]
+    assert len(told[0]) == 3
+    if code == 0:
+        assert folder_bytes(tmp_path / "local") == folder_bytes(tmp_path / "spark")
+
+
+def test_first_file_with_something_wrong_is_told(spark, small, tmp_path, capfd):
+    """Line 40 of the first of two files comes before all that is wrong with the second."""
+    raw = FAKES["adult-income"].write(tmp_path / "raw")
+    spoil_lines(raw / "adult.data", {40: "39, Private"})
+    (raw / "adult.test").write_text("")
+    assert make("adult-income", ["--raw", str(raw)], tmp_path / "out", "spark") == 2
+    assert "adult.data, line 40: 15 fields" in capfd.readouterr().err
+
+
+def test_datasets_that_are_read_in_one_go_are_refused(tmp_path, capsys):
+    assert make("synthetic", ["--rows", "1000"], tmp_path / "out", "spark") == 2
+    message = capsys.readouterr().err
+    assert "synthetic is read in one go" in message
+    for name in {form.split()[0] for form in FAKES} - IN_ONE_GO:
+        assert name in message.partition("works for:")[2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_pyspark_is_told(raw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "out", "spark") == 2
+    assert "pip install 'mmlrec[spark]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_failure_on_an_executor_is_told_in_one_line(spark, raw, tmp_path, capfd, monkeypatch):
+    def rows(self, block):
+        raise RuntimeError("out of luck")
+
+    def reduce(self):  # sent by value: executors have not been patched
+        return dataset_class, ("movielens-1m",)
+
+    kind = dataset_class("movielens-1m")
+    monkeypatch.setattr(kind, "__reduce__", reduce, raising=False)  # executors then find a class in the dataset's place
+    assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "out", "spark") == 2
+    message = capfd.readouterr().err
+    assert "error: --engine spark: a job failed: TypeError: " in message
+    assert "\tat " not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def spark_command(raw, out):
+    return [sys.executable, "-m", "preprocessing", "movielens-1m", "--raw", str(raw), "--out", str(out), "--engine", "spark"]
+
+
+def test_terminal_shows_no_log_of_spark(spark, raw, tmp_path):
+    result = subprocess.run(spark_command(raw, tmp_path / "out"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING: Using incubator modules")]
+    assert [line.partition(":")[0] for line in lines] == ["movielens-1m"] * 3
+    assert "Run next" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_run_leaves_nothing_that_passes_for_a_dataset(number, spark, tmp_path):
+    raw = write_movielens(tmp_path / "raw", 200_000)
+    process = subprocess.Popen(spark_command(raw, tmp_path / "out"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "count values" in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    message = process.stderr.read()
+    assert process.wait(timeout=60) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert "\tat " not in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"raw", ".out.tmp"}
+    if number == signal.SIGTERM:
+        assert not (tmp_path / ".out.tmp").exists()
+    assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "out", "local") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "out"}
+
+
+def same_rows_after_sorting(one, other):
+    for split in SPLITS:
+        tables = [rows_of(folder, split) for folder in (one, other)]
+        columns = [name for name in tables[0].column_names if not pa.types.is_list(tables[0][name].type)]
+        first, second = (table.sort_by([(name, "ascending") for name in columns]) for table in tables)
+        assert first.equals(second)
+
+
+@pytest.mark.long
+def test_movielens_1m(spark, real_data, tmp_path):
+    folder = real_data("ml-1m")
+    both("movielens-1m", ["--raw", str(folder)], tmp_path)
+    same_rows_after_sorting(tmp_path / "local", tmp_path / "spark")
+    assert folder_bytes(tmp_path / "local") == folder_bytes(tmp_path / "spark")
+
+
+@pytest.mark.long
+def test_million_rows_like_criteo(spark, tmp_path):
+    raw = write_like_criteo(tmp_path / "raw", 1_000_000)
+    both("criteo", ["--raw", str(raw), "--form", "kaggle"], tmp_path)
+    same_rows_after_sorting(tmp_path / "local", tmp_path / "spark")
+    assert folder_bytes(tmp_path / "local") == folder_bytes(tmp_path / "spark")
+
+
+def write_like_criteo(folder, num_rows):
+    """train.txt: a label, 13 integers and 26 hexadecimal ids of 3 to 300,000 values with a long tail; a tenth is missing."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    with (folder / "train.txt").open("wb") as file:
+        for _ in range(0, num_rows, 100_000):
+            n = min(100_000, num_rows)
+            columns = {"label": random.integers(0, 2, n)}
+            for k in range(13):
+                columns[f"i{k}"] = pa.array(random.geometric(0.01 * (k + 1), n) - 2, mask=random.random(n) < 0.1)
+            for k, size in enumerate(np.geomspace(3, 3e5, 26).astype(int)):
+                ids = (size * random.random(n) ** 4).astype(np.uint64) * np.uint64(2654435761) % np.uint64(1 << 32)
+                text = np.char.mod("%08x", ids)
+                columns[f"c{k}"] = pa.array(text, mask=random.random(n) < 0.1)
+            options = pa.csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
+            pa.csv.write_csv(pa.table(columns), file, options)
+    return folder
