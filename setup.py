@@ -57,6 +57,7 @@ setup(
     ],
     extras_require={
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
+        "spark": ["pyspark>=4"],  # brings Spark itself, but not Java 17
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
