@@ -13,7 +13,8 @@ _PACKED = (".gz", ".zip")
 def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
     """Names of the files relative to the folder, each once; those of one pattern, or in a named folder, in order of name.
 
-    Hidden files, and those whose names begin with '_', are passed over in folders and by patterns.
+    Hidden files, and those whose names begin with '_', are passed over in folders and by patterns. What is not there may lie
+    there packed, with .gz or .zip behind its name.
 
     Raises:
         ConfigError: a pattern leads out of the folder.
@@ -25,9 +26,7 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
             raise ConfigError(
                 f"{config}: {key}: '{pattern}' must lie below the folder that --raw gives; name it relative to that."
             )
-        named = folder / pattern
-        found = named.iterdir() if named.is_dir() else folder.glob(pattern)
-        files = [path for path in sorted(found) if path.is_file() and (path == named or path.name[0] not in "._")]
+        files = next((files for packed in ("", *_PACKED) if (files := _found(folder, pattern + packed))), [])
         if not files:
             there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
             holds = (
@@ -39,6 +38,12 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
             )
         names |= dict.fromkeys(path.relative_to(folder).as_posix() for path in files)
     return list(names)
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    named = folder / pattern
+    found = named.iterdir() if named.is_dir() else folder.glob(pattern)
+    return [path for path in sorted(found) if path.is_file() and (path == named or path.name[0] not in "._")]
 
 
 def file_format(names: list[str], config: str) -> str:

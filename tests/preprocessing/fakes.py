@@ -17,6 +17,7 @@ from tests.preprocessing.ijcai18_fake import write_ijcai18
 from tests.preprocessing.kuairand_fake import write_kuairand
 from tests.preprocessing.kuairec_fake import write_kuairec
 from tests.preprocessing.movielens_fake import write_movielens, write_movielens_csv
+from tests.preprocessing.table_fake import write_table
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def _processed(folder: Path) -> Path:
     return folder
 
 
+_TABLE = ("--config", "{raw}/my_table.yaml")
 _CRITEO_TABLES = ("--days", "0-2", "--table-rows", ",".join(map(str, TABLE_ROWS)))
 
 #: Dataset, or dataset and a word for its form -> fake.
@@ -100,4 +102,7 @@ FAKES: dict[str, Fake] = {
         ("--form", "multi-hot", *_CRITEO_TABLES, "--scenario", "day"),
         configs={"scaling/criteo": ["click"]},
     ),
+    "table": Fake(write_table, _TABLE, configs={"scaling/synthetic": ["click", "buy", "liked"]}),
+    "table json": Fake(lambda folder: write_table(folder, "json"), _TABLE),
+    "table parquet": Fake(lambda folder: write_table(folder, "parquet"), _TABLE),
 }

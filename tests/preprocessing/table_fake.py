@@ -108,7 +108,8 @@ def write_table(folder, form="csv", num_rows=3000):
     """Two files of a form, with their configuration beside them."""
     name, write = WRITERS[form]
     rows = records(num_rows)
-    write(folder / f"a-{name}", rows[: num_rows // 3])
-    write(folder / f"b-{name}", rows[num_rows // 3 :])
-    write_config(folder, CONFIG | {"files": [f"?-{name}"]})
+    files = {f"a-{name}": rows[: num_rows // 3], f"b-{name}": rows[num_rows // 3 :]}
+    for file, part in files.items():
+        write(folder / file, part)
+    write_config(folder, CONFIG | {"files": list(files)})
     return folder
