@@ -3,8 +3,13 @@
 import bisect
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +24,7 @@ from preprocessing.common.command_line import main
 from preprocessing.table import EXAMPLE
 from tests.preprocessing.table_fake import CONFIG, WRITERS, records, write_config, write_csv, write_table
 
+ROOT = Path(__file__).parents[2]
 SCENARIOS = {"phone": 0, "tablet": 0, "desktop": 1}
 
 
@@ -569,3 +575,18 @@ def test_json_lines_without_a_key(tmp_path, capsys):
     (tmp_path / "raw" / "rows.jsonl").write_text(json.dumps([{"user": "u", "x": 1, "y": 0}] * 20))
     assert run(config, tmp_path / "out") == 2
     assert "one JSON array" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_page_can_be_pasted(tmp_path):
+    (script,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/datasets/table.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+    result = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert DatasetManifest.load(tmp_path / "data/shop").statistics["rows"] == 5000
+    report = json.loads((tmp_path / "runs/shop/result.json").read_text())["test"]
+    assert list(report["tasks"]) == ["liked", "bought"]
