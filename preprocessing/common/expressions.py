@@ -113,7 +113,7 @@ def _evaluate(node: ast.expr, table: pa.Table) -> pa.Array:
         kind, name, _, value = _comparison(left, op, right, "")
         column = table[name].combine_chunks()
         if kind in _COMPARISONS:
-            result = _COMPARISONS[kind](column, value)
+            result = _compare(_COMPARISONS[kind], column, value)
         else:
             result = _among(column, list(value))
             result = pc.invert(result) if kind is ast.NotIn else result
@@ -123,7 +123,16 @@ def _evaluate(node: ast.expr, table: pa.Table) -> pa.Array:
 
 def _among(column: pa.Array, values: list[Any]) -> pa.Array:
     """Whether a value is one of these; null stays null. Compared one by one, so that 3.0 is 3 whatever the types."""
-    found = pc.equal(column, values[0])
+    found = _compare(pc.equal, column, values[0])
     for value in values[1:]:
-        found = pc.or_kleene(found, pc.equal(column, value))
+        found = pc.or_kleene(found, _compare(pc.equal, column, value))
     return found
+
+
+def _compare(function: Callable[[Any, Any], pa.Array], column: pa.Array, value: Any) -> pa.Array:
+    """Arrow refuses to compare integers beyond 2^53 with floats; as floats they are rounded."""
+    if isinstance(value, float) and pa.types.is_integer(column.type):
+        column = column.cast(pa.float64(), safe=False)
+    elif isinstance(value, int) and pa.types.is_floating(column.type):
+        value = float(value)
+    return function(column, value)

@@ -6,6 +6,8 @@ import random
 import pandas as pd
 import yaml
 
+from preprocessing.common.command_line import main
+
 CONFIG = {
     "features": {
         "user": {"kind": "id", "type": "int"},
@@ -113,3 +115,33 @@ def write_table(folder, form="csv", num_rows=3000):
         write(folder / file, part)
     write_config(folder, CONFIG | {"files": list(files)})
     return folder
+
+
+GOOD_LINES = ["user,x,y,t,d,tags,list", *(f"{i},{i}.5,{i % 2},2024-01-0{i % 9 + 1},a,1|2,[1]" for i in range(30))]
+GOOD_LINES_CONFIG = {
+    "features": {
+        "user": {"kind": "id", "type": "int"},
+        "x": {"kind": "number"},
+        "tags": {"kind": "ids", "type": "int", "separator": "|"},
+        "list": {"kind": "ids", "type": "int"},
+    },
+    "scenario": {"column": "d", "values": ["a", "b"]},
+    "keys": {"t": {"type": "datetime"}},
+    "split": {"rule": "time", "key": "t"},
+}
+SMALL = "user,x,y\n" + "".join(f"u{i % 3},{i},{i % 2}\n" for i in range(20))
+
+
+def small(tmp_path, content=SMALL, name="rows.csv", **config):
+    (tmp_path / "raw").mkdir(exist_ok=True)
+    (tmp_path / "raw" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    base = {
+        "files": [name],
+        "features": {"user": {"kind": "id"}, "x": {"kind": "number"}},
+        "tasks": [{"name": "y", "label": "y"}],
+    }
+    return write_config(tmp_path / "raw", base | config)
+
+
+def run(config, out, *options):
+    return main(["table", "--config", str(config), "--out", str(out), *options])

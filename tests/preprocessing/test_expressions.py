@@ -1,0 +1,73 @@
+"""Conditions against Python's own evaluation, row by row; missing values as in SQL."""
+
+import pyarrow as pa
+import pytest
+
+from preprocessing.common.expressions import parse_condition
+
+ROWS = [
+    {"a": a, "b": b, "s": s, "on": on}
+    for a in (-1, 0, 3, 4, 2**53 + 1)
+    for b in (0.5, 3.0)
+    for s in ("x", "y z", "")
+    for on in (True, False)
+]
+TABLE = pa.Table.from_pylist(ROWS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a > 3", "3 < a", "a >= -1", "b != 3", "b == 3", "a in [3, 4]", "a not in (3, 4.5)", "s == 'x'", 's in ["y z", ""]'),
+        *("a > 0 and b < 1", "a > 0 or b < 1 and s == 'x'", "not (a > 0 or b < 1)", "0 < a <= 4", "a == 9007199254740993"),
+        *("on == True", "a>3", " a > 3 "),
+    ],
+)
+def test_equals_python(text):
+    condition = parse_condition(text.strip())
+    assert condition.evaluate(TABLE).to_pylist() == [eval(text.strip(), {}, row) for row in ROWS]
+
+
+def test_missing_values_leave_open_what_depends_on_them():
+    table = pa.table({"a": pa.array([1, 5, None, None]), "s": ["x", None, "x", "y"]})
+    for text, expected in (
+        ("a > 3", [False, True, None, None]),
+        ("a in [1, 2]", [True, False, None, None]),
+        ("a not in [1, 2]", [False, True, None, None]),
+        ("a > 3 and s == 'x'", [False, None, None, False]),
+        ("a > 3 or s == 'x'", [True, True, True, None]),
+        ("not a > 3", [True, False, None, None]),
+    ):
+        assert parse_condition(text).evaluate(table).to_pylist() == expected
+
+
+def test_columns_are_known_with_their_types():
+    condition = parse_condition("a > 3 and s in ['x'] or on == true")
+    assert condition.columns == {"a": pa.float64(), "s": pa.string(), "on": pa.bool_()}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *(
+            (text, "a condition compares columns with constants")
+            for text in ("a", "'x'", "a + 1 > 2", "a == b", "f(a) > 1", "a.b > 1")
+        ),
+        *(
+            (text, "a condition compares columns with constants")
+            for text in ("a is 3", "3 in a", "a > b > 1", "[a for a in b] == 1")
+        ),
+        *((text, "cannot be read") for text in ("a >", "a = 3", "a > 1; b", "import os", "a > 1 and")),
+        ("a in 3", "a needs a list such as [1, 2] beside it"),
+        ("a in []", "a needs a list such as [1, 2] beside it"),
+        ("a > [1]", "a needs one constant beside it"),
+        ("a in [1, 'x']", "constants beside a must all be numbers, all strings, or true or false"),
+        ("a == None", "constants beside a must all be"),
+        ("a == 'x' or a > 3", "compares a with constants of two kinds"),
+        ("a > 9223372036854775808", "does not fit into 64 bits"),
+    ],
+)
+def test_what_is_no_condition(text, words):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse_condition(text)
+    assert words in str(error.value)

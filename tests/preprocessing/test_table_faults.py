@@ -1,0 +1,222 @@
+"""Tables of one's own: configurations and raw files that cannot be used."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmlrec.schema import DatasetManifest
+from tests.preprocessing.table_fake import GOOD_LINES, GOOD_LINES_CONFIG, run, small
+
+BAD_CONFIGS = {
+    "no config": ("missing.yaml", ["missing.yaml: no such config file"]),
+    "unknown key": ({"feature": {}}, ["my_table.yaml: feature: unknown key. Did you mean 'features'?"]),
+    "unknown option": (
+        {"features": {"user": {"kind": "id", "min_cout": 2}}},
+        ["features.user.min_cout: unknown key. Did you mean 'min_count'? Allowed: column, hash, kind, min_count, table, type."],
+    ),
+    "option of another kind": (
+        {"features": {"user": {"kind": "number", "separator": "|"}}},
+        ["features.user.separator: unknown key. Allowed: buckets, column, kind, scale."],
+    ),
+    "unknown kind": (
+        {"features": {"user": {"kind": "idd"}}},
+        ["features.user.kind: 'idd' is none of id, ids, number.", "'id'?"],
+    ),
+    "no kind": ({"features": {"user": {}}}, ["features.user.kind: required, but not given"]),
+    "bad name": ({"features": {"user.id": {"kind": "id"}}}, ["features.user.id", "should match pattern"]),
+    "wrong type": ({"features": {"user": {"kind": "id", "min_count": "2"}}}, ["features.user.min_count", "integer; found '2'"]),
+    "no features": ({"features": {}}, ["features", "at least 1"]),
+    "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),
+    "two tasks of one name": ({"tasks": [{"name": "y", "label": "y"}] * 2}, ["two tasks have one name"]),
+    "bad condition": ({"tasks": [{"name": "y", "label": "y > "}]}, ["tasks.0: 'y >' cannot be read", "COLUMN in [1, 2]"]),
+    "code as condition": (
+        {"tasks": [{"name": "y", "label": "__import__('os').getcwd() == 1"}]},
+        ["tasks.0", "a condition compares columns with constants"],
+    ),
+    "regression of a condition": (
+        {"tasks": [{"name": "y", "label": "y > 1", "kind": "regression"}]},
+        ["tasks.0", "names a column"],
+    ),
+    "hash and count": (
+        {"features": {"user": {"kind": "id", "min_count": 2, "hash": {"num_buckets": 3}}}},
+        ["features.user: min_count and hash exclude each other"],
+    ),
+    "unknown option of hash": (
+        {"features": {"user": {"kind": "id", "hash": {"buckets": 3}}}},
+        ["features.user.hash.buckets: unknown key. Did you mean 'num_buckets'?", "features.user.hash.num_buckets: required"],
+    ),
+    "buckets and scale": ({"features": {"x": {"kind": "number", "buckets": 3, "scale": "log"}}}, ["scale and buckets exclude"]),
+    "unknown shared table": (
+        {"features": {"user": {"kind": "id"}, "friend": {"kind": "id", "table": "usr"}}},
+        ["features.friend.table: 'usr' is no feature of ids", "Did you mean 'user'?"],
+    ),
+    "shared table of another type": (
+        {"features": {"user": {"kind": "id"}, "friend": {"kind": "id", "type": "int", "table": "user"}}},
+        ["features.friend is int, but 'user', whose table it shares, string"],
+    ),
+    "column of two types": (
+        {"features": {"user": {"kind": "id"}, "u2": {"kind": "number", "column": "user"}}},
+        ["column 'user' is read as string by features.user, but as double by features.u2"],
+    ),
+    "unknown key column": ({"split": {"rule": "group", "key": "usr"}}, ["split.key: 'usr' is not among the keys"]),
+    "group key of text": (
+        {"keys": {"user": {"type": "string"}}, "group_key": "user"},
+        ["group_key: key 'user' is of type string; int is needed"],
+    ),
+    "unknown rule": ({"split": {"rule": "tim"}}, ["split.rule: 'tim' is none of", "Did you mean 'time'?"]),
+    "cuts in the wrong order": (
+        {"keys": {"x": {"type": "int"}}, "split": {"rule": "time", "key": "x", "cuts": [5, 3]}},
+        ["split", "the second cut must be after the first"],
+    ),
+    "one scenario": ({"scenario": {"column": "user", "values": ["u0"]}}, ["scenario: two or more scenarios are needed"]),
+    "scenarios that YAML takes for booleans": ({"scenario": {"column": "user", "values": [False, "SE"]}}, ["in quotes"]),
+    "files twice": (
+        {"split": {"rule": "file", "train": ["rows.csv"], "test": ["rows.csv"]}, "files": []},
+        ["split.test: rows.csv is also among split.train"],
+    ),
+    "no files": ({"files": []}, ["`files` is missing"]),
+    "files and file split": ({"split": {"rule": "file", "train": ["a"], "test": ["b"]}}, ["leave `files` away"]),
+    "missing file": ({"files": ["row.csv"]}, ["no file 'row.csv'", "Did you mean 'rows.csv'?", "--raw"]),
+    "file outside": ({"files": ["../rows.csv"]}, ["files: '../rows.csv' must lie below the folder that --raw gives"]),
+    "mixed formats": ({"files": ["rows.csv", "my_table.yaml"]}, ["format: cannot be told from the names"]),
+    "separator for Parquet": ({"format": "parquet", "csv": {"separator": ";"}}, ["csv does not go with format: parquet"]),
+    "header and names": ({"csv": {"header": False}}, ["give either a header or columns"]),
+    "names lack a column": ({"csv": {"header": False, "columns": ["user", "xx", "y"]}}, ["csv.columns has no 'x'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configurations_are_named_by_file_and_key(case, tmp_path, capsys):
+    change, words = BAD_CONFIGS[case]
+    config = tmp_path / change if isinstance(change, str) else small(tmp_path, **change)
+    assert run(config, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
+BAD_LINES = {
+    "missing column": (0, "user,x,z,t,d,tags,list", "line 1: the header lacks y"),
+    "no integer": (7, "u,1,1,2024-01-01,a,1,[1]", "line 8: user must be an integer, found 'u'"),
+    "beyond 64 bits": (7, f"{2**63},1,1,2024-01-01,a,1,[1]", "line 8: user = 9223372036854775808 does not fit into 64 bits"),
+    "no number": (7, "1,one,1,2024-01-01,a,1,[1]", "line 8: x must be a number, found 'one'"),
+    "nan": (7, "1,nan,1,2024-01-01,a,1,[1]", "line 8: x is nan or infinite"),
+    "infinite": (7, "1,-inf,1,2024-01-01,a,1,[1]", "line 8: x is nan or infinite"),
+    "too large": (7, "1,1e39,1,2024-01-01,a,1,[1]", "line 8: x must be a finite number that float32 can hold, found 1e+39"),
+    "label": (7, "1,1,2,2024-01-01,a,1,[1]", "line 8: y must be 0 or 1, or empty where it is not known, found 2.0"),
+    "scenario": (7, "1,1,1,2024-01-01,c,1,[1]", "line 8: d holds no value of the scenarios, found c"),
+    "missing scenario": (7, "1,1,1,2024-01-01,,1,[1]", "line 8: d holds no value of the scenarios"),
+    "time": (7, "1,1,1,yesterday,a,1,[1]", "line 8: t must be a time in ISO 8601, such as 2024-05-31"),
+    "missing time": (7, "1,1,1,,a,1,[1]", "line 8: t, by which rows are divided or grouped, is missing"),
+    "no integer among several": (
+        7,
+        "1,1,1,2024-01-01,a,1|x,[1]",
+        "line 8: tags must hold integers of 64 bits, divided by '|', found 1|x",
+    ),
+    "large one among several": (7, f"1,1,1,2024-01-01,a,{2**63}|1,[1]", "line 8: tags must hold integers of 64 bits"),
+    "no JSON list": (7, "1,1,1,2024-01-01,a,1,[1", "line 8: list must be a JSON list of integers of 64 bits, found [1"),
+    "JSON list of text": (7, '1,1,1,2024-01-01,a,1,"[""a""]"', "line 8: list must be a JSON list of integers"),
+    "number for a JSON list": (7, "1,1,1,2024-01-01,a,1,5", "line 8: list must be a JSON list"),
+    "one field less": (7, "1,1,1,2024-01-01,a,1", "line 8: 7 fields"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_rows_are_named_by_line_or_counted(case, tmp_path, capsys):
+    place, line, words = BAD_LINES[case]
+    lines = [*GOOD_LINES[:place], line, *GOOD_LINES[place + 1 :]]
+    config = small(tmp_path, "\n".join(lines) + "\n", **GOOD_LINES_CONFIG)
+    assert run(config, tmp_path / "out") == 2
+    assert f"rows.csv, {words}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    if place:
+        assert run(config, tmp_path / "out", "--max-bad-rows", "1") == 0
+        manifest = DatasetManifest.load(tmp_path / "out")
+        assert manifest.statistics["bad_rows"] == {"rows.csv": 1}
+        assert manifest.statistics["rows"] == 29
+
+
+def test_a_chain_that_rows_contradict(tmp_path, capsys):
+    tasks = [{"name": "click", "label": "x > 100", "implied_by_next": True}, {"name": "buy", "label": "y"}]
+    assert run(small(tmp_path, tasks=tasks), tmp_path / "out") == 2
+    assert (
+        "rows.csv, line 3: task buy is positive where click is not, which implied_by_next rules out" in capsys.readouterr().err
+    )
+
+
+BAD_PARQUET = {
+    "missing column": ({"z": [1.0] * 20}, "there is no column 'x'. Columns: user, y, z."),
+    "id of another type": ({"user": list(range(20))}, "column 'user' is of type int64; string is needed"),
+    "list for one id": ({"user": [["a"]] * 20}, "column 'user' is of type list<element: string>; string is needed"),
+    "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
+    "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x = nan is no number that can be used"),
+    "label": ({"y": [0] * 4 + [7] + [1] * 15}, "line 5: y must be 0 or 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARQUET)
+def test_bad_parquet(case, tmp_path, capsys):
+    change, words = BAD_PARQUET[case]
+    columns = {
+        "user": [f"u{i}" for i in range(20)],
+        "x": [float(i) for i in range(20)],
+        "y": [i % 2 for i in range(20)],
+    } | change
+    if "z" in change:
+        del columns["x"]
+    config = small(tmp_path, b"", "rows.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "raw" / "rows.parquet")
+    assert run(config, tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "bad", "words"),
+    [
+        ("id", pa.uint64(), 2**63, "line 3: id = 9223372036854775808 is no integer that can be used"),
+        ("id", pa.float64(), 1.5, "line 3: id = 1.5 is no integer that can be used"),
+        ("id", pa.float64(), 1e30, "line 3: id = 1e+30 is no integer that can be used"),
+    ],
+)
+def test_ids_of_parquet_that_are_no_int64(column, kind, bad, words, tmp_path, capsys):
+    config = small(tmp_path, b"", "rows.parquet", features={"id": {"kind": "id", "type": "int"}})
+    ids = pa.array([1, 2, bad, *range(17)], kind)
+    pq.write_table(pa.table({"id": ids, "y": [i % 2 for i in range(20)]}), tmp_path / "raw" / "rows.parquet")
+    assert run(config, tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert run(config, tmp_path / "out", "--max-bad-rows", "1") == 0
+
+
+def test_files_that_are_no_parquet(tmp_path, capsys):
+    config = small(tmp_path, b"", "rows.parquet")
+    columns = {"user": [f"u{i}" for i in range(5000)], "x": np.random.default_rng(0).random(5000), "y": [0, 1] * 2500}
+    pq.write_table(pa.table(columns), tmp_path / "good.parquet")
+    whole = (tmp_path / "good.parquet").read_bytes()
+    for content, words in (
+        (b"", "the file is empty"),
+        (b"<html>log in</html>", "no Parquet file: it begins with b'<htm'"),
+        (whole[: len(whole) // 2], "the Parquet file is truncated or damaged"),
+        (whole[:4] + bytes(3000) + whole[3004:], "truncated or damaged"),
+    ):
+        (tmp_path / "raw" / "rows.parquet").write_bytes(content)
+        assert run(config, tmp_path / "out") == 2
+        message = capsys.readouterr().err
+        assert "rows.parquet" in message
+        assert words in message
+
+
+def test_json_lines_without_a_key(tmp_path, capsys):
+    rows = "".join(json.dumps({"usr": f"u{i}", "x": i, "y": i % 2}) + "\n" for i in range(20))
+    config = small(tmp_path, rows, "rows.jsonl")
+    assert run(config, tmp_path / "out") == 2
+    assert "rows.jsonl: no line has the key 'user'" in (message := capsys.readouterr().err)
+    assert "Did you mean 'usr'? Keys: usr, x, y." in message
+    (tmp_path / "raw" / "rows.jsonl").write_text(json.dumps([{"user": "u", "x": 1, "y": 0}] * 20))
+    assert run(config, tmp_path / "out") == 2
+    assert "one JSON array" in capsys.readouterr().err
