@@ -164,9 +164,9 @@ class CollisionCounter:
         """Add what another one has counted."""
         other._merge()
         self._one_in, self._value_one_in = max(self._one_in, other._one_in), max(self._value_one_in, other._value_one_in)
-        self._pending.append(other._hashes)
+        self._pending = [self._chosen(hashes) for hashes in (self._hashes, *self._pending, other._hashes)]
+        self._hashes = self._hashes[:0]
         self._merge()
-        self._hashes = self._chosen(self._hashes)
 
     def _merge(self) -> None:
         self._hashes = np.unique(np.concatenate([self._hashes, *self._pending]))

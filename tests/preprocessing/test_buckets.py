@@ -123,6 +123,31 @@ def test_collisions_of_very_many_values_are_estimated_alike_in_any_order(num_buc
     assert found["rate"] == pytest.approx(collisions / distinct, rel=0.05)
 
 
+@pytest.mark.parametrize("sizes", [(100, 5000), (90_000, 10_000), (20_000, 30_000, 50_000)])
+def test_counts_of_parts_merge_to_those_of_all(sizes, monkeypatch):
+    monkeypatch.setattr(buckets, "LIMIT", 1 << 14)
+    numbers = RANDOM.normal(0, 1, sum(sizes)).astype(np.float32)
+    ends = np.cumsum(sizes)
+
+    def counted(start, stop):
+        collisions, quantiles = CollisionCounter(1 << 16, 2), QuantileBuckets(20)
+        for at in range(start, stop, 3000):
+            collisions.add(hash_ids(pa.array(np.arange(at, min(at + 3000, stop))), 1))
+            quantiles.add(pa.array(numbers[at : min(at + 3000, stop)]))
+        return collisions, quantiles
+
+    whole = counted(0, sum(sizes))
+    for order in (1, -1):
+        parts = [counted(end - size, end) for size, end in zip(sizes, ends, strict=True)][::order]
+        for other in parts[1:]:
+            for mine, more in zip(parts[0], other, strict=True):
+                mine.merge(more)
+        assert parts[0][0].result() == whole[0].result()
+        parts[0][1].freeze()
+        expected = fitted(numbers, 20)
+        assert parts[0][1].borders.tobytes() == expected.borders.tobytes()
+
+
 def test_few_buckets_for_very_many_values_collide_all(monkeypatch):
     monkeypatch.setattr(buckets, "LIMIT", 1 << 12)
     counter = CollisionCounter(3, 1)
