@@ -68,6 +68,8 @@ logger.executor.name = org.apache.spark.executor.Executor
 logger.executor.level = off
 logger.tasks.name = org.apache.spark.scheduler.TaskSetManager
 logger.tasks.level = off
+logger.jobs.name = org.apache.spark.scheduler.DAGScheduler
+logger.jobs.level = off
 """
 
 T = TypeVar("T")
