@@ -11,6 +11,7 @@ Executors see the raw folder and `--out` under the paths that the driver knows, 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -314,9 +315,10 @@ def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
     except ImportError as error:
         raise ConfigError(f"--engine spark needs PySpark 4 or later ({error}): pip install 'mmlrec[spark]'.") from error
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")  # which is not used here
-    logging = folder / "log4j2.properties"
-    logging.write_text(_LOGGING, encoding="utf-8")
-    defaults = {"PYSPARK_PYTHON": sys.executable, "SPARK_SUBMIT_OPTS": f"-Dlog4j2.configurationFile={logging}"}
+    logging.getLogger().addFilter(lambda record: "while sending command" not in record.getMessage())  # py4j's, of an interrupt
+    log_settings = folder / "log4j2.properties"
+    log_settings.write_text(_LOGGING, encoding="utf-8")
+    defaults = {"PYSPARK_PYTHON": sys.executable, "SPARK_SUBMIT_OPTS": f"-Dlog4j2.configurationFile={log_settings}"}
     added = {variable: value for variable, value in defaults.items() if variable not in os.environ}
     os.environ.update(added)
     try:
@@ -326,12 +328,14 @@ def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
             f"--engine spark: Spark cannot be started: {_reason(error)}. It needs Java 17 or later: set JAVA_HOME."
         ) from error
     finally:
-        logging.unlink()
+        log_settings.unlink()
         for variable in added:
             del os.environ[variable]
     try:
         yield context
     except (PySparkException, Py4JError) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         raise DataError(f"--engine spark: a job failed: {_reason(error)}") from error
     finally:
         if context.appName == name:
