@@ -315,7 +315,9 @@ def _spark(name: str, folder: Path) -> Iterator[SparkContext]:
     except ImportError as error:
         raise ConfigError(f"--engine spark needs PySpark 4 or later ({error}): pip install 'mmlrec[spark]'.") from error
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")  # which is not used here
-    logging.getLogger().addFilter(lambda record: "while sending command" not in record.getMessage())  # py4j's, of an interrupt
+    # py4j logs an interrupt before it passes it on, partly under its own name.
+    logging.getLogger().addFilter(lambda record: "while sending command" not in record.getMessage())
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
     log_settings = folder / "log4j2.properties"
     log_settings.write_text(_LOGGING, encoding="utf-8")
     defaults = {"PYSPARK_PYTHON": sys.executable, "SPARK_SUBMIT_OPTS": f"-Dlog4j2.configurationFile={log_settings}"}
