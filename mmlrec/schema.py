@@ -108,6 +108,12 @@ class Scenario(_Contract):
     name: str
     values: list[str] = Field(min_length=2)
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Scenario:
+        if len(set(self.values)) < len(self.values) or "all" in self.values:
+            raise ValueError(f"scenarios must differ, and none may be called 'all', which stands for all rows: {self.values}")
+        return self
+
 
 class Part(_Contract):
     """One Parquet file, its path relative to the dataset folder."""

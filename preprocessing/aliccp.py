@@ -9,7 +9,9 @@ user), joined by an index. Features are entries FIELD 0x02 FEATURE 0x03 VALUE, d
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,8 +39,9 @@ _ID, _TEXT = pa.int64(), pa.string()
 _COMMON = {"common_feature_index": _TEXT, "feature_count": _ID, "features": _TEXT}
 _SKELETON = {"sample_id": _ID, "click": _ID, "purchase": _ID} | _COMMON
 _NUM_PLACES = 3
+_PLACES_PIECES = 8
 _NO_FEATURE = np.iinfo(np.int64).min
-_ENTRY = re.compile(r"[^\x01-\x03]+\x02-?\d{1,18}\x03[-+]?[\d.]+([eE][-+]?\d+)?")
+_ENTRY = re.compile(r"[^\x01-\x03]+\x02-?[0-9]{1,18}\x03([-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?)")
 _ENTRIES = "entries FIELD 0x02 FEATURE 0x03 VALUE divided by 0x01"
 _MIN_COUNT = 10
 
@@ -78,8 +81,8 @@ class AliCCP(Dataset):
         parser.add_argument(
             "--places",
             metavar="A,B,...",
-            help="features of field 301 in the order of their scenario ids; samples of others are bad rows (default: the first"
-            f" {_NUM_PLACES} that occur in sample_skeleton_train.csv, ascending; there are no more in the official file)",
+            help="features of field 301 in the order of their scenario ids; samples of others are bad rows (default: the"
+            f" {_NUM_PLACES} in the first 64 MiB of sample_skeleton_train.csv, ascending; the official file has no more)",
         )
         parser.add_argument(
             "--max-history",
@@ -155,15 +158,22 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _first_places(raw: RawFolder) -> list[int]:
-    name, found = "sample_skeleton_train.csv", set[int]()
-    for piece in raw.pieces(name):
-        for feature in re.findall(rb"[\x01,]301\x02(\d{1,18})\x03", piece.text):
-            found.add(int(feature))
-            if len(found) == _NUM_PLACES:
-                return sorted(found)
+    """Those in the first 64 MiB of the train samples, and as far beyond as fewer than three are found."""
+    name, found = "sample_skeleton_train.csv", Counter[int]()
+    for number, piece in enumerate(raw.pieces(name)):
+        if number >= _PLACES_PIECES and len(found) >= _NUM_PLACES:
+            break
+        found.update(map(int, re.findall(rb"[\x01,]301\x02([0-9]{1,18})\x03", piece.text)))
+    counts = found.most_common()
+    clear = len(counts) == _NUM_PLACES or (
+        len(counts) > _NUM_PLACES and counts[_NUM_PLACES - 1][1] > 10 * counts[_NUM_PLACES][1]
+    )
+    if clear:  # what is rare beside them is a bad row where it stands
+        return sorted(place for place, _ in counts[:_NUM_PLACES])
+    shown = ", ".join(f"{feature} in {count:,} samples" for feature, count in counts[:8])
     raise DataError(
-        f"{raw.paths[name]}: field 301, the scenario, has {len(found)} features there ({', '.join(map(str, sorted(found)))}),"
-        f" not {_NUM_PLACES}. Fetch the file again, or name the scenarios with --places."
+        f"{raw.paths[name]}: field 301, the scenario, has {len(found)} features there ({shown or 'none'}), not {_NUM_PLACES}."
+        " Fetch the file again, or name the scenarios with --places."
     )
 
 
@@ -232,14 +242,22 @@ def _entries(block: Block) -> tuple[Block, pa.Table]:
         table = _parsed(lines)
         whole = len(table) == counts.sum() and not any(column.null_count for column in table.columns)
         whole = whole and bool(np.isfinite(table["value"].to_numpy()).all())
+        whole = whole and b"\x020x" not in lines and b"\x020X" not in lines  # which Arrow takes for integers
+        feature = table["feature"].to_numpy()
+        whole = whole and bool(((feature > -(10**18)) & (feature < 10**18)).all())
     except pa.ArrowInvalid:
         whole = False
     if not whole:
-        good = np.array([all(map(_ENTRY.fullmatch, text.split("\x01"))) for text in texts.to_pylist()])
+        good = np.array([all(map(_is_entry, text.split("\x01"))) for text in texts.to_pylist()])
         if good.all():
             raise DataError(f"{block.path}, lines from {block.lines[0]}: the features cannot be parsed. Fetch the file again.")
         return _entries(block.require(good, f"the features are no {_ENTRIES}. Mend the line or fetch the file again."))
     return block, table.append_column("row", pa.array(np.repeat(np.arange(len(texts)), counts)))
+
+
+def _is_entry(text: str) -> bool:
+    found = _ENTRY.fullmatch(text)
+    return found is not None and math.isfinite(float(found[1]))
 
 
 def _parsed(lines: bytes) -> pa.Table:

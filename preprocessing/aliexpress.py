@@ -59,7 +59,7 @@ class AliExpress(Dataset):
     terms = "Alibaba Tianchi data: as its page says, for research after login; no redistribution."
     hint = (
         "A login is needed. Unpack each country's archive; the four zip files in it (NL_user_train.zip ...) may stay as they"
-        " are. With --form processed, DIR holds AliExpress_NL/train.csv, AliExpress_NL/test.csv and so on."
+        " are. With --form processed, --raw holds AliExpress_NL/train.csv, AliExpress_NL/test.csv and so on."
     )
     split = FileSplit(valid_from="train", one_in=10, group="search_id")
     raw_files = tuple(RawFile(f"CC_{part}_{side}.csv") for side in ("train", "test") for part in ("user", "item"))
@@ -77,12 +77,15 @@ class AliExpress(Dataset):
             )
         self._processed: bool = options.form == "processed"
         self.raw_files = tuple(RawFile(name) for country in self._countries for names in self._names(country) for name in names)
-        self.features = (*(sparse(name, _ID) for name in _CATEGORICAL), *(dense(name) for name in _NUMERICAL))
+        several = len(self._countries) > 1
+        country = [sparse("country")] if options.parity and several else []  # the reference appends the scenario
+        self.features = (*(sparse(name, _ID) for name in _CATEGORICAL), *country, *(dense(name) for name in _NUMERICAL))
         self.tasks = (Task(name="click", role="ctr", implied_by_next=True), Task(name="conversion", role="ctcvr"))
         self.keys = {"search_id": _ID}
-        if len(self._countries) > 1:
+        if several:
             self.scenario = Scenario(name="country", values=self._countries)
         else:
+            self.next_config += " dataset.setting=mtl dataset.tasks=[click,conversion]"
             self.group_key = "search_id"  # two countries may use one id for two searches
         #: Name of the file that gives the rows -> scenario and side.
         self._place: dict[str, tuple[int, int]] = {}
@@ -137,6 +140,7 @@ class AliExpress(Dataset):
         columns["key.search_id"] = block.table["search_id"]
         scenario, side = self._place[block.source.name]
         columns[SCENARIO_COLUMN] = np.full(len(block.lines), scenario)
+        columns["country"] = pa.repeat(self._countries[scenario], len(block.lines))
         columns[SIDE_COLUMN] = np.full(len(block.lines), side)
         return columns
 

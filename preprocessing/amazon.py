@@ -51,7 +51,7 @@ class Amazon(Dataset):
     )
     hint = (
         "One file a category, as it comes: CATEGORY_5.json.gz. The small 5-core files need no login, the full files"
-        " (--reviews all: CATEGORY.json.gz) a form. With --release 2014, DIR holds reviews_CATEGORY_5.json.gz and so on."
+        " (--reviews all: CATEGORY.json.gz) a form. With --release 2014, --raw holds reviews_CATEGORY_5.json.gz and so on."
     )
     raw_files: tuple[RawFile, ...] = (RawFile("CATEGORY_5.json"),)
     examples = """examples:
@@ -64,7 +64,7 @@ class Amazon(Dataset):
         self._release: str = options.release
         self._categories: list[str] = options.categories.split(",")
         named = [category for category in self._categories if re.fullmatch(r"\w+", category)]
-        if sorted(set(named)) != sorted(self._categories):
+        if len({name.lower() for name in named}) != len(self._categories):  # files are found whatever the case of their names
             raise ConfigError(
                 f"--categories {options.categories}: give the categories as their files name them, such as"
                 " All_Beauty,Gift_Cards, each once, divided by commas."
@@ -167,9 +167,13 @@ class Amazon(Dataset):
         good = pc.match_substring_regex(block.table["reviewTime"], _DATE).to_numpy()
         block = block.require(good, f"reviewTime must be a date such as '09 4, 2015', found {{reviewTime!r}}. {_REMEDY}")
         if self._release == "2014":
+            complaint = f"helpful must be [helpful votes, votes], found {{helpful}}. {_REMEDY}"
             two = pc.equal(pc.list_value_length(block.table["helpful"]), 2).fill_null(False).to_numpy()
-            return block.require(two, f"helpful must be [helpful votes, votes], found {{helpful}}. {_REMEDY}")
-        number = pc.match_substring_regex(block.table["vote"], r"^\d[\d,]{0,17}$").fill_null(True).to_numpy()
+            block = block.require(two, complaint)
+            helpful, votes = (pc.list_element(block.table["helpful"], k) for k in (0, 1))
+            sound = pc.and_(pc.greater_equal(helpful, 0), pc.less_equal(helpful, votes)).fill_null(False)
+            return block.require(sound.to_numpy(), complaint)
+        number = pc.match_substring_regex(block.table["vote"], r"^(\d{1,18}|\d{1,3}(,\d{3}){1,4})$").fill_null(True).to_numpy()
         return block.require(number, f"vote must be a whole number such as '1,341', found {{vote!r}}. {_REMEDY}")
 
     def _places(self, block: Block) -> NDArray[np.int64]:

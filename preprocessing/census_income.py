@@ -94,13 +94,17 @@ class _Census(Dataset):
         """Cleaned columns and the two labels."""
         block = self._cleaned(block)
         for field, zeros, ones in self.labels.values():
-            known = pc.is_in(block.table[field], pa.array(zeros + ones)).to_numpy()
+            known = pc.is_in(block.table[field], pa.array(self._known(zeros + ones, block.source.name))).to_numpy()
             block = block.require(known, f"{field} holds no known value: {{{field}!r}}. Mend the line.")
         columns: dict[str, Any] = {feature.name: block.table[feature.name] for feature in self.features}
         for task, (field, _, ones) in self.labels.items():
             columns[label_column(task)] = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
         columns[SIDE_COLUMN] = np.full(len(block.lines), 2 if block.source.name.endswith(".test") else 0)
         return columns
+
+    def _known(self, values: list[str], file: str) -> list[str]:
+        """Those of a label's values that a file may hold."""
+        return values
 
     def _cleaned(self, block: Block) -> Block:
         """Texts without blanks at their ends. `?` and an empty text become null; in the parity form they are values."""
@@ -121,7 +125,7 @@ class CensusIncome(_Census):
     summary = "Census-Income (KDD): 299,285 people of 1994-95; two tasks, income and marital"
     home = "https://archive.ics.uci.edu/dataset/117/census+income+kdd"
     archive = "https://archive.ics.uci.edu/static/public/117/census+income+kdd.zip"
-    hint = "Without census-income.data, census-income.test alone serves with --variant recut."
+    hint = "No login. Without census-income.data, census-income.test alone serves with --variant recut."
     raw_files: tuple[RawFile, ...] = (
         RawFile("census-income.data"),
         RawFile("census-income.test", 51_918_813, "98402b1ab879573d0a7f38a699a40258080e25e33d3401e7bf9c96d3fa0fab8c"),
@@ -170,6 +174,7 @@ class AdultIncome(_Census):
     name = "adult-income"
     summary = "Adult: 48,842 people of 1994; the same tasks in small"
     home = "https://archive.ics.uci.edu/dataset/2/adult"
+    hint = "No login."
     archive = "https://archive.ics.uci.edu/static/public/2/adult.zip"
     raw_files = (
         RawFile("adult.data", 3_974_305, "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
@@ -187,6 +192,10 @@ class AdultIncome(_Census):
     weight = "fnlwgt"
     left_out = ("relationship",)
     comment = "|"  # the test file begins with such a line, and both end with a blank one
+
+    def _known(self, values: list[str], file: str) -> list[str]:
+        """Only the test file's labels of income end in a period, which tells when the two are swapped."""
+        return values if file.endswith(".test") else [value for value in values if not value.endswith(".")]
 
 
 DATASETS = (CensusIncome, AdultIncome)

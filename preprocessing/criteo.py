@@ -6,6 +6,7 @@ Naumov et al., "Deep Learning Recommendation Model for Personalization and Recom
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,11 +49,12 @@ class Criteo(Dataset):
     summary = "a month of ad views, 13 numbers and 26 ids each: 1TB text, Kaggle text, DLRM's and MLPerf's arrays"
     home = "https://ailab.criteo.com/download-criteo-1tb-click-logs-dataset/"
     terms = "1TB click logs: CC BY-NC-SA 4.0, no commercial use. Kaggle file: the terms accepted with it."
-    raw_files = tuple(RawFile(f"day_{day}") for day in range(_NUM_DAYS))
+    raw_files: tuple[RawFile, ...] = (RawFile("day_0"), RawFile("..."), RawFile(f"day_{_NUM_DAYS - 1}"))
     hint = (
-        "No login is needed. --days says which of the files day_0.gz ... day_23.gz lie in --raw. --form says in which form they"
-        " are there: days (text), kaggle (train.txt, one file), npy (day_N_labels.npy, day_N_dense.npy, day_N_sparse.npy) or"
-        " multi-hot (day_N_sparse_multi_hot.npz instead of the last)."
+        "No login is needed, but for the Kaggle file; criteo/CriteoClickLogs on Hugging Face holds the same days. --days says"
+        " which of the files day_0.gz ... day_23.gz lie in --raw. --form says in which form they are there: days (text), kaggle"
+        " (train.txt, one file), npy (day_N_labels.npy, day_N_dense.npy, day_N_sparse.npy) or multi-hot"
+        " (day_N_sparse_multi_hot.npz instead of the last)."
     )
     next_config = "configs/scaling/criteo.yaml"
 
@@ -77,10 +79,14 @@ class Criteo(Dataset):
         self.tasks = (Task(name="click", role="ctr"),)
         self.keys = {"line": _INT} if self._form == "kaggle" else {"day": _INT, "line": _INT}
         if options.scenario == "day":
+            if self._form == "kaggle":
+                raise ConfigError("--scenario day: the Kaggle file has no days; leave the option away.")
             if len(self._days) < 2:
                 raise ConfigError("--scenario day needs --days with two or more days.")
             self.scenario = Scenario(name="day", values=[str(day) for day in self._days])
-        elif len(self._days) > 1:
+            return
+        self.next_config = ""
+        if len(self._days) > 1:
             self.split = FileSplit(valid_from="test", one_in=2)
 
     def _id_column(self, name: str, num_rows: int) -> Column:
@@ -181,11 +187,9 @@ def _day_of(block: Block) -> int:
 
 
 def _days_of(text: str) -> list[int]:
-    try:
-        ranges = [[int(day) for day in part.split("-")] for part in text.split(",")]
-        days = [day for ends in ranges for day in range(ends[0], ends[-1] + 1)]
-    except ValueError:
-        days = []
+    parts = [re.fullmatch(r"([0-9]{1,2})(?:-([0-9]{1,2}))?", part) for part in text.split(",")]
+    ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    days = [day for first, last in ends for day in range(first, last + 1)] if all(parts) else []
     if not days or days != sorted(set(days)) or not 0 <= days[0] <= days[-1] < _NUM_DAYS:
         raise ConfigError(f"--days {text}: give days of 0..{_NUM_DAYS - 1} in ascending order, such as 0-2,23.")
     return days
@@ -195,8 +199,8 @@ def _table_rows_of(text: str | None) -> list[int]:
     if text is None:
         return TABLE_ROWS
     parts = text.split(",")
-    if len(parts) != len(CATEGORIES) or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ConfigError(f"--table-rows {text}: give {len(CATEGORIES)} numbers of 1 or more, divided by commas.")
+    if len(parts) != len(CATEGORIES) or not all(re.fullmatch("0*[1-9][0-9]{0,17}", part) for part in parts):
+        raise ConfigError(f"--table-rows {text}: give {len(CATEGORIES)} numbers from 1 to 10^18 - 1, divided by commas.")
     return [int(part) for part in parts]
 
 

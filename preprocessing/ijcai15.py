@@ -51,7 +51,7 @@ class Ijcai15(Dataset):
     home = "https://tianchi.aliyun.com/dataset/42"
     terms = "Alibaba Tianchi data: as its page says, for research after login; no redistribution."
     hint = (
-        "A login is needed. Unpack data_format1.zip and put its csv files into DIR; or data_format2.zip, with --form 2"
+        "A login is needed. Unpack data_format1.zip and put its csv files into --raw; or data_format2.zip, with --form 2"
         f" ({', '.join(_LISTS)}; repeat needs the first only). --variant funnel does without {_PAIRS}."
     )
     raw_files: tuple[RawFile, ...] = (RawFile(_LOG), RawFile(_USERS), RawFile(_PAIRS))

@@ -61,8 +61,8 @@ class Ijcai18(Dataset):
     home = "https://tianchi.aliyun.com/dataset/147588"
     terms = "Alibaba Tianchi data: as its page says, for research after login; no redistribution."
     hint = (
-        f"A login is needed. The zip file may stay as it is. With --round 2, DIR holds {_FILES['2']}; the test files of either"
-        " round have no labels and are not used."
+        f"A login is needed. The zip file may stay as it is. With --round 2, --raw holds {_FILES['2']}; the test files of"
+        " either round have no labels and are not used."
     )
     raw_files: tuple[RawFile, ...] = (RawFile(_FILES["1"]),)
     examples = """examples:
@@ -145,6 +145,10 @@ class Ijcai18(Dataset):
             value = block.table[name].to_numpy()
             complaint = f"{name} must be a whole number from {lowest} to {highest}, found {{{name}}}. Mend the line."
             block = block.require((value >= lowest) & (value <= highest), complaint)
+        for name in _DENSE:
+            value = block.table[name].to_numpy()
+            good = (value == -1) | ((value >= 0) & (value <= 1))
+            block = block.require(good, f"{name} must lie in 0..1, or be -1 for missing, found {{{name}}}. Mend the line.")
         if self._last_day:
             complaint = "context_timestamp is missing, but --split last_day needs it. Mend the line."
             block = block.require(~_equals(block.table["context_timestamp"], -1), complaint)

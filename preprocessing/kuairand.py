@@ -30,6 +30,7 @@ _LOG = dict.fromkeys(("user_id", "video_id", "date", "hourmin", "time_ms", "is_c
 _VIDEO_TEXTS = ("video_type", "upload_dt", "upload_type")
 _VIDEO_CODES = ("author_id", "visible_status", "server_width", "server_height", "music_id", "music_type")
 _NUM_TABS = 15
+_DAYS = (20220408, 20220508)
 
 
 class KuaiRand(Dataset):
@@ -77,6 +78,8 @@ class KuaiRand(Dataset):
         self.tasks = (Task(name="is_click"), Task(name="long_view"))
         if len(tabs) > 1:
             self.scenario = Scenario(name="tab", values=tabs)
+        else:
+            self.next_config = "configs/mtl/kuairec.yaml dataset.tasks=[is_click,long_view]"
         self.keys = dict.fromkeys(("user_id", "video_id", "date", "time_ms"), _ID)
         self.group_key = "user_id"
 
@@ -118,10 +121,10 @@ class KuaiRand(Dataset):
         """Views in the wanted tabs, joined with users and videos."""
         for name in ("user_id", "video_id", "date", "hourmin", "tab"):
             block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
-        for name, high in (("tab", _NUM_TABS - 1), ("hourmin", 2359)):
+        for name, low, high in (("tab", 0, _NUM_TABS - 1), ("hourmin", 0, 2359), ("date", *_DAYS)):
             values = block.table[name].to_numpy()
-            good = (values >= 0) & (values <= high)
-            block = block.require(good, f"{name} must lie in 0..{high}, found {{{name}}}. Mend the line.")
+            good = (values >= low) & (values <= high)
+            block = block.require(good, f"{name} must lie in {low}..{high}, found {{{name}}}. Mend the line.")
         for name in ("is_click", "long_view"):
             good = np.isin(block.table[name].to_numpy(), (0, 1))
             block = block.require(good, f"{name} must be 0 or 1, found {{{name}}}. Mend the line.")

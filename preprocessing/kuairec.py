@@ -27,6 +27,7 @@ from preprocessing.common.splits import SIDE_COLUMN, FileSplit
 
 _BIG, _SMALL = "big_matrix.csv", "small_matrix.csv"
 _ID = pa.int64()
+_DAY = "^20[0-9]{2}(0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])$"
 
 
 class KuaiRec(Dataset):
@@ -103,6 +104,9 @@ class KuaiRec(Dataset):
         """Views joined with users and videos."""
         for name in block.table.column_names:
             block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
+        if not self._both:
+            day = pc.match_substring_regex(block.table["date"].cast(pa.string()), _DAY).to_numpy()
+            block = block.require(day, "date must be a day such as 20200705, found {date}. Mend the line.")
         good = block.table["watch_ratio"].to_numpy() >= 0
         block = block.require(good, "the watch_ratio must be 0 or more, found {watch_ratio}. Mend the line.")
         block, _ = self._user_index.find(block)

@@ -54,6 +54,7 @@ class _MovieLens(Dataset):
 
     home = _HOME
     terms = _TERMS
+    hint = "No login."
     ratings_name: ClassVar[str]
     separator: ClassVar[str]
 
@@ -70,6 +71,8 @@ class _MovieLens(Dataset):
         )
         self.tasks = _TASKS
         self.scenario = _SCENARIOS[options.scenario]
+        if self.parity and options.scenario == "age3":
+            self.features += (sparse("age3", _INT),)  # the reference appends the scenario
         self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
         self.group_key = "user"
 
@@ -128,7 +131,7 @@ class _MovieLens(Dataset):
             **{f"key.{name}": block.table[name] for name in self.keys},
         }
         if self.scenario is not None:
-            columns["sample.scenario"] = _scenario_ids(self.scenario, user)
+            columns["sample.scenario"] = columns["age3"] = _scenario_ids(self.scenario, user)
         return columns
 
 
@@ -218,6 +221,7 @@ class _MovieLensCsv(Dataset):
 
     home = _HOME
     terms = _TERMS
+    hint = "No login."
     next_config = "configs/mtl/movielens.yaml"
     raw_files = (RawFile("ratings.csv"), RawFile("movies.csv"))
 

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from preprocessing.common.own_table_config import (
     read_table_config,
 )
 from preprocessing.common.parquet_rows import ParquetRows
-from preprocessing.common.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.common.raw_files import FOUND, Block, RawFile, RawFolder, Source
 from preprocessing.common.splits import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
@@ -98,6 +99,8 @@ class Table(Dataset):
         if scenario is not None:
             setting = "mtmsl" if len(self.tasks) > 1 else "msl"
             self.next_config = f"{Dataset.next_config} dataset.setting={setting}"
+        elif len(self.tasks) == 1:
+            self.next_config = ""
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -109,7 +112,7 @@ class Table(Dataset):
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
 
     def prepare(self, raw: RawFolder) -> None:
-        """A key that no JSON line has would be all missing, in silence."""
+        """A key that no JSON line has would be all missing, in silence: looked for in some lines, and if need be in all."""
         if self._format != "json":
             return
         wanted = set(self._reads)
@@ -122,11 +125,17 @@ class Table(Dataset):
                 return
         if not seen:
             return  # no JSON lines at all, as the reader will say
-        lacking = min(wanted - seen.keys())
+        lacking = next((key for key in sorted(wanted - seen.keys()) if not self._occurs(raw, key)), None)
+        if lacking is None:
+            return
         raise DataError(
-            f"{raw.paths[next(iter(self._sides))]}: no line has the key '{lacking}', of the first 1,000 of each file."
+            f"{raw.paths[next(iter(self._sides))]}: no line has the key '{lacking}'."
             f"{did_you_mean(lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
         )
+
+    def _occurs(self, raw: RawFolder, key: str) -> bool:
+        text = json.dumps(key, ensure_ascii=False).encode()
+        return any(text in piece.text for name in self._sides for piece in raw.pieces(name))
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""
@@ -137,7 +146,7 @@ class Table(Dataset):
                 yield ParquetRows(name, self._reads)
             else:
                 csv = self._config.csv
-                quoted = csv.quoted and len(csv.separator) == 1
+                quoted = csv.quoted and len(csv.separator.encode()) == 1
                 yield DelimitedText(
                     name, csv.separator, self._reads, csv.encoding, csv.header, quoted, fields=tuple(csv.columns)
                 )
@@ -152,8 +161,8 @@ class Table(Dataset):
         if isinstance(self.split, FileSplit):
             columns["split.side"] = pa.array(np.full(len(block.lines), self._sides[block.source.name]))
         kept = np.arange(len(block.lines))
-        for good, complaint in faults:
-            block = block.require(good[kept], complaint)
+        for good, complaint, column in faults:
+            block = block.require(good[kept], complaint, shown=column)
             kept = kept[good[kept]]
         if not wanted[kept].all():
             block.only(wanted[kept], "other scenarios")
@@ -212,7 +221,10 @@ class Table(Dataset):
     def _feature(self, name: str) -> Column:
         feature = self._config.features[name]
         if isinstance(feature, NumberFeature):
-            return bucketed(name, feature.buckets) if feature.buckets else dense(name, scaled=feature.scale != "none")
+            if feature.buckets:
+                return bucketed(name, feature.buckets)
+            scaled = feature.scale != "none"
+            return replace(dense(name, scaled=scaled), raw_type=pa.float64() if scaled else pa.float32())
         owner = feature if feature.table is None else self._config.features[feature.table]
         assert isinstance(owner, IdFeature)
         hashing = None
@@ -228,7 +240,7 @@ class Table(Dataset):
             values = table[source].combine_chunks()
             more: to.Faults = []
             if isinstance(feature, NumberFeature):
-                values, more = to.number(values, source, log=feature.scale == "log")
+                values, more = to.number(values, source, declared.raw_type, log=feature.scale == "log")
             elif isinstance(feature, IdsFeature):
                 if feature.separator is not None:
                     values, more = to.separated(values, source, feature.separator, declared.raw_type)
@@ -248,7 +260,7 @@ class Table(Dataset):
             if task.condition is not None:
                 values = task.condition.evaluate(table).cast(pa.float32())
             elif task.kind == "regression":
-                values, more = to.number(table[task.label].combine_chunks(), task.label, log=False)
+                values, more = to.number(table[task.label].combine_chunks(), task.label, pa.float32())
                 faults += more
             else:
                 values, more = to.label(table[task.label].combine_chunks(), task.label)
@@ -259,7 +271,8 @@ class Table(Dataset):
                 before, after = columns[f"label.{task.name}"], columns[f"label.{following.name}"]
                 wrong = pc.and_(pc.equal(before, 0), pc.greater(after, 0)).fill_null(False)
                 complaint = f"task {following.name} is positive where {task.name} is not, which implied_by_next rules out."
-                faults.append((~wrong.to_numpy(zero_copy_only=False), f"{complaint} Mend the line, or leave that away."))
+                complaint = f"{complaint} Mend the line, or leave that away."
+                faults.append((~wrong.to_numpy(zero_copy_only=False), complaint, following.name))
 
     def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
         needed = {self.group_key, getattr(self._config.split, "key", None)}
@@ -271,7 +284,8 @@ class Table(Dataset):
                 faults += more
             if name in needed:
                 good = values.is_valid().to_numpy(zero_copy_only=False)
-                faults.append((good, f"{source}, by which rows are divided or grouped, is missing. Mend the line."))
+                complaint = f"{source}, by which rows are divided or grouped, is missing. Mend the line."
+                faults.append((good, complaint, source))
             columns[f"key.{name}"] = values
 
     def _make_scenario(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> np.ndarray:
@@ -286,8 +300,9 @@ class Table(Dataset):
         known = at >= 0
         found = np.where(known, ids[at], 0)
         if scenario.others == "error":
-            complaint = f"{scenario.column} holds no value of the scenarios{to.found(scenario.column)}."
-            faults.append((known, f"{complaint} Add it to scenario.values, or say with scenario.others what to do."))
+            complaint = f"{scenario.column} holds no value of the scenarios{FOUND}."
+            complaint = f"{complaint} Add it to scenario.values, or say with scenario.others what to do."
+            faults.append((known, complaint, scenario.column))
         elif scenario.others == "drop":
             wanted = known
         else:
@@ -322,7 +337,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     """The object; empty where the line holds none, which is a bad row when it is read."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import mmlrec
 from mmlrec.errors import DataError, UserError
-from mmlrec.schema import MANIFEST, DatasetManifest
+from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from preprocessing.common import description_report, spark
 from preprocessing.common.dataset import Dataset, dataset_class, datasets
 from preprocessing.common.download import download
@@ -31,6 +31,7 @@ The folder --out appears when it is complete, never half. Then train on it:
 """
 _DESCRIBE = "describe"  # the one sub-command that is no dataset
 #: Options that do not change what is written.
+_MOST_GIB = 1 << 20
 _NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine"}
 
 
@@ -70,10 +71,12 @@ def _run(arguments: list[str]) -> None:
     if options.download:
         download(dataset, options.raw)
     raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
-    if _holds_dataset(options.out) and not options.overwrite:
-        _refuse_other(options.out, kind.name, recorded, raw)
-        print(f"{options.out}: already there, made from the same raw files and options.")
-        return
+    if _holds_dataset(options.out):
+        if not options.overwrite:
+            _refuse_other(options.out, kind.name, recorded, raw)
+            print(f"{options.out}: already there, made from the same raw files and options.")
+            return
+        _refuse_more(options.out)
     parity = getattr(options, "parity", False)
     if options.engine == "spark":
         manifest = spark.build(dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded)
@@ -88,6 +91,7 @@ def _run(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m preprocessing",
+        allow_abbrev=False,
         description="Turn raw logs into a dataset folder: Parquet parts train/valid/test, vocabularies, manifest.json.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=kind.summary,
             description=_description(kind),
+            allow_abbrev=False,
             epilog=kind.examples or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -154,8 +159,8 @@ def _gib(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.5 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a number of GiB, at least 0.5, is needed, found '{text}'")
+    if not 0.5 <= value <= _MOST_GIB:
+        raise argparse.ArgumentTypeError(f"a number of GiB from 0.5 to {_MOST_GIB:,} is needed, found '{text}'")
     return value
 
 
@@ -193,11 +198,25 @@ def _advice(kind: Dataset | type[Dataset]) -> str:
 
 def _holds_dataset(out: Path) -> bool:
     """Whether there is a dataset to keep or to replace. Anything else that has content is never replaced."""
-    if (out / MANIFEST).is_file():
-        return True
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        if (out / MANIFEST).is_file():
+            return True
+        other = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise DataError(f"{out} cannot be used: {error.strerror}. Choose another --out.") from error
+    if other:
         raise DataError(f"{out} exists and is no dataset, so it is never replaced. Choose another --out, or remove it.")
     return False
+
+
+def _refuse_more(out: Path) -> None:
+    """Raise when a folder that is to be replaced holds more than a dataset."""
+    more = sorted({path.name for path in out.iterdir()} - {MANIFEST, "vocab", *SPLITS})
+    if more:
+        raise DataError(
+            f"{out} holds more than a dataset ({', '.join(more[:5])}), which --overwrite would delete. Move that away, or"
+            " choose another --out."
+        )
 
 
 def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder) -> None:
@@ -211,11 +230,12 @@ def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder
         raise DataError(f"{out} holds dataset '{manifest.name}' made with other options: {found or 'another name'}. {remedy}")
     if manifest.raw_files != raw.sha256():
         raise DataError(f"{out} was made from other raw files. {remedy}")
-    for split in manifest.splits.values():
-        for part in split.parts:
-            path = out / part.path
-            if not path.is_file() or path.stat().st_size != part.num_bytes:
-                raise DataError(f"{path} is missing or cut. Make the dataset again with --overwrite.")
+    sizes: dict[str, int | None] = {part.path: part.num_bytes for split in manifest.splits.values() for part in split.parts}
+    sizes |= {table.vocabulary: None for table in manifest.tables if table.vocabulary}
+    for name, size in sizes.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != (size or path.stat().st_size):
+            raise DataError(f"{path} is missing or cut. Make the dataset again with --overwrite.")
 
 
 def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
@@ -226,12 +246,13 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
         print(f"  bad rows passed over in {name}: {count:,}")
     names = ["all", *(manifest.scenario.values if manifest.scenario else [])]
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
-    width = max(12, *(len(name) + 2 for name in [*names, *(task.name for task in manifest.tasks)]))
-    print("  label rate".ljust(14) + "".join(f"{task.name:>{width}}" for task in manifest.tasks) + f"{'rows':>16}")
+    width = max(12, *(len(task.name) + 2 for task in manifest.tasks))
+    first = max(12, *(len(name) + 2 for name in names))
+    print("  label rate".ljust(first + 2) + "".join(f"{task.name:>{width}}" for task in manifest.tasks) + f"{'rows':>16}")
     for name in names:
         rates = [statistics["label_rates"][task.name][name] for task in manifest.tasks]
         shown = "".join(f"{'-' if rate is None else format(rate, '.6f'):>{width}}" for rate in rates)
-        print(f"  {name:<12}{shown}{rows[name]:>16,}")
+        print(f"  {name:<{first}}{shown}{rows[name]:>16,}")
     for task, values in statistics.get("bayes_auc", {}).items():
         print(f"  best possible AUC on test, {task}: " + ", ".join(f"{n} {_shown(v)}" for n, v in values.items()))
     tables = ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables[:8])
@@ -239,7 +260,10 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
-    print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
+    if config:
+        print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
+    else:
+        print(f"It is in {out}. It has one task and no scenarios, so the methods have nothing to share: training refuses it.")
 
 
 def _shown(value: float | None) -> str:

@@ -130,7 +130,7 @@ class Dataset:
         split: which rows are train, valid, test: a rule of preprocessing/common/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
-        next_config: config named in the closing line "run next".
+        next_config: config named in the closing line "run next", and overrides that it needs; empty: none.
     """
 
     name: ClassVar[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from preprocessing.common.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
+_BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
+_HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class DelimitedText(Source):
     fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.quoted and len(self.separator) > 1:
-            raise ConfigError(f"quoted fields need a separator of one character, not {self.separator!r}.")
+        if self.quoted and len(self.separator.encode()) > 1:
+            raise ConfigError(f"quoted fields need a separator of one ASCII character, not {self.separator!r}.")
 
     def opened(self, path: Path, text: bytes) -> DelimitedText:
         """With `fields`. Raises DataError when the header lacks a wanted column."""
@@ -55,7 +58,7 @@ class DelimitedText(Source):
 
     def parse(self, piece: Piece) -> Block:
         """The rows of a piece; see `Source`."""
-        path, text = piece.path, piece.text
+        path, text = piece.path, piece.text.removeprefix(codecs.BOM_UTF8) if piece.first_line == 1 else piece.text
         lines = np.arange(piece.first_line, piece.first_line + text.count(b"\n"))
         header = self.header and piece.first_line == 1
         if header or self.comment:
@@ -92,11 +95,14 @@ class DelimitedText(Source):
 
 def _header(path: Path, text: bytes, form: DelimitedText) -> tuple[str, ...]:
     """The names that the first line gives. Raises DataError when a wanted one is not among them."""
-    first = text.partition(b"\n")[0].rstrip(b"\r").decode("utf-8-sig", errors="replace")
+    first = text.partition(b"\n")[0].removeprefix(codecs.BOM_UTF8).rstrip(b"\r").decode(form.encoding, errors="replace")
     try:
         names = tuple(_fields(first, form))
     except ValueError as error:
         raise DataError(f"{path}, line 1: {error}. {_REMEDY}") from error
+    twice = [name for name in form.columns if names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}, line 1: the header names {', '.join(twice[:5])} twice. Fetch the file again, or rename one.")
     missing = [name for name in form.columns if name not in names]
     if missing:
         raise DataError(
@@ -115,21 +121,30 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
         raise pa.ArrowInvalid("a carriage return within a line")  # its extra row would make up for a line end within quotes
     plain = text if form.encoding == "utf-8" else text.decode(form.encoding).encode()
     separator = form.separator
-    if len(separator) > 1:
+    if len(separator.encode()) > 1:
+        if _SEPARATOR.encode() in plain:
+            raise pa.ArrowInvalid("the byte 0x01")
         plain = plain.replace(separator.encode(), _SEPARATOR.encode())
         separator = _SEPARATOR
-    table = pyarrow.csv.read_csv(
-        pa.py_buffer(plain),
-        read_options=pyarrow.csv.ReadOptions(column_names=list(form.fields), block_size=len(plain) + 1),
-        parse_options=pyarrow.csv.ParseOptions(
-            delimiter=separator, quote_char='"' if form.quoted else False, ignore_empty_lines=False
-        ),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=form.columns, include_columns=list(form.columns), null_values=[""]
-        ),
-    )
+
+    def read(columns: dict[str, pa.DataType]) -> pa.Table:
+        return pyarrow.csv.read_csv(
+            pa.py_buffer(plain),
+            read_options=pyarrow.csv.ReadOptions(column_names=list(form.fields), block_size=len(plain) + 1),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=separator, quote_char='"' if form.quoted else False, ignore_empty_lines=False
+            ),
+            convert_options=pyarrow.csv.ConvertOptions(column_types=columns, include_columns=list(columns), null_values=[""]),
+        )
+
+    table = read(form.columns)
     if len(table) != text.count(b"\n"):
         raise pa.ArrowInvalid("a carriage return within a line, or a line end within quotes")
+    if b"0x" in text or b"0X" in text:
+        integers = [name for name, kind in form.columns.items() if pa.types.is_integer(kind)]
+        texts = read(dict.fromkeys(integers, pa.string())) if integers else table
+        if any(pc.any(pc.match_substring_regex(texts[name], _HEXADECIMAL)).as_py() for name in integers):
+            raise pa.ArrowInvalid("a hexadecimal number")
     return table.combine_chunks()
 
 
@@ -159,19 +174,23 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
         return f"bytes that are not {form.encoding}: {error.reason}. Fetch the file again."
     except ValueError as error:
         return f"{error}. {_REMEDY}"
+    if len(form.separator.encode()) > 1 and _SEPARATOR.encode() in raw:
+        return f"the byte 0x01 stands in the line: {raw[:80]!r}. {_REMEDY}"
     if len(fields) != len(form.fields):
         names = form.separator.join(form.fields if len(form.fields) <= 20 else [*form.fields[:19], "..."])
         shape = f"{len(form.fields)} fields ({names})".replace("\t", "<tab>")
         return f"{shape} expected, {len(fields)} found: {raw[:80]!r}. {_REMEDY}"
     for name, field in zip(form.fields, fields, strict=True):
         kind, value = form.columns.get(name), field.strip(" \t")
-        if kind is None or not value:
+        if kind is None or not field or pa.types.is_string(kind):
             continue
         if pa.types.is_integer(kind):
             if not (value.isascii() and value.removeprefix("-").isdigit()):
-                return f"{name} must be an integer, found {value!r}. {_REMEDY}"
-            if not -(2**63) <= int(value) < 2**63:
-                return f"{name} = {value} does not fit into 64 bits. {_REMEDY}"
+                return f"{name} must be an integer, found {value[:80]!r}. {_REMEDY}"
+            if len(value.lstrip("-0")) > 19 or not -(2**63) <= int(value) < 2**63:
+                return f"{name} = {value[:80]} does not fit into 64 bits. {_REMEDY}"
+        if pa.types.is_boolean(kind) and field not in _BOOLEANS:
+            return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}. {_REMEDY}"
         if pa.types.is_floating(kind) and not _NUMBER.fullmatch(value):
-            return f"{name} must be a number, found {value!r}. {_REMEDY}"
+            return f"{name} must be a number, found {value[:80]!r}. {_REMEDY}"
     return ""

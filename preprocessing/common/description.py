@@ -16,6 +16,7 @@ from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
 from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, key_column, label_column
 from preprocessing.common.progress import progress
+from preprocessing.common.raw_files import file_sha256
 from preprocessing.common.workers import in_order, num_cores
 
 _COUNT_BYTES = 512 << 20  # for the counts of single ids, over all features
@@ -255,8 +256,26 @@ def _check_files(folder: Path, manifest: DatasetManifest) -> None:
             if not path.is_file() or path.stat().st_size != part.num_bytes:
                 raise DataError(f"{path} is missing or cut. {_REMEDY}")
     for table in manifest.tables:
-        if table.vocabulary is not None and not (folder / table.vocabulary).is_file():
-            raise DataError(f"{folder / table.vocabulary} is missing. {_REMEDY}")
+        if table.vocabulary is not None:
+            path = folder / table.vocabulary
+            if not path.is_file():
+                raise DataError(f"{path} is missing. {_REMEDY}")
+            num_rows = _metadata(path).num_rows
+            if num_rows != table.num_rows - 1:
+                raise _damaged(path, f"{num_rows} rows, {table.num_rows - 1} are listed")
+    parts = [part for split in manifest.splits.values() for part in split.parts]
+    with progress(f"{manifest.name}: check", sum(part.num_bytes for part in parts), "bytes") as done:
+        for part, digest in in_order(lambda part: (part, file_sha256(folder / part.path)), iter(parts), num_cores()):
+            if digest != part.sha256:
+                raise _damaged(folder / part.path, "its checksum is not the one that the manifest lists")
+            done.update(part.num_bytes)
+
+
+def _metadata(path: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
 
 
 def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, Part, pa.RecordBatch]]:
@@ -268,10 +287,7 @@ def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, 
     def jobs() -> Iterator[tuple[str, Part, int]]:
         for name in SPLITS:
             for part in manifest.splits[name].parts:
-                try:
-                    metadata = pq.read_metadata(folder / part.path)
-                except (OSError, pa.ArrowException) as error:
-                    raise _damaged(folder / part.path, error) from error
+                metadata = _metadata(folder / part.path)
                 if metadata.num_rows != part.num_rows:
                     raise _damaged(folder / part.path, f"{metadata.num_rows} rows, {part.num_rows} are listed")
                 for group in range(metadata.num_row_groups):
@@ -351,7 +367,9 @@ def _raw_values(folder: Path, manifest: DatasetManifest, name: str, wanted: set[
                 end = first + file.metadata.row_group(group).num_rows
                 if here := [i for i in wanted if first <= i < end]:
                     values = file.read_row_group(group, columns=["value"])["value"]
-                    found |= {i: values[i - first].as_py() for i in here}
+                    borders = pa.types.is_floating(values.type)  # the least numbers of buckets
+                    raw = {i: values[i - first].as_py() for i in here}
+                    found |= {i: f"{value:.6g} or more" if borders else value for i, value in raw.items()}
                 first = end
     except (OSError, pa.ArrowException) as error:
         raise _damaged(folder / vocabulary, error) from error

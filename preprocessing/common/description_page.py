@@ -184,9 +184,12 @@ def _overlap(axes: Axes, description: Description, name: str, scenarios: list[in
 
 
 def _lengths(axes: Axes, description: Description, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     lengths = description.ids[name].lengths
     end = int(np.flatnonzero(lengths).max(initial=0)) + 1
     axes.bar(np.arange(end), lengths[:end], 0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("ids")
 
 

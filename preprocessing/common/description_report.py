@@ -168,8 +168,14 @@ def _numbers(description: Description) -> Section:
         means = [f"{counts.total[split] / max(counts.rows[split], 1):.4g}" for split in SPLITS]
         zeros = _percent(counts.zeros["train"] / max(counts.rows["train"], 1))
         rows.append([name, raw, f"{counts.low:g} .. {counts.high:g}", *means, zeros])
-    headers = ["feature", "raw train range", "least, greatest", *(f"mean, {split}" for split in SPLITS), "zero in train"]
-    note = "Values as they are written; a missing one is written as 0."
+    headers = [
+        "feature",
+        "train range before scaling",
+        "least, greatest",
+        *(f"mean, {split}" for split in SPLITS),
+        "zero in train",
+    ]
+    note = "Values as they are written; a missing one is written as 0. Before scaling: after a logarithm, where there is one."
     return Section("Dense features", headers, rows, note)
 
 

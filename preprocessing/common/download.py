@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import shutil
+import ssl
 import sys
 import tarfile
 import tempfile
@@ -15,8 +16,9 @@ from pathlib import Path
 
 from mmlrec.errors import DataError
 from preprocessing.common.dataset import Dataset
+from preprocessing.common.output import absent_parents, remove_if_empty
 from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import RawFile, file_sha256
+from preprocessing.common.raw_files import RawFile, file_sha256, find_raw
 
 _CONNECT_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 20
@@ -32,6 +34,7 @@ def download(dataset: Dataset | type[Dataset], folder: Path) -> None:
         print(f"{folder}: the raw files are there already.", file=sys.stderr)
         return
     print(f"Terms of use: {dataset.terms}", file=sys.stderr)
+    created = [folder, *absent_parents(folder)] if not folder.exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
@@ -43,14 +46,16 @@ def download(dataset: Dataset | type[Dataset], folder: Path) -> None:
                 (fresh / file.name).replace(folder / file.name)
     except OSError as error:
         raise DataError(f"{folder}: the raw files cannot be written: {error.strerror or error}.") from error
+    finally:
+        remove_if_empty(created)
     print(f"{folder}: {', '.join(file.name for file in dataset.raw_files)} from {source}", file=sys.stderr)
 
 
 def _there(folder: Path, file: RawFile) -> bool:
-    """A file with a known checksum counts when it matches; one without when its size does, or when it lies there gzipped."""
-    path, gzipped = folder / file.name, folder / f"{file.name}.gz"
+    """A file with a known checksum counts when it matches; others when the size does, or when they lie packed or below."""
+    path = folder / file.name
     if not path.is_file():
-        return file.sha256 is None and gzipped.is_file()
+        return file.sha256 is None and find_raw(folder, file.name) is not None
     if file.num_bytes is not None and path.stat().st_size != file.num_bytes:
         return False
     return file.sha256 is None or file_sha256(path) == file.sha256
@@ -133,7 +138,7 @@ def _fetch_url(url: str, path: Path) -> None:
                 file.write(chunk)
                 received += len(chunk)
                 done.update(len(chunk))
-    except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
+    except (TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
         raise DataError(f"{url}: the line broke ({error}). Give the same command again: it goes on from there.") from error
     if expected is not None and received < expected:
         raise DataError(f"{url}: the line broke after {received:,} bytes. Give the same command again: it goes on from there.")

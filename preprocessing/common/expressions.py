@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from preprocessing.common.own_columns import present
+
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pa.Array]] = {
     ast.Gt: pc.greater,
     ast.GtE: pc.greater_equal,
@@ -24,6 +26,7 @@ _GRAMMAR = (
     "a condition compares columns with constants, COLUMN > 3, COLUMN == 'yes', COLUMN in [1, 2], and may join several with"
     " and, or, not"
 )
+_EXACT = 2**53  # below it float64 holds every integer
 _KINDS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
 
 
@@ -33,7 +36,8 @@ class Condition:
 
     Attributes:
         text: as it was written.
-        columns: the columns in it -> bool, float64 or string, by the constants that they are compared with.
+        columns: the columns in it -> bool, float64, string, or int64 beside integers that float64 does not tell apart, by the
+            constants that they are compared with.
     """
 
     text: str
@@ -52,7 +56,10 @@ def parse_condition(text: str) -> Condition:
         raise ValueError(f"{text!r} cannot be read: {_GRAMMAR}") from None
     columns: dict[str, pa.DataType] = {}
     for column, kind in _compared(tree, text):
-        if columns.setdefault(column, kind) != kind:
+        before = columns.setdefault(column, kind)
+        if {before, kind} == {pa.int64(), pa.float64()}:
+            columns[column] = pa.int64()
+        elif before != kind:
             raise ValueError(f"{text!r} compares {column} with constants of two kinds")
     return Condition(text, columns)
 
@@ -90,6 +97,8 @@ def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr, text: str) -> tu
         raise ValueError(f"{text!r}: constants beside {left.id} must all be numbers, all strings, or true or false")
     if any(isinstance(each, int) and not -(2**63) <= each < 2**63 for each in constants):
         raise ValueError(f"{text!r}: a constant beside {left.id} does not fit into 64 bits")
+    if any(isinstance(each, int) and abs(each) >= _EXACT for each in constants):
+        return kind, left.id, pa.int64(), value
     return kind, left.id, kinds.pop(), value
 
 
@@ -111,7 +120,7 @@ def _evaluate(node: ast.expr, table: pa.Table) -> pa.Array:
     found = None
     for left, op, right in zip(operands[:-1], node.ops, operands[1:], strict=True):
         kind, name, _, value = _comparison(left, op, right, "")
-        column = table[name].combine_chunks()
+        column = present(table[name].combine_chunks())
         if kind in _COMPARISONS:
             result = _compare(_COMPARISONS[kind], column, value)
         else:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmlrec.errors import DataError
@@ -23,7 +23,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
-    lock = None
+    lock, parents = None, absent_parents(out)
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY)
@@ -50,6 +50,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         if lock is not None:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
+        remove_if_empty(parents)
+
+
+def absent_parents(path: Path) -> list[Path]:
+    """Folders above a path that do not exist yet, the innermost first."""
+    return [parent for parent in path.resolve().parents if not parent.exists()]
+
+
+def remove_if_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as nothing is in them."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _mend(out: Path, temporary: Path, old: Path) -> None:

@@ -1,7 +1,7 @@
 """Columns of a block to columns of the canonical table, as a table's configuration says; with what is wrong in which rows.
 
-Each function gives the new column and `faults`: pairs of [rows] bool, the good ones, and a complaint. A faulty row may hold
-anything in the new column.
+Each function gives the new column and `faults`: [rows] bool, the good ones, a complaint, and the column that it is about. A
+faulty row may hold anything in the new column.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-Faults = list[tuple[NDArray[np.bool_], str]]
+from preprocessing.common.raw_files import FOUND
+
+Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]
 
 _REMEDY = "Mend the line."
 _INTEGER = r"^-?[0-9]+$"
-
-
-def found(column: str) -> str:
-    """Words for the value that a complaint is about; none for columns that cannot stand in a format."""
-    return f", found {{{column}}}" if re.fullmatch(r"[\w -]+", column) else ""
 
 
 def present(values: pa.Array) -> pa.Array:
@@ -33,14 +30,13 @@ def present(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(values, ""), None, values) if pa.types.is_string(values.type) else values
 
 
-def number(values: pa.Array, column: str, *, log: bool) -> Converted:
-    """float32, as it is or sign(x) log(1 + |x|)."""
+def number(values: pa.Array, column: str, kind: pa.DataType, *, log: bool = False) -> Converted:
+    """float32 or float64, as it is or sign(x) log(1 + |x|)."""
     numbers = values.cast(pa.float64(), safe=False)
     if log:
         numbers = pc.multiply(pc.sign(numbers), pc.log1p(pc.abs(numbers)))
-    result = numbers.cast(pa.float32())
-    finite = _bools(pc.is_finite(result).fill_null(True))
-    return result, [(finite, f"{column} must be a finite number that float32 can hold{found(column)}. {_REMEDY}")]
+    finite = _bools(pc.is_finite(numbers.cast(pa.float32())).fill_null(True))
+    return numbers.cast(kind), [(finite, f"{column} must be a finite number that float32 can hold{FOUND}. {_REMEDY}", column)]
 
 
 def label(values: pa.Array, column: str) -> Converted:
@@ -48,7 +44,7 @@ def label(values: pa.Array, column: str) -> Converted:
     result = values.cast(pa.float32(), safe=False)
     good = _bools(pc.or_(pc.equal(values, 0), pc.equal(values, 1)).fill_null(True))
     remedy = f"Mend the line, or make the label a condition such as '{column} > 0'."
-    return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{found(column)}. {remedy}")]
+    return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{FOUND}. {remedy}", column)]
 
 
 def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType) -> Converted:
@@ -63,9 +59,8 @@ def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType) 
         ids, integers = _integers(ids)
         good = np.ones(len(values), bool)
         good[parents[~integers]] = False
-        faults.append(
-            (good, f"{column} must hold integers of 64 bits, divided by {_safe(separator)!r}{found(column)}. {_REMEDY}")
-        )
+        complaint = f"{column} must hold integers of 64 bits, divided by {separator!r}{FOUND}. {_REMEDY}"
+        faults.append((good, complaint, column))
     return _lists(ids, parents, len(values)), faults
 
 
@@ -92,8 +87,8 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType) -> Converted:
         one_by_one = [_json_list(text, kind) for text in filled.to_pylist()]
     good = np.array([ids is not None for ids in one_by_one], bool)
     what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
-    complaint = f"{column} must be a JSON list of {what}{found(column)}. Mend the line, or name the separator between the ids."
-    return listed(pa.array([ids or [] for ids in one_by_one], pa.list_(kind))), [(good, complaint)]
+    complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
+    return listed(pa.array([ids or [] for ids in one_by_one], pa.list_(kind))), [(good, complaint, column)]
 
 
 def seconds(values: pa.Array, column: str) -> Converted:
@@ -106,8 +101,8 @@ def seconds(values: pa.Array, column: str) -> Converted:
             continue
     moments = [None if moment is None else _moment(moment) for moment in text.to_pylist()]
     good = np.array([moment is not False for moment in moments], bool)
-    complaint = f"{column} must be a time in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z{found(column)}. {_REMEDY}"
-    return pa.array([None if moment is False else moment for moment in moments], pa.int64()), [(good, complaint)]
+    complaint = f"{column} must be a time in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z{FOUND}. {_REMEDY}"
+    return pa.array([None if moment is False else moment for moment in moments], pa.int64()), [(good, complaint, column)]
 
 
 def places(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
@@ -117,10 +112,6 @@ def places(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
 
 def _bools(values: pa.BooleanArray) -> NDArray[np.bool_]:
     return values.to_numpy(zero_copy_only=False)
-
-
-def _safe(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _lists(ids: pa.Array, parents: NDArray[np.int64], num_rows: int) -> pa.ListArray:
@@ -135,7 +126,8 @@ def _integers(texts: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
             raise pa.ArrowInvalid("no integers")
         return texts.cast(pa.int64()), np.ones(len(texts), bool)
     except pa.ArrowInvalid:
-        values = [int(text) if re.match(_INTEGER, text) else None for text in texts.to_pylist()]
+        # 20 characters hold any integer of 64 bits, and Python refuses to read very long ones.
+        values = [int(text) if re.match(_INTEGER, text) and len(text) <= 20 else None for text in texts.to_pylist()]
         good = np.array([value is not None and -(2**63) <= value < 2**63 for value in values], bool)
         return pa.array([value if fits else 0 for value, fits in zip(values, good, strict=True)], pa.int64()), good
 
@@ -144,7 +136,8 @@ def _json_list(text: str, kind: pa.DataType) -> list[int] | list[str] | None:
     """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id."""
     try:
         ids = json.loads(text)
-    except ValueError:
+        text.encode(), json.dumps(ids, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
         return None
     if ids is None:
         return []

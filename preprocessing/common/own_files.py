@@ -13,8 +13,8 @@ _PACKED = (".gz", ".zip")
 def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
     """Names of the files relative to the folder, each once; those of one pattern, or in a named folder, in order of name.
 
-    Hidden files, and those whose names begin with '_', are passed over in folders and by patterns. What is not there may lie
-    there packed, with .gz or .zip behind its name.
+    Hidden files and folders, and those whose names begin with '_', are passed over unless a pattern names them. What is not
+    there may lie there packed, with .gz or .zip behind its name.
 
     Raises:
         ConfigError: a pattern leads out of the folder.
@@ -26,7 +26,10 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
             raise ConfigError(
                 f"{config}: {key}: '{pattern}' must lie below the folder that --raw gives; name it relative to that."
             )
-        files = next((files for packed in ("", *_PACKED) if (files := _found(folder, pattern + packed))), [])
+        try:
+            files = next((files for packed in ("", *_PACKED) if (files := _found(folder, pattern + packed))), [])
+        except ValueError as error:
+            raise ConfigError(f"{config}: {key}: '{pattern}' is no pattern: {error}.") from error
         if not files:
             there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
             holds = (
@@ -41,9 +44,13 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
 
 
 def _found(folder: Path, pattern: str) -> list[Path]:
-    named = folder / pattern
+    named, literal = folder / pattern, PurePosixPath(pattern).parts
+
+    def hidden(path: Path) -> bool:
+        return any(part[0] in "._" and part not in literal for part in path.relative_to(folder).parts)
+
     found = named.iterdir() if named.is_dir() else folder.glob(pattern)
-    return [path for path in sorted(found) if path.is_file() and (path == named or path.name[0] not in "._")]
+    return [path for path in sorted(found) if path.is_file() and not hidden(path)]
 
 
 def file_format(names: list[str], config: str) -> str:

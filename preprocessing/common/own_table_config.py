@@ -36,8 +36,18 @@ class CsvConfig(StrictModel):
     def _names_once(self) -> CsvConfig:
         if self.header == bool(self.columns):
             raise ValueError("give either a header or columns: names of all columns, for `header: false`")
-        if self.quoted and len(self.separator) > 1 and "quoted" in self.model_fields_set:
-            raise ValueError("quoted fields need a separator of one character")
+        if any(mark in self.separator for mark in '\0\n\r"'):
+            raise ValueError("a separator has neither a quote nor a line end nor a zero byte")
+        if self.quoted and len(self.separator.encode()) > 1 and "quoted" in self.model_fields_set:
+            raise ValueError("quoted fields need a separator of one ASCII character")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"two columns have one name: {', '.join(self.columns)}")
+        try:
+            lines_end_as_in_ascii = "\n".encode(self.encoding) == b"\n"
+        except LookupError:
+            raise ValueError(f"encoding: there is no encoding '{self.encoding}'") from None
+        if not lines_end_as_in_ascii:
+            raise ValueError(f"encoding: {self.encoding} does not end lines as ASCII does; convert the file to utf-8")
         return self
 
 
@@ -99,7 +109,7 @@ class TaskConfig(StrictModel):
     """A label: a column, or a condition on columns."""
 
     name: Name
-    label: str = Field(description="A column of 0 and 1, or a condition such as `rating > 3`.")
+    label: str = Field(min_length=1, description="A column of 0 and 1, or a condition such as `rating > 3`.")
     kind: Literal["binary", "regression"] = "binary"
     role: str | None = None
     implied_by_next: bool = False
@@ -136,6 +146,8 @@ class ScenarioConfig(StrictModel):
     def _several(self) -> ScenarioConfig:
         if len({type(value) for value in self.values}) > 1:
             raise ValueError("values must be all numbers or all text; write numbers that are text in quotes")
+        if "all" in self.names:
+            raise ValueError("'all' is the word for all scenarios together; give that scenario another name")
         if len(self.names) < 2:
             raise ValueError("two or more scenarios are needed; leave the section away where there is one")
         return self
@@ -236,6 +248,8 @@ class TableConfig(StrictModel):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"two tasks have one name: {', '.join(names)}")
+        if self.tasks[-1].implied_by_next:
+            raise ValueError(f"tasks.{names[-1]}.implied_by_next: no task follows")
         for name, feature in self.features.items():
             if isinstance(feature, IdFeature) and feature.table is not None:
                 self._check_shared(name, feature)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, did_you_mean
-from preprocessing.common.raw_files import Block, Piece, RawFolder, Source
+from preprocessing.common.raw_files import FOUND, Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -38,7 +38,7 @@ class ParquetRows(Source):
         path = raw.paths[self.name]
         if not path.stat().st_size:
             return
-        with _readable(path), pq.ParquetFile(path) as file:
+        with _readable(path), _open(path) as file:
             self._check(path, file.schema_arrow)
             groups = range(file.metadata.num_row_groups)
             row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(file.metadata.num_rows, 1)
@@ -51,6 +51,14 @@ class ParquetRows(Source):
                 yield Piece(path, start, sink.getvalue().to_pybytes())
                 start += batch.num_rows
 
+    def may_be_empty(self, raw: RawFolder) -> bool:
+        """Engines that write in parallel leave Parquet files without rows."""
+        path = raw.paths[self.name]
+        if not path.stat().st_size:
+            return False
+        with _readable(path), _open(path) as file:
+            return bool(file.metadata.num_rows == 0)
+
     def parse(self, piece: Piece) -> Block:
         """The rows of a piece; see `Source`."""
         with pa.ipc.open_stream(piece.text) as stream:
@@ -59,8 +67,9 @@ class ParquetRows(Source):
         for name, kind in self.columns.items():
             good = _fits(table[name].combine_chunks(), kind)
             if good is not None:
-                complaint = f"{name} = {{{name}}} is no {_word(kind)} that can be used. Mend the row, or leave it null."
-                block = block.require(good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line], complaint)
+                complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. Mend the row, or leave it null."
+                here = good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line]
+                block = block.require(here, complaint, shown=name)
         columns = {name: _as(block.table[name].combine_chunks(), kind) for name, kind in self.columns.items()}
         return Block(self, piece.path, block.lines, pa.table(columns), block.bad_rows)
 
@@ -71,11 +80,18 @@ class ParquetRows(Source):
                     f"{path}: there is no column '{name}'.{did_you_mean(name, schema.names)}"
                     f" Columns: {', '.join(schema.names[:20])}{' ...' if len(schema.names) > 20 else ''}."
                 )
+            if schema.names.count(name) > 1:
+                raise DataError(f"{path}: two columns have the name '{name}'. Write the file anew with one of them renamed.")
             found = schema.field(name).type
             if not _is_list(kind) == _is_list(found) or not _usable(_element(found), _element(kind)):
                 raise DataError(
                     f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. Declare it so, or write it anew."
                 )
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Pages are read as they are needed; otherwise a whole row group, of any size, would be in memory."""
+    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
 @contextmanager
@@ -111,7 +127,8 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_floating(wanted):
         return number or pa.types.is_boolean(found) or pa.types.is_decimal(found)
     if pa.types.is_string(wanted):
-        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_temporal(found)
+        text = pa.types.is_string(found) or pa.types.is_large_string(found)
+        return text or pa.types.is_temporal(found) or pa.types.is_integer(found)
     return pa.types.is_boolean(found)
 
 
@@ -124,6 +141,7 @@ def _word(kind: pa.DataType) -> str:
 def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
     """[rows] whether a value can be given as the wanted type; None where every value of this type can."""
     if _is_list(kind):
+        values = _plain_lists(values)
         inner = _fits(pc.list_flatten(values), _element(kind))
         if inner is None or pc.all(inner).as_py() is not False:
             return None
@@ -140,12 +158,36 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
         return fits.fill_null(True)
     if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
         return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid:
+            binary = pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary()
+            return pa.array([_is_text(text) for text in values.view(binary).to_pylist()])
     return None
 
 
+def _is_text(text: bytes | None) -> bool:
+    try:
+        return text is None or text.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def _plain_lists(values: pa.Array) -> pa.Array:
+    """Lists of a fixed size as other lists; in them a null takes room, too, which is left out."""
+    if not pa.types.is_fixed_size_list(values.type):
+        return values
+    there = values.is_valid().to_numpy(zero_copy_only=False)
+    offsets = np.append(0, np.cumsum(there * values.type.list_size)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values.flatten(), mask=pa.array(~there))
+
+
 def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    values = _plain_lists(values)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_boolean(values.type) and pa.types.is_floating(kind):
         values = values.cast(pa.int8())
-    return values.cast(kind)
+    # Integers beyond 2^53 are rounded where a number is wanted.
+    return values.cast(kind, safe=not (pa.types.is_integer(values.type) and pa.types.is_floating(kind)))

@@ -24,6 +24,8 @@ from preprocessing.common.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20
+FOUND = "\0"
+_LONGEST_SHOWN = 80
 _REPORTED = 10  # bad rows that are told one by one
 
 T = TypeVar("T")
@@ -56,13 +58,15 @@ class BadRow:
 class BadRows:
     """Rows passed over: told, counted by file, and no more than the user allowed (`--max-bad-rows`)."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.limit, self._folder = limit, folder
+        #: Path of a file, relative to the folder -> its bad rows.
         self.counts: dict[str, int] = {}
 
     def add(self, row: BadRow) -> None:
         """Count a row. Raises DataError naming it when it is one too many."""
-        self.counts[row.path.name] = self.counts.get(row.path.name, 0) + 1
+        name = row.path.relative_to(self._folder).as_posix()
+        self.counts[name] = self.counts.get(name, 0) + 1
         total = sum(self.counts.values())
         if total > self.limit:
             more = f" It is bad row {total}; --max-bad-rows allows {self.limit}." if self.limit else ""
@@ -99,14 +103,31 @@ class Block:
     bad_rows: list[BadRow] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
 
-    def require(self, good: NDArray[np.bool_], complaint: str) -> Block:
-        """The rows that are `good`. The others are bad rows; `complaint` may hold {column} placeholders."""
+    def require(self, good: NDArray[np.bool_], complaint: str, shown: str | None = None) -> Block:
+        """The rows that are `good`. The others are bad rows.
+
+        Args:
+            complaint: may hold {column} placeholders. With `shown`, a column whose name may be anything, it is taken as it
+                stands, but for FOUND, which becomes the value of that column.
+        """
         if good.all():
             return self
         for row in np.flatnonzero(~good):
-            values = {name: self.table[name][row].as_py() for name in self.table.column_names}
-            self.bad_rows.append(BadRow(self.path, int(self.lines[row]), complaint.format(**values)))
+            if shown is None:
+                text = complaint.format(**{name: self._value(name, row) for name in self.table.column_names})
+            else:
+                text = complaint.replace(FOUND, f", found {self._value(shown, row)}") if FOUND in complaint else complaint
+            self.bad_rows.append(BadRow(self.path, int(self.lines[row]), text))
         return self.only(good)
+
+    def _value(self, name: str, row: np.int64) -> Any:
+        """A cell as a complaint shows it."""
+        try:
+            value = self.table[name][row].as_py()
+        except UnicodeDecodeError:
+            return "bytes that are no text"
+        text = value if isinstance(value, str) else str(value)
+        return value if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
     def only(self, wanted: NDArray[np.bool_], reason: str = "") -> Block:
         """The rows that are `wanted`. The others are not bad, only no part of the dataset; a `reason` counts them."""
@@ -134,6 +155,10 @@ class Source(ABC):
     def opened(self, path: Path, text: bytes) -> Source:
         """The source for this very file, whose first lines are `text`: the place to look at a header."""
         return self
+
+    def may_be_empty(self, raw: RawFolder) -> bool:
+        """Whether a file without rows is in order."""
+        return False
 
     @abstractmethod
     def parse(self, piece: Piece) -> Block:
@@ -186,15 +211,15 @@ class RawFolder:
         self, folder: Path, files: tuple[RawFile, ...], advice: str, max_bad_rows: int = 0, workers: int | None = None
     ) -> None:
         self._folder = folder
-        self.bad_rows = BadRows(max_bad_rows)
+        self.bad_rows = BadRows(max_bad_rows, folder)
         self.passed_over: dict[str, dict[str, int]] = {}
         self.workers = workers or num_cores()
         self.piece_bytes = PIECE_BYTES
-        found = {file.name: _find(folder, file.name) for file in files}
+        found = {file.name: find_raw(folder, file.name) for file in files}
         self.paths = {name: path for name, path in found.items() if path is not None}
         missing = [name for name in found if name not in self.paths]
         if missing:
-            where = "lacks" if folder.is_dir() else "does not exist; it should hold"
+            where = "lacks" if folder.is_dir() else f"{'is no folder' if folder.exists() else 'does not exist'}; it should hold"
             forms = "plain, gzipped as NAME.gz or zipped as NAME.zip"
             raise DataError(f"raw folder {folder} {where}: {', '.join(missing)} ({forms}).\n{advice}")
 
@@ -221,17 +246,18 @@ class RawFolder:
         path = self.paths[source.name]
         pieces = source.pieces(self, piece_bytes or self.piece_bytes)
         first = next(pieces, None)
-        empty = True
+        empty, example = True, None
         if first is not None:
             opened = source.opened(path, first.text)
             for done in in_order(lambda piece: work(function, opened, piece), _chain(first, pieces), self.workers):
                 if count_bad_rows:
                     self.account(source.name, done)
+                example = example or next(iter(done.bad_rows), None)
                 if done.num_rows:
                     empty = False
                     yield done.result
-        if empty:
-            raise self.no_rows(source.name)
+        if empty and not source.may_be_empty(self):
+            raise self.no_rows(source.name, example)
 
     def account(self, name: str, done: Work[Any]) -> None:
         """Count what was left out of a piece of a file. Raises DataError when it has more bad rows than are allowed."""
@@ -241,8 +267,10 @@ class RawFolder:
             counts = self.passed_over.setdefault(name, {})
             counts[reason] = counts.get(reason, 0) + count
 
-    def no_rows(self, name: str) -> DataError:
-        """The complaint about a file of which no row could be parsed."""
+    def no_rows(self, name: str, example: BadRow | None = None) -> DataError:
+        """The complaint about a file of which no row could be parsed; `example`: the first bad one."""
+        if example is not None:
+            return DataError(f"{example.path}, line {example.line}: {example.complaint} No row of the file is good.")
         return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again.")
 
     def blocks(self, source: Source, piece_bytes: int | None = None) -> Iterator[Block]:
@@ -269,12 +297,15 @@ def _chain(first: Piece, others: Iterator[Piece]) -> Iterator[Piece]:
     yield from others
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    if (folder / name).is_file():
-        return folder / name
+def find_raw(folder: Path, name: str) -> Path | None:
+    """Where a raw file lies, in whatever form. Raises DataError when several folders below hold one."""
+    if found := _find_in(folder, name):
+        return found
     below = sorted(path for path in folder.rglob("*") if path.is_dir() and not path.name.startswith("."))
-    found = (_find_in(place, name) for place in (folder, *below))
-    return next((path for path in found if path is not None), None)
+    places = [path for place in below if (path := _find_in(place, name)) is not None]
+    if len(places) > 1:
+        raise DataError(f"{folder} holds {name} in several folders: {', '.join(map(str, places))}. Name one as --raw.")
+    return places[0] if places else None
 
 
 def _find_in(folder: Path, name: str) -> Path | None:
@@ -312,7 +343,9 @@ def open_unpacked(path: Path, name: str) -> BinaryIO:
         return path.open("rb")
     archive = zipfile.ZipFile(path)
     members = [member for member in archive.namelist() if not member.endswith("/")]
-    wanted = Path(name).name.lower()
+    # what macOS adds to an archive
+    members = [member for member in members if not member.startswith("__MACOSX/") and Path(member).name[0] != "."]
+    wanted = Path(name).name.lower().removesuffix(".zip")
     chosen = [member for member in members if member.rpartition("/")[2].lower() == wanted]
     if not chosen and len(members) == 1:
         chosen = members
@@ -324,7 +357,11 @@ def open_unpacked(path: Path, name: str) -> BinaryIO:
 def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
     rest = b""
     with readable(path), open_unpacked(path, name) as file:
-        while text := file.read(block_bytes):
+        following = file.read(block_bytes)
+        while text := following:
+            following = file.read(block_bytes)
+            if not following and not text.endswith(b"\n"):
+                text += b"\n"  # the last line of a file may lack its end
             end = text.rfind(b"\n") + 1
             if end:
                 yield rest + text[:end]
@@ -332,8 +369,6 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
             elif len(rest := rest + text) > LONGEST_LINE:
                 limit = f"no line end within {LONGEST_LINE >> 20} MiB, so neither a text table nor JSON lines"
                 raise DataError(f"{path}: {limit}. Fetch it again; of a JSON array, put each object on a line of its own.")
-    if rest:
-        yield rest + b"\n"
 
 
 def _refuse_html(path: Path, text: bytes) -> None:

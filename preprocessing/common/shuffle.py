@@ -15,7 +15,7 @@ IntArray = NDArray[np.int64]
 
 BUCKET_ROWS = 1 << 18
 _LENGTH = struct.Struct("<q")
-_PLACE = "position"
+_PLACE = "row.place"  # with a point, as no feature's name has
 
 
 class BatchFile:

@@ -137,7 +137,7 @@ class _Job:
         """The canonical rows. Raises DataError with the first complaint in the order of files and lines."""
         from pyspark import StorageLevel
 
-        files = self._cut()
+        files, sources = self._cut(), {source.name: source for source in self._dataset.sources()}
         numbered = list(enumerate(cut for file in files for cut in file.cuts))
         shared, limit = self._shared, self._raw.bad_rows.limit
         placement = None if self._cuts_unknown() else self._placement
@@ -149,10 +149,11 @@ class _Job:
         with progress(f"{self._dataset.name}: read") as done:
             found = iter(sorted(rows.map(PieceRows.account).collect(), key=lambda piece: piece.index))
             for file in files:
-                num_rows = 0
+                num_rows, example = 0, None
                 for _ in file.cuts:
                     piece = next(found)
                     if piece.work is not None:
+                        example = example or next(iter(piece.work.bad_rows), None)
                         self._raw.account(file.name, piece.work)
                         num_rows += piece.work.num_rows
                     if piece.failure is not None:
@@ -161,8 +162,8 @@ class _Job:
                     done.update(piece.num_rows)
                 if file.failure is not None:
                     raise file.failure
-                if not num_rows:
-                    raise self._raw.no_rows(file.name)
+                if not num_rows and not sources[file.name].may_be_empty(self._raw):
+                    raise self._raw.no_rows(file.name, example)
         return rows
 
     def place(self, rows: RDD[PieceRows]) -> _Placed:

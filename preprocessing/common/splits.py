@@ -162,7 +162,19 @@ class Placement:
             raise DataError(f"{name}: {self.num_rows} rows are too few to be split 8:1:1; give at least 10.")
         for split, size in zip(SPLITS, sizes, strict=True):
             if size == 0:
-                raise DataError(f"{name}: no row of {self.num_rows:,} falls to {split}, by {self._rule}. Give more rows.")
+                raise DataError(
+                    f"{name}: no row of {self.num_rows:,} falls to {split}: they are divided {self._words()}. Give more rows."
+                )
+
+    def _words(self) -> str:
+        rule = self._rule
+        if isinstance(rule, GroupSplit):
+            return f"8:1:1 by the values of key '{rule.key}'"
+        if isinstance(rule, TimeSplit):
+            return f"by key '{rule.key}' at {self._cuts[0]} and {self._cuts[1]}" if self._cuts else f"by key '{rule.key}'"
+        if isinstance(rule, FileSplit):
+            return "by file" + (f", and one in {rule.one_in} rows of {rule.valid_from} is valid" if rule.valid_from else "")
+        return "8:1:1 at random"
 
     def _blocks(self, rows: pa.RecordBatch) -> IntArray:
         """Block of each row: 0, 1, 2 = the sides; 0 for all under RandomSplit."""

@@ -170,7 +170,8 @@ def test_too_few_places_to_know_the_scenarios(fake, tmp_path, capsys):
     path.write_text(path.read_text().replace(f"301\x02{PLACES[1]}\x03", f"301\x02{PLACES[0]}\x03"))
     assert main(["aliccp", "--raw", str(fake), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert f"field 301, the scenario, has 2 features there ({PLACES[0]}, {PLACES[2]}), not 3" in message
+    assert "field 301, the scenario, has 2 features there" in message
+    assert all(f"{place} in " in message for place in (PLACES[0], PLACES[2]))
     assert "--places" in message
 
 

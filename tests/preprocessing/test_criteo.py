@@ -390,11 +390,11 @@ OPTIONS = {
     "no such day": (["--days", "23,24"], "give days of 0..23"),
     "no days": (["--days", "monday"], "give days of 0..23"),
     "days of Kaggle": (["--form", "kaggle", "--days", "0"], "the Kaggle file has no days"),
-    "scenarios of Kaggle": (["--form", "kaggle", "--scenario", "day"], "needs --days with two or more days"),
+    "scenarios of Kaggle": (["--form", "kaggle", "--scenario", "day"], "the Kaggle file has no days"),
     "one day as scenario": (["--days", "3", "--scenario", "day"], "needs --days with two or more days"),
     "tables of text": (["--table-rows", "1"], "--table-rows and --modulo are for --form npy and multi-hot"),
-    "few tables": (["--form", "npy", "--table-rows", "1,2"], "give 26 numbers of 1 or more"),
-    "table of 0": (["--form", "npy", "--table-rows", ",".join(["0"] * 26)], "give 26 numbers of 1 or more"),
+    "few tables": (["--form", "npy", "--table-rows", "1,2"], "give 26 numbers from 1 to 10^18 - 1"),
+    "table of 0": (["--form", "npy", "--table-rows", ",".join(["0"] * 26)], "give 26 numbers from 1 to 10^18 - 1"),
 }
 
 

@@ -316,6 +316,7 @@ FAULTS = {
     "missing part": (lambda w: part_of(w).unlink(), r"part-00001\.parquet is missing or cut. Make the dataset again"),
     "cut part": (lambda w: part_of(w).write_bytes(part_of(w).read_bytes()[:-9]), r"part-00001\.parquet is missing or cut"),
     "garbled part": (lambda w: part_of(w).write_bytes(bytes(part_of(w).stat().st_size)), r"part-00001\.parquet is damaged"),
+    "flipped bits": (lambda w: flip(part_of(w)), r"part-00001\.parquet is damaged: its checksum"),
     "ids beyond the table": (
         lambda w: rewrite_part(w, with_column(w, "f0", lambda column: column.to_numpy() + 100), 1),
         r"part-00001\.parquet is damaged: ids of f0 must lie in 0\.\.49",
@@ -326,6 +327,12 @@ FAULTS = {
     ),
     "missing column": (lambda w: rewrite_part(w, pq.read_table(part_of(w)).drop_columns(["d1"]), 1), "column d1 is missing"),
 }
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
 
 
 def with_column(written, name, change):

@@ -20,6 +20,8 @@ from mmlrec.schema import SPLITS, DatasetManifest
 from preprocessing.common import raw_files
 from preprocessing.common.command_line import main
 from preprocessing.common.dataset import Dataset
+from preprocessing.common.delimited import DelimitedText
+from preprocessing.common.json_lines import JsonLines
 from preprocessing.common.parts import SplitWriter
 from preprocessing.common.raw_files import Block, RawFolder, Source
 from preprocessing.common.splits import FileSplit, GroupSplit
@@ -27,6 +29,7 @@ from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes
 from tests.preprocessing.raw_faults import bad_row, copied_rows, faults, unpacked
 
+TEXTS = (DelimitedText, JsonLines)
 _TRACE = "key.trace"
 _LINE_BITS = 40
 
@@ -144,7 +147,8 @@ def test_bad_rows_are_passed_over_and_counted_where_that_is_allowed(name, made, 
         raw = with_files(found, {file: spoiled.content}, folder / "raw")
         assert main(arguments(name, raw, folder / "out", "--max-bad-rows", "100000")) == 0
         assert f"{Path(file).name}, line {spoiled.line}:" in capsys.readouterr().err
-        assert DatasetManifest.load(folder / "out").statistics["bad_rows"][Path(file).name] == 1
+        counts = DatasetManifest.load(folder / "out").statistics["bad_rows"]
+        assert [count for path, count in counts.items() if Path(path).name == Path(file).name] == [1]
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -155,6 +159,20 @@ def test_equal_bytes_for_any_number_of_workers_and_size_of_pieces(name, made, tm
     expected, again = folder_bytes(found.out), folder_bytes(tmp_path / "out")
     assert [part for part in expected if again.get(part) != expected[part]] == []
     assert again.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("name", FAKES)
+def test_the_last_line_of_a_file_may_lack_its_end(name, made, tmp_path):
+    found = made(name)
+    texts = {file: unpacked(path) for file, path in found.paths.items() if isinstance(found.sources[file], TEXTS)}
+    if not texts:
+        return
+    raw = with_files(
+        found, {file: text.removesuffix(b"\n").removesuffix(b"\r") for file, text in texts.items()}, tmp_path / "raw"
+    )
+    assert main(arguments(name, raw, tmp_path / "out")) == 0
+    expected, again = folder_bytes(found.out), folder_bytes(tmp_path / "out")
+    assert [part for part in expected if part != "manifest.json" and again.get(part) != expected[part]] == []
 
 
 @pytest.mark.parametrize("name", FAKES)

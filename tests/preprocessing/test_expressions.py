@@ -9,7 +9,7 @@ ROWS = [
     {"a": a, "b": b, "s": s, "on": on}
     for a in (-1, 0, 3, 4, 2**53 + 1)
     for b in (0.5, 3.0)
-    for s in ("x", "y z", "")
+    for s in ("x", "y z", "yes")
     for on in (True, False)
 ]
 TABLE = pa.Table.from_pylist(ROWS)
@@ -18,7 +18,17 @@ TABLE = pa.Table.from_pylist(ROWS)
 @pytest.mark.parametrize(
     "text",
     [
-        *("a > 3", "3 < a", "a >= -1", "b != 3", "b == 3", "a in [3, 4]", "a not in (3, 4.5)", "s == 'x'", 's in ["y z", ""]'),
+        *(
+            "a > 3",
+            "3 < a",
+            "a >= -1",
+            "b != 3",
+            "b == 3",
+            "a in [3, 4]",
+            "a not in (3, 4.5)",
+            "s == 'x'",
+            's in ["y z", "yes"]',
+        ),
         *("a > 0 and b < 1", "a > 0 or b < 1 and s == 'x'", "not (a > 0 or b < 1)", "0 < a <= 4", "a == 9007199254740993"),
         *("on == True", "a>3", " a > 3 "),
     ],
@@ -29,7 +39,8 @@ def test_equals_python(text):
 
 
 def test_missing_values_leave_open_what_depends_on_them():
-    table = pa.table({"a": pa.array([1, 5, None, None]), "s": ["x", None, "x", "y"]})
+    # An empty text is missing, as everywhere.
+    table = pa.table({"a": pa.array([1, 5, None, None]), "s": ["x", "", "x", "y"]})
     for text, expected in (
         ("a > 3", [False, True, None, None]),
         ("a in [1, 2]", [True, False, None, None]),
@@ -37,8 +48,19 @@ def test_missing_values_leave_open_what_depends_on_them():
         ("a > 3 and s == 'x'", [False, None, None, False]),
         ("a > 3 or s == 'x'", [True, True, True, None]),
         ("not a > 3", [True, False, None, None]),
+        ("s != 'x'", [False, None, False, True]),
+        ("s in ['x', '']", [True, None, True, False]),
     ):
         assert parse_condition(text).evaluate(table).to_pylist() == expected
+
+
+def test_integers_that_float64_does_not_tell_apart_are_compared_as_integers():
+    large = 2**53 + 1
+    condition = parse_condition(f"a == {large} or a < 1")
+    assert condition.columns == {"a": pa.int64()}
+    table = pa.table({"a": [large - 1, large, large + 1, 0]})
+    assert condition.evaluate(table).to_pylist() == [False, True, False, True]
+    assert parse_condition("a == 9007199254740991").columns == {"a": pa.float64()}
 
 
 def test_columns_are_known_with_their_types():

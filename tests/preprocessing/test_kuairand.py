@@ -191,7 +191,7 @@ def test_views_of_unknown_users_and_videos_are_bad_rows(fake, tmp_path, capsys, 
     assert main(arguments) == 2
     assert f"{LOG}, line 9: {column} 100000 is not in" in capsys.readouterr().err
     assert main([*arguments, "--max-bad-rows", "1"]) == 0
-    assert DatasetManifest.load(tmp_path / "out").statistics["bad_rows"] == {LOG: 1}
+    assert DatasetManifest.load(tmp_path / "out").statistics["bad_rows"] == {f"KuaiRand-pure/data/{LOG}": 1}
 
 
 def test_missing_files_are_named_by_version(fake, tmp_path, capsys):

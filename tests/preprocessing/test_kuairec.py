@@ -229,7 +229,7 @@ def test_a_bad_ratio_may_be_passed_over(fake, tmp_path):
     cell(BIG, 7, "watch_ratio", "")(fake / INNER)
     assert main(["kuairec", "--raw", str(fake), "--out", str(tmp_path / "out"), "--max-bad-rows", "1"]) == 0
     statistics = DatasetManifest.load(tmp_path / "out").statistics
-    assert (statistics["rows"], statistics["bad_rows"]) == (1499, {BIG: 1})
+    assert (statistics["rows"], statistics["bad_rows"]) == (1499, {f"KuaiRec 2.0/data/{BIG}": 1})
 
 
 def test_missing_files_say_where_they_are_had(tmp_path, capsys):

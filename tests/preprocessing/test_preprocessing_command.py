@@ -94,6 +94,39 @@ def test_a_folder_of_something_else_or_a_damaged_dataset_is_refused(raw, tmp_pat
     assert "part-00000.parquet is missing or cut" in capsys.readouterr().err
 
 
+def test_overwriting_never_deletes_what_is_no_part_of_a_dataset(raw, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["movielens-1m", "--raw", str(raw), "--out", str(out)]) == 0
+    raw.rename(out / "raw")
+    (out / "notes.txt").write_text("precious")
+    before = folder_bytes(out)
+    assert main(["movielens-1m", "--raw", str(out / "raw"), "--out", str(out), "--overwrite", "--seed", "1"]) == 2
+    assert "holds more than a dataset (notes.txt, raw), which --overwrite would delete" in capsys.readouterr().err
+    assert folder_bytes(out) == before
+
+
+def test_a_dataset_without_a_vocabulary_is_no_whole_one(raw, tmp_path, capsys):
+    arguments = ["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    (tmp_path / "out" / "vocab" / "user.parquet").unlink()
+    assert main(arguments) == 2
+    assert "user.parquet is missing or cut" in capsys.readouterr().err
+
+
+def test_folders_made_for_a_run_that_fails_are_removed(raw, tmp_path, capsys):
+    (raw / "ratings.dat").write_text("1::3::7::1\n")
+    assert main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "a" / "b" / "out")]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
+
+
+def test_a_name_that_no_file_can_have_and_too_much_memory(raw, tmp_path, capsys):
+    assert main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / ("x" * 300))]) == 2
+    assert "cannot be used: File name too long" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out"), "--memory", "1e300"])
+    assert "a number of GiB from 0.5 to" in capsys.readouterr().err
+
+
 def test_a_failing_overwrite_keeps_the_old_dataset(raw, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["movielens-1m", "--raw", str(raw), "--out", str(out)]

@@ -21,10 +21,10 @@ COLUMNS = {"id": INT, "price": NUMBER, "name": TEXT}
 CSV = DelimitedText("a.csv", ",", COLUMNS)
 
 
-def read(folder, text, max_bad_rows=0, columns=COLUMNS, block_bytes=1 << 20, **form):
+def read(folder, text, max_bad_rows=0, columns=COLUMNS, block_bytes=1 << 20, separator=",", **form):
     (folder / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     raw = RawFolder(folder, (RawFile("a.csv"),), "", max_bad_rows)
-    blocks = list(raw.blocks(DelimitedText("a.csv", ",", columns, **form), block_bytes))
+    blocks = list(raw.blocks(DelimitedText("a.csv", separator, columns, **form), block_bytes))
     rows = [tuple(row.values()) for block in blocks for row in block.table.to_pylist()]
     return rows, [line for block in blocks for line in block.lines.tolist()], raw.bad_rows.counts
 
@@ -87,7 +87,7 @@ def test_one_bad_row_more_than_allowed_stops(tmp_path, capsys):
 
 
 def test_a_file_of_bad_rows_only_is_refused_whatever_is_allowed(tmp_path):
-    with pytest.raises(DataError, match="has no good row"):
+    with pytest.raises(DataError, match=r"line 1: 3 fields .*No row of the file is good"):
         read(tmp_path, "x;y;z\n" * 5, max_bad_rows=100)
 
 
@@ -109,7 +109,7 @@ def test_quoted_fields_hold_separators_and_quotes(tmp_path):
     rows, lines, _ = read(tmp_path, text, header=True, quoted=True)
     assert rows == [(7, 2.5, "American President, The (1995)"), (8, None, '" is "a"')]
     assert lines == [2, 3]
-    with pytest.raises(ConfigError, match="a separator of one character, not '::'"):
+    with pytest.raises(ConfigError, match="a separator of one ASCII character, not '::'"):
         DelimitedText("a.csv", "::", COLUMNS, quoted=True)
 
 
@@ -318,3 +318,134 @@ def test_max_bad_rows_is_a_count(raw, tmp_path, bad, capsys):
     with pytest.raises(SystemExit):
         main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out"), "--max-bad-rows", bad])
     assert "a whole number of 0 or more is needed" in capsys.readouterr().err
+
+
+def test_the_last_line_may_lack_its_end(tmp_path):
+    for block_bytes in (1, 5, 8, 9, 10, 1 << 20):
+        assert read(tmp_path, "1,2,a\n3,4,b", block_bytes=block_bytes)[:2] == ([(1, 2.0, "a"), (3, 4.0, "b")], [1, 2])
+    raw = RawFolder(tmp_path, (RawFile("a.csv"),), "")
+    assert len(raw.table(CSV).table) == 2
+
+
+CELLS = [
+    *(
+        "",
+        " ",
+        "\t",
+        " 5",
+        "5 ",
+        "+5",
+        "-5",
+        "- 5",
+        "0x1F",
+        "0X1f",
+        " 0x1F",
+        "-0x1F",
+        "00012",
+        "1_000",
+        "1.",
+        ".5",
+        "1.5",
+        "+1.5",
+    ),
+    *(
+        "1e5",
+        "1e400",
+        "-1e400",
+        "1d5",
+        "nan",
+        "-nan",
+        "NaN",
+        "inf",
+        "infinity",
+        "0b1",
+        "1 2",
+        "\u0663",
+        "\u00a05",
+        "null",
+        "NA",
+        "--1",
+    ),
+    *("9223372036854775807", "9223372036854775808", "-9223372036854775808", "-9223372036854775809", "9" * 5000, "0" * 30 + "7"),
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("form", [{"separator": "|"}, {"separator": "|", "quoted": True}, {"separator": "::"}], ids=str)
+@pytest.mark.parametrize("kind", [INT, NUMBER, pa.bool_()], ids=str)
+def test_a_line_is_good_or_bad_whatever_its_neighbours_are(tmp_path, kind, form, cell):
+    """Bad lines are found one by one only in a piece that Arrow refuses: both ways must agree on every other line."""
+    line = f"{cell}{form['separator']}b\n"
+    columns = {"a": kind, "b": TEXT}
+
+    good = f"{'1' if kind != NUMBER else '.5'}{form['separator']}b\n"  # so that the file has a row
+
+    def lines(text):
+        return read(tmp_path, text, max_bad_rows=2, columns=columns, **form)[1]
+
+    assert lines(line + good) == lines(line + good + "a line of one field\n")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    text = b"\xef\xbb\xbf1,2,a\n3,4,b\n"
+    assert read(tmp_path, text)[0] == read(tmp_path, text + b"bad\n", max_bad_rows=1)[0] == [(1, 2.0, "a"), (3, 4.0, "b")]
+    latin = b"\xef\xbb\xbf1,2,\xe9\n"
+    assert read(tmp_path, latin, encoding="iso-8859-1")[0] == [(1, 2.0, "\u00e9")]
+
+
+def test_a_header_is_read_in_the_encoding_of_the_file(tmp_path):
+    text = "gr\u00f6\u00dfe,id\n1.5,7\n".encode("iso-8859-1")
+    assert read(tmp_path, text, columns={"gr\u00f6\u00dfe": NUMBER}, header=True, encoding="iso-8859-1")[0] == [(1.5,)]
+
+
+def test_a_wanted_column_that_stands_twice_in_the_header_is_told(tmp_path):
+    with pytest.raises(DataError, match="line 1: the header names id twice"):
+        read(tmp_path, "id,x,id\n1,2,3\n", columns={"id": INT}, header=True)
+    assert read(tmp_path, "id,x,x\n1,2,3\n", columns={"id": INT}, header=True)[0] == [(1,)]
+
+
+def test_the_byte_that_stands_for_a_separator_is_a_bad_line(tmp_path):
+    rows, _, counts = read(tmp_path, "1::2::a\n1\x012\x01a\n", max_bad_rows=1, separator="::")
+    assert (rows, counts) == ([(1, 2.0, "a")], {"a.csv": 1})
+
+
+def test_a_separator_beyond_ascii(tmp_path):
+    assert read(tmp_path, "1\u00a72\u00a7a\n", separator="\u00a7")[0] == [(1, 2.0, "a")]
+
+
+def test_a_file_in_several_folders_below_is_refused(tmp_path):
+    for name in ("ml-20m", "ml-25m"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.csv").write_text("1,2,a\n")
+    with pytest.raises(DataError, match=r"holds a\.csv in several folders: .*ml-20m/a\.csv, .*ml-25m/a\.csv"):
+        RawFolder(tmp_path, (RawFile("a.csv"),), "")
+    (tmp_path / "a.csv").write_text("7,8,b\n")
+    assert RawFolder(tmp_path, (RawFile("a.csv"),), "").paths == {"a.csv": tmp_path / "a.csv"}
+
+
+def test_an_archive_made_on_macos(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.csv.zip", "w") as archive:
+        archive.writestr("__MACOSX/._a.csv", "resource fork")
+        archive.writestr("a.csv", "1,2,a\n")
+    for name in ("a.csv", "a.csv.zip"):
+        raw = RawFolder(tmp_path, (RawFile(name),), "")
+        (block,) = raw.blocks(DelimitedText(name, ",", COLUMNS))
+        assert block.table["id"].to_pylist() == [1]
+
+
+def test_bad_rows_of_files_of_one_name_are_counted_apart(tmp_path):
+    for folder in ("d1", "d2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.csv").write_text("bad\n1,2,a\n")
+    raw = RawFolder(tmp_path, (RawFile("d1/a.csv"), RawFile("d2/a.csv")), "", 5)
+    for name in raw.paths:
+        assert len(list(raw.blocks(DelimitedText(name, ",", COLUMNS)))) == 1
+    assert raw.bad_rows.counts == {"d1/a.csv": 1, "d2/a.csv": 1}
+
+
+def test_long_cells_are_cut_in_complaints(tmp_path):
+    (tmp_path / "a.csv").write_text(f"1,2,{'x' * 5000}\n")
+    raw = RawFolder(tmp_path, (RawFile("a.csv"),), "", 1)
+    (block,) = raw.blocks(CSV)
+    block.require(np.array([False]), "name is bad, found {name}.")
+    assert block.bad_rows[0].complaint == f"name is bad, found {'x' * 80}...."

@@ -168,7 +168,7 @@ def test_given_time_cuts(tmp_path):
     ],
 )
 def test_an_empty_side_is_told(tmp_path, split, given):
-    with pytest.raises(DataError, match=r"toy: no row of 1,000 falls to (train|valid|test), by "):
+    with pytest.raises(DataError, match=r"toy: no row of 1,000 falls to (train|valid|test): they are divided "):
         run(tmp_path / "out", split, toy_columns() | given)
     assert list(tmp_path.iterdir()) == []
 

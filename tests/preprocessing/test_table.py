@@ -360,3 +360,107 @@ def test_the_page_can_be_pasted(tmp_path):
     assert DatasetManifest.load(tmp_path / "data/shop").statistics["rows"] == 5000
     report = json.loads((tmp_path / "runs/shop/result.json").read_text())["test"]
     assert list(report["tasks"]) == ["liked", "bought"]
+
+
+def test_an_empty_text_leaves_a_condition_open(tmp_path):
+    rows = "".join(f"u{k % 7},{k},{('buy', '', 'click')[k % 3]}\n" for k in range(60))
+    config = small(tmp_path, f"user,x,a\n{rows}", tasks=[{"name": "y", "label": "a != 'buy'"}])
+    manifest = make(config.parent, tmp_path / "out")
+    labelled = [split.label_counts["y"]["all"] for split in manifest.splits.values()]
+    assert (sum(known for known, _ in labelled), sum(positive for _, positive in labelled)) == (40, 20)
+
+
+def test_patterns_pass_over_hidden_folders_unless_they_name_them(tmp_path):
+    text = "user,x,y\n" + "".join(f"u{k % 5},{k},{k % 2}\n" for k in range(40))
+    config = small(tmp_path, text, files=["**/*.csv"])
+    for name in (".ipynb_checkpoints", "_temporary", "part"):
+        (config.parent / name).mkdir()
+        (config.parent / name / "more.csv").write_text(text)
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 80
+    small(tmp_path, text, files=["_temporary/*.csv"])
+    assert make(config.parent, tmp_path / "named").statistics["rows"] == 40
+
+
+def test_a_feature_may_have_any_name_that_is_allowed(tmp_path):
+    features = {name: {"kind": "id", "column": "user"} for name in ("position", "row", "place", "split", "label", "id")}
+    features |= {"value": {"kind": "number", "column": "x"}, "count": {"kind": "number", "column": "x", "buckets": 4}}
+    rows = "".join(f"u{k % 5},{k},{k % 2}\n" for k in range(60))
+    manifest = make(small(tmp_path, f"user,x,y\n{rows}", features=features).parent, tmp_path / "out")
+    assert [feature.name for feature in manifest.features] == list(features)
+    assert main(["describe", str(tmp_path / "out")]) == 0
+
+
+def test_numbers_are_scaled_before_they_lose_digits(tmp_path):
+    """Seconds of a day since 1970 differ from the ninth digit on; float32 has seven."""
+    start = 1_700_000_000
+    rows = "".join(f"u{k % 9},{start + 10 * k},{k % 2}\n" for k in range(8640))
+    make(small(tmp_path, f"user,x,y\n{rows}").parent, tmp_path / "out")
+    written = {row["x"] for row in read(tmp_path / "out")}
+    assert len(written) > 8000
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64()])
+def test_integers_of_parquet_as_numbers_buckets_and_texts(tmp_path, kind):
+    values = pa.array([2**60 + k for k in range(39)] + [2**63 - 1], kind)
+    columns = {"user": values, "x": values, "y": pa.array([k % 2 for k in range(40)])}
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "raw" / "rows.parquet")
+    features = {"user": {"kind": "id"}, "x": {"kind": "number"}, "b": {"kind": "number", "column": "x", "buckets": 3}}
+    content = (tmp_path / "raw" / "rows.parquet").read_bytes()
+    tasks = [{"name": "y", "label": "y"}, {"name": "z", "label": f"x > {2**61}"}]
+    make(small(tmp_path, content, "rows.parquet", features=features, tasks=tasks).parent, tmp_path / "out")
+    _, entries = vocabulary(tmp_path / "out", "user")
+    assert set(entries["value"]) <= {str(2**60 + k) for k in range(39)} | {str(2**63 - 1)}
+    assert sum(row["label.z"] for row in read(tmp_path / "out")) == 1
+
+
+def test_lists_of_fixed_size_with_nulls(tmp_path):
+    lists = pa.array([[k, k + 1] if k % 3 else None for k in range(40)], pa.list_(pa.int64(), 2))
+    (tmp_path / "raw").mkdir()
+    pq.write_table(pa.table({"tags": lists, "y": [k % 2 for k in range(40)]}), tmp_path / "raw" / "rows.parquet")
+    content = (tmp_path / "raw" / "rows.parquet").read_bytes()
+    config = small(tmp_path, content, "rows.parquet", features={"tags": {"kind": "ids", "type": "int"}})
+    make(config.parent, tmp_path / "out")
+    assert sorted(len(row["tags"]) for row in read(tmp_path / "out")) == [0] * 14 + [2] * 26
+
+
+def test_parquet_files_without_rows_are_passed_over_beside_others(tmp_path, capsys):
+    table = pa.table({"user": ["a", "b"] * 20, "x": np.arange(40.0), "y": np.arange(40) % 2})
+    config = small(tmp_path, b"", "rows.parquet", files=["*.parquet"])
+    for name, rows in (("rows", table), ("empty", table.slice(0, 0))):
+        pq.write_table(rows, config.parent / f"{name}.parquet")
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 40
+    (config.parent / "rows.parquet").unlink()
+    assert run(config, tmp_path / "none") == 2
+    assert "0 rows are too few" in capsys.readouterr().err
+
+
+def test_a_json_key_that_comes_late_is_found(tmp_path, capsys):
+    lines = [json.dumps({"user": f"u{k % 9}", "y": k % 2} | ({"x": k} if k > 1500 else {})) for k in range(1600)]
+    make(small(tmp_path, "\n".join(lines) + "\n", "rows.json").parent, tmp_path / "out")
+    config = small(tmp_path, "\n".join(lines[:1500]) + "\n", "rows.json")
+    assert run(config, tmp_path / "none") == 2
+    assert "no line has the key 'x'" in capsys.readouterr().err
+
+
+def test_large_row_groups_of_parquet_are_read_in_bounded_memory(tmp_path, command):
+    """One row group of 400 MB; what is looked up is a number, so that no dictionary grows."""
+    text = pa.array(["x" * 200] * 50_000)
+    (tmp_path / "raw").mkdir()
+    path = tmp_path / "raw" / "rows.parquet"
+    numbers = np.arange(2_000_000)
+    table = pa.table({"text": pa.chunked_array([text] * 40), "user": numbers % 50, "x": numbers / 7, "y": numbers % 2})
+    pq.write_table(table, path, row_group_size=len(table), compression="none", use_dictionary=False)
+    del table
+    features = {"t": {"kind": "id", "column": "text", "hash": {"num_buckets": 10}}, "x": {"kind": "number"}}
+    config = write_config(
+        tmp_path / "raw", {"files": ["rows.parquet"], "features": features, "tasks": [{"name": "y", "label": "y"}]}
+    )
+    prelude = (
+        "import atexit, resource\natexit.register(lambda: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    )
+    result = command(
+        "table", "--config", config, "--out", tmp_path / "out", "--memory", "0.5", "--workers", "2", prelude=prelude
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split("peak ")[1]) < 512 << 10

@@ -78,6 +78,21 @@ BAD_CONFIGS = {
         {"split": {"rule": "file", "train": ["rows.csv"], "test": ["rows.csv"]}, "files": []},
         ["split.test: rows.csv is also among split.train"],
     ),
+    "a scenario called all": (
+        {"scenario": {"column": "user", "values": {"u0": "all", "u1": "b"}}},
+        ["'all' is the word for all scenarios together"],
+    ),
+    "the last task implied by none": (
+        {"tasks": [{"name": "y", "label": "y", "implied_by_next": True}]},
+        ["tasks.y.implied_by_next: no task follows"],
+    ),
+    "no label": ({"tasks": [{"name": "y", "label": ""}]}, ["tasks.0.label", "at least 1"]),
+    "two columns of one name": ({"csv": {"header": False, "columns": ["user", "x", "x", "y"]}}, ["two columns have one name"]),
+    "unknown encoding": ({"csv": {"encoding": "utf8000"}}, ["there is no encoding 'utf8000'"]),
+    "encoding of two bytes": ({"csv": {"encoding": "utf-16"}}, ["convert the file to utf-8"]),
+    "no text encoding": ({"csv": {"encoding": "hex"}}, ["there is no encoding 'hex'"]),
+    "separator that is a quote": ({"csv": {"separator": '"'}}, ["a separator has neither a quote"]),
+    "no pattern": ({"files": ["**rows.csv"]}, ["files: '**rows.csv' is no pattern"]),
     "no files": ({"files": []}, ["`files` is missing"]),
     "files and file split": ({"split": {"rule": "file", "train": ["a"], "test": ["b"]}}, ["leave `files` away"]),
     "missing file": ({"files": ["row.csv"]}, ["no file 'row.csv'", "Did you mean 'rows.csv'?", "--raw"]),
@@ -152,10 +167,10 @@ def test_a_chain_that_rows_contradict(tmp_path, capsys):
 
 BAD_PARQUET = {
     "missing column": ({"z": [1.0] * 20}, "there is no column 'x'. Columns: user, y, z."),
-    "id of another type": ({"user": list(range(20))}, "column 'user' is of type int64; string is needed"),
+    "id of another type": ({"user": [True] * 20}, "column 'user' is of type bool; string is needed"),
     "list for one id": ({"user": [["a"]] * 20}, "column 'user' is of type list<element: string>; string is needed"),
     "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
-    "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x = nan is no number that can be used"),
+    "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x is no number that can be used, found nan"),
     "label": ({"y": [0] * 4 + [7] + [1] * 15}, "line 5: y must be 0 or 1"),
 }
 
@@ -179,9 +194,9 @@ def test_bad_parquet(case, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("column", "kind", "bad", "words"),
     [
-        ("id", pa.uint64(), 2**63, "line 3: id = 9223372036854775808 is no integer that can be used"),
-        ("id", pa.float64(), 1.5, "line 3: id = 1.5 is no integer that can be used"),
-        ("id", pa.float64(), 1e30, "line 3: id = 1e+30 is no integer that can be used"),
+        ("id", pa.uint64(), 2**63, "line 3: id is no integer that can be used, found 9223372036854775808"),
+        ("id", pa.float64(), 1.5, "line 3: id is no integer that can be used, found 1.5"),
+        ("id", pa.float64(), 1e30, "line 3: id is no integer that can be used, found 1e+30"),
     ],
 )
 def test_ids_of_parquet_that_are_no_int64(column, kind, bad, words, tmp_path, capsys):
@@ -220,3 +235,69 @@ def test_json_lines_without_a_key(tmp_path, capsys):
     (tmp_path / "raw" / "rows.jsonl").write_text(json.dumps([{"user": "u", "x": 1, "y": 0}] * 20))
     assert run(config, tmp_path / "out") == 2
     assert "one JSON array" in capsys.readouterr().err
+
+
+def parquet_table(folder, columns, name="rows.parquet", **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / name)
+    return small(folder.parent, (folder / name).read_bytes(), name, **config)
+
+
+def test_text_of_parquet_that_is_no_utf8_is_a_bad_row(tmp_path, capsys):
+    offsets = np.arange(0, 2 * 40 + 1, 2, dtype=np.int32)
+    content = bytearray(b"ab" * 40)
+    content[10:12] = b"\xff\xfe"
+    text = pa.Array.from_buffers(pa.string(), 40, [None, pa.py_buffer(offsets), pa.py_buffer(bytes(content))])
+    config = parquet_table(tmp_path / "raw", {"user": text, "x": np.arange(40.0), "y": np.arange(40) % 2})
+    assert run(config, tmp_path / "out") == 2
+    assert "rows.parquet, line 6: user is no string that can be used, found bytes that are no text" in capsys.readouterr().err
+    assert run(config, tmp_path / "out", "--max-bad-rows", "1") == 0
+    assert DatasetManifest.load(tmp_path / "out").statistics["bad_rows"] == {"rows.parquet": 1}
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path, capsys):
+    (tmp_path / "raw").mkdir()
+    table = pa.Table.from_arrays([pa.array(["a"] * 20), pa.array([1.0] * 20), pa.array([2.0] * 20)], ["user", "x", "x"])
+    pq.write_table(table.append_column("y", pa.array([0] * 20)), tmp_path / "raw" / "rows.parquet")
+    config = small(tmp_path, (tmp_path / "raw" / "rows.parquet").read_bytes(), "rows.parquet")
+    assert run(config, tmp_path / "out") == 2
+    assert "two columns have the name 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["user.id", "0", "{a}", "a b", "{", "x!r"])
+def test_columns_of_any_name_can_be_complained_about(tmp_path, name, capsys):
+    feature = {"user": {"kind": "id", "type": "int", "column": name}}
+    rows = {name: [1.0] * 20 + [1.5], "y": [0, 1] * 10 + [0]}
+    assert run(parquet_table(tmp_path / "raw", rows, features=feature), tmp_path / "out") == 2
+    assert f"line 21: {name} is no integer that can be used, found 1.5." in capsys.readouterr().err
+    (tmp_path / "raw" / "rows.csv").write_text(f"{name},y\n" + "1,0\n" * 20 + "1,2\n")
+    config = small(tmp_path, (tmp_path / "raw" / "rows.csv").read_bytes(), features=feature)
+    assert run(config, tmp_path / "out") == 2
+    assert "line 22: y must be 0 or 1, or empty where it is not known, found 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cell", ["9" * 5000, '["\\ud800"]', "[" * 100_000])
+def test_absurd_lists_are_bad_rows(tmp_path, cell, capsys):
+    kind = "int" if cell[0] == "9" else "string"
+    features = {"tags": {"kind": "ids", "type": kind} | ({"separator": "|"} if kind == "int" else {})}
+    quoted = '"' + cell.replace('"', '""') + '"'
+    rows = "".join(f"{'1' if kind == 'int' else '[]'},{k % 2}\n" for k in range(30))
+    config = small(tmp_path, f"tags,y\n{rows}{quoted},1\n", features=features)
+    assert run(config, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert "line 32: tags must " in message
+    assert len(message) < 1000
+
+
+def test_a_bad_boolean_is_a_bad_row(tmp_path, capsys):
+    rows = "".join(f"u{k % 5},{k},{'true' if k % 2 else '0'}\n" for k in range(40))
+    config = small(tmp_path, f"user,x,y\n{rows}u1,1,yes\n", tasks=[{"name": "y", "label": "y == true"}])
+    assert run(config, tmp_path / "out") == 2
+    assert "line 42: y must be true or false, or 1 or 0, found 'yes'" in capsys.readouterr().err
+    assert run(config, tmp_path / "out", "--max-bad-rows", "1") == 0
+
+
+def test_json_nested_too_deep_is_told(tmp_path, capsys):
+    config = small(tmp_path, "[" * 100_000 + "\n", "rows.json")
+    assert run(config, tmp_path / "out") == 2
+    assert "Traceback" not in capsys.readouterr().err
