@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--run-dir", help="where to write; default: run_dir of the config, else a name made from it")
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
-    parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()
@@ -56,6 +56,10 @@ def main() -> None:
 
     config = resolve_model(config, f"{arguments.config} with the command line")
     if arguments.show:
+        if Path(config.dataset.path).is_dir():
+            from mmlrec.training.session import build_parts
+
+            build_parts(config, arguments.config)
         print(config.to_yaml(), end="")
         return
     from mmlrec.metrics.report import report_table

@@ -51,10 +51,19 @@ def resolve_model(config: RunConfig, source: str) -> RunConfig:
     """The configuration with all options of its method spelt out in `model`, and no `model_defaults` left.
 
     Raises:
-        ConfigError: unknown method, unknown option, or a value of the wrong type.
+        ConfigError: unknown method, unknown option, a value of the wrong type, or a method that is not for this setting or
+            this strategy.
     """
     options = model_config(config.model, config.model_defaults, source)
-    model = {"name": config.model["name"], **options.model_dump(mode="json")}
+    name = config.model["name"]
+    chosen = method(name)
+    chosen.check_defined(config.dataset.setting)
+    if chosen.tables_per_branch and config.balancing.name != "static":
+        raise ConfigError(
+            f"balancing.name={config.balancing.name}: the branches of {name} share nothing, so there is nothing to balance."
+            " Use balancing.name=static, or a method that shares."
+        )
+    model = {"name": name, **options.model_dump(mode="json")}
     return config.model_copy(update={"model": model, "model_defaults": {}})
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apps.cli import run
+from mmlrec.config import load_config
 from mmlrec.schema import DatasetManifest
 from mmlrec.training import checkpoint
 from tests.datasets import rewrite_part, write_dataset
@@ -135,6 +136,12 @@ CONFIGS = {
 }
 
 
+CONFIGS |= {
+    f"diverging under {strategy}": ([f"balancing.name={strategy}", *CONFIGS["diverging"][0][:2]], CONFIGS["diverging"][1])
+    for strategy in ("pcgrad", "mgda", "cagrad", "imtl_g", "nash", "aligned", "gradnorm", "metabalance", "monitor")
+}
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config(data, train, case):
     overrides, expected = CONFIGS[case]
@@ -142,6 +149,49 @@ def test_config(data, train, case):
     assert code == 2
     for fragment in expected:
         assert fragment in error
+
+
+IN_VAIN = {
+    "not defined for the setting": (
+        ["model={name: esmm}", "dataset={path: nowhere, setting: msl}"],
+        ["ESMM is not defined for setting 'msl'. One label is no chain: use setting 'mtl' or 'mtmsl'"],
+    ),
+    "nothing shared": (
+        ["model={name: single_task}", "dataset.path=nowhere", "balancing.name=pcgrad"],
+        ["balancing.name=pcgrad: the branches of single_task share nothing"],
+    ),
+    "no scenario to normalise by": (["model={name: star, use_pn: true}"], ["use_pn", "'mtl'"]),
+    "no condition": (["model={name: apg}"], ["condition_fields"]),
+    "unknown field": (["model.gate_extra_fields=[f9]"], ["model.gate_extra_fields: no field 'f9'"]),
+    "unknown task": (["dataset.tasks=[click, bye]"], ["'bye' is not a task"]),
+    "two tasks in msl": (["dataset.setting=msl"], ["needs exactly 1 task"]),
+    "unknown objective": (["balancing.loss_weights={bye: 2.0}"], ["'bye' is not an objective"]),
+    "unit without scenarios": (["balancing.unit=head"], ["'mtl' has no scenarios"]),
+}
+
+
+@pytest.mark.parametrize("case", IN_VAIN)
+def test_what_training_would_refuse_is_not_shown(data, app, tmp_path, case):
+    (tmp_path / "config.yaml").write_text(f"dataset: {{path: {data.folder}, setting: mtl}}\nmodel: {{name: mmoe}}\n")
+    overrides, expected = IN_VAIN[case]
+    for show in ("--show",), ():
+        code, error = app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run", *show, *overrides)
+        assert code == 2
+        for fragment in expected:
+            assert fragment in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_show_prints_a_config_that_loads_to_itself(data, tmp_path, monkeypatch, capsys, present):
+    path = data.folder if present else tmp_path / "nowhere"
+    monkeypatch.setattr(sys, "argv", ["train", "--config", str(tmp_path / "config.yaml"), "--show", f"dataset.path={path}"])
+    importlib.import_module("apps.train").main()
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert load_config(tmp_path / "shown.yaml").to_yaml() == shown
+    assert load_config(tmp_path / "shown.yaml").model["num_experts"] == 2
+    assert list(tmp_path.glob("run*")) == []
 
 
 def test_option_of_the_file_under_a_strategy_of_the_command_line(data, train, tmp_path):

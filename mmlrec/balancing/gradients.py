@@ -83,8 +83,11 @@ class GradientBalancing(Balancing):
     def _refresh(self, of_each: list[list[Tensor]], objectives: Tensor, step: int) -> None:
         gram, losses = self._global_gram(of_each, objectives)
         self.gram.copy_(gram)
-        c = self.coefficients(gram.cpu().numpy(), losses.cpu().numpy(), step)
-        self.coefficient.copy_(torch.from_numpy(c))
+        if gram.isfinite().all() and losses.isfinite().all():
+            c = self.coefficients(gram.cpu().numpy(), losses.cpu().numpy(), step)
+            self.coefficient.copy_(torch.from_numpy(c))
+        else:  # The plain sum is no more finite; the trainer ends the run and says so.
+            self.coefficient.fill_(1.0)
 
     def _global_gram(self, of_each: list[list[Tensor]], objectives: Tensor) -> tuple[Tensor, Tensor]:
         """Gram matrix [K, K] of the whole batch's gradients, and the losses [K]: float64, equal on all ranks."""

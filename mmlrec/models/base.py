@@ -200,6 +200,16 @@ class MultiTaskModel(nn.Module):
         return Output(logits, all_logits if return_all_heads else None)
 
     @classmethod
+    def check_defined(cls, setting: Setting) -> None:
+        """Refuse a setting in which the method is not defined; needs no data.
+
+        Raises:
+            ConfigError: naming the method, the setting and the nearest valid choice.
+        """
+        if setting not in cls.settings:
+            raise ConfigError(f"{cls.__name__} is not defined for setting '{setting}'. {cls.alternative}".rstrip())
+
+    @classmethod
     def check_setting(cls, spec: ModelSpec) -> None:
         """Refuse a setting the method does not support, or data that does not fit the setting.
 
@@ -207,8 +217,7 @@ class MultiTaskModel(nn.Module):
             ConfigError: naming the method, the setting and the nearest valid choice.
         """
         name, setting = cls.__name__, spec.setting
-        if setting not in cls.settings:
-            raise ConfigError(f"{name} is not defined for setting '{setting}'. {cls.alternative}".rstrip())
+        cls.check_defined(setting)
         if setting is not Setting.MTL and spec.num_scenarios < 2:
             other = "use setting 'mtl'"
             if spec.num_tasks < 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torchrec.distributed import DistributedModelParallel
@@ -15,7 +15,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.balancing import Balancing
 from mmlrec.balancing.strategy import build_balancing
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, StaticConfig, TableOptimizerConfig
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
@@ -141,11 +141,6 @@ def _loss(config: RunConfig, network: MultiTaskModel, manifest: DatasetManifest)
 
 
 def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest) -> Balancing:
-    if network.tables_per_branch and not isinstance(config.balancing, StaticConfig):
-        raise ConfigError(
-            f"balancing.name={config.balancing.name}: the branches of {config.model['name']} share nothing, so there is"
-            " nothing to balance. Use balancing.name=static, or a method that shares."
-        )
     return build_balancing(
         config.balancing,
         loss,
@@ -154,6 +149,35 @@ def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest:
         seed=config.training.seed,
         steps_per_epoch=-(-manifest.splits["train"].num_rows // config.training.batch_size),
     )
+
+
+class Parts(NamedTuple):
+    """What a configuration makes of a dataset's manifest, before any table is built."""
+
+    manifest: DatasetManifest
+    network: MultiTaskModel
+    loss: Loss
+    balancing: Balancing
+
+
+def build_parts(config: RunConfig, source: str = "config") -> Parts:
+    """Build all but the tables; reads no row.
+
+    Args:
+        source: config file, for messages.
+
+    Raises:
+        ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
+        DataError: the dataset folder or its manifest is missing or damaged.
+    """
+    manifest = DatasetManifest.load(Path(config.dataset.path))
+    spec = build_spec(config, manifest)
+    options = model_config(config.model, config.model_defaults, source)
+    network_class = method(config.model["name"])
+    network_class.check_setting(spec)
+    network = network_class(spec, options)
+    loss = _loss(config, network, manifest)
+    return Parts(manifest, network, loss, _balancing(config, network, loss, manifest))
 
 
 def build_session(config: RunConfig, world: World, *, for_training: bool, source: str = "config") -> Session:
@@ -167,13 +191,8 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
         ConfigError: the method, its options, the setting or the sharding do not fit.
         DataError: the dataset folder is missing or damaged.
     """
-    manifest = DatasetManifest.load(Path(config.dataset.path))
-    spec = build_spec(config, manifest)
-    options = model_config(config.model, config.model_defaults, source)
-    network_class = method(config.model["name"])
-    network_class.check_setting(spec)
-    network = network_class(spec, options)
-
+    manifest, network, loss, balancing = build_parts(config, source)
+    spec = network.spec
     prefixes = [""]
     branches = None
     if network.branches:
@@ -183,8 +202,6 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    loss = _loss(config, network, manifest)
-    balancing = _balancing(config, network, loss, manifest)
     recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes))
     plan = make_plan(
         recommender,

@@ -255,3 +255,22 @@ def test_regression_and_scenarios_in_uncertainty_weighting():
     tasks = (case.loss.tasks[0], case.loss.tasks[1].model_copy(update={"kind": "regression"}))
     case.loss.tasks = tasks
     assert case.strategy("uw").kappa.tolist() == [1.0] * 3 + [0.5] * 3
+
+
+@pytest.mark.parametrize("strategy", GRADIENT_LEVEL)
+def test_a_gradient_that_is_not_finite_is_added_and_leaves_no_trace_in_the_strategy(strategy):
+    case = Case("mmoe", "mtl", "task")
+    balancing = case.strategy(strategy)
+    before = {key: value.clone() for key, value in balancing.state_dict().items() if key != "gram"}
+    parameters = dict(case.net.named_parameters())
+    entry = case.net.experts.weights[0].flatten()[0]
+
+    def loss_of(x):
+        steep = torch.sqrt(entry - entry.detach())  # 0, with an infinite slope
+        return balancing(case.objectives(x) + torch.stack([torch.zeros_like(steep), steep]), x, parameters, 1)
+
+    loss, found = case.backward(loss_of)
+    assert loss.isfinite()
+    assert found["experts.weights.0"].isfinite().logical_not().sum() == 1
+    for key, value in before.items():
+        assert balancing.state_dict()[key].equal(torch.ones_like(value) if key == "coefficient" else value), key

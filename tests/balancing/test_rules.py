@@ -112,6 +112,24 @@ def test_cagrad_helps_the_worst_most_within_its_ball(seed):
     assert (g @ direction).min() == pytest.approx(dual.fun, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_cagrad_stays_in_its_ball_when_gradients_cancel(seed):
+    rng = np.random.default_rng(seed)
+    g = rng.normal(size=(rng.integers(3, 7), rng.integers(2, 12)))
+    g[1] = -g[0]
+    if seed % 4 == 3:  # all cancel: next to nothing is left of the mean
+        g = np.concatenate([g, -g]) + 1e-8 * rng.normal(size=(2 * len(g), g.shape[1]))
+    mean, c_a = g.mean(0), rng.choice([0.2, 0.5, 0.9])
+    direction = rules.cagrad(gram_of(g), c_a) @ g * (1 + c_a**2)
+    assert np.linalg.norm(direction - mean) <= c_a * np.linalg.norm(mean) * (1 + 1e-4)
+
+
+def test_cagrad_between_opposite_gradients_keeps_what_helps_the_third():
+    # No direction helps both (1, 0) and (-1, 0): of the mean (1/3, 1), which is in the ball of radius 0.95, the first part goes
+    g = np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 3.0]])
+    assert rules.cagrad(gram_of(g), 0.9) @ g * 1.81 == pytest.approx([0, 1], abs=1e-4)
+
+
 def test_cagrad_without_radius_is_the_mean():
     np.testing.assert_allclose(
         rules.cagrad(gram_of(random_gradients(3)), 0.0) @ random_gradients(3), random_gradients(3).mean(0)

@@ -210,14 +210,56 @@ def test_a_task_without_labels_has_loss_zero_and_no_gradient(name, shape):
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
-def test_duplicating_the_batch_changes_nothing(name, shape):
+@pytest.mark.parametrize("reduction", ["pooled", "balanced"])
+def test_duplicating_the_batch_changes_nothing(name, shape, reduction):
     net = build(name, spec_of(shape)).double()
     data = make_data(net, 21, dtype=torch.float64)
-    total, gradients = step(net, data)
-    again, doubled = step(net, data.rows(torch.arange(42) % 21))
+    total, gradients = step(net, data, reduction)
+    again, doubled = step(net, data.rows(torch.arange(42) % 21), reduction)
     torch.testing.assert_close(again, total, rtol=1e-12, atol=1e-12)
     for key, gradient in gradients.items():
         torch.testing.assert_close(doubled[key], gradient, rtol=1e-10, atol=1e-12)
+
+
+RELABELLED = [
+    ("esmm", {}),
+    ("esmm", {"scenario_towers": "shared"}),
+    ("aitm", {"use_tower": True}),
+    ("escm2", {"variant": "ips"}),
+    ("escm2", {"variant": "dr"}),
+    ("hmoe", {}),
+    ("hmoe", {"gate_mode": "per_scenario", "weight_mode": "per_scenario"}),
+    ("pepnet", {}),
+    ("pepnet", {"head_scope": "per_head"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tasks"), [(*case, n) for case in RELABELLED for n in (1, 2) if supports(case[0], make_spec(n, 3))]
+)
+def test_relabelling_scenarios_with_their_parameters_changes_nothing(name, options, tasks):
+    """The other methods' tests of this are with their own."""
+    net = build(name, make_spec(tasks, 3), **options).double()
+    data = make_data(net, 30, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    new_id = torch.tensor([2, 0, 1])
+    old_id = new_id.argsort()
+    moved = copy.deepcopy(net)
+    with torch.no_grad():
+        for key, parameter in moved.named_parameters():
+            if net.owner(key) in ("head", "scenario"):
+                members = parameter.reshape(-1, 3, parameter[0].numel())
+                parameter.copy_(members[:, old_id].reshape(parameter.shape))
+            if key == "score_weights.weight":  # HMoE: a column for each scenario whose score is mixed.
+                parameter.copy_(parameter[..., old_id].clone())
+            if key.startswith("ppnet.out_") and options:  # PEPNet: a gate for each hidden unit of each head's tower.
+                parameter.copy_(parameter.unflatten(-1, (tasks, 3, -1))[..., old_id, :].flatten(-3))
+    before, after = net(data.x, data.fields, data.scenario), moved(data.x, data.fields, new_id[data.scenario])
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-12, atol=1e-12)
+    for key, value in before.named.items():
+        torch.testing.assert_close(after.named[key], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
@@ -269,12 +311,17 @@ def _hidden(name):
     return [key for key in options if key in method(name).Config.model_fields]
 
 
-@pytest.mark.parametrize("name", method_names())
-def test_initial_logits_vary_over_rows_at_benchmark_sizes(name):
-    needed = {"condition_fields": ["f0"]} if name == "apg" else {}  # Without scenarios it has no condition by default.
-    net = method(name)(make_spec(fields=7, dim=8, num_dense=0), method(name).Config(**needed))
+@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if c[1] != "msl-many"])
+def test_initial_logits_vary_over_rows_at_benchmark_sizes(name, shape):
+    needed = {"condition_fields": ["f0"]} if name == "apg" and shape == "mtl" else {}  # It has no condition by default.
+    net = method(name)(make_spec(*SHAPES[shape], fields=7, dim=8, num_dense=0), method(name).Config(**needed))
     data = make_data(net, 512)
-    assert (net(data.x * 0.01, data.fields, data.scenario).logits.std(dim=0) > 1e-4).all()
+    x, fields = data.x * 0.01, {field: value * 0.01 for field, value in data.fields.items()}
+    # In evaluation mode: statistics of a normalised input are those of a batch in training, and would hide its size.
+    for training in (True, False):
+        logits = net.train(training)(x, fields, data.scenario).logits
+        for scenario in range(net.spec.num_scenarios):
+            assert (logits[data.scenario == scenario].std(dim=0) > 1e-4).all()
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -23,15 +23,16 @@ def tied(net, key, value):
     return value
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_tied_heads_with_the_same_labels_are_one_task(name):
-    single, several = (build(name, make_spec(tasks, SCENARIOS)).double() for tasks in (1, TASKS))
+# One level of PLE, CGC, has none: its shared experts read the input, and no gate reads the experts of all heads.
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BOTH), ("ple", {"num_levels": 1})])
+def test_tied_heads_with_the_same_labels_are_one_task(name, options):
+    single, several = (build(name, make_spec(tasks, SCENARIOS), **options).double() for tasks in (1, TASKS))
     # Random gates are as many as connections: without noise they are equal.
     single.train(not single.num_noise), several.train(not single.num_noise)
     shapes = {key: value.shape for key, value in several.named_parameters()}
     weights = {key: tied(single, key, value) for key, value in single.named_parameters()}
     fits = {key: value.shape for key, value in weights.items()} == shapes
-    assert fits == (name not in PAIRWISE)
+    assert fits == (name not in PAIRWISE or bool(options))
     if not fits:
         return
     several.load_state_dict(weights, strict=False)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,39 @@ CASES = {
     "nash-kept": ["balancing.name=nash", "balancing.refresh_every=4"],
     "weighted": ["balancing.name=imtl_g", "balancing.loss_weights={click: 3.0}", "dense.l2=0.01", "embeddings.l2=0.01"],
 }
+#: Runs of one step whose tables are compared: method with its options, setting, strategy.
+ONCE = [
+    *(("mmoe", "gate_hidden_units: [4]", "mtl", strategy) for strategy in ("static", "pcgrad", "mgda")),
+    ("star", "dnn_hidden_units: [8], aux_hidden_units: [4]", "mtmsl", "pcgrad"),
+    ("ple", "num_specific_experts: 1, gate_hidden_units: [4]", "mtmsl", "mgda"),
+    ("escm2", "variant: dr", "mtl", "pcgrad"),
+]
 WITH_STATE = ("uw", "dwa", "stch", "famo", "gradnorm", "metabalance", "nash-kept")
 
 
+def config_of(method, options, setting, strategy, folder):
+    """A file for it; SGD with rate 1 everywhere."""
+    hidden = "" if method == "star" else "expert_hidden_units: [12, 8], "
+    model = f"model: {{name: {method}, {hidden}{options}}}"
+    text = re.sub("^model: .*$", model, CONFIG.format(dataset=folder / "data"), flags=re.MULTILINE).replace(
+        "lr: 0.1", "lr: 1.0"
+    )
+    text = text.replace("setting: mtl", f"setting: {setting}") + f"balancing: {{name: {strategy}}}\n"
+    file = folder / f"{method}-{strategy}.yaml"
+    file.write_text(text)
+    return file
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def once(tmp_path_factory):
+    """Folder of the dataset of these tests."""
+    folder = tmp_path_factory.mktemp("once")
+    write_dataset(folder / "data", rows=120, table_rows=30, missing_labels=0.2, funnel=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, once):
     """All runs, in one launch for each world size."""
     root = tmp_path_factory.mktemp("balancing")
     write_dataset(root / "data", rows={"train": 90 * STEPS, "valid": 90, "test": 90}, table_rows=30, missing_labels=0.2)
@@ -63,6 +92,16 @@ def root(tmp_path_factory):
 
     local = action("steps", "2-local", "balancing.name=cagrad", "balancing.gram=local", steps=3)
     half = action("steps", "2-bf16", "balancing.name=mgda", "training.precision=bf16", steps=3)
+    single = [
+        {
+            "kind": "steps",
+            "config": str(config_of(*case, once)),
+            "overrides": [],
+            "steps": 1,
+            "run_dir": str(root / f"once-{i}"),
+        }
+        for i, case in enumerate(ONCE)
+    ]
     for world_size in (1, 2):
         actions = [action("steps", f"{world_size}-{name}", *CASES[name], steps=STEPS) for name in CASES]
         for name in WITH_STATE:
@@ -74,7 +113,7 @@ def root(tmp_path_factory):
                 actions.append(action("train", f"moved-{name}", *CASES[name], "training.max_steps=11"))
                 output = str(root / f"resharded-{name}")
                 actions.append(action("reshard", f"parts-{name}", *CASES[name], output=output))
-        launch(world_size, [*actions, *([local, half] if world_size == 2 else [])], root / f"logs-{world_size}")
+        launch(world_size, [*actions, *([local, half, *single] if world_size == 2 else [])], root / f"logs-{world_size}")
     launch(1, [action("train", f"moved-{name}", *CASES[name]) for name in WITH_STATE], root / "logs-moved")
     return root
 
@@ -151,24 +190,8 @@ def test_state_moves_to_another_world_size(root, case):
         assert found[step] == pytest.approx(values, rel=1e-5, abs=1e-6), f"step {step}"
 
 
-@pytest.mark.parametrize("strategy", ["static", "pcgrad", "mgda"])
-def test_tables_are_updated_exactly_once(tmp_path, strategy):
-    """SGD with rate 1: the new table is the old one minus sum_k c_k dL_k/dtable, from a float64 lookup of our own."""
-    write_dataset(tmp_path / "data", rows=120, table_rows=30, missing_labels=0.2)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
-    rate = ["embeddings.optimizer.lr=1.0", "dense.optimizer.lr=1.0"]
-    with process_group() as world:
-        config = load_config(tmp_path / "config.yaml", [*rate, f"balancing.name={strategy}"])
-        session = build_session(config, world, for_training=True)
-        session.model.train()
-        batch = next(iter(session.reader("train").epoch(0)))
-        before = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
-        network = copy.deepcopy(session.network).double()
-        session.pipeline.progress(iter([batch]))
-        after = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
-
-    tables = {key: value.double().requires_grad_() for key, value in before.items() if "embedding_bags" in key}
-    assert len(tables) == 4
+def looked_up(batch, tables):
+    """The pooled fields of a batch, by a lookup of our own."""
     fields, table_of = {}, {"f0": "t0", "m0": "tm0", "f1": "t1", "f2": "t2"}
     for name, jagged in batch.sparse.to_dict().items():
         (key,) = (key for key in tables if key.endswith(f".{table_of[name]}.weight"))
@@ -179,26 +202,58 @@ def test_tables_are_updated_exactly_once(tmp_path, strategy):
             bags.append(rows.mean(0) if length else torch.zeros(4, dtype=torch.float64))
             start += length
         fields[name] = torch.stack(bags)
+    return fields
+
+
+def weights_after_one_step(network, before, batch, setting, strategy):
+    """Old weights minus sum_k c_k dL_k/dw and the gradient of the method's own terms, in float64."""
+    tables = {key: value.double().requires_grad_() for key, value in before.items() if "embedding_bags" in key}
+    assert len(tables) == 4
+    fields = looked_up(batch, tables)
     fields = {name: fields[name] for name in network.spec.fields}
     x = torch.cat([*fields.values(), batch.dense.double()], dim=1)
-    output = network(x, fields, torch.zeros_like(batch.scenario), valid=batch.valid)
+    scenario = batch.scenario if setting == "mtmsl" else torch.zeros_like(batch.scenario)
+    output = network(x, fields, scenario, valid=batch.valid)
     loss = network.make_loss(LossOptions())
-    targets = (batch.labels.double(), batch.mask.double(), torch.zeros_like(batch.scenario), batch.weight.double())
+    targets = (batch.labels.double(), batch.mask.double(), scenario, batch.weight.double())
     found = loss(output, *targets, loss.denominators(*targets))
 
     named = {f"model.head.network.{name}": p for name, p in network.named_parameters()}
-    shared = [key for key in named if network.owner(key.removeprefix("model.head.network.")) is None]
     everything = {**named, **tables}
-    of_each = []
-    for name in loss.objectives:
-        own = torch.autograd.grad(found[name], list(everything.values()), retain_graph=True, materialize_grads=True)
-        of_each.append(dict(zip(everything, own, strict=True)))
-    vectors = np.array([torch.cat([own[key].flatten() for key in shared]).numpy() for own in of_each])
+    of_each = {}
+    for name, value in found.items():
+        own = torch.autograd.grad(value, list(everything.values()), retain_graph=True, materialize_grads=True)
+        of_each[name] = dict(zip(everything, own, strict=True))
+    shared = [key for key in named if network.owner(key.removeprefix("model.head.network.")) not in ("head", "task")]
+    vectors = np.array([torch.cat([of_each[name][key].flatten() for key in shared]).numpy() for name in loss.objectives])
     gram = vectors @ vectors.T
     c = {"static": np.ones(2), "pcgrad": rules.pcgrad(gram, [[1], [0]]), "mgda": 2 * rules.mgda(gram)}[strategy]
-    for key in everything:
-        factors = c if key in tables or key in shared else np.ones(2)
-        step = sum(f * own[key] for f, own in zip(factors, of_each, strict=True))
-        torch.testing.assert_close(after[key].double(), before[key].double() - step, rtol=1e-5, atol=1e-6)
-        moved = (after[key] - before[key]).abs().max()
-        assert moved > 1e-4, key
+    factors = dict(zip(loss.objectives, c, strict=True))
+    return {
+        key: before[key].double()
+        - sum((factors.get(name, 1.0) if key in tables or key in shared else 1.0) * own[key] for name, own in of_each.items())
+        for key in everything
+    }
+
+
+@pytest.mark.parametrize("case", ONCE, ids=lambda case: f"{case[0]}-{case[3]}")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_tables_are_updated_exactly_once(once, request, case, world_size):
+    """SGD with rate 1: the new table is the old one minus sum_k c_k dL_k/dtable, from a float64 lookup of our own."""
+    with process_group() as world:
+        session = build_session(load_config(config_of(*case, once)), world, for_training=True)
+        session.model.train()
+        batch = next(iter(session.reader("train").epoch(0)))
+        before = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
+        network = copy.deepcopy(session.network).double()
+        if world_size == 1:
+            session.pipeline.progress(iter([batch]))
+            after = {key: whole(value, world) for key, value in model_tensors(session.model).items()}
+    if world_size == 2:
+        root = request.getfixturevalue("root")
+        after = torch.load(root / f"once-{ONCE.index(case)}" / "0.pt")["weights"]
+    for key, expected in weights_after_one_step(network, before, batch, *case[2:]).items():
+        torch.testing.assert_close(
+            after[key].double(), expected, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+        assert (after[key] - before[key]).abs().max() > 1e-4, key
