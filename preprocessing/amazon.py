@@ -36,6 +36,10 @@ _COLUMNS = {
     "2014": _SHARED | {"helpful": pa.list_(_INT)},
 }
 _DATE = r"^(?P<month>0?[1-9]|1[0-2]) \d{1,2}, (?P<year>\d{4})$"
+_ADDRESSES = {
+    "2018": "https://jmcauley.ucsd.edu/data/amazon_v2/categoryFilesSmall",
+    "2014": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles",
+}
 _REMEDY = "Mend the line or fetch the file again."
 
 
@@ -53,9 +57,10 @@ class Amazon(Dataset):
         "One file a category, as it comes: CATEGORY_5.json.gz. The small 5-core files need no login, the full files"
         " (--reviews all: CATEGORY.json.gz) a form. With --release 2014, --raw holds reviews_CATEGORY_5.json.gz and so on."
     )
+    single_files = True
     raw_files: tuple[RawFile, ...] = (RawFile("CATEGORY_5.json"),)
     examples = """examples:
-  python -m preprocessing amazon-2018 --raw raw/amazon --out data/amazon-2018
+  python -m preprocessing amazon-2018 --raw raw/amazon --out data/amazon-2018 --download
   python -m preprocessing amazon-2018 --raw raw/amazon --out data/amazon-small --categories AMAZON_FASHION,All_Beauty,Gift_Cards
   python -m preprocessing amazon-2018 --raw raw/amazon --out data/amazon-2014 --release 2014 --categories Beauty,Baby
 """
@@ -71,7 +76,9 @@ class Amazon(Dataset):
             )
         pattern = {"2018": "{}", "2014": "reviews_{}"}[self._release] + {"5-core": "_5.json", "all": ".json"}[options.reviews]
         self._files = {pattern.format(category): index for index, category in enumerate(self._categories)}
-        self.raw_files = tuple(RawFile(name) for name in self._files)
+        # The full files are had through a form only.
+        address = _ADDRESSES[self._release] if options.reviews == "5-core" else None
+        self.raw_files = tuple(RawFile(name, url=address and f"{address}/{name}.gz") for name in self._files)
         self.parity: bool = options.parity
         self.split = TimeSplit("unix_review_time") if options.split == "time" else RandomSplit()
         self.tasks = (Task(name="label", role="ctr", implied_by_next=True), Task(name="label2", role="ctcvr"))

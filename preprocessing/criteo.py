@@ -42,6 +42,9 @@ _DAY_FILES = {
 _IS_DIGIT = np.isin(np.arange(256), np.frombuffer(b"0123456789abcdefABCDEF", np.uint8))
 
 
+_ADDRESS = "https://huggingface.co/datasets/criteo/CriteoClickLogs/resolve/main"
+
+
 class Criteo(Dataset):
     """One task; days as scenarios where asked for."""
 
@@ -49,6 +52,7 @@ class Criteo(Dataset):
     summary = "a month of ad views, 13 numbers and 26 ids each: 1TB text, Kaggle text, DLRM's and MLPerf's arrays"
     home = "https://ailab.criteo.com/download-criteo-1tb-click-logs-dataset/"
     terms = "1TB click logs: CC BY-NC-SA 4.0, no commercial use. Kaggle file: the terms accepted with it."
+    single_files = True
     raw_files: tuple[RawFile, ...] = (RawFile("day_0"), RawFile("..."), RawFile(f"day_{_NUM_DAYS - 1}"))
     hint = (
         "No login is needed, but for the Kaggle file; criteo/CriteoClickLogs on Hugging Face holds the same days. --days says"
@@ -73,7 +77,8 @@ class Criteo(Dataset):
         self._table_rows = _table_rows_of(options.table_rows)
         forms = _DAY_FILES.get(self._form, ())
         names = [form.format(day) for day in self._days for form in forms] or ["train.txt"]
-        self.raw_files = tuple(map(RawFile, names))
+        days = self._form == "days"
+        self.raw_files = tuple(RawFile(name, url=f"{_ADDRESS}/{name}.gz" if days else None) for name in names)
         ids = zip(CATEGORIES, self._table_rows, strict=True)
         self.features = (*(dense(name, scaled=not self._log) for name in NUMBERS), *(self._id_column(*each) for each in ids))
         self.tasks = (Task(name="click", role="ctr"),)

@@ -30,6 +30,8 @@ _LOG = dict.fromkeys(("user_id", "video_id", "date", "hourmin", "time_ms", "is_c
 _VIDEO_TEXTS = ("video_type", "upload_dt", "upload_type")
 _VIDEO_CODES = ("author_id", "visible_status", "server_width", "server_height", "music_id", "music_type")
 _NUM_TABS = 15
+_ARCHIVE = "https://zenodo.org/records/10439422/files/KuaiRand-{}.tar.gz"
+_ARCHIVES = {"pure": "Pure", "1k": "1K", "27k": "27K"}
 _DAYS = (20220408, 20220508)
 
 
@@ -45,13 +47,14 @@ class KuaiRand(Dataset):
         "The home page leads to the archives; no login. KuaiRand-Pure.tar.gz may be unpacked into --raw as it is: its folders"
         " (KuaiRand-Pure/data) are looked into. The files of --version 1k and 27k end in these words instead of pure."
     )
+    archive = _ARCHIVE.format("Pure")
     raw_files: tuple[RawFile, ...] = tuple(
         RawFile(f"{table}_pure.csv")
         for table in ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08", "user_features", "video_features_basic")
     )
     split = TimeSplit("date", cuts=(20220422, 20220501))
     examples = """examples:
-  python -m preprocessing kuairand --raw raw/kuairand --out data/kuairand
+  python -m preprocessing kuairand --raw raw/kuairand --out data/kuairand --download
   python -m preprocessing kuairand --raw raw/kuairand --out data/kuairand-1k --version 1k --tabs 1,0
 """
 
@@ -67,6 +70,7 @@ class KuaiRand(Dataset):
         self._logs = [f"log_standard_{period}_{self._version}{part}.csv" for period in periods for part in parts]
         self._tables = [f"{table}_{self._version}.csv" for table in ("user_features", "video_features_basic")]
         self.raw_files = tuple(map(RawFile, (*self._logs, *self._tables)))
+        self.archive = _ARCHIVE.format(_ARCHIVES[self._version])
         self.features = (
             *(sparse(name, _ID) for name in ("user_id", "video_id", "tab", "hour")),
             *user_features(self.parity),

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--parity", action="store_true", help=_PARITY)
         if kind.raw_files or kind.rows is not Dataset.rows:
             command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)
-        if kind.archive:
+        if kind.archive or kind.single_files:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
         command.set_defaults(raw=Path(), download=False, max_bad_rows=0)
         kind.add_options(command)
@@ -191,6 +191,8 @@ def _advice(kind: Dataset | type[Dataset]) -> str:
     lines = [f"Raw files: {names}, from {kind.home}", f"Terms: {kind.terms}"]
     if kind.archive:
         lines.append(f"Put them into --raw (they are in {kind.archive}), or let --download fetch them.")
+    if kind.single_files:
+        lines.append("Put them into --raw, or let --download fetch those that have an address.")
     if kind.hint:
         lines.append(kind.hint)
     return "\n".join(lines)

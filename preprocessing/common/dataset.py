@@ -126,7 +126,8 @@ class Dataset:
         raw_files: the files that `--raw DIR` must hold, plain, gzipped or zipped; an option may choose among them in
             `__init__`. Empty: the dataset is generated.
         hint: one more line on how the raw files are had and where they belong, for `--help` and for a missing file.
-        archive: zip file at the home that holds the raw files, themselves or in a tar.gz, for `--download`.
+        archive: zip or tar.gz file at the home that holds the raw files, for `--download`; an option may choose it.
+        single_files: the raw files have addresses of their own for `--download`, in place of an archive.
         split: which rows are train, valid, test: a rule of preprocessing/common/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
@@ -140,7 +141,8 @@ class Dataset:
     terms: ClassVar[str] = ""
     raw_files: tuple[RawFile, ...] = ()
     hint: ClassVar[str] = ""
-    archive: ClassVar[str] = ""
+    archive: str = ""
+    single_files: ClassVar[bool] = False
     split: SplitRule = RandomSplit()
     next_config: str = "configs/scaling/synthetic.yaml"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import shutil
 import ssl
@@ -12,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from mmlrec.errors import DataError
@@ -30,13 +32,18 @@ def download(dataset: Dataset | type[Dataset], folder: Path) -> None:
     Raises:
         DataError: no source can be reached, what came is not the official data, or the folder cannot be written.
     """
-    if all(_there(folder, file) for file in dataset.raw_files):
+    missing = [file for file in dataset.raw_files if not _there(folder, file)]
+    if not missing:
         print(f"{folder}: the raw files are there already.", file=sys.stderr)
         return
     print(f"Terms of use: {dataset.terms}", file=sys.stderr)
     created = [folder, *absent_parents(folder)] if not folder.exists() else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not dataset.archive:
+            for file in missing:
+                _fetch_gzipped(dataset, file, folder)
+            return
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as name:
             fresh = Path(name)
             source = _fetch(dataset, folder, fresh)
@@ -86,29 +93,65 @@ def _fetch(dataset: Dataset | type[Dataset], folder: Path, fresh: Path) -> str:
         return source
     try:
         _unpack(archive, dataset.raw_files, fresh)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError) as error:
-        raise DataError(f"{dataset.archive}: what came is not the expected zip archive ({error}). Try again later.") from error
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError, zlib.error) as error:
+        raise DataError(f"{dataset.archive}: what came is not the expected archive ({error}). Try again later.") from error
     finally:
         archive.unlink()
     return dataset.archive
 
 
+def _fetch_gzipped(dataset: Dataset | type[Dataset], file: RawFile, folder: Path) -> None:
+    """Fetch a raw file that has an address of its own, and keep it gzipped, when its checksum is right."""
+    if file.url is None:
+        raise DataError(f"{file.name} has no address to fetch it from.\n{_by_hand(dataset, folder)}")
+    gzipped = folder / f"{file.name}.gz"
+    part = folder / f".{gzipped.name}.part"
+    try:
+        _fetch_url(file.url, part)
+    except _UnreachableError as away:
+        raise DataError(f"{away}\n{_by_hand(dataset, folder)}") from away
+    try:
+        with gzip.open(part) as content:
+            while content.read(_CHUNK_BYTES):
+                pass
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        part.unlink()
+        raise DataError(f"{file.url}: what came is no whole gzip file ({error}). Try again later.") from error
+    part.replace(gzipped)
+    print(f"{gzipped}: from {file.url}", file=sys.stderr)
+
+
 def _unpack(archive: Path, files: tuple[RawFile, ...], fresh: Path) -> None:
-    """Members of the zip file, or of the first tar.gz in it."""
+    """Members of the tar.gz or zip file, or of the first tar.gz in the latter."""
+    if archive.name.endswith(".tar.gz.part"):
+        with tarfile.open(archive, "r:gz") as tar:
+            _extract(tar, files, fresh)
+        return
     with zipfile.ZipFile(archive) as content:
         members = {name.rpartition("/")[2]: name for name in content.namelist()}
         inner = [name for name in members if name.endswith(".tar.gz")]
         if inner and not members.keys() >= {file.name for file in files}:
             with content.open(members[inner[0]]) as packed, tarfile.open(fileobj=packed, mode="r:gz") as tar:
-                for file in files:
-                    member = tar.extractfile(file.name)
-                    assert member is not None
-                    with member, (fresh / file.name).open("wb") as plain:
-                        shutil.copyfileobj(member, plain)
+                _extract(tar, files, fresh)
             return
         for file in files:
             with content.open(members[file.name]) as packed, (fresh / file.name).open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
+
+
+def _extract(tar: tarfile.TarFile, files: tuple[RawFile, ...], fresh: Path) -> None:
+    """The files, in whatever folder of the archive. Raises KeyError when one is missing."""
+    wanted = {file.name for file in files}
+    for member in tar:
+        name = member.name.rpartition("/")[2]
+        if name in wanted and member.isfile():
+            content = tar.extractfile(member)
+            assert content is not None
+            with content, (fresh / name).open("wb") as plain:
+                shutil.copyfileobj(content, plain)
+            wanted.remove(name)
+    if wanted:
+        raise KeyError(f"it lacks {min(wanted)}")
 
 
 def _by_hand(dataset: Dataset | type[Dataset], folder: Path) -> str:

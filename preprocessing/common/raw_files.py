@@ -33,11 +33,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawFile:
-    """A raw file by its plain name; what the official copy looks like, where that is known."""
+    """A raw file by its plain name; what the official copy looks like, where that is known; where its gzipped form is had."""
 
     name: str
     num_bytes: int | None = None
     sha256: str | None = None
+    url: str | None = None
 
 
 def file_sha256(path: Path) -> str:

@@ -1,9 +1,11 @@
 """--download against a server on this machine: whole, resumed, wrong, broken, and away."""
 
+import gzip
 import hashlib
 import http.server
 import io
 import re
+import tarfile
 import threading
 import time
 import zipfile
@@ -103,7 +105,7 @@ def test_a_complete_part_of_a_killed_run_is_fetched_anew(home, tmp_path):
 def test_something_else_than_the_archive_is_told(home, tmp_path, body):
     dataset, handler = home
     handler.body = body
-    with pytest.raises(DataError, match="not the expected zip archive"):
+    with pytest.raises(DataError, match="not the expected archive"):
         download(dataset, tmp_path)
     assert contents(tmp_path) == {}
 
@@ -152,3 +154,54 @@ def test_movielens_100k_rebuilds_byte_for_byte_from_the_python_package(tmp_path)
     for file in MovieLens100K.raw_files:
         content = (tmp_path / file.name).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file.num_bytes, file.sha256)
+
+
+def test_a_tar_archive(home, tmp_path):
+    toy, handler = home
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in ({"read.me": b"no"} | CONTENT).items():
+            member = tarfile.TarInfo(f"Toy/data/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    handler.body = packed.getvalue()
+
+    class Packed(toy):
+        archive = toy.archive.replace(".zip", ".tar.gz")
+
+    download(Packed, tmp_path / "raw")
+    assert contents(tmp_path / "raw") == CONTENT
+    handler.body = handler.body[: len(handler.body) // 2]
+    with pytest.raises(DataError, match="not the expected archive"):
+        download(Packed, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+class Single(Dataset):
+    name = "single"
+    home = "https://example.org/single"
+    terms = "be kind"
+
+
+def test_files_with_addresses_of_their_own_are_kept_gzipped_when_they_are_whole(home, tmp_path):
+    toy, handler = home
+    address = toy.archive.removesuffix("toy.zip")
+    handler.body = gzip.compress(CONTENT["a.txt"])
+    Single.raw_files = (RawFile("a.json", url=f"{address}a.json.gz"),)
+    handler.cut_at = 20
+    with pytest.raises(DataError, match="Give the same command again"):
+        download(Single, tmp_path)
+    handler.cut_at = None
+    download(Single, tmp_path)
+    assert handler.requests == [None, "bytes=20-"]
+    assert {name: gzip.decompress(content) for name, content in contents(tmp_path).items()} == {"a.json.gz": CONTENT["a.txt"]}
+    download(Single, tmp_path)
+    assert len(handler.requests) == 2
+    handler.body = handler.body[:-5] + bytes(5)  # the checksum that gzip keeps
+    Single.raw_files = (RawFile("b.json", url=f"{address}b.json.gz"),)
+    with pytest.raises(DataError, match="no whole gzip file"):
+        download(Single, tmp_path)
+    assert sorted(contents(tmp_path)) == ["a.json.gz"]
+    Single.raw_files = (RawFile("c.json"),)
+    with pytest.raises(DataError, match=r"c\.json has no address .*\nFetch c\.json from https://example\.org/single"):
+        download(Single, tmp_path)
