@@ -18,7 +18,9 @@ from mmlrec.schema import DatasetManifest, Setting, Task
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-METHOD, DATASET = re.findall(r"```python\n(.*?)```", (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+METHOD, DATASET = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+(DATASET_CONFIG,) = re.findall(r"```yaml\n(.*?)```", CONTRIBUTING, re.DOTALL)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -62,23 +64,31 @@ def test_example_method_works(setting, tasks, scenarios, monkeypatch):
 
 
 def test_example_dataset_works(tmp_path):
-    """The example is put beside the real files in a copy, and run on a small log from the command line."""
+    """One file and one YAML are put beside the real ones in a copy; a small log is preprocessed and trained on."""
     shutil.copytree(REPOSITORY / "preprocessing", tmp_path / "preprocessing", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "preprocessing" / "shop.py").write_text(DATASET)
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "mtl" / "shop.yaml").write_text(DATASET_CONFIG)
     (tmp_path / "raw").mkdir()
     draw = random.Random(0)
     rows = [(draw.randint(1, 30), f"i{draw.randint(1, 9)}", f"{draw.random():.2f}", draw.randint(0, 1)) for _ in range(1000)]
     lines = [f"{user}|{item}|{price}|{click}|{click if user % 2 else 0}" for user, item, price, click in rows]
     (tmp_path / "raw" / "views.csv").write_text("\n".join(lines) + "\n")
-    command = [sys.executable, "-m", "preprocessing", "shop", "--raw", "raw", "--out", "out"]
+    command = [sys.executable, "-m", "preprocessing", "shop", "--raw", "raw", "--out", "data/shop"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    manifest = DatasetManifest.load(tmp_path / "out")
+    manifest = DatasetManifest.load(tmp_path / "data/shop")
     assert [task.name for task in manifest.tasks] == ["click", "buy"]
     assert sum(split.num_rows for split in manifest.splits.values()) == 1000
     clicked = sum(row[3] for row in rows)
     assert sum(split.label_counts["click"]["all"][1] for split in manifest.splits.values()) == clicked
+    train = [sys.executable, "-m", "apps.train", "--config", "configs/mtl/shop.yaml", "--run-dir", "run", "training.max_steps=3"]
+    result = subprocess.run(
+        [*train, "training.batch_size=200"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "result.json").is_file()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
