@@ -35,7 +35,7 @@ from torch import Tensor
 from mmlrec.config import ConfigError
 from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
-from mmlrec.layers.gates import Gates, mix
+from mmlrec.layers.gates import Gates, NewestGates, mix
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 from mmlrec.schema import Setting
@@ -80,6 +80,7 @@ class HMoE(MultiTaskModel):
             heads if self.own_gates else 1, spec.input_width, config.gate_hidden_units, config.num_experts, hidden, generator
         )
         self.towers = Towers(heads, self.experts.out_features, config.tower_hidden_units, hidden, generator)
+        self.newest = NewestGates()
         units, mixed = config.score_weight_hidden_units, heads if self.mixes_heads else spec.num_scenarios
         self.score_weights = Gates(heads if self.own_weights else 1, spec.input_width, units, mixed, hidden, generator)
 
@@ -125,7 +126,10 @@ class HMoE(MultiTaskModel):
         """Logits; see the base class."""
         spec = self.spec
         rows = self.head_rows(scenario, valid)
-        mixed_experts = mix(self.gates(x, rows if self.own_gates else valid), self.experts(x, valid))
+        gates = self.gates(x, rows if self.own_gates else valid)
+        if self.training:
+            self.newest.keep(gates, scenario, valid)
+        mixed_experts = mix(gates, self.experts(x, valid))
         scores = self.towers(mixed_experts, rows)  # [B, H]
         heads = torch.arange(spec.num_heads, device=x.device).view(spec.num_tasks, spec.num_scenarios)
         wanted = heads.view(1, -1).expand(len(x), -1) if return_all_heads else heads[:, scenario].t()  # [B, N], N = H or T
@@ -140,6 +144,12 @@ class HMoE(MultiTaskModel):
         mixed = torch.where(is_own, candidates, candidates.detach())  # [B, N, R]
         logits = mix_scores(weights, mixed, self.config.mix_space)
         return self.select(logits, scenario, True) if return_all_heads else Output(logits)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Mean entropy of the gate, or of each head's, on its rows of the newest training batch, over log E."""
+        if not self.own_gates:
+            return self.newest.entropies(["gate_entropy"], 1)
+        return self.newest.entropies([f"gate_entropy/{task.name}" for task in self.spec.tasks], self.spec.num_scenarios)
 
     def _weights(
         self, x: Tensor, scenario: Tensor, wanted: Tensor, rows: Tensor | None, valid: Tensor | None, return_all_heads: bool
