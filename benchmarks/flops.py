@@ -123,10 +123,10 @@ def aitm(case: Case) -> int:
 
 
 def hmoe(case: Case) -> int:
-    """Experts and one gate; all towers, and their mixture over scenarios or, without them, over tasks."""
+    """Experts and one gate; all towers, and for each task the own weights of their mixture, over scenarios or else tasks."""
     mixed = case.scenarios if case.scenarios > 1 else case.tasks
     experts = EXPERTS * mm(case.width) + gate(case.width, EXPERTS) + 2 * EXPERTS * K
-    return experts + case.heads * tower() + gate(case.width, mixed)
+    return experts + case.heads * tower() + case.tasks * gate(case.width, mixed)
 
 
 def star(case: Case) -> int:

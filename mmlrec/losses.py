@@ -147,6 +147,50 @@ class Loss:
         return (scale / present.sum(dim=1, keepdim=True).clamp(min=1))[:, scenario].t()
 
 
+class ChainLoss(Loss):
+    """Losses of a chain of tasks in which each label implies the one before, such as click and conversion.
+
+    Who has not taken a step has not taken the next one: a label that is missing where the one before is known to be 0 counts
+    as 0, with the mask of the one before. One missing after a 1 stays missing.
+    """
+
+    def __init__(
+        self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions, chain: Sequence[int], *, implied: bool
+    ) -> None:
+        """The losses of the tasks; `chain` gives their columns from the first step to the last, `implied` whether it holds."""
+        super().__init__(tasks, num_scenarios, options)
+        self.chain, self.implied = chain, implied
+
+    def denominators(self, labels: Tensor, mask: Tensor, scenario: Tensor, weight: Tensor) -> Tensor:
+        """See the base class."""
+        return super().denominators(*self.known(labels, mask), scenario, weight)
+
+    def __call__(
+        self,
+        output: Output,
+        labels: Tensor,
+        mask: Tensor,
+        scenario: Tensor,
+        weight: Tensor,
+        denominators: Tensor,
+        world_size: int = 1,
+    ) -> dict[str, Tensor]:
+        """See the base class."""
+        return super().__call__(output, *self.known(labels, mask), scenario, weight, denominators, world_size)
+
+    def known(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and mask, both [B, T], with those that follow from the step before."""
+        if not self.implied:
+            return labels, mask
+        columns, masks = list(labels.unbind(1)), list(mask.unbind(1))
+        for before, this in pairwise(self.chain):
+            missing = columns[this].isnan() | (masks[this] == 0)
+            follows = missing & (columns[before] == 0) & (masks[before] != 0)
+            columns[this] = torch.where(follows, 0.0, columns[this])
+            masks[this] = torch.where(follows, masks[before], masks[this])
+        return torch.stack(columns, dim=1), torch.stack(masks, dim=1)
+
+
 def row_weights(labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     """Weight of each row in each task's loss, [B, T]: 0 where the label is masked or NaN."""
     return torch.where(labels.isnan(), 0.0, mask * weight.unsqueeze(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,6 +54,42 @@ class Gates(nn.Module):
 def _softmax(logits: Tensor) -> Tensor:
     kind = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits.transpose(0, 1), dim=-1, dtype=kind)
+
+
+class NewestGates:
+    """The gates of a network's newest training batch, for its reports."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[Tensor, Tensor] | None = None
+
+    def keep(self, gates: Tensor, scenario: Tensor, valid: Tensor | None, dispatch: Dispatch | None = None) -> None:
+        """Remember gates [B, U, E], rows in the dispatch's order; scenario and valid, both [B], are in that of the batch."""
+        rows = (scenario if valid is None else torch.where(valid, scenario, -1)).unsqueeze(1)
+        self._newest = gates.detach(), (rows if dispatch is None else dispatch.arrange(rows))[:, 0]
+
+    def entropies(self, names: Sequence[str], num_scenarios: int) -> dict[str, float]:
+        """Mean entropy of each gate over the real rows, over log E: 1 = all experts equal, 0 = one expert.
+
+        Args:
+            names: of the N gates that a row has.
+            num_scenarios: S; gates are [B, N * S, E], index n * S + s, or [B, N, E], each row's own.
+
+        Returns:
+            By name, or with scenarios `name/s`, over the rows of s; nothing without a choice (E = 1) or a batch.
+        """
+        if self._newest is None or self._newest[0].shape[2] == 1:
+            return {}
+        gates, rows = self._newest
+        entropy = -torch.xlogy(gates, gates).sum(dim=2) / math.log(gates.shape[2])
+        if entropy.shape[1] > len(names):
+            index = rows.clamp(min=0).view(-1, 1, 1).expand(-1, len(names), 1)
+            entropy = entropy.unflatten(1, (len(names), num_scenarios)).gather(2, index)[:, :, 0]
+        found: dict[str, float] = {}
+        for s in range(num_scenarios):
+            own = entropy[rows == s if num_scenarios > 1 else rows >= 0]
+            means = own.mean(dim=0).tolist() if len(own) else []
+            found |= {name + (f"/{s}" if num_scenarios > 1 else ""): mean for name, mean in zip(names, means, strict=False)}
+        return found
 
 
 def mix(gates: Tensor, experts: Tensor) -> Tensor:

@@ -95,15 +95,16 @@ class PartitionedNorm(nn.Module):
 
     with s the row's scenario and mu_s, var_s moments of the rows of s: of the batch in training, running ones else. Padding
     rows take no part, and moments are summed over all ranks, so buffers are equal everywhere. A scenario with fewer than
-    `min_count` rows in the whole batch keeps its running statistics and is normalised by them; one without rows also gets
-    zero gradients. Moments are computed in float32 or wider, also under autocast. The running variance is the unbiased one,
-    as in `nn.BatchNorm1d`.
+    `min_count` rows in the whole batch is normalised by its running statistics. Those are updated by any scenario with two
+    rows or more, as one row has no variance: a scenario that never has `min_count` rows still learns its statistics. One
+    without rows gets zero gradients. Moments are computed in float32 or wider, also under autocast. The running variance is
+    the unbiased one, as in `nn.BatchNorm1d`.
 
     Args:
         num_scenarios: S.
         num_features: d.
         momentum: weight of the batch in the running statistics.
-        min_count: rows below which a scenario's batch statistics are not used; at least 2.
+        min_count: rows below which a scenario is not normalised by its batch statistics; at least 2.
     """
 
     running_mean: Tensor
@@ -157,9 +158,10 @@ class PartitionedNorm(nn.Module):
         squares = (x - batch_mean.index_select(0, scenario)).square()
         batch_var = sums(squares if valid is None else squares * counted) / some
         enough = count >= self.min_count
-        with torch.no_grad():
+        used = torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
+        with torch.no_grad():  # Last: mean and var may be the running statistics themselves.
             unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
-            step = enough.to(x.dtype) * self.momentum
+            step = (count >= 2).to(x.dtype) * self.momentum
             self.running_mean.copy_(mean + step * (batch_mean - mean))
             self.running_var.copy_(var + step * (unbiased - var))
-        return torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
+        return used

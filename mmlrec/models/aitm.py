@@ -22,7 +22,6 @@ in which a pair of steps counts where both labels are present.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar
@@ -34,19 +33,17 @@ from torch import Tensor, nn
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import Loss, LossOptions
+from mmlrec.losses import ChainLoss, Loss, LossOptions
 from mmlrec.models.base import ChainConfig, ChainModel, ModelSpec, Output, Owner, Width
-from mmlrec.schema import Task
 
 
-class CalibratedLoss(Loss):
+class CalibratedLoss(ChainLoss):
     """Task losses and the calibrator."""
 
-    def __init__(
-        self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions, chain: Sequence[int], weight: float
-    ) -> None:
-        super().__init__(tasks, num_scenarios, options)
-        self.chain, self.weight = chain, weight
+    def __init__(self, network: AITM, options: LossOptions) -> None:
+        spec, config = network.spec, network.config
+        super().__init__(spec.tasks, spec.num_scenarios, options, network.chain, implied=not config.allow_non_chain)
+        self.weight = config.aitm_constraint_weight
 
     def terms(self, output: Output, labels: Tensor, share: Tensor) -> dict[str, Tensor]:
         """The calibrator."""
@@ -90,8 +87,7 @@ class AITM(ChainModel):
 
     def make_loss(self, options: LossOptions) -> Loss:
         """Task losses and the calibrator."""
-        spec = self.spec
-        return CalibratedLoss(spec.tasks, spec.num_scenarios, options, self.chain, self.config.aitm_constraint_weight)
+        return CalibratedLoss(self, options)
 
     def forward(
         self,

@@ -15,7 +15,7 @@ from mmlrec.layers.hard_concrete import HardConcreteOptions
 from mmlrec.layers.options import Activation, HiddenOptions, Init
 from mmlrec.layers.scenario import Dispatch, prefers_grouped
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import Loss, LossOptions
+from mmlrec.losses import ChainLoss, Loss, LossOptions
 from mmlrec.schema import Setting, Task
 from mmlrec.yaml_config import StrictModel
 
@@ -346,6 +346,10 @@ class ChainModel(MultiTaskModel):
         if self.replicas > 1:
             return owner
         return "task" if owner == "head" else None
+
+    def make_loss(self, options: LossOptions) -> Loss:
+        """Losses in which a step that was not taken implies that the next ones were not, unless the labels are no chain."""
+        return ChainLoss(self.spec.tasks, self.spec.num_scenarios, options, self.chain, implied=not self.config.allow_non_chain)
 
     def chain_dispatch(self, scenario: Tensor, widths: Sequence[int], return_all_heads: bool) -> Dispatch | None:
         """As `own_dispatch`; None, too, when there is one chain for all scenarios."""

@@ -15,7 +15,7 @@ Towers a (ctr), c (cvr) and the product's logit z as in ESMM, o the click and r 
 N is the number of rows and D = N (`ips_norm: exposure`; 1/N of IPS is 1/D, too), the number of clicks (`click`), or the sum
 of o omega (`snips`), over all ranks. With `dr_detach` d^ gets no gradient from the first two terms and delta none from the
 third. The whole loss is BCE(a, o) + lambda_c L_cvr + lambda_g BCE(z, o r). Rows without a click label enter none of the
-three, rows without a conversion label only the first.
+three, clicked rows without a conversion label only the first; without a click r counts as 0, whether or not it is known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mmlrec.layers.normalisation import sum_over_ranks
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import Loss, LossOptions, chain_products
+from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
 from mmlrec.models.base import ChainConfig, ChainModel, ModelSpec, Output, Owner, Width
 
 
@@ -47,36 +47,18 @@ class ESCM2Config(ChainConfig):
     dr_detach: bool = Field(default=True, description="dr: the imputation learns from the squared error only, cvr not from it.")
 
 
-class CounterfactualLoss(Loss):
+class CounterfactualLoss(ChainLoss):
     """Losses of ctr and of the product, and the counterfactual risk."""
 
     def __init__(self, network: ESCM2, options: LossOptions) -> None:
-        super().__init__(network.spec.tasks, network.spec.num_scenarios, options)
+        # o r is 0 without a click, whether or not the labels are a chain.
+        super().__init__(network.spec.tasks, network.spec.num_scenarios, options, network.chain, implied=True)
         (self.ctr, self.ctcvr), self.config = network.chain, network.config
 
-    def denominators(self, labels: Tensor, mask: Tensor, scenario: Tensor, weight: Tensor) -> Tensor:
-        """See the base class."""
-        return super().denominators(*self._observed(labels, mask), scenario, weight)
-
-    def __call__(
-        self,
-        output: Output,
-        labels: Tensor,
-        mask: Tensor,
-        scenario: Tensor,
-        weight: Tensor,
-        denominators: Tensor,
-        world_size: int = 1,
-    ) -> dict[str, Tensor]:
-        """See the base class."""
-        labels, mask = self._observed(labels, mask)
-        return super().__call__(output, labels, mask, scenario, weight, denominators, world_size)
-
-    def _observed(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def known(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Labels with o r in place of r, and the mask in which a conversion needs the click label, too."""
-        click = labels[:, self.ctr]
-        labels, mask = labels.clone(), mask.clone()
-        labels[:, self.ctcvr] *= click
+        labels, mask = super().known(labels, mask)
+        labels[:, self.ctcvr] *= labels[:, self.ctr]
         mask[:, self.ctcvr] *= mask[:, self.ctr]
         return labels, mask
 

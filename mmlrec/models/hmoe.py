@@ -12,12 +12,14 @@ Label Space", CIKM 2020.
 
 so that a tower learns from the rows of its own scenario only, while experts, gate and W learn from all. The heads that are
 mixed are the scenarios of one task (`mix_axis: scenario`), the tasks (`task`, in MTL) or all heads (`head`).
-`mix_space: prob` mixes probabilities, z_h = logit(sum_j W_j sigmoid(S_j)), computed from logarithms. `gate_mode` and
-`weight_mode` `per_scenario` give each head a gate (then m is m_h, as in MMoE) and weights W of its own; where scores of
-several tasks are mixed W has to be, for with one W all tasks would get the same prediction.
+`mix_space: prob` mixes probabilities, z_h = logit(sum_j W_j sigmoid(S_j)), computed from logarithms.
 
-The scenario, or what tells it, has to be among the features: with shared gate and W the logit depends on x only, and where
-two scenarios want opposite logits for equal x, each pulls its own tower further and further against the other's.
+Each head has weights W of its own (`weight_mode: per_scenario`); the paper leaves open whether W is per scenario. With one W
+for all heads (`shared`) and one gate the logit depends on x only: where two scenarios want opposite logits for equal or
+nearby x, each pulls its own tower further and further against the other's, whose gradient is stopped, and losses grow without
+bound. A W for each head makes that rare; mixed probabilities are bounded. Where scores of several tasks are mixed one W is
+refused, for all tasks would get the same prediction. `gate_mode: per_scenario` gives each head a gate, too; m is then m_h, as
+in MMoE.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 from mmlrec.config import ConfigError
 from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
-from mmlrec.layers.gates import Gates, mix
+from mmlrec.layers.gates import Gates, NewestGates, mix
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 from mmlrec.schema import Setting
@@ -55,9 +57,7 @@ class HMoE(MultiTaskModel):
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
         score_weight_hidden_units: list[Width] = Field(default=[64], description="Widths of the network of W; may be empty.")
         gate_mode: Mode = Field(default="shared", description="One gate for all heads, or one for each ('per_scenario').")
-        weight_mode: Mode | None = Field(
-            default=None, description="One W for all heads, or one for each; absent: one, unless tasks are mixed."
-        )
+        weight_mode: Mode = Field(default="per_scenario", description="One W for each head, or one for all ('shared').")
         mix_space: Space = Field(default="logit", description="What is mixed: logits, or probabilities ('prob').")
         mix_axis: Axis | None = Field(
             default=None,
@@ -72,7 +72,7 @@ class HMoE(MultiTaskModel):
         self.mixes_heads = spec.setting is Setting.MTL or config.mix_axis == "head"
         mixes_tasks = self.mixes_heads and spec.num_tasks > 1
         self._check(spec, config, mixes_tasks)
-        self.own_weights = config.weight_mode == "per_scenario" or (config.weight_mode is None and mixes_tasks)
+        self.own_weights = config.weight_mode == "per_scenario"
         heads, generator, hidden = spec.num_heads, self.generator, config.hidden
         self.experts = StackedMLP(config.num_experts, spec.input_width, config.expert_hidden_units, hidden, generator)
         self.own_gates = config.gate_mode == "per_scenario"
@@ -80,6 +80,7 @@ class HMoE(MultiTaskModel):
             heads if self.own_gates else 1, spec.input_width, config.gate_hidden_units, config.num_experts, hidden, generator
         )
         self.towers = Towers(heads, self.experts.out_features, config.tower_hidden_units, hidden, generator)
+        self.newest = NewestGates()
         units, mixed = config.score_weight_hidden_units, heads if self.mixes_heads else spec.num_scenarios
         self.score_weights = Gates(heads if self.own_weights else 1, spec.input_width, units, mixed, hidden, generator)
 
@@ -125,7 +126,10 @@ class HMoE(MultiTaskModel):
         """Logits; see the base class."""
         spec = self.spec
         rows = self.head_rows(scenario, valid)
-        mixed_experts = mix(self.gates(x, rows if self.own_gates else valid), self.experts(x, valid))
+        gates = self.gates(x, rows if self.own_gates else valid)
+        if self.training:
+            self.newest.keep(gates, scenario, valid)
+        mixed_experts = mix(gates, self.experts(x, valid))
         scores = self.towers(mixed_experts, rows)  # [B, H]
         heads = torch.arange(spec.num_heads, device=x.device).view(spec.num_tasks, spec.num_scenarios)
         wanted = heads.view(1, -1).expand(len(x), -1) if return_all_heads else heads[:, scenario].t()  # [B, N], N = H or T
@@ -140,6 +144,12 @@ class HMoE(MultiTaskModel):
         mixed = torch.where(is_own, candidates, candidates.detach())  # [B, N, R]
         logits = mix_scores(weights, mixed, self.config.mix_space)
         return self.select(logits, scenario, True) if return_all_heads else Output(logits)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Mean entropy of the gate, or of each head's, on its rows of the newest training batch, over log E."""
+        if not self.own_gates:
+            return self.newest.entropies(["gate_entropy"], 1)
+        return self.newest.entropies([f"gate_entropy/{task.name}" for task in self.spec.tasks], self.spec.num_scenarios)
 
     def _weights(
         self, x: Tensor, scenario: Tensor, wanted: Tensor, rows: Tensor | None, valid: Tensor | None, return_all_heads: bool

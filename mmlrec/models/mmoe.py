@@ -15,7 +15,6 @@ asked for.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -23,8 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmlrec.layers.experts import StackedMLP, together
-from mmlrec.layers.gates import Gates, mix
-from mmlrec.layers.scenario import Dispatch
+from mmlrec.layers.gates import Gates, NewestGates, mix
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
@@ -53,7 +51,7 @@ class MMoE(MultiTaskModel):
         heads, width = spec.num_heads, self.experts.out_features
         self.gates = Gates(heads, gate_in, config.gate_hidden_units, config.num_experts, hidden, generator)
         self.towers = Towers(heads, width, config.tower_hidden_units, hidden, generator)
-        self._newest: tuple[Tensor, Tensor] | None = None
+        self.newest = NewestGates()
 
     def forward(
         self,
@@ -75,7 +73,8 @@ class MMoE(MultiTaskModel):
             x, gate_x = dispatch.arrange(x), dispatch.arrange(gate_x)
             experts = self.experts(x)
             gates = self.gates.own(gate_x, dispatch)
-            self._keep(gates, scenario, valid, dispatch)
+            if self.training:
+                self.newest.keep(gates, scenario, valid, dispatch)
             mixed = mix(gates, experts)
             return Output(dispatch.restore(self.towers.own(mixed, dispatch)))
         rows = self.head_rows(scenario, valid)
@@ -84,29 +83,11 @@ class MMoE(MultiTaskModel):
         else:
             experts, hidden = together(x, [self.experts, self.gates.hidden], [valid, rows])
             gates = self.gates.from_hidden(hidden)
-        self._keep(gates, scenario, valid, None)
+        if self.training:
+            self.newest.keep(gates, scenario, valid)
         mixed = mix(gates, experts)
         return self.select(self.towers(mixed, rows), scenario, return_all_heads)
 
-    def _keep(self, gates: Tensor, scenario: Tensor, valid: Tensor | None, dispatch: Dispatch | None) -> None:
-        """Remember the gates of the newest training batch, and the scenario of their rows, -1 where padding."""
-        if self.training:
-            rows = (scenario if valid is None else torch.where(valid, scenario, -1)).unsqueeze(1)
-            self._newest = gates.detach(), (rows if dispatch is None else dispatch.arrange(rows))
-
     def diagnostics(self) -> dict[str, float]:
         """Mean entropy of each head's gate on its rows of the newest training batch, over log E: 1 = equal, 0 = one expert."""
-        if self._newest is None or self.config.num_experts == 1:
-            return {}
-        gates, rows = self._newest
-        entropy = -torch.xlogy(gates, gates).sum(dim=2) / math.log(self.config.num_experts)
-        tasks, scenarios = self.spec.tasks, self.spec.num_scenarios
-        if entropy.shape[1] == self.spec.num_heads:
-            entropy = self.own_scenario(entropy, rows[:, 0].clamp(min=0), scenarios)
-        found = {}
-        for s in range(scenarios):
-            own = entropy[rows[:, 0] == s]
-            means = own.mean(dim=0).tolist() if len(own) else []
-            for task, mean in zip(tasks, means, strict=False):
-                found[f"gate_entropy/{task.name}" + (f"/{s}" if scenarios > 1 else "")] = mean
-        return found
+        return self.newest.entropies([f"gate_entropy/{task.name}" for task in self.spec.tasks], self.spec.num_scenarios)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
-from mmlrec.layers.gates import Gates, mix, mix_own
+from mmlrec.layers.gates import Gates, NewestGates, mix, mix_own
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
@@ -42,19 +42,28 @@ class _Level(nn.Module):
         self.specific = StackedMLP(specific * heads, in_features, units, hidden, generator) if specific else None
         self.shared = StackedMLP(common, in_features, units, hidden, generator) if common else None
         self.gates = Gates(heads, in_features, gate_units, specific + common, hidden, generator)
+        self.newest = NewestGates()
         # The last level's shared output, or one that no shared expert reads, could never receive a gradient.
         self.shared_gate: Gates | None = None
         if common and not last:
             self.shared_gate = Gates(1, in_features, gate_units, specific * heads + common, hidden, generator)
 
     def forward(
-        self, own_x: Tensor, shared_x: Tensor | None, rows: Tensor | None, valid: Tensor | None
+        self,
+        own_x: Tensor,
+        shared_x: Tensor | None,
+        rows: Tensor | None,
+        scenario: Tensor,
+        valid: Tensor | None,
+        dispatch: Dispatch | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Inputs [B, d] or [H, B, d], and [B, d] -> outputs [H, B, k] and [B, k] (None at the last level)."""
         member_rows = rows if rows is None or rows.dim() == 1 else rows.repeat(self.num_specific, 1)
         specific = None if self.specific is None else self.specific(own_x, member_rows)
         shared = None if self.shared is None else self.shared(shared_x, valid)
-        out = self._mix(self.gates(own_x, rows), specific, shared)
+        gates = self.gates(own_x, rows)
+        self._keep(gates, scenario, valid, dispatch)
+        out = self._mix(gates, specific, shared)
         if self.shared_gate is None:
             return out, None
         gate = self.shared_gate(shared_x, valid)
@@ -63,11 +72,17 @@ class _Level(nn.Module):
         mixed = [mix(weight, part)[0] for weight, part in zip(weights, parts, strict=True)]
         return out, mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
-    def own(self, own_x: Tensor, shared_x: Tensor | None, dispatch: Dispatch) -> Tensor:
+    def own(self, own_x: Tensor, shared_x: Tensor | None, scenario: Tensor, valid: Tensor | None, dispatch: Dispatch) -> Tensor:
         """Each row's own scenario only, rows arranged: [B, d] or [T, B, d], and [B, d] -> [T, B, k]."""
         specific = None if self.specific is None else self.specific.own(own_x, dispatch)
         shared = None if self.shared is None else self.shared(shared_x)
-        return self._mix(self.gates.own(own_x, dispatch), specific, shared)
+        gates = self.gates.own(own_x, dispatch)
+        self._keep(gates, scenario, valid, dispatch)
+        return self._mix(gates, specific, shared)
+
+    def _keep(self, gates: Tensor, scenario: Tensor, valid: Tensor | None, dispatch: Dispatch | None) -> None:
+        if self.training:
+            self.newest.keep(gates, scenario, valid, dispatch)
 
     def _mix(self, gates: Tensor, specific: Tensor | None, shared: Tensor | None) -> Tensor:
         if specific is None:
@@ -150,12 +165,20 @@ class PLE(MultiTaskModel):
         own: Tensor = x
         shared: Tensor | None = x
         for level in self.levels[:-1]:
-            own, shared = level(own, shared, rows, valid)
+            own, shared = level(own, shared, rows, scenario, valid, dispatch)
         last = cast(_Level, self.levels[-1])
         if dispatch is None:
-            own, _ = last(own, shared, rows, valid)
+            own, _ = last(own, shared, rows, scenario, valid, None)
             return self.select(self.towers(own, rows), scenario, return_all_heads)
         if own.dim() == 3:
             own = dispatch.own(own)
-        own = last.own(own, shared, dispatch)
+        own = last.own(own, shared, scenario, valid, dispatch)
         return Output(dispatch.restore(self.towers.own(own, dispatch)))
+
+    def diagnostics(self) -> dict[str, float]:
+        """Mean entropy of each head's gate of each level on its rows of the newest training batch, over log of its experts."""
+        found: dict[str, float] = {}
+        for number, level in enumerate(self.levels, 1):
+            names = [f"gate_entropy/level{number}/{task.name}" for task in self.spec.tasks]
+            found |= cast(_Level, level).newest.entropies(names, self.spec.num_scenarios)
+        return found

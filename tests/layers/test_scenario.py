@@ -46,6 +46,39 @@ def test_a_stack_uses_the_weights_of_member_and_scenario(grouped):
             torch.testing.assert_close(y[n, b], x[n, b] @ weight[n * 3 + s], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("width", [1, 3, 5, 7, 8, 16, 130])
+@pytest.mark.parametrize("stack", [1, 3])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_grouped_mm_equals_a_loop(dtype, tolerance, width, stack, has_bias):
+    """The path of CUDA, called directly; bf16 has steps of 2^-7, so that the bound is under three of the largest value."""
+    g = torch.Generator().manual_seed(width)
+    scenarios, fan_in = 4, 6
+    scenario = torch.tensor([3, 0, 3, 3, 1, 0, 3, 1, 0])  # No row of scenario 2.
+    dispatch = Dispatch(scenario, scenarios, grouped=True)
+    x, weight, bias = (
+        torch.randn(*shape, generator=g).to(dtype).requires_grad_()
+        for shape in ((stack, 9, fan_in), (stack * scenarios, fan_in, width), (stack * scenarios, width))
+    )
+    pull = torch.randn(stack, 9, width, generator=g).to(dtype)
+    y = dispatch.restore(dispatch._grouped(dispatch.arrange(x), weight, bias if has_bias else None))
+    leaves = [x, weight, bias] if has_bias else [x, weight]
+    got = [y, *torch.autograd.grad(y, leaves, pull)]
+    xs, ws, bs = (t.detach().double().requires_grad_() for t in (x, weight, bias))
+    rows = [
+        xs[n, b] @ ws[n * scenarios + s] + (bs[n * scenarios + s] if has_bias else 0)
+        for n in range(stack)
+        for b, s in enumerate(scenario.tolist())
+    ]
+    expected = torch.stack(rows).view(stack, 9, width)
+    reference = [expected, *torch.autograd.grad(expected, [xs, ws, bs][: len(leaves)], pull.double())]
+    assert y.dtype == dtype
+    for ours, theirs in zip(got, reference, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item()))
+    for gradient in got[2:]:
+        assert (gradient.unflatten(0, (stack, scenarios))[:, 2] == 0).all()
+
+
 def test_arrange_and_restore_are_inverse_and_stable():
     scenario = torch.tensor([1, 0, 1, 0])
     dispatch = Dispatch(scenario, 2, grouped=True)

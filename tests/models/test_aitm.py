@@ -100,7 +100,7 @@ def test_attention_that_selects_the_own_candidate_gives_independent_towers(scena
 def calibrator(net, logits, labels=None, mask=None, weight=None):
     rows = len(logits)
     loss = net.make_loss(LossOptions())
-    labels = torch.zeros_like(logits) if labels is None else labels
+    labels = torch.ones_like(logits) if labels is None else labels  # After a 0 a missing label would count as 0.
     mask = torch.ones_like(logits) if mask is None else mask
     weight = torch.ones(rows, dtype=logits.dtype) if weight is None else weight
     targets = (labels.detach(), mask.detach(), torch.zeros(rows, dtype=torch.long), weight)
@@ -133,7 +133,7 @@ def test_calibrator_is_a_mean_over_rows_with_both_labels():
             if mask[b, t] and mask[b, t - 1]:
                 expected += 0.6 * weight[b].item() * max(0.0, (p[b, t] - p[b, t - 1]).item()) / norm
     assert calibrator(net, logits, mask=mask, weight=weight).item() == pytest.approx(expected, rel=1e-12)
-    labels = torch.zeros(17, 3, dtype=F64)
+    labels = torch.ones(17, 3, dtype=F64)
     labels[mask == 0] = math.nan
     assert calibrator(net, logits, labels=labels, weight=weight).item() == pytest.approx(expected, rel=1e-12)
 
@@ -156,6 +156,7 @@ def test_calibrator_over_ranks_equals_one_process():
 def test_the_second_loss_trains_the_first_network_and_not_the_other_way_round():
     net = build("aitm", make_spec(), aitm_constraint_weight=0.0)
     data = make_data(net, 64)
+    data.labels[:] = 1  # A first step not taken would tell the second.
     for only, touched in ((0, (True, False)), (1, (True, True))):
         data.mask = torch.zeros_like(data.mask)
         data.mask[:, only] = 1

@@ -62,8 +62,16 @@ def test_ips_worked_by_hand(options, expected):
 
 @pytest.mark.parametrize("dr_detach", [True, False])
 def test_dr_worked_by_hand(dr_detach):
-    value = risk(CTR, torch.zeros(4, dtype=F64), CLICKS, CLICKS, imputed=f64(0.5, 0.5, 0.5, 0.5), dr_detach=dr_detach)
+    imputed = torch.full((4,), 0.5, dtype=F64, requires_grad=True)
+    value = risk(CTR, torch.zeros(4, dtype=F64), CLICKS, CLICKS, imputed=imputed, dr_detach=dr_detach)
     assert value.item() == pytest.approx(0.7897208 + 0.0559588, abs=1.5e-7)
+    if dr_detach:
+        # Apart: d^ learns from the squared error alone, whose derivative is -2 o omega (delta - d^) / N for each row. All
+        # clicked rows have one delta - d^ = ln 2 - 0.5, so that the square is -(ln 2 - 0.5) / 2 times the derivatives' sum.
+        (slope,) = torch.autograd.grad(value, imputed)
+        squared = -(math.log(2) - 0.5) / 2 * slope.sum().item()
+        assert squared == pytest.approx(0.0559588, abs=1e-7)
+        assert value.item() - squared == pytest.approx(0.7897208, abs=1e-7)
 
 
 def batch(rows=23, seed=0):
@@ -110,7 +118,7 @@ def test_balanced_is_a_mean_over_scenarios():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("variant", ["ips", "dr"])
-def test_rows_without_a_click_or_conversion_label_are_left_out(norm, variant):
+def test_rows_without_a_click_label_and_clicked_ones_without_a_conversion_label_are_left_out(norm, variant):
     a, c, o, r, imputed, weight, _ = batch()
     imputed = None if variant == "ips" else imputed
     expected = plain(range(4, 23), a, c, o, r, imputed, weight, norm, 15.0)
@@ -118,6 +126,7 @@ def test_rows_without_a_click_or_conversion_label_are_left_out(norm, variant):
     o, r = o.clone(), r.clone()
     # Either the mask or the label says that it is missing.
     mask[0, 0], o[1], r[2], mask[3, 1] = 0, math.nan, math.nan, 0
+    o[2:4] = 1
     found = risk(a, c, o, r, imputed, weight, mask=mask, ips_norm=norm)
     assert found.item() == pytest.approx(sum(expected), rel=1e-10)
 
@@ -203,10 +212,11 @@ def test_conversions_of_rows_without_a_click_change_nothing(variant, dr_detach):
     net = build("escm2", make_spec(2, 3), variant=variant, dr_detach=dr_detach)
     data = make_data(net, 40)
     total, gradients = step(net, data)
-    data.labels[:, 1] = torch.where(data.labels[:, 0] == 0, 1.0, data.labels[:, 1])
-    again, others = step(net, data)
-    assert torch.equal(total, again)
-    assert all(torch.equal(gradients[key], others[key]) for key in gradients)
+    for label in (1.0, math.nan):
+        data.labels[:, 1] = torch.where(data.labels[:, 0] == 0, label, data.labels[:, 1])
+        again, others = step(net, data)
+        assert torch.equal(total, again)
+        assert all(torch.equal(gradients[key], others[key]) for key in gradients)
 
 
 @pytest.mark.parametrize("norm", NORMS)

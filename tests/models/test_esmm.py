@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError
+from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec
 from mmlrec.schema import Setting, Task
 from tests.models.support import build, losses, make_data, make_spec, step
@@ -83,12 +84,72 @@ def test_losses_are_entropies_of_the_products_over_all_labelled_rows(scenarios, 
     for t in range(2):
         sums, norms = [0.0] * scenarios, [0.0] * scenarios
         for b, s in enumerate(data.scenario.tolist()):
-            p, share = reached[b, t, s].item(), (data.weight[b] * data.mask[b, t]).item()
+            # Without a click there is no conversion, labelled or not.
+            unclicked = t == 1 and data.mask[b, 0] == 1 and data.labels[b, 0] == 0
+            p, share = reached[b, t, s].item(), data.weight[b].item() * float(unclicked or data.mask[b, t])
             sums[s] -= share * math.log(p if data.labels[b, t] == 1 else 1 - p)
             norms[s] += share
         pooled = sum(sums) / sum(norms)
         balanced = sum(a / n for a, n in zip(sums, norms, strict=True)) / scenarios
         assert found[f"t{t}"].item() == pytest.approx(pooled if reduction == "pooled" else balanced, rel=1e-10)
+
+
+def plain_step(net, data, reduction):
+    """Losses, denominators and gradients."""
+    sums = net.make_loss(LossOptions(reduction)).denominators(data.labels, data.mask, data.scenario, data.weight)
+    found = losses(net, data, reduction)
+    return [sums, *found.values(), *step(net, data, reduction)[1].values()]
+
+
+@pytest.mark.parametrize("reduction", ["pooled", "balanced"])
+@pytest.mark.parametrize(
+    ("name", "options"), [("esmm", {}), ("aitm", {}), ("escm2", {}), ("escm2", {"variant": "dr", "ips_norm": "snips"})]
+)
+def test_a_label_missing_after_a_step_not_taken_is_0(name, options, reduction):
+    tasks = 2 if name == "escm2" else 3
+    net = build(name, make_spec(tasks, 2), **options)
+
+    def batch():
+        data = make_data(net, 40)
+        data.weight = torch.rand(40, generator=torch.Generator().manual_seed(2)) + 0.5
+        data.mask[::5, 0] = 0  # These stay out: nobody knows whether there was a click.
+        data.mask[::5, 1:] = 0
+        return data
+
+    expected = plain_step(net, batch(), reduction)
+    rows = (batch().labels[:, 0] == 0) & (batch().mask[:, 0] == 1)
+    assert 10 < rows.sum() < 30
+    by_label, by_mask = batch(), batch()
+    by_label.labels[rows, 1:] = math.nan
+    by_mask.mask[rows, 1:] = 0
+    by_mask.labels[rows, 1:] = 1.0
+    for data in (by_label, by_mask):
+        assert all(map(torch.equal, plain_step(net, data, reduction), expected))
+
+
+@pytest.mark.parametrize("name", ["esmm", "aitm", "escm2"])
+def test_a_label_missing_after_a_step_taken_stays_missing(name):
+    net = build(name, make_spec())
+    data = make_data(net, 40)
+    rows = (data.labels[:, 0] == 1).nonzero().flatten()[:4]
+    data.mask[rows, 1] = 0
+    sums = net.make_loss(LossOptions()).denominators(data.labels, data.mask, data.scenario, data.weight)
+    assert sums.tolist() == [40, 36]
+    values = []
+    for label in (0.0, 1.0, math.nan):
+        data.labels[rows, 1] = label
+        values.append(losses(net, data)["t1"])
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+
+
+def test_labels_that_are_no_chain_imply_nothing():
+    for name, counted in (("esmm", 30), ("aitm", 30), ("escm2", 40)):  # ESCM2 takes the product with the click.
+        net = build(name, make_spec(), allow_non_chain=True)
+        data = make_data(net, 40)
+        data.labels[:10] = torch.tensor([0.0, math.nan])
+        sums = net.make_loss(LossOptions()).denominators(data.labels, data.mask, data.scenario, data.weight)
+        assert sums.tolist() == [40, counted]
 
 
 def with_logits(net, a, c):
@@ -130,21 +191,26 @@ def test_a_certain_click_leaves_the_conversion_loss():
         assert losses(net, one_row(net, 1.0, label, F64))["t1"].item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("scenarios", [1, 3])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["esmm", "aitm", "escm2"])
-def test_extreme_logits_have_finite_losses_and_gradients(name, autocast):
+def test_extreme_logits_have_finite_losses_and_gradients(name, autocast, scenarios):
     for options in [{}, *([{"variant": "dr", "dr_detach": False, "ips_norm": "snips"}] if name == "escm2" else [])]:
-        net = build(name, make_spec(), **options)
-        data = make_data(net, 4)
-        data.labels = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+        net = build(name, make_spec(2, scenarios), **options)
+        data = make_data(net, 4 * scenarios)
+        # A dispatched row meets the towers of its own scenario only.
+        assert (net.chain_dispatch(data.scenario, [8], False) is not None) == (scenarios > 1)
+        data.labels = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]).repeat(scenarios, 1)
+        data.scenario = torch.arange(4 * scenarios) // 4
         for a in (-200.0, 0.0, 200.0):
             for c in (-200.0, 200.0):
                 with torch.no_grad():
-                    net.towers.bias.copy_(torch.tensor([a, c]))
+                    net.towers.bias.copy_(torch.tensor([a, c]).repeat_interleave(scenarios))
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     logits = net(data.x, data.fields, data.scenario).logits
                     assert logits.dtype == torch.float32
                     total, gradients = step(net, data)
+                assert logits.isfinite().all()
                 assert total.dtype == torch.float32
                 assert total.isfinite()
                 assert all(gradient.isfinite().all() for gradient in gradients.values())

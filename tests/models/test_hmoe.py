@@ -15,7 +15,8 @@ from mmlrec.schema import Setting
 from tests.models.support import build, make_data, make_spec, step
 
 F64 = torch.float64
-OWN = {"gate_mode": "per_scenario", "weight_mode": "per_scenario"}
+OWN_GATES = {"gate_mode": "per_scenario"}
+SHARED = {"weight_mode": "shared"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:hmoe mixes scores of different tasks")
 
@@ -69,17 +70,22 @@ def reference(net, x):
     return torch.stack(logits)
 
 
+SIZES = [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (2, 3), (3, 4)]
+OPTIONS = [
+    {},
+    SHARED,
+    SHARED | OWN_GATES | {"mix_space": "prob"},
+    {"score_weight_hidden_units": []},
+    OWN_GATES | {"mix_axis": "head", "gate_hidden_units": [], "expert_hidden_units": [13, 7]},
+    OWN_GATES | {"mix_axis": "head", "mix_space": "prob", "tower_hidden_units": []},
+]
+
+
+# One W over tasks is refused.
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"mix_space": "prob", "gate_mode": "per_scenario"},
-        {"weight_mode": "per_scenario", "score_weight_hidden_units": []},
-        OWN | {"mix_axis": "head", "gate_hidden_units": [], "expert_hidden_units": [13, 7]},
-        OWN | {"mix_axis": "head", "mix_space": "prob", "tower_hidden_units": []},
-    ],
+    ("options", "tasks", "scenarios"),
+    [(o, *size) for o in OPTIONS for size in SIZES if size[1] > 1 or o.get("weight_mode") != "shared"],
 )
-@pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (2, 3), (3, 4)])
 def test_values_and_gradients_equal_a_loop(options, tasks, scenarios):
     spec = make_spec(tasks, scenarios, fields=2, dim=4, num_dense=3, seed=tasks)
     net = disturbed(build("hmoe", spec, **options).double())
@@ -99,7 +105,20 @@ def test_values_and_gradients_equal_a_loop(options, tasks, scenarios):
         torch.testing.assert_close(logits.to(F64), own, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("options", "tiny", "benchmark"), [({}, 763, 214_274), (OWN, 938, 221_954)])
+def gate_size(width, hidden, outputs):
+    """Parameters of a gate with one hidden layer."""
+    return width * hidden + hidden + hidden * outputs
+
+
+@pytest.mark.parametrize(
+    ("options", "tiny", "benchmark"),
+    [
+        (SHARED, 763, 214_274),
+        # The other scenario's W.
+        ({}, 763 + gate_size(14, 5, 2), 214_274 + gate_size(56, 64, 2)),
+        (OWN_GATES, 938, 221_954),
+    ],
+)
 def test_parameter_counts(options, tiny, benchmark):
     nets = (
         build("hmoe", make_spec(1, 2), **options),
@@ -191,7 +210,7 @@ def test_mixed_probability_lies_between_those_of_the_towers():
 @pytest.mark.parametrize("space", ["logit", "prob"])
 def test_with_the_weight_on_the_own_head_it_is_mmoe(tasks, scenarios, space):
     spec = make_spec(tasks, scenarios)
-    options = OWN | {"score_weight_hidden_units": [], "mix_space": space}
+    options = OWN_GATES | {"score_weight_hidden_units": [], "mix_space": space}
     hmoe, mmoe = build("hmoe", spec, **options), build("mmoe", spec)
     with torch.no_grad():
         for part in ("experts", "gates", "towers"):
@@ -206,7 +225,7 @@ def test_with_the_weight_on_the_own_head_it_is_mmoe(tasks, scenarios, space):
     torch.testing.assert_close(hmoe(data.x, data.fields, data.scenario).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, OWN, {"mix_space": "prob"}])
+@pytest.mark.parametrize("options", [{}, SHARED, OWN_GATES, {"mix_space": "prob"}])
 def test_one_scenario_with_one_expert_is_shared_bottom(options):
     spec = ModelSpec(Setting.MSL, make_spec(1).tasks, 1, {"f0": 4, "f1": 4}, 1)
     hmoe, bottom = build("hmoe", spec, num_experts=1, **options), build("shared_bottom", spec)
@@ -221,7 +240,7 @@ def test_one_scenario_with_one_expert_is_shared_bottom(options):
 
 
 @pytest.mark.parametrize("space", ["logit", "prob"])
-@pytest.mark.parametrize("options", [{}, OWN, OWN | {"mix_axis": "head"}])
+@pytest.mark.parametrize("options", [{}, SHARED, OWN_GATES, OWN_GATES | {"mix_axis": "head"}])
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_towers_learn_from_their_own_scenario_and_the_rest_from_all(space, options, tasks):
     net = build("hmoe", make_spec(tasks, 3), mix_space=space, **options)
@@ -230,7 +249,7 @@ def test_towers_learn_from_their_own_scenario_and_the_rest_from_all(space, optio
     _, gradients = step(net, data)
     for key, gradient in gradients.items():
         part = key.split(".")[0]
-        of_heads = part == "towers" or (part in ("gates", "score_weights") and "gate_mode" in options)
+        of_heads = {"towers": True, "score_weights": options != SHARED, "gates": "gate_mode" in options}.get(part, False)
         assert net.owner(key) == ("head" if of_heads else None)
         if of_heads:
             by_scenario = gradient.reshape(tasks, 3, -1)
@@ -240,14 +259,16 @@ def test_towers_learn_from_their_own_scenario_and_the_rest_from_all(space, optio
             assert (gradient != 0).any(), key
 
 
-def test_the_scores_of_other_scenarios_count():
-    net = build("hmoe", make_spec(1, 3))
+@pytest.mark.parametrize("options", [{}, SHARED])
+def test_the_scores_of_other_scenarios_count(options):
+    net = build("hmoe", make_spec(1, 3), **options)
     data = make_data(net, 20)
     before = net(data.x, data.fields, data.scenario).logits
     with torch.no_grad():
         net.towers.bias[1] += 1
     after = net(data.x, data.fields, data.scenario).logits
-    weights = net.score_weights(data.x)[:, 0, 1:2]
+    own = torch.zeros_like(data.scenario) if options == SHARED else data.scenario
+    weights = net.score_weights(data.x)[torch.arange(20), own, 1:2]
     torch.testing.assert_close(after - before, weights, rtol=1e-4, atol=1e-6)
 
 

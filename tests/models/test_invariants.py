@@ -140,6 +140,8 @@ def test_owned_parameters_are_trained_by_their_owner_and_all_others_by_several_h
             alone = data.rows(data.scenario == s)
             alone.mask = torch.zeros_like(alone.mask)
             alone.mask[:, t] = 1
+            if net.chain:  # A step not taken tells the next one, whatever its mask.
+                alone.labels[:] = 1
             if name == "escm2":  # A conversion counts only where the click is known.
                 alone.mask[:, 0] = 1
             for key, gradient in step(net, alone)[1].items():
@@ -292,15 +294,17 @@ def test_padding_rows_leave_statistics_and_gradients_alone(name, shape):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-8, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if c[1] in ("mtl", "mtmsl") and c[0] != "mlp"])
+# All logits of MLP have one ranking, whatever the task.
+@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if c[0] != "mlp" or c[1].startswith("msl")])
 def test_overfits_64_rows(name, shape):
-    net = build(name, spec_of(shape), **{k: [32, 16] for k in _hidden(name)})
+    # HMoE's mixed logits have no bound: from some starts they diverge, and rounding decides from which. Probabilities cannot.
+    bounded = {"mix_space": "prob"} if name == "hmoe" else {}
+    net = build(name, spec_of(shape), **{k: [32, 16] for k in _hidden(name)}, **bounded)
     data = make_data(net, 64)
-    if name == "hmoe":  # Towers that mix their scores pull them apart for ever unless the rows tell their scenario.
-        data.x[:, : net.spec.num_scenarios] = torch.nn.functional.one_hot(data.scenario, net.spec.num_scenarios).float()
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, fused=True)
     for _ in range(300):
-        step(net, data)
+        optimizer.zero_grad()
+        sum(losses(net, data).values()).backward()
         optimizer.step()
     assert all(loss < 0.1 for loss in losses(net, data).values())
 

@@ -197,14 +197,19 @@ def test_penalty_counts_open_fields_and_connections():
     assert set(build("mssm", make_spec(), fscm=False).diagnostics()) == {"open_connections"}
 
 
-def test_a_thousand_steps_at_a_high_rate_stay_finite():
-    net = build("mssm", make_spec(2, 1), l0_field=1e-4, l0_cell=1e-4)
+@pytest.mark.parametrize(
+    ("tasks", "scenarios", "autocast"),
+    [(2, 1, False), *(pytest.param(*case, marks=pytest.mark.long) for case in [(2, 1, True), (2, 3, False), (2, 3, True)])],
+)
+def test_two_thousand_steps_at_a_high_rate_stay_finite(tasks, scenarios, autocast):
+    net = build("mssm", make_spec(tasks, scenarios), l0_field=1e-4, l0_cell=1e-4)
     data, draws = make_data(net, 8), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    for _ in range(1000):
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, fused=True)
+    for _ in range(2000):
         optimizer.zero_grad()
-        output = net(data.x, data.fields, data.scenario, noise=torch.rand(net.num_noise, generator=draws))
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, data.labels)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = net(data.x, data.fields, data.scenario, noise=torch.rand(net.num_noise, generator=draws))
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, data.labels)
         (loss + output.extra_losses["l0"]).backward()
         optimizer.step()
     assert loss.isfinite()

@@ -177,7 +177,7 @@ def test_penalty_is_the_expected_cost_of_open_connections(cost, weights):
 
 
 def train(net, steps, lr, data, draws):
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     loss = net.make_loss(LossOptions())
     targets = (data.labels, data.mask, data.scenario, data.weight)
     for _ in range(steps):
@@ -204,9 +204,14 @@ def test_a_larger_penalty_leaves_fewer_open_connections():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_thousand_steps_at_a_high_rate_stay_finite(variant):
-    net = build("snr", make_spec(2, 1), variant=variant, l0_lambda=1e-4)
-    output = train(net, 1000, 0.01, make_data(net, 8), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("tasks", "scenarios", "autocast"),
+    [(2, 1, False), *(pytest.param(*case, marks=pytest.mark.long) for case in [(2, 1, True), (2, 3, False), (2, 3, True)])],
+)
+def test_two_thousand_steps_at_a_high_rate_stay_finite(variant, tasks, scenarios, autocast):
+    net = build("snr", make_spec(tasks, scenarios), variant=variant, l0_lambda=1e-4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = train(net, 2000, 0.01, make_data(net, 8), torch.Generator().manual_seed(0))
     assert output.logits.isfinite().all()
     assert all(parameter.isfinite().all() for parameter in net.parameters())
 

@@ -34,10 +34,12 @@ def train(tmp_path):
     return call
 
 
-def test_trains_as_on_a_cpu(train, monkeypatch):
-    found = train("cuda")
+# Without normalisation the rows of the three scenarios are dispatched, on CUDA by grouped_mm.
+@pytest.mark.parametrize("use_bn", ["true", "false"])
+def test_trains_as_on_a_cpu(train, monkeypatch, use_bn):
+    found = train("cuda", f"model.use_bn={use_bn}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    expected = train("cpu")
+    expected = train("cpu", f"model.use_bn={use_bn}")
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-4)
 
