@@ -83,10 +83,9 @@ def test_example_dataset_works(tmp_path):
     assert sum(split.num_rows for split in manifest.splits.values()) == 1000
     clicked = sum(row[3] for row in rows)
     assert sum(split.label_counts["click"]["all"][1] for split in manifest.splits.values()) == clicked
-    train = [sys.executable, "-m", "apps.train", "--config", "configs/mtl/shop.yaml", "--run-dir", "run", "training.max_steps=3"]
-    result = subprocess.run(
-        [*train, "training.batch_size=200"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "apps.train", "--config", "configs/mtl/shop.yaml", "--run-dir", "run"]
+    command += ["training.max_steps=3", "training.batch_size=200"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "result.json").is_file()
 
