@@ -1,11 +1,14 @@
-"""Rows kept on disk: what is taken equals what was added, for every kind of column."""
+"""Rows of one file looked up by id; rows kept on disk: what is taken equals what was added, for every kind of column."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from preprocessing.common.join import RowsOnDisk
+from preprocessing.common.join import IdIndex, RowsOnDisk
+from preprocessing.common.raw_files import BadRows, Block
 
 KINDS = {"id": pa.int64(), "price": pa.float32(), "exact": pa.float64(), "kind": pa.string(), "tags": pa.list_(pa.int64())}
 
@@ -47,3 +50,15 @@ def test_no_rows_and_lists_that_are_all_empty(tmp_path):
     row = {"id": 1, "price": None, "exact": None, "kind": None, "tags": []}
     kept.add(pa.Table.from_pylist([row], schema=schema))
     assert pa.table(kept.take(np.array([0, 0]))).to_pylist() == [row, row]
+
+
+@pytest.mark.parametrize("ids", [[7], [3, -2, 9, 0], [5, 10**6, 17], [-(2**63), 2**63 - 1, 0], [2**62, 2**62 + 5, 2**62 + 1]])
+def test_ids_are_found_wherever_they_lie(ids):
+    table = pa.table({"id": pa.array(ids, pa.int64())})
+    block = Block(None, Path("a.csv"), np.arange(1, len(ids) + 1), table)
+    index = IdIndex("id", [block], BadRows(0, Path()))
+    near = {min(max(i + step, -(2**63)), 2**63 - 1) for i in ids for step in (-1, 0, 1)} | {-(2**63), 2**63 - 1, 0}
+    wanted = sorted(near)
+    expected = [ids.index(i) if i in ids else -1 for i in wanted]
+    assert index.locate(np.array(wanted, np.int64)).tolist() == expected
+    assert index.locate(np.zeros(0, np.int64)).tolist() == []
