@@ -295,7 +295,14 @@ def test_padding_rows_leave_statistics_and_gradients_alone(name, shape):
 
 
 # All logits of MLP have one ranking, whatever the task.
-@pytest.mark.parametrize(("name", "shape"), [c for c in CASES if c[0] != "mlp" or c[1].startswith("msl")])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=pytest.mark.long if shape == "msl-many" else ())
+        for name, shape in CASES
+        if name != "mlp" or shape.startswith("msl")
+    ],
+)
 def test_overfits_64_rows(name, shape):
     # HMoE's mixed logits have no bound: from some starts they diverge, and rounding decides from which. Probabilities cannot.
     bounded = {"mix_space": "prob"} if name == "hmoe" else {}
