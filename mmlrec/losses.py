@@ -83,7 +83,7 @@ class Loss:
         Returns:
             [T] float32; [T, S] when balanced.
         """
-        counted = row_weights(labels, mask, weight)
+        counted = row_weights(*self.known(labels, mask), weight)
         if not self.balanced:
             return counted.sum(dim=0)
         return counted.t() @ F.one_hot(scenario, self.num_scenarios).to(counted.dtype)
@@ -109,6 +109,7 @@ class Loss:
         Raises:
             ConfigError: an objective has the name of a term, which would take its place.
         """
+        labels, mask = self.known(labels, mask)
         losses = self.row_losses(output, labels)
         share = row_weights(labels, mask, weight).to(losses.dtype) * self._scale(denominators, scenario) * world_size
         sums = self._by_unit(losses * share, scenario)
@@ -117,6 +118,10 @@ class Loss:
             if name in self.objectives:
                 raise ConfigError(f"objective '{name}' has the name of a term of the method's loss: rename it in the dataset.")
         return dict(zip(self.objectives, sums.unbind(), strict=True)) | terms
+
+    def known(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and mask, both [B, T], that the loss is of: here those given."""
+        return labels, mask
 
     def row_losses(self, output: Output, labels: Tensor) -> Tensor:
         """Loss of each row and task, [B, T], finite also where a label is missing (NaN)."""
@@ -160,23 +165,6 @@ class ChainLoss(Loss):
         """The losses of the tasks; `chain` gives their columns from the first step to the last, `implied` whether it holds."""
         super().__init__(tasks, num_scenarios, options)
         self.chain, self.implied = chain, implied
-
-    def denominators(self, labels: Tensor, mask: Tensor, scenario: Tensor, weight: Tensor) -> Tensor:
-        """See the base class."""
-        return super().denominators(*self.known(labels, mask), scenario, weight)
-
-    def __call__(
-        self,
-        output: Output,
-        labels: Tensor,
-        mask: Tensor,
-        scenario: Tensor,
-        weight: Tensor,
-        denominators: Tensor,
-        world_size: int = 1,
-    ) -> dict[str, Tensor]:
-        """See the base class."""
-        return super().__call__(output, *self.known(labels, mask), scenario, weight, denominators, world_size)
 
     def known(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Labels and mask, both [B, T], with those that follow from the step before."""
