@@ -16,6 +16,7 @@ from preprocessing.common import description_report, spark
 from preprocessing.common.dataset import Dataset, dataset_class, datasets
 from preprocessing.common.download import download
 from preprocessing.common.engine import build
+from preprocessing.common.output import check_files
 from preprocessing.common.raw_files import RawFolder
 
 _EXAMPLES = """examples:
@@ -232,12 +233,7 @@ def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder
         raise DataError(f"{out} holds dataset '{manifest.name}' made with other options: {found or 'another name'}. {remedy}")
     if manifest.raw_files != raw.sha256():
         raise DataError(f"{out} was made from other raw files. {remedy}")
-    sizes: dict[str, int | None] = {part.path: part.num_bytes for split in manifest.splits.values() for part in split.parts}
-    sizes |= {table.vocabulary: None for table in manifest.tables if table.vocabulary}
-    for name, size in sizes.items():
-        path = out / name
-        if not path.is_file() or path.stat().st_size != (size or path.stat().st_size):
-            raise DataError(f"{path} is missing or cut. Make the dataset again with --overwrite.")
+    check_files(out, manifest)
 
 
 def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:

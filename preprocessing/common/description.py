@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
 from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, key_column, label_column
+from preprocessing.common.output import REMEDY, check_files
 from preprocessing.common.progress import progress
 from preprocessing.common.raw_files import file_sha256
 from preprocessing.common.workers import in_order, num_cores
@@ -23,7 +24,6 @@ _COUNT_BYTES = 512 << 20  # for the counts of single ids, over all features
 _MAX_DISTINCT = 1 << 20
 _MAX_LENGTH = 1 << 10  # lists as long as this or longer are counted together
 _SAMPLE_ROWS = 100_000
-_REMEDY = "Make the dataset again with --overwrite."
 
 IntArray = NDArray[np.int64]
 
@@ -237,7 +237,7 @@ def describe(folder: Path, num_examples: int) -> Description:
         for split, part, rows in _row_groups(folder, manifest):
             scenario = rows[SCENARIO_COLUMN].to_numpy() if manifest.scenario else None
             if scenario is not None and len(scenario) and not 0 <= scenario.min() <= scenario.max() < num_scenarios:
-                raise DataError(f"{folder / part.path}: scenarios must lie in 0..{num_scenarios - 1}. {_REMEDY}")
+                raise DataError(f"{folder / part.path}: scenarios must lie in 0..{num_scenarios - 1}. {REMEDY}")
             for feature in manifest.sparse_features:
                 found, lengths = _ids(folder / part.path, rows, feature, manifest)
                 ids[feature.name].add(split, found, lengths, scenario)
@@ -250,16 +250,10 @@ def describe(folder: Path, num_examples: int) -> Description:
 
 
 def _check_files(folder: Path, manifest: DatasetManifest) -> None:
-    for split in manifest.splits.values():
-        for part in split.parts:
-            path = folder / part.path
-            if not path.is_file() or path.stat().st_size != part.num_bytes:
-                raise DataError(f"{path} is missing or cut. {_REMEDY}")
+    check_files(folder, manifest)
     for table in manifest.tables:
         if table.vocabulary is not None:
             path = folder / table.vocabulary
-            if not path.is_file():
-                raise DataError(f"{path} is missing. {_REMEDY}")
             num_rows = _metadata(path).num_rows
             if num_rows != table.num_rows - 1:
                 raise _damaged(path, f"{num_rows} rows, {table.num_rows - 1} are listed")
@@ -309,7 +303,7 @@ def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, 
 
 
 def _damaged(path: Path, why: object) -> DataError:
-    return DataError(f"{path} is damaged: {why}. {_REMEDY}")
+    return DataError(f"{path} is damaged: {why}. {REMEDY}")
 
 
 def _ids(path: Path, rows: pa.RecordBatch, feature: Feature, manifest: DatasetManifest) -> tuple[IntArray, IntArray | None]:

@@ -10,6 +10,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmlrec.errors import DataError
+from mmlrec.schema import DatasetManifest
+
+REMEDY = "Make the dataset again with --overwrite."
+
+
+def check_files(folder: Path, manifest: DatasetManifest) -> None:
+    """Raise DataError when a part of the dataset is missing or cut, or a vocabulary is missing."""
+    parts = {part.path: part.num_bytes for split in manifest.splits.values() for part in split.parts}
+    for name in [*parts, *(table.vocabulary for table in manifest.tables if table.vocabulary)]:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != parts.get(name, path.stat().st_size):
+            raise DataError(f"{path} is missing or cut. {REMEDY}")
 
 
 @contextmanager
