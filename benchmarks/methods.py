@@ -30,6 +30,7 @@ from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task
+from mmlrec.training.distributed import keep_freed_memory
 
 BASELINE = "shared_bottom"
 #: Name -> fields, width of each, dense features.
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # As in training.
     wanted = [name for name in arguments.methods.split(",") if name]
     for name in wanted:
         method(name.split()[0])

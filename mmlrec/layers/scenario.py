@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -98,11 +99,15 @@ class Dispatch:
         return y + F.embedding(members, bias)
 
 
-class _Grouped(torch.autograd.Function):
-    """`Dispatch.linear` on a CPU: one scenario after the other, without padding.
+#: Numbers of weights that are made and used together by `_Grouped`, so that they are still in the cache: 1 MiB in float32.
+CACHED_NUMBERS = 1 << 18
 
-    A scenario's product of weights is made, used and forgotten while it is in the cache: the memory traffic that grows with
-    the number of scenarios is one read of the weights forward, and one read and the write of their gradient backward.
+
+class _Grouped(torch.autograd.Function):
+    """`Dispatch.linear` on a CPU: one scenario's product of matrices after the other, without padding.
+
+    What is no product of matrices is done for as many scenarios at once as fit into the cache: many small operations cost
+    more than their numbers, and large ones pay for each trip to memory.
     """
 
     @staticmethod
@@ -110,50 +115,71 @@ class _Grouped(torch.autograd.Function):
         """Arguments as for `linear`; `ends` [S]: where the rows of each scenario end."""
         y = x.new_empty(*x.shape[:2], weight.shape[2])
         ctx.sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+        rows, outputs = _parts(x, ctx.sizes), _parts(y, ctx.sizes)
         biases = () if bias is None else bias.to(x.dtype).unbind()
-        for member, (own, rows, out) in enumerate(
-            zip(weight.unbind(), _parts(x, ctx.sizes), _parts(y, ctx.sizes), strict=True)
-        ):
-            product = (own if shared is None else own * shared).to(x.dtype)
-            if biases:
-                torch.addmm(biases[member], rows, product, out=out)
-            else:
-                torch.mm(rows, product, out=out)
+        for members, own in _cached(weight):
+            for member, product in zip(members, _product(own, shared, x.dtype), strict=True):
+                if biases:
+                    torch.addmm(biases[member], rows[member], product, out=outputs[member])
+                else:
+                    torch.mm(rows[member], product, out=outputs[member])
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight, shared)
+        ctx.save_for_backward(x, ends, weight, shared)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, shared = ctx.saved_tensors
-        at_outputs = _parts(grad, ctx.sizes)
+        x, ends, weight, shared = ctx.saved_tensors
         # Balancing differentiates one objective at a time; rows of all other scenarios then have no gradient, at no cost.
-        live = [member for member, part in enumerate(at_outputs) if part.any()]
-        make = torch.empty_like if len(live) == len(weight) else torch.zeros_like
+        live = _live(grad, ends)
+        make = torch.empty_like if all(live) else torch.zeros_like
         grad_x = make(x, memory_format=torch.contiguous_format)
         grad_weight = make(weight, memory_format=torch.contiguous_format)
         grad_bias = make(weight[:, 0], memory_format=torch.contiguous_format)
         grad_shared = None if shared is None else torch.zeros_like(shared)
-        rows, at_rows = _parts(x, ctx.sizes), _parts(grad_x, ctx.sizes)
-        weights, at_weights, at_biases = weight.unbind(), grad_weight.unbind(), grad_bias.unbind()
-        for member in live:
-            own, at_output = weights[member], at_outputs[member]
-            product = (own if shared is None else own * shared).to(x.dtype)
-            torch.mm(at_output, product.t(), out=at_rows[member])
-            torch.sum(at_output, 0, out=at_biases[member])
-            at_product = torch.mm(rows[member].t(), at_output)
-            if shared is None or grad_shared is None:
-                at_weights[member].copy_(at_product)
-            else:
-                torch.mul(at_product, shared, out=at_weights[member])
-                grad_shared.addcmul_(at_product, own)
+        columns, at_rows, at_outputs = _parts(x.mT, ctx.sizes, 1), _parts(grad_x, ctx.sizes), _parts(grad, ctx.sizes)
+        at_biases = grad_bias.unbind()
+        for members, own in _cached(weight):
+            if not any(live[member] for member in members):
+                continue
+            at_weights = grad_weight[members.start : members.stop]
+            at_products = at_weights if at_weights.dtype == x.dtype else torch.zeros_like(at_weights, dtype=x.dtype)
+            products = _product(own.mT, None if shared is None else shared.mT, x.dtype)
+            for member, product, at_product in zip(members, products, at_products.unbind(), strict=True):
+                if live[member]:
+                    torch.mm(at_outputs[member], product, out=at_rows[member])
+                    torch.mm(columns[member], at_outputs[member], out=at_product)
+                    torch.sum(at_outputs[member], 0, out=at_biases[member])
+            if shared is not None and grad_shared is not None:
+                grad_shared += (at_products * own).sum(0)
+                torch.mul(at_products, shared, out=at_weights)
+            elif at_products is not at_weights:
+                at_weights.copy_(at_products)
         return grad_x, None, grad_weight, grad_bias if ctx.has_bias else None, grad_shared
 
 
-def _parts(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Rows of member n * S + s in [N, B, k]: those of scenario s in x[n]."""
-    return [part for own in x.unbind() for part in own.split(sizes)]
+def _cached(weight: Tensor) -> Iterator[tuple[range, Tensor]]:
+    """As many members of [N * S, i, o] at a time as fit into the cache."""
+    step = max(1, CACHED_NUMBERS // max(1, weight[0].numel()))
+    for first in range(0, len(weight), step):
+        own = weight[first : first + step]
+        yield range(first, first + len(own)), own
+
+
+def _product(own: Tensor, shared: Tensor | None, kind: torch.dtype) -> tuple[Tensor, ...]:
+    return (own if shared is None else own * shared).to(kind).unbind()
+
+
+def _live(grad: Tensor, ends: Tensor) -> list[bool]:
+    """Whether member n * S + s has a gradient [N, B, o] that is not zero (or not a number) in one of its rows."""
+    counts = F.pad((grad.abs().amax(2) != 0).cumsum(1), (1, 0))[:, F.pad(ends, (1, 0))]  # [N, S + 1]
+    return list((torch.diff(counts) > 0).flatten().tolist())
+
+
+def _parts(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
+    """Rows of member n * S + s in [N, B, k]: those of scenario s in x[n]; columns of [N, k, B] with `dim` = 1."""
+    return [part for own in x.unbind() for part in own.split(sizes, dim)]
 
 
 class ScenarioEmbedding(nn.Module):
@@ -171,10 +197,11 @@ class ScenarioEmbedding(nn.Module):
 def prefers_grouped(num_scenarios: int, width: int) -> bool:
     """Whether sorting beats computing all scenarios, for the widest scenario-specific layer.
 
-    Measured on two CPU cores at B = 4096, i = 128, forward and backward in float32 (dense / grouped, ms): S = 2, o = 64
-    4.2 / 5.3; S = 2, o = 128 7.4 / 5.4; S = 4, o = 64 6.8 / 3.4; S = 8, o = 64 12.7 / 4.0; S = 30, o = 64 42 / 4.9.
+    Measured on two CPU cores at B = 4096, i = 128, forward and backward in float32 (dense / grouped, ms): S = 2, o = 16
+    1.0 / 1.3; S = 2, o = 32 1.6 / 1.6; S = 2, o = 64 2.8 / 2.3; S = 3, o = 16 1.2 / 1.2; S = 4, o = 64 5.1 / 2.5; S = 8,
+    o = 64 9.9 / 3.0; S = 30, o = 64 34 / 4.3.
     """
-    return num_scenarios > 2 or width > 64
+    return num_scenarios > 2 or width > 32
 
 
 def scenario_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scenario: Tensor, *, grouped: bool | None = None) -> Tensor:

@@ -79,6 +79,34 @@ def test_grouped_mm_equals_a_loop(dtype, tolerance, width, stack, has_bias):
         assert (gradient.unflatten(0, (stack, scenarios))[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("cached_numbers", [1, 60, 1 << 18])
+@pytest.mark.parametrize("has_shared", [False, True])
+@pytest.mark.parametrize("only", [None, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-1)])
+def test_weights_in_parts_equal_a_loop(monkeypatch, cached_numbers, has_shared, only, dtype, tolerance):
+    """Weights [3 * 4, 5, 6] one, two or all at a time; gradients of one scenario's rows only, as balancing asks."""
+    monkeypatch.setattr("mmlrec.layers.scenario.CACHED_NUMBERS", cached_numbers)
+    g = torch.Generator().manual_seed(2)
+    scenario = torch.tensor([3, 0, 3, 3, 1, 0, 3, 1, 0])  # No row of scenario 2.
+    leaves = [torch.randn(*shape, generator=g) for shape in ((3, 9, 5), (12, 5, 6), (12, 6), (5, 6))][: 4 if has_shared else 3]
+    x, weight, bias, *shared = (leaf.to(torch.promote_types(dtype, torch.float32)).requires_grad_() for leaf in leaves)
+    xs, ws, bs, *sh = (leaf.detach().double().requires_grad_() for leaf in (x, weight, bias, *shared))
+    pull = torch.randn(3, 9, 6, generator=g)
+    if only is not None:
+        pull[:, scenario != only] = 0
+    dispatch = Dispatch(scenario, 4, grouped=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = dispatch.restore(dispatch.linear(dispatch.arrange(x), weight, bias, *shared))
+    got = [y, *torch.autograd.grad(y, [x, weight, bias, *shared], pull.to(y.dtype))]
+    own = ws * sh[0] if has_shared else ws
+    rows = [xs[n, b] @ own[n * 4 + s] + bs[n * 4 + s] for n in range(3) for b, s in enumerate(scenario.tolist())]
+    expected = torch.stack(rows).view(3, 9, 6)
+    reference = [expected, *torch.autograd.grad(expected, [xs, ws, bs, *sh], pull.double())]
+    assert y.dtype == dtype
+    for ours, theirs in zip(got, reference, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
 def test_arrange_and_restore_are_inverse_and_stable():
     scenario = torch.tensor([1, 0, 1, 0])
     dispatch = Dispatch(scenario, 2, grouped=True)
@@ -96,6 +124,6 @@ def test_autocast_computes_in_bf16(grouped):
 
 
 def test_strategy_by_size():
-    assert not prefers_grouped(2, 64)
-    assert prefers_grouped(2, 128)
+    assert not prefers_grouped(2, 32)
+    assert prefers_grouped(2, 64)
     assert prefers_grouped(30, 16)
