@@ -81,9 +81,14 @@ class ScheduleConfig(StrictModel):
 
 
 class LossConfig(StrictModel):
-    """Reduction of the per-sample losses (models.md 1.5)."""
+    """Loss of a sample and reduction over samples."""
 
-    scenario_reduction: Literal["pooled", "balanced"] = "pooled"
+    scenario_reduction: Literal["pooled", "balanced"] = Field(
+        default="pooled", description="Mean over all rows of a task, or mean of the means of its scenarios."
+    )
+    huber_delta: float | None = Field(
+        default=None, gt=0, description="Regression: errors above this count linearly (Huber); absent: squared error."
+    )
 
 
 Weight = Annotated[float, Field(ge=0)]

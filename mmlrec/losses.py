@@ -26,13 +26,16 @@ class LossOptions:
     """What the configuration and the dataset say about losses; see `Loss`.
 
     Attributes:
+        scenario_reduction: see `Loss`.
         unit: what one objective is.
         scenarios: names of the S scenarios, for objectives by scenario; their indices when empty.
+        huber_delta: error of a regression task from which its loss grows linearly; None: never.
     """
 
     scenario_reduction: Reduction = "pooled"
     unit: Unit = "task"
     scenarios: tuple[str, ...] = ()
+    huber_delta: float | None = None
 
 
 class Loss:
@@ -40,9 +43,9 @@ class Loss:
 
         L_t = sum_b w_b m[b, t] l(z[b, t], y[b, t]) / sum_b w_b m[b, t]
 
-    with l the binary cross-entropy of the logit, or the squared error of a regression task. `pooled` counts every row
-    once; `balanced` is the mean of the per-scenario means, over the scenarios that have labelled rows. A task without
-    rows has loss 0 and zero gradients. A NaN label counts as missing.
+    with l the binary cross-entropy of the logit, or the squared error e^2 of a regression task (with `huber_delta` d:
+    d (2 |e| - d) where |e| > d). `pooled` counts every row once; `balanced` is the mean of the per-scenario means, over the
+    scenarios that have labelled rows. A task without rows has loss 0 and zero gradients. A NaN label counts as missing.
 
     With unit `scenario` or `head` an objective is the part of these sums that comes from the rows of one scenario, over all
     tasks or for one task: the objectives of every unit add up to the same loss.
@@ -56,7 +59,7 @@ class Loss:
     def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions = LossOptions()) -> None:
         self.tasks, self.num_scenarios = tasks, num_scenarios
         self.balanced = options.scenario_reduction == "balanced" and num_scenarios > 1
-        self.unit = options.unit
+        self.unit, self.huber_delta = options.unit, options.huber_delta
         self.scenarios = options.scenarios or tuple(str(s) for s in range(num_scenarios))
 
     @property
@@ -125,7 +128,7 @@ class Loss:
 
     def row_losses(self, output: Output, labels: Tensor) -> Tensor:
         """Loss of each row and task, [B, T], finite also where a label is missing (NaN)."""
-        return per_sample(output.logits, labels, self.tasks)
+        return per_sample(output.logits, labels, self.tasks, self.huber_delta)
 
     def terms(self, output: Output, labels: Tensor, share: Tensor) -> dict[str, Tensor]:
         """Scalars that are added to the objectives as they are, by name: here the network's own.
@@ -184,7 +187,7 @@ def row_weights(labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     return torch.where(labels.isnan(), 0.0, mask * weight.unsqueeze(1))
 
 
-def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...]) -> Tensor:
+def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...], huber_delta: float | None = None) -> Tensor:
     """Loss of each row and task, [B, T], in float32 or wider; NaN labels are read as 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Replaced before the loss: 0 * NaN is NaN, so masking after it would be too late.
@@ -195,10 +198,17 @@ def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...]) -> Tenso
     columns = [
         F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
         if is_binary
-        else (logits[:, t] - labels[:, t]).square()
+        else _regression(logits[:, t] - labels[:, t], huber_delta)
         for t, is_binary in enumerate(binary)
     ]
     return torch.stack(columns, dim=1)
+
+
+def _regression(error: Tensor, huber_delta: float | None) -> Tensor:
+    """Squared error; Huber (1964), times 2 so that small errors count alike, with a delta."""
+    if huber_delta is None:
+        return error.square()
+    return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=huber_delta)
 
 
 def chain_logit(a: Tensor, c: Tensor) -> Tensor:

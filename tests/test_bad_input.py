@@ -93,6 +93,7 @@ CONFIGS = {
         ["loss.loss_weights={click: 2}"],
         ["loss.loss_weights: unknown key", "balancing.loss_weights"],
     ),
+    "Huber for a probability": (["loss.huber_delta=1"], ["loss.huber_delta", "all tasks are binary"]),
     "no weight": (["balancing.loss_weights={click: 0, buy: 0}"], ["all objectives have weight 0"]),
     "weight of a task by head": (
         ["dataset.setting=mtmsl", "balancing={unit: head, loss_weights: {buy: 2}}"],

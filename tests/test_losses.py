@@ -40,6 +40,17 @@ def test_masked_mean_worked_number():
     assert value.item() == pytest.approx(2.5, abs=1e-6)
 
 
+def test_huber_worked_number():
+    """Delta 2: errors -1, 2, 3, -5 cost 1, 4, 2 (6 - 2) = 8 and 2 (10 - 2) = 16; the slope is 2 |e|, and 4 from 2 on."""
+    logits = torch.tensor([[-1.0], [2.0], [3.0], [-5.0]], requires_grad=True)
+    ones, zeros = torch.ones(4), torch.zeros(4, dtype=torch.long)
+    loss = Loss((Task(name="t", kind="regression"),), 1, LossOptions(huber_delta=2.0))
+    value = call(loss, logits, torch.zeros(4, 1), torch.ones(4, 1), zeros, ones)["t"]
+    value.backward()
+    assert value.item() == pytest.approx((1 + 4 + 8 + 16) / 4, abs=1e-6)
+    assert (4 * logits.grad).flatten().tolist() == pytest.approx([-2, 4, 4, -4], abs=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["pooled", "balanced"])
 def test_equals_a_loop(reduction):
     labels, mask, scenario, weight = random_batch(40)

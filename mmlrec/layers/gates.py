@@ -92,6 +92,17 @@ class NewestGates:
         return found
 
 
+def drop_gates(gates: Tensor, probability: float) -> Tensor:
+    """Gates [..., E] of which each is left out with a probability, the others scaled to sum to 1; all, where none would stay.
+
+    Against gates that always choose the same expert: Zhao et al., "Recommending What Video to Watch Next: A Multitask Ranking
+    System", RecSys 2019, section 4.2.
+    """
+    kept = gates * (torch.rand_like(gates) >= probability)
+    total = kept.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, kept / torch.where(total > 0, total, 1.0), gates)
+
+
 def mix(gates: Tensor, experts: Tensor) -> Tensor:
     """Weighted sums of experts: gates [B, U, E], experts [E, B, k] -> [U, B, k]."""
     return torch.bmm(gates, experts.transpose(0, 1)).transpose(0, 1)

@@ -9,8 +9,8 @@ Mixture-of-Experts", KDD 2018.
     z_h = Tower_h(v_h)                             [B], h = t * S + s
 
 `gate_extra_fields` appends the embeddings of the named fields to the gates' input. `gate_hidden_units: []` is the
-paper's linear gate. With scenarios only the gates and towers of a row's own scenario are computed, unless all heads are
-asked for.
+paper's linear gate. `gate_dropout` leaves entries of g_h out in training and scales the others to sum to 1. With
+scenarios only the gates and towers of a row's own scenario are computed, unless all heads are asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmlrec.layers.experts import StackedMLP, together
-from mmlrec.layers.gates import Gates, NewestGates, mix
+from mmlrec.layers.gates import Gates, NewestGates, drop_gates, mix
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
 
@@ -38,6 +38,9 @@ class MMoE(MultiTaskModel):
         gate_hidden_units: list[Width] = Field(default=[64], description="Widths of each gate; [] = linear gate.")
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
         gate_extra_fields: list[str] = Field(default=[], description="Fields appended to the gates' input.")
+        gate_dropout: float = Field(
+            default=0.0, ge=0, lt=1, description="Share of experts that a gate leaves out of a row in training."
+        )
 
     owners: ClassVar[dict[str, Owner]] = {"gates": "head", "towers": "head"}
     config: Config
@@ -75,7 +78,7 @@ class MMoE(MultiTaskModel):
             gates = self.gates.own(gate_x, dispatch)
             if self.training:
                 self.newest.keep(gates, scenario, valid, dispatch)
-            mixed = mix(gates, experts)
+            mixed = mix(self._dropped(gates), experts)
             return Output(dispatch.restore(self.towers.own(mixed, dispatch)))
         rows = self.head_rows(scenario, valid)
         if extra or not self.gates.hidden.weights:
@@ -85,8 +88,12 @@ class MMoE(MultiTaskModel):
             gates = self.gates.from_hidden(hidden)
         if self.training:
             self.newest.keep(gates, scenario, valid)
-        mixed = mix(gates, experts)
+        mixed = mix(self._dropped(gates), experts)
         return self.select(self.towers(mixed, rows), scenario, return_all_heads)
+
+    def _dropped(self, gates: Tensor) -> Tensor:
+        dropout = self.config.gate_dropout
+        return drop_gates(gates, dropout) if self.training and dropout > 0 else gates
 
     def diagnostics(self) -> dict[str, float]:
         """Mean entropy of each head's gate on its rows of the newest training batch, over log E: 1 = equal, 0 = one expert."""

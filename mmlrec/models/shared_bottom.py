@@ -26,7 +26,9 @@ class SharedBottom(MultiTaskModel):
     class Config(NetworkConfig):
         """Options of SharedBottom."""
 
-        bottom_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Widths of the bottom.")
+        bottom_hidden_units: list[Width] = Field(
+            default=[256, 128], description="Widths of the bottom; [] = separate networks on shared tables."
+        )
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
 
     owners: ClassVar[dict[str, Owner]] = {"towers": "head"}

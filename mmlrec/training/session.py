@@ -137,7 +137,10 @@ def _loss(config: RunConfig, network: MultiTaskModel, manifest: DatasetManifest)
     if unit != "task" and setting is Setting.MTL:
         raise ConfigError(f"balancing.unit={unit}: setting 'mtl' has no scenarios. Use unit 'task', or setting 'mtmsl'.")
     scenarios = tuple(manifest.scenario.values) if unit != "task" and manifest.scenario else ()
-    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios))
+    huber_delta = config.loss.huber_delta
+    if huber_delta is not None and all(task.kind == "binary" for task in network.spec.tasks):
+        raise ConfigError("loss.huber_delta is for regression tasks, and all tasks are binary: leave it out.")
+    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta))
 
 
 def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest) -> Balancing:

@@ -13,7 +13,7 @@ from mmlrec.layers.gates import mix
 from mmlrec.losses import LossOptions
 from mmlrec.models.base import ModelSpec
 from mmlrec.registry import method
-from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, spec_of, step
 
 F64 = torch.float64
 
@@ -113,6 +113,12 @@ def assert_equals_a_loop(net):
 @pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)])
 def test_equals_a_loop_over_rows_and_members(name, tasks, scenarios):
     assert_equals_a_loop(build(name, make_spec(tasks, scenarios, fields=2, dim=4, num_dense=3, seed=tasks)))
+
+
+@pytest.mark.parametrize("shape", ["mtl", "msl", "mtmsl", "msl-many"])
+@pytest.mark.parametrize("towers", [[], [7, 5]])
+def test_shared_bottom_without_a_bottom_equals_a_loop(shape, towers):
+    assert_equals_a_loop(build("shared_bottom", spec_of(shape), bottom_hidden_units=[], tower_hidden_units=towers))
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -1,4 +1,4 @@
-"""Gates that mix experts: their entropies in the reports against plain sums, and no collapse in a short training."""
+"""Gates that mix experts: their entropies in the reports against plain sums, no collapse in a short training, dropout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mmlrec.layers.gates import drop_gates
 from tests.models.support import build, make_data, spec_of, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:hmoe mixes scores of different tasks")
@@ -73,3 +74,41 @@ def test_one_expert_has_no_entropy():
     net = build("mmoe", spec_of("mtl"), num_experts=1)
     step(net, make_data(net, 8))
     assert net.diagnostics() == {}
+
+
+def test_dropped_gates_keep_their_ratios_and_sum_to_one():
+    gates = torch.softmax(torch.randn(20_000, 1, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    torch.manual_seed(0)
+    dropped = drop_gates(gates, 0.4)
+    torch.testing.assert_close(dropped.sum(dim=-1), torch.ones(20_000, 1))
+    # An entry is left out with probability .4, but not in the .4^3 of rows in which all would be.
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.4 - 0.4**3, abs=0.01)
+    for before, after in zip(gates[:200, 0].tolist(), dropped[:200, 0].tolist(), strict=True):
+        kept = [e for e in range(3) if after[e] > 0]
+        assert after == pytest.approx(
+            [before[e] / sum(before[k] for k in kept) if e in kept else 0 for e in range(3)], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("shape", ["mtl", "msl", "mtmsl"])
+def test_gate_dropout_of_mmoe(shape):
+    net, plain = (build("mmoe", spec_of(shape), gate_dropout=p) for p in (0.5, 0.0))
+    data = make_data(net, 16)
+    torch.testing.assert_close(
+        net.eval()(data.x, data.fields, data.scenario).logits, plain.eval()(data.x, data.fields, data.scenario).logits
+    )
+    net.train()
+    torch.manual_seed(5)
+    logits = net(data.x, data.fields, data.scenario, return_all_heads=True).logits
+    torch.manual_seed(5)
+    gates, experts = drop_gates(net.gates(data.x), 0.5), net.experts(data.x)
+    for b, s in enumerate(data.scenario.tolist()):
+        for t in range(net.spec.num_tasks):
+            h = t * net.spec.num_scenarios + s
+            mixed = sum(gates[b, h, e] * experts[e, b] for e in range(3))
+            expected = net.towers(mixed.view(1, 1, -1).expand(net.spec.num_heads, 1, -1))[0, h]
+            torch.testing.assert_close(logits[b, t], expected, rtol=1e-5, atol=1e-6)
+    first, second = (net(data.x, data.fields, data.scenario).logits for _ in range(2))
+    assert not torch.equal(first, second)  # Also where only a row's own scenario is computed.
+    step(net, data)
+    assert all(parameter.grad is not None for parameter in net.parameters())
