@@ -1,7 +1,9 @@
 """Starts the ranks of a test launch as real processes (gloo), and reads what they leave."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,9 +22,12 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, and below those that the system hands out: connections of ranks of other tests take such."""
+    while True:
+        port = random.SystemRandom().randint(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900) -> None:
