@@ -58,7 +58,7 @@ class LossBalancing(Balancing):
 
 
 class UncertaintyWeighting(LossBalancing):
-    """UW: sum_t kappa_t exp(-v_t) L_t + v_t / 2 with learned v_t, the logarithms of variances.
+    """UW: sum_t kappa_t exp(-v_t) L_t + v_t / 2 with learned v_t, the logarithms of variances, over objectives with rows.
 
     Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics", CVPR 2018.
     v is trained by the optimizer of the network, without a penalty, and kept in [-10, 10].
@@ -80,7 +80,8 @@ class UncertaintyWeighting(LossBalancing):
             self.log_variances.clamp_(-10.0, 10.0)
         coefficients = self.kappa * torch.exp(-self.log_variances)
         self.coefficient.copy_(coefficients.detach())
-        return torch.sum(coefficients * objectives) + self.log_variances.sum() / 2
+        present = mean_over_ranks(objectives.detach().double()) > 0
+        return torch.sum(coefficients * objectives) + torch.where(present, self.log_variances, 0.0).sum() / 2
 
 
 class RandomWeighting(LossBalancing):
@@ -102,17 +103,19 @@ class RandomWeighting(LossBalancing):
 class DynamicWeightAverage(LossBalancing):
     """DWA: c = K softmax(r / tau), r_t the mean loss of the last window over that of the window before; 1 in the first two.
 
-    Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
+    Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019. Means are over the steps in which an
+    objective has rows; r_t = 1 where it had none in a window.
     """
 
     total: Tensor
+    count: Tensor
     last: Tensor
     before: Tensor
 
     def __init__(self, num_objectives: int, config: DwaConfig, window_steps: int) -> None:
         super().__init__(num_objectives)
         self.tau, self.window_steps = config.tau, window_steps
-        for name in ("total", "last", "before"):
+        for name in ("total", "count", "last", "before"):
             self.register_buffer(name, torch.zeros(num_objectives, dtype=torch.float64))
 
     def coefficients(self, losses: Tensor, step: int) -> Tensor:
@@ -120,12 +123,14 @@ class DynamicWeightAverage(LossBalancing):
         windows, position = divmod(step - 1, self.window_steps)
         if windows and position == 0:
             self.before.copy_(self.last)
-            self.last.copy_(self.total / self.window_steps)
+            self.last.copy_(self.total / self.count.clamp(min=1))
             self.total.zero_()
+            self.count.zero_()
         self.total += losses
+        self.count += losses > 0
         if windows < 2:
             return torch.ones_like(losses)
-        ratios = torch.where(self.before > 0, self.last / self.before, 1.0)
+        ratios = torch.where((self.last > 0) & (self.before > 0), self.last / self.before, 1.0)
         return len(losses) * torch.softmax(ratios / self.tau, 0)
 
 
@@ -147,24 +152,28 @@ class SmoothTchebycheff(LossBalancing):
     """STCH: K mu logsumexp_t(log(L_t / ref_t) / mu), a smooth maximum; so c_t = K softmax_t(log(L_t / ref_t) / mu) / L_t.
 
     Lin, Zhang, Yang, Liu, Wang, Zhang, "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", ICML 2024. In the
-    warm-up the loss is sum_t log L_t, and its mean losses become the references. Objectives without rows are left out.
+    warm-up the loss is sum_t log L_t, and its mean losses become the references. Objectives without rows are left out, of
+    the means, too.
     """
 
-    reference: Tensor
+    total: Tensor
+    count: Tensor
 
     def __init__(self, num_objectives: int, config: StchConfig, window_steps: int) -> None:
         super().__init__(num_objectives)
         self.mu, self.warmup_steps = config.mu, config.warmup_windows * window_steps
-        self.register_buffer("reference", torch.zeros(num_objectives, dtype=torch.float64))
+        for name in ("total", "count"):
+            self.register_buffer(name, torch.zeros(num_objectives, dtype=torch.float64))
 
     def coefficients(self, losses: Tensor, step: int) -> Tensor:
         """See the base class."""
         present = losses > 0
         some = torch.where(present, losses, 1.0)
         if step <= self.warmup_steps:
-            self.reference += losses / self.warmup_steps
+            self.total += losses
+            self.count += present
             return torch.where(present, 1.0 / some, 0.0)
-        reference = torch.where(self.reference > 0, self.reference, 1.0)
+        reference = torch.where(self.count > 0, self.total / self.count, 1.0)
         scores = torch.where(present, (some / reference).log() / self.mu, -torch.inf)
         return torch.where(present, len(losses) * torch.softmax(scores, 0) / some, 0.0)
 

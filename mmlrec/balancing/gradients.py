@@ -5,7 +5,7 @@ backward leaves. So nothing here calls backward. Inside the forward pass `torch.
 network's input x and parameters; it reaches neither table nor hook. The strategy turns their Gram matrix into coefficients c.
 What is returned is the loss, with a backward of its own that hands on
 
-    sum_k c_k dL_k/dp for x and every shared parameter p,      sum_k dL_k/dp for a parameter that one objective owns.
+    sum_k c_k dL_k/dp for x and every shared parameter p,      sum_k dL_k/dp for what one objective owns.
 
 The caller's backward carries the former from x into the lookup, once.
 """
@@ -25,6 +25,10 @@ from mmlrec.balancing.balancing import Balancing, by_name, mean_over_ranks, step
 from mmlrec.balancing.rules import Array
 from mmlrec.config import GradientBalancingConfig, GradNormConfig, MetaBalanceConfig, MgdaConfig
 
+#: Name of a parameter -> for each of its equal parts along the first axis, whether one objective owns it; shared if absent.
+Owned = Mapping[str, tuple[bool, ...]]
+#: A tensor, and which of its numbers are meant; None: all.
+Part = tuple[Tensor, Tensor | None]
 #: A rule of `rules` with its options: Gram matrix, losses and step -> coefficients.
 Rule = Callable[[Array, Array, int], Array]
 
@@ -34,7 +38,7 @@ class GradientBalancing(Balancing):
 
     Args:
         rule: what makes coefficients of the Gram matrix of those objectives whose gradient is not zero.
-        owned: names of the parameters that one objective owns.
+        owned: what of the parameters one objective owns.
         num_looked_up: columns of x that come from tables.
     """
 
@@ -42,7 +46,7 @@ class GradientBalancing(Balancing):
     gram: Tensor
 
     def __init__(
-        self, num_objectives: int, config: GradientBalancingConfig, rule: Rule | None, owned: frozenset[str], num_looked_up: int
+        self, num_objectives: int, config: GradientBalancingConfig, rule: Rule | None, owned: Owned, num_looked_up: int
     ) -> None:
         super().__init__()
         self.rule, self.owned, self.num_looked_up = rule, owned, num_looked_up
@@ -53,10 +57,10 @@ class GradientBalancing(Balancing):
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
         shared, owned = self._split(x, parameters)
-        tensors, loss = [*shared, *owned], torch.sum(objectives)
+        tensors, loss = [tensor for tensor, _ in shared + owned], torch.sum(objectives)
         if (step - 1) % self.refresh_every == 0:
             # What is owned comes along: in layers that hold all heads at once, to leave it out saves nothing.
-            of_each = [gradients(objective, tensors) for objective in objectives.unbind()]
+            of_each = [gradients(objective, shared + owned) for objective in objectives.unbind()]
             self._refresh([own[: len(shared)] for own in of_each], objectives.detach(), step)
             found = weighted_sum([own[: len(shared)] for own in of_each], self.coefficient.tolist())
             if owned:
@@ -66,10 +70,19 @@ class GradientBalancing(Balancing):
             found += gradients(loss, owned) if owned else []
         return _Replaced.apply(loss.detach(), len(tensors), *tensors, *found)
 
-    def _split(self, x: Tensor, parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What objectives share, x first, and what one of them owns."""
-        shared = [p for name, p in parameters.items() if name not in self.owned]
-        return [x, *shared], [p for name, p in parameters.items() if name in self.owned]
+    def _split(self, x: Tensor, parameters: Mapping[str, Tensor]) -> tuple[list[Part], list[Part]]:
+        """What objectives share, x first, and what one of them owns. A parameter of which parts are owned is in both lists."""
+        shared: list[Part] = [(x, None)]
+        owned: list[Part] = []
+        for name, parameter in parameters.items():
+            parts = self.owned.get(name, (False,))
+            if len(set(parts)) == 1:
+                (owned if parts[0] else shared).append((parameter, None))
+                continue
+            mask = torch.tensor(parts, device=parameter.device).repeat_interleave(parameter.numel() // len(parts))
+            owned.append((parameter, mask.view_as(parameter)))
+            shared.append((parameter, ~mask.view_as(parameter)))
+        return shared, owned
 
     def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
         """The c [K] of the objectives whose gradient is not zero; 1 for the others, which have no rows in this batch."""
@@ -136,7 +149,7 @@ class GradNorm(GradientBalancing):
     weights: Tensor
     first: Tensor
 
-    def __init__(self, num_objectives: int, config: GradNormConfig, owned: frozenset[str], num_looked_up: int) -> None:
+    def __init__(self, num_objectives: int, config: GradNormConfig, owned: Owned, num_looked_up: int) -> None:
         super().__init__(num_objectives, config, None, owned, num_looked_up)
         self.alpha, self.lr = config.alpha, config.lr
         self.register_buffer("weights", torch.ones(num_objectives, dtype=torch.float64))
@@ -162,9 +175,7 @@ class MetaBalance(GradientBalancing):
 
     norms: Tensor
 
-    def __init__(
-        self, num_objectives: int, config: MetaBalanceConfig, main: int, owned: frozenset[str], num_looked_up: int
-    ) -> None:
+    def __init__(self, num_objectives: int, config: MetaBalanceConfig, main: int, owned: Owned, num_looked_up: int) -> None:
         super().__init__(num_objectives, config, None, owned, num_looked_up)
         self.r, self.beta, self.main = config.r, config.beta, main
         self.register_buffer("norms", torch.zeros(num_objectives, dtype=torch.float64))
@@ -225,9 +236,10 @@ class _Replaced(torch.autograd.Function):
         return None, None, *(grads[0] * gradient for gradient in given), *(None for _ in given)
 
 
-def gradients(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """dloss/dtensor for each, zeros where it does not depend on one; the graph stays."""
-    return list(torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True))
+def gradients(loss: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """dloss/dtensor for each, zeros outside of its mask and where the loss does not depend on it; the graph stays."""
+    found = torch.autograd.grad(loss, [tensor for tensor, _ in parts], retain_graph=True, materialize_grads=True)
+    return [own if mask is None else own * mask for own, (_, mask) in zip(found, parts, strict=True)]
 
 
 def weighted_sum(of_each: list[list[Tensor]], c: Sequence[float]) -> list[Tensor]:

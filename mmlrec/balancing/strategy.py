@@ -19,6 +19,7 @@ from mmlrec.balancing.gradients import (
     GradNorm,
     MetaBalance,
     Monitor,
+    Owned,
     Rule,
     mgda_rule,
     nash_rule,
@@ -58,10 +59,23 @@ def _owning(loss: Loss) -> set[str]:
     return owning
 
 
+def _owned(loss: Loss, owners: Mapping[str, str | None], sole: Mapping[str, tuple[bool, ...]]) -> Owned:
+    """What belongs to one objective: parameters of an owner that is one, and parts that the loss of one trains alone."""
+    found: dict[str, tuple[bool, ...]] = {}
+    for name, owner in owners.items():
+        if owner in _owning(loss):
+            found[name] = (True,)
+        # Where objectives are heads, a task is one only in MTL, and in stacks whose members belong to scenarios.
+        elif sole.get(name) and (loss.unit == "task" or (loss.unit == "head" and (loss.num_scenarios == 1 or owner))):
+            found[name] = sole[name]
+    return found
+
+
 def build_balancing(
     config: BalancingConfig,
     loss: Loss,
     owners: Mapping[str, str | None],
+    sole: Mapping[str, tuple[bool, ...]],
     num_looked_up: int,
     *,
     seed: int,
@@ -71,6 +85,7 @@ def build_balancing(
 
     Args:
         owners: parameter name -> task, scenario, head, or None where it is shared by all.
+        sole: parameter name -> the parts of it that one task's loss alone trains; see `MultiTaskModel.sole`.
         num_looked_up: columns of the network's input that come from tables.
 
     Raises:
@@ -82,8 +97,9 @@ def build_balancing(
     if all(config.loss_weights.get(name) == 0 for name in names):
         raise ConfigError("balancing.loss_weights: all objectives have weight 0, so nothing would be trained. Leave one out.")
     if isinstance(config, GradientBalancingConfig):
-        owned = frozenset(name for name, owner in owners.items() if owner in _owning(loss))
-        return _gradient_balancing(config, loss, owned, len(owned) < len(owners), num_looked_up, seed)
+        owned = _owned(loss, owners, sole)
+        any_shared = not all(all(owned.get(name, (False,))) for name in owners)
+        return _gradient_balancing(config, loss, owned, any_shared, num_looked_up, seed)
     if isinstance(config, UwConfig):
         return UncertaintyWeighting(_kappas(loss))
     if isinstance(config, RlwConfig):
@@ -100,7 +116,7 @@ def build_balancing(
 
 
 def _gradient_balancing(
-    config: GradientBalancingConfig, loss: Loss, owned: frozenset[str], any_shared: bool, num_looked_up: int, seed: int
+    config: GradientBalancingConfig, loss: Loss, owned: Owned, any_shared: bool, num_looked_up: int, seed: int
 ) -> Balancing:
     names, count = loss.objectives, len(loss.objectives)
     if count < 2:

@@ -81,6 +81,13 @@ class AITM(ChainModel):
         self.map_biases = nn.Parameter(torch.zeros(3, width)) if config.ait_bias else None
         self.towers = Towers(members, width, self._tower_units, config.hidden, generator)
 
+    def sole(self, parameter: str) -> tuple[bool, ...]:
+        """The last step's bottom and what is passed to it; the attention, when there are two steps only."""
+        if parameter.startswith("bottoms."):
+            return self.last_step
+        last = f"transfers.{len(self.transfers) - 1}."
+        return (True,) if parameter.startswith((last, "map") if len(self.transfers) == 1 else last) else ()
+
     @property
     def _tower_units(self) -> list[int]:
         return self.config.tower_hidden_units if self.config.use_tower else []

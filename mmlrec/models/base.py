@@ -149,6 +149,13 @@ class MultiTaskModel(nn.Module):
         """
         return next((kind for name, kind in self.owners.items() if parameter == name or parameter.startswith(name + ".")), None)
 
+    def sole(self, parameter: str) -> tuple[bool, ...]:
+        """For each of the equal parts of a parameter along its first axis: does one task's loss alone train it? () where none.
+
+        For parameters that no task or head owns, as a stack of which some members are alone in this and others are not.
+        """
+        return ()
+
     def check_fields(self, option: str, names: Sequence[str]) -> None:
         """Refuse names of fields that the data does not have, and a name given twice.
 
@@ -346,6 +353,11 @@ class ChainModel(MultiTaskModel):
         if self.replicas > 1:
             return owner
         return "task" if owner == "head" else None
+
+    @property
+    def last_step(self) -> tuple[bool, ...]:
+        """Of stacks of T * R: the members of the chain's last step. No later step's loss sees them."""
+        return tuple(task == self.chain[-1] for task in range(self.spec.num_tasks) for _ in range(self.replicas))
 
     def make_loss(self, options: LossOptions) -> Loss:
         """Losses in which a step that was not taken implies that the next ones were not, unless the labels are no chain."""

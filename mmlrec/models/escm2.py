@@ -110,6 +110,10 @@ class ESCM2(ChainModel):
         if config.variant == "dr":
             self.imputation = Towers(self.replicas, width, config.expert_hidden_units, config.hidden, generator)
 
+    def sole(self, parameter: str) -> tuple[bool, ...]:
+        """The tower of cvr: that of ctr is part of the product, too."""
+        return self.last_step if parameter.startswith("towers.") else ()
+
     def make_loss(self, options: LossOptions) -> Loss:
         """Losses of ctr and of the product, and the counterfactual risk."""
         return CounterfactualLoss(self, options)

@@ -40,6 +40,10 @@ class ESMM(ChainModel):
         members = spec.num_tasks * self.replicas
         self.towers = Towers(members, spec.input_width, config.expert_hidden_units, config.hidden, self.generator)
 
+    def sole(self, parameter: str) -> tuple[bool, ...]:
+        """The last step's tower: earlier ones are part of every later product."""
+        return self.last_step
+
     def forward(
         self,
         x: Tensor,

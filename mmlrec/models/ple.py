@@ -134,16 +134,15 @@ class PLE(MultiTaskModel):
         """Heads own the towers and what only they read: the last level's parts, and the gates of the level below it.
 
         The shared gate of every level but the last reads all specific experts of that level, so they are shared; so are the
-        gates two or more levels below the last, whose outputs those experts read. Without shared experts there is no shared
-        gate, and heads own everything.
+        gates two or more levels below the last, whose outputs those experts read. Without specific experts the shared gate
+        reads none of the heads' parts, and without shared experts there is no shared gate: heads own all gates, or everything.
         """
         if parameter.startswith("towers.") or not self.config.num_shared_experts:
             return "head"
         _, index, part, *_ = parameter.split(".")
         below_last = self.config.num_levels - 1 - int(index)
-        if (part == "specific" and below_last == 0) or (part == "gates" and below_last <= 1):
-            return "head"
-        return None
+        of_gates = part == "gates" and (below_last <= 1 or not self.config.num_specific_experts)
+        return "head" if of_gates or (part == "specific" and below_last == 0) else None
 
     def forward(
         self,

@@ -148,6 +148,7 @@ def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest:
         config.balancing,
         loss,
         {name: network.owner(name) for name, _ in network.named_parameters()},
+        {name: network.sole(name) for name, _ in network.named_parameters()},
         sum(network.spec.fields.values()),
         seed=config.training.seed,
         steps_per_epoch=-(-manifest.splits["train"].num_rows // config.training.batch_size),

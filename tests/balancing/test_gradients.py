@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mmlrec.balancing.balancing import Balancing
-from mmlrec.balancing.strategy import build_balancing
+from mmlrec.balancing.gradients import GradNorm, MetaBalance
+from mmlrec.balancing.strategy import build_balancing, rule_of
 from mmlrec.config import STRATEGIES, ConfigError
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method, method_names
@@ -45,12 +46,13 @@ class Case:
             self.data.labels[:, 1] = 1 - self.data.labels[:, 0]
         self.loss = self.net.make_loss(LossOptions(unit=unit))
         self.owners = {name: self.net.owner(name) for name, _ in self.net.named_parameters()}
+        self.sole = {name: self.net.sole(name) for name, _ in self.net.named_parameters()}
         self.options = options
 
     def strategy(self, name, **options):
         config = STRATEGIES[name](**(self.options | options))
         looked_up = sum(self.net.spec.fields.values())
-        return build_balancing(config, self.loss, self.owners, looked_up, seed=0, steps_per_epoch=5)
+        return build_balancing(config, self.loss, self.owners, self.sole, looked_up, seed=0, steps_per_epoch=5)
 
     def objectives(self, x, only=None):
         """[K], from a new forward pass."""
@@ -76,7 +78,18 @@ class Case:
         return [self.backward(lambda x, k=k: self.objectives(x)[k])[1] for k in range(count)]
 
     def owned(self):
-        return {name for name, owner in self.owners.items() if owner in OWNED[self.net.spec.setting, self.loss.unit]}
+        """Name -> 1 where one objective owns a number, else 0, in the shape of the parameter."""
+        setting, unit = self.net.spec.setting, self.loss.unit
+        found = {"x": torch.zeros_like(self.data.x)}
+        for name, parameter in self.net.named_parameters():
+            parts = (False,)
+            if self.owners[name] in OWNED[setting, unit]:
+                parts = (True,)
+            elif self.sole[name] and (unit == "task" or setting is Setting.MTL or (unit == "head" and self.owners[name])):
+                parts = self.sole[name]
+            own = torch.tensor(parts, dtype=torch.float64).repeat_interleave(parameter.numel() // len(parts))
+            found[name] = own.view_as(parameter)
+        return found
 
     def gram(self, of_each, scope):
         """Inner products, vector by vector."""
@@ -85,7 +98,7 @@ class Case:
         for own in of_each:
             parts = []
             if scope != "embedding":
-                parts += [g.flatten() for name, g in own.items() if name != "x" and name not in self.owned()]
+                parts += [((1 - self.owned()[name]) * g).flatten() for name, g in own.items() if name != "x"]
             if scope != "shared_dense":
                 parts.append(own["x"][:, :width].flatten())
             vectors.append(torch.cat(parts).numpy())
@@ -98,9 +111,13 @@ def test_gradients_equal_the_explicit_form(name, shape, unit):
     if case.net.num_noise:
         case.net.eval()  # gates without noise: the explicit form runs one forward pass for each objective
     of_each = case.of_each()
-    for key in case.owned():
-        # Owned means: no number of it is trained by two objectives.
-        assert (torch.stack([own[key] != 0 for own in of_each]).sum(0) <= 1).all(), key
+    for key, owned in case.owned().items():
+        # Owned means: no number of it is trained by two objectives. Else each part of it is.
+        by = torch.stack([own[key] != 0 for own in of_each])
+        assert (by.sum(0)[owned == 1] <= 1).all(), key
+        for part in torch.arange(owned.numel()).chunk(len(case.sole.get(key) or (0,))):
+            if (owned.flatten()[part] == 0).all():
+                assert by.flatten(1)[:, part].any(1).sum() >= 2, key
     closer = [("pcgrad", "shared_dense"), ("cagrad", "embedding")] if name in ("shared_bottom", "mmoe", "ple") else []
     for rule, scope in [("mgda", "both"), *closer]:
         strategy = case.strategy(rule, scope=scope)
@@ -110,13 +127,14 @@ def test_gradients_equal_the_explicit_form(name, shape, unit):
         c = case.strategy(rule, scope=scope).coefficients(gram, case.objectives(case.data.x).detach().numpy(), 1)
         np.testing.assert_allclose(strategy.coefficient.numpy(), c, rtol=1e-6, atol=1e-9)
         for key, gradient in found.items():
-            factors = np.ones(len(c)) if key in case.owned() else strategy.coefficient.numpy()
+            owned = case.owned()[key]
+            factors = [owned + (1 - owned) * f for f in strategy.coefficient.tolist()]
             expected = sum(f * own[key] for f, own in zip(factors, of_each, strict=True))
             torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
         torch.testing.assert_close(value, case.objectives(case.data.x).sum().detach(), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", ["shared_bottom", "mmoe", "ple", "star"])
+@pytest.mark.parametrize("name", ["shared_bottom", "mmoe", "ple", "star", "esmm", "aitm"])
 def test_cached_coefficients_give_the_same_gradients(name):
     case = Case(name, "mtmsl", "task")
     every = case.strategy("pcgrad")
@@ -153,6 +171,32 @@ def test_an_objective_with_coefficient_zero_still_trains_its_head():
     torch.testing.assert_close(found["towers.weight"][1], second["towers.weight"][1])
 
 
+@pytest.mark.parametrize("unit", ["task", "head"])
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("esmm", ["towers.weight", "towers.hidden.weights.0"]),
+        ("escm2", ["towers.bias", "towers.hidden.biases.1"]),
+        ("aitm", ["bottoms.weights.0"]),
+    ],
+)
+def test_a_chain_step_that_only_its_own_loss_trains_is_left_alone(name, own, unit):
+    """c = (1, 0): the last step's part gets the whole gradient of its loss, the first step's only that of the first loss."""
+    case = Case(name, "mtl", unit)
+    strategy = case.strategy("mgda")
+    strategy.coefficients = lambda gram, losses, step: np.array([1.0, 0.0])
+    _, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+    first, second = case.of_each()
+    for key in own:
+        assert (second[key][1] != 0).any()
+        assert (first[key][1] == 0).all()
+        torch.testing.assert_close(found[key][1], second[key][1], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[key][0], first[key][0], rtol=1e-12, atol=0)
+    if name == "aitm":
+        for key in ("maps", "transfers.0.weights.0"):
+            torch.testing.assert_close(found[key], second[key], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("name", GRADIENT_LEVEL)
 def test_an_objective_without_rows_leaves_the_others_alone(name):
     """Two objectives of which one is masked in this batch: training is that of the other alone."""
@@ -164,7 +208,8 @@ def test_an_objective_without_rows_leaves_the_others_alone(name):
     factor = strategy.coefficient[0].item()
     assert factor == pytest.approx(1.2 if name == "cagrad" else 1 / 1.01**0.5 if name == "nash" else 1)
     for key, gradient in found.items():
-        expected = alone[key] * (1 if key in case.owned() else factor)
+        owned = case.owned()[key]
+        expected = alone[key] * (owned + (1 - owned) * factor)
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-15)
 
 
@@ -199,6 +244,68 @@ def test_gradnorm_weights_descend_and_keep_their_sum():
     stepped = 1 - 0.1 * np.sign(n - n.mean()) * n
     case.backward(lambda x: strategy(case.objectives(x), x, run, 2))
     np.testing.assert_allclose(strategy.coefficient.numpy(), 2 * stepped / stepped.sum(), rtol=1e-12)
+
+
+def coefficients_of(strategy, losses, matrices):
+    """Step by step, [steps, K]."""
+    steps = enumerate(zip(matrices, losses, strict=True), 1)
+    return np.array([strategy.coefficients(gram, own, step) for step, (gram, own) in steps])
+
+
+def random_grams(steps, count, seed):
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(steps, count, 6)) * rng.uniform(0.2, 3, (steps, count, 1))
+    return vectors @ vectors.transpose(0, 2, 1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
+def test_gradnorm_equals_a_loop(alpha):
+    """Rates are measured from the first losses; w falls against sign(w n - target) n, is floored and scaled to sum K."""
+    matrices = random_grams(30, 3, seed=1)
+    losses = np.random.default_rng(2).uniform(0.1, 1.0, (30, 3))
+    strategy = GradNorm(3, STRATEGIES["gradnorm"](alpha=alpha, lr=0.1), {}, 0)
+    found, w, floored = coefficients_of(strategy, losses, matrices), [1.0, 1.0, 1.0], 0
+    for step in range(30):
+        assert found[step] == pytest.approx(w, rel=1e-12)
+        n = [matrices[step][t][t] ** 0.5 for t in range(3)]
+        rates = [losses[step][t] / losses[0][t] for t in range(3)]
+        mean_norm, mean_rate = sum(w[t] * n[t] for t in range(3)) / 3, sum(rates) / 3
+        for t in range(3):
+            target = mean_norm * (rates[t] / mean_rate) ** alpha
+            w[t] -= 0.1 * n[t] * (1 if w[t] * n[t] > target else -1)
+        floored += sum(value < 1e-4 for value in w)
+        w = [max(value, 1e-4) for value in w]
+        w = [3 * value / sum(w) for value in w]
+    assert floored
+
+
+def test_metabalance_equals_a_loop():
+    """Norms are moving averages over the steps in which an objective has a gradient."""
+    matrices = random_grams(12, 3, seed=3)
+    matrices[4, 1] = matrices[4, :, 1] = 0
+    matrices[0, 2] = matrices[0, :, 2] = 0
+    strategy = MetaBalance(3, STRATEGIES["metabalance"](r=0.6, beta=0.8), 1, {}, 0)
+    found, mean = coefficients_of(strategy, np.ones((12, 3)), matrices), [None] * 3
+    for step in range(12):
+        for t in range(3):
+            n = matrices[step][t][t] ** 0.5
+            if n:
+                mean[t] = n if mean[t] is None else 0.8 * mean[t] + 0.2 * n
+        expected = [1.0 if m is None else 0.6 * mean[1] / m + 0.4 for m in mean]
+        assert found[step] == pytest.approx(expected, rel=1e-12)
+
+
+def test_scale_is_that_of_a_sum():
+    """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge c_t^2."""
+    gram = random_grams(1, 3, seed=4)[0]
+    losses = np.ones(3)
+    rules = {name: rule_of(STRATEGIES[name](), 0) for name in ("imtl_g", "mgda")}
+    assert rule_of(STRATEGIES["cagrad"](c_a=0.0), 0)(gram, losses, 1) == pytest.approx([1, 1, 1], rel=1e-9)
+    for rule in rules.values():
+        assert rule(gram, losses, 1).sum() == pytest.approx(3, rel=1e-9)
+    for ridge in (0.01, 0.3):
+        c = rule_of(STRATEGIES["nash"](ridge=ridge), 0)(gram, losses, 1)
+        assert c * (gram / np.linalg.norm(gram) @ c) == pytest.approx(1 - ridge * c**2, rel=1e-8)
 
 
 def test_report_names_cosines_norms_and_coefficients():

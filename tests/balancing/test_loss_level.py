@@ -87,11 +87,12 @@ def test_stch_is_the_gradient_of_its_loss():
         assert found[step] == pytest.approx(losses.grad.tolist(), rel=1e-10)
 
 
-def test_famo_equals_autograd_and_torch_adam():
+@pytest.mark.parametrize("options", [{}, {"lr": 0.1, "decay": 0.05}])
+def test_famo_equals_autograd_and_torch_adam(options):
     history = random_history(12, 3, seed=3)
-    found = run(Famo(3, FamoConfig()), history)
+    found = run(Famo(3, FamoConfig(**options)), history)
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    adam = torch.optim.Adam([w], lr=0.025, weight_decay=1e-3)
+    adam = torch.optim.Adam([w], lr=options.get("lr", 0.025), weight_decay=options.get("decay", 1e-3))
     for step, values in enumerate(history):
         losses = torch.tensor(values, dtype=torch.float64)
         if step:
@@ -134,6 +135,32 @@ def test_uw_log_variances_stay_in_range():
         strategy.log_variances.fill_(12.0)
     strategy(torch.tensor([0.5]), X, {}, 1)
     assert strategy.log_variances.item() == 10.0
+
+
+def test_uw_leaves_an_objective_alone_in_steps_without_its_rows():
+    """The same loss in both objectives, the second in one of five batches only: their weights become the same."""
+    strategy = UncertaintyWeighting([1.0, 1.0])
+    optimizer = torch.optim.SGD(strategy.parameters(), lr=0.2)
+    for step in range(2000):
+        before = strategy.log_variances.detach().clone()
+        optimizer.zero_grad()
+        strategy(torch.tensor([0.3, 0.0 if step % 5 else 0.3]), X, {}, step + 1).backward()
+        optimizer.step()
+        assert step % 5 == 0 or strategy.log_variances[1] == before[1]
+    assert strategy.log_variances.tolist() == pytest.approx([math.log(0.6)] * 2, abs=1e-4)
+
+
+def test_dwa_averages_over_steps_with_rows():
+    """Constant losses, the second in one of five batches of each of three windows, and in none of the fourth."""
+    history = [[0.5, 0.0 if step % 5 or step >= 15 else 0.5] for step in range(25)]
+    np.testing.assert_allclose(run(DynamicWeightAverage(2, DwaConfig(), 5), history), 1, rtol=1e-12)
+
+
+def test_stch_references_are_means_over_steps_with_rows():
+    """Equal losses, the second in two of ten warm-up batches: equal weights, K softmax(0) / L = 2 * 0.5 / 0.5, afterwards."""
+    history = [[0.5, 0.0 if step % 5 else 0.5] for step in range(10)] + [[0.5, 0.5]]
+    found = run(SmoothTchebycheff(2, StchConfig(mu=0.5, warmup_windows=1), window_steps=10), history)
+    assert found[-1] == pytest.approx((2, 2), rel=1e-12)
 
 
 STRATEGIES = {

@@ -165,6 +165,16 @@ def test_the_second_loss_trains_the_first_network_and_not_the_other_way_round():
             assert bool((gradients["bottoms.weights.0"][member] != 0).any()) == expected
 
 
+def test_what_is_passed_on_is_dropped_out():
+    """With dropout in the transfers only, the first step's logit is fixed and the second one's is not."""
+    net = build("aitm", make_spec(), dropout=0.5)
+    net.bottoms.dropout = 0.0
+    data = make_data(net, 32)
+    first, second = (net(data.x, data.fields, data.scenario).logits for _ in range(2))
+    assert torch.equal(first[:, 0], second[:, 0])
+    assert not torch.equal(first[:, 1], second[:, 1])
+
+
 def test_attention_is_shared_over_scenarios():
     one, three = build("aitm", make_spec()), build("aitm", make_spec(2, 3))
     shared = 6 * 6 + 6 + 3 * 6 * 6

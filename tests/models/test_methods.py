@@ -334,7 +334,9 @@ def test_ple_levels_below_the_last_mix_heads_and_the_last_does_not():
     assert (last[:, 0] != 0).any()
 
 
-@pytest.mark.parametrize(("levels", "options"), [(1, {}), (2, {}), (3, {}), (3, {"num_shared_experts": 0})])
+@pytest.mark.parametrize(
+    ("levels", "options"), [(1, {}), (2, {}), (3, {}), (3, {"num_shared_experts": 0}), (4, {"num_specific_experts": 0})]
+)
 def test_ple_heads_own_exactly_what_one_head_trains(levels, options):
     net = build("ple", make_spec(3), num_levels=levels, **options)
     data = make_data(net, 256)

@@ -13,15 +13,15 @@ from tests.models.support import build, losses, make_data, make_spec, step
 F64 = torch.float64
 
 
-def gate(log_alpha, u=None):
+def gate(config, log_alpha, u=None):
     """One hard-concrete gate: of a training step with the uniform number u, or of evaluation."""
-    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / 0.9
-    return min(1.0, max(0.0, 1.2 / (1 + math.exp(-logit)) - 0.1))
+    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
+    return min(1.0, max(0.0, (config.hc_zeta - config.hc_gamma) / (1 + math.exp(-logit)) + config.hc_gamma))
 
 
-def values(gates, numbers):
+def values(config, gates, numbers):
     """All gates of a module as a tensor, one after the other; `numbers` yields the noise, or is None."""
-    found = [gate(a, None if numbers is None else next(numbers)) for a in gates.log_alpha.flatten().tolist()]
+    found = [gate(config, a, None if numbers is None else next(numbers)) for a in gates.log_alpha.flatten().tolist()]
     return torch.tensor(found, dtype=F64).view(gates.log_alpha.shape)
 
 
@@ -44,11 +44,11 @@ def columns_of_fields(net):
 def reference(net, rows, noise=None):
     """Logits of all heads, [B, H]: fields are scaled before the first layer, cells after each map."""
     numbers = None if noise is None else iter(noise.tolist())
-    cells = [values(connections.gates, numbers) for connections in net.connections]
+    cells = [values(net.config, connections.gates, numbers) for connections in net.connections]
     experts = net.config.num_experts
     scale = torch.ones(experts, net.spec.input_width, dtype=F64)
     if net.config.fscm:
-        m = values(net.field_gates, numbers)
+        m = values(net.config, net.field_gates, numbers)
         for e in range(experts):
             for f, columns in enumerate(columns_of_fields(net)):
                 scale[e, columns] = m[e, f]
@@ -73,7 +73,11 @@ def perturbed(spec, seed=3, **options):
     return net
 
 
-@pytest.mark.parametrize("options", [{}, {"dense_as_one_field": True}, {"fscm": False}], ids=["all", "one-dense", "no-fields"])
+STRETCHED = {"hc_beta": 0.5, "hc_gamma": -0.3, "hc_zeta": 1.4, "log_alpha_init": 0.3}
+OPTIONS = {"all": {}, "one-dense": {"dense_as_one_field": True}, "no-fields": {"fscm": False}, "stretched": STRETCHED}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("tasks", "scenarios"), [(2, 1), (1, 2), (1, 6), (2, 2), (3, 4)])
 def test_equals_a_loop_over_rows_fields_and_cells(options, training, tasks, scenarios):

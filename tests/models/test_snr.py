@@ -16,11 +16,14 @@ SIZES = [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)]
 VARIANTS = ["trans", "aver"]
 
 
-def gate(log_alpha, u=None):
+STRETCHED = {"hc_beta": 0.5, "hc_gamma": -0.3, "hc_zeta": 1.4, "log_alpha_init": 0.3}
+
+
+def gate(config, log_alpha, u=None):
     """One hard-concrete gate: of a training step with the uniform number u, or of evaluation."""
-    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / 0.9
+    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
     s = 1 / (1 + math.exp(-logit))
-    return min(1.0, max(0.0, s * 1.2 - 0.1))
+    return min(1.0, max(0.0, s * (config.hc_zeta - config.hc_gamma) + config.hc_gamma))
 
 
 def layer(x, stack, member):
@@ -41,7 +44,7 @@ def reference(net, x, noise=None):
         u = [layer(v[j], stack, j) for j in range(experts)]
         v = []
         for i, row in enumerate(connections.gates.log_alpha.tolist()):
-            z = [gate(log_alpha, None if numbers is None else next(numbers)) for log_alpha in row]
+            z = [gate(net.config, log_alpha, None if numbers is None else next(numbers)) for log_alpha in row]
             trans = net.config.variant == "trans"
             v.append(sum(z[j] * (u[j] @ connections.weight[i, j] if trans else u[j]) for j in range(experts)))
     return torch.stack([tower(v[h], net.towers, h) for h in range(net.spec.num_heads)])
@@ -72,10 +75,10 @@ def copy_into(target, source):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("tasks", "scenarios"), SIZES)
-def test_equals_a_loop_over_rows_and_connections(variant, training, tasks, scenarios):
+@pytest.mark.parametrize(("tasks", "scenarios", "options"), [*((*size, {}) for size in SIZES), (2, 2, STRETCHED)])
+def test_equals_a_loop_over_rows_and_connections(variant, training, tasks, scenarios, options):
     spec = make_spec(tasks, scenarios, fields=2, dim=5, num_dense=3, seed=tasks)
-    net = perturbed(spec, variant=variant, expert_hidden_units=[7, 13], num_experts=4).train(training)
+    net = perturbed(spec, variant=variant, expert_hidden_units=[7, 13], num_experts=4, **options).train(training)
     data = make_data(net, 9, dtype=F64)
     noise = torch.rand(net.num_noise, generator=torch.Generator().manual_seed(5))
     expected = torch.stack([reference(net, row, noise.double() if training else None) for row in data.x])
@@ -158,6 +161,15 @@ def test_evaluation_is_fixed_and_training_draws():
     net.eval()
     assert torch.equal(logits(), logits())
     assert torch.equal(logits(1), logits(2))
+
+
+@pytest.mark.parametrize("name", ["snr", "mssm"])
+def test_gates_start_where_the_option_says(name):
+    for start in ({}, {"log_alpha_init": -1.5}):
+        net = build(name, make_spec(), **start)
+        found = torch.cat([value.flatten() for key, value in net.named_parameters() if key.endswith("log_alpha")])
+        assert (found - start.get("log_alpha_init", 2.0)).abs().max() < 0.05
+        assert found.std() > 0
 
 
 @pytest.mark.parametrize(("cost", "weights"), [("connections", (1, 1)), ("params", (64, 36))])

@@ -95,6 +95,17 @@ def test_equals_a_loop_over_rows_and_members(training, options, tasks, scenarios
         torch.testing.assert_close(logits.to(F64), own(expected, data), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_running_statistics_move_by_the_momentum(momentum):
+    net = build("star", make_spec(1, 2), **({} if momentum is None else {"pn_momentum": momentum}))
+    data = make_data(net, 40)
+    net(data.x, data.fields, data.scenario)
+    for s in range(2):
+        rows = data.x[data.scenario == s]
+        expected = (momentum or 0.01) * rows.mean(0), 1 + (momentum or 0.01) * (rows.var(0) - 1)
+        torch.testing.assert_close((net.norm.running_mean[s], net.norm.running_var[s]), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("tasks", "scenarios", "axis"), [(2, 1, "task"), (1, 3, "head"), (2, 3, "head"), (2, 3, "scenario")])
 def test_gradients_equal_finite_differences(tasks, scenarios, axis):
     net = disturbed(build("star", make_spec(tasks, scenarios), star_axis=axis, activation="tanh").double())

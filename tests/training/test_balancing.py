@@ -37,6 +37,7 @@ CASES = {
     **{name: [f"balancing.name={name}", *WINDOWS.get(name, [])] for name in STRATEGIES},
     **{f"pcgrad-{scope}": ["balancing.name=pcgrad", f"balancing.scope={scope}"] for scope in ("embedding", "both")},
     "mgda-scenario": [*MTMSL, "balancing.name=mgda", "balancing.unit=scenario", "balancing.scope=both"],
+    "pcgrad-head": [*MTMSL, "balancing.name=pcgrad", "balancing.unit=head"],  # More than two: their order counts.
     "cagrad-head": [*MTMSL, "balancing.name=cagrad", "balancing.unit=head"],
     "aligned-msl": ["dataset.setting=msl", "dataset.tasks=[click]", "balancing.name=aligned"],
     "nash-kept": ["balancing.name=nash", "balancing.refresh_every=4"],
