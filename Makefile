@@ -42,7 +42,7 @@ quickstart: $(RESULT)
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python -m apps.train --config configs/mtl/movielens-100k.yaml model.name=ple"
 	@echo "  torchrun --standalone --nproc-per-node 2 -m apps.train --config configs/mtl/movielens-100k.yaml"
-	@echo "  python -m apps.evaluate --run $(<D)"
+	@echo "  python -m apps.evaluate --run-dir $(<D)"
 
 # Each of the three runs and reports, whatever the one before it said.
 test: $(ENVIRONMENT)

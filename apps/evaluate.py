@@ -1,6 +1,6 @@
 """Evaluate the best checkpoint of a run.
 
-python -m apps.evaluate --run DIR
+python -m apps.evaluate --run-dir DIR
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def parse() -> argparse.Namespace:
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
         " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m apps.evaluate --run runs/mtl-movielens-mmoe-seed0",
+        epilog="example:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0",
     )
-    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--run-dir", required=True, help="run folder")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")
     return parser.parse_intermixed_args()
@@ -34,7 +34,7 @@ def main() -> None:
     from mmlrec.training.run_folder import RunFolder
     from mmlrec.training.session import load_session
 
-    folder = RunFolder(Path(arguments.run))
+    folder = RunFolder(Path(arguments.run_dir))
     with process_group() as world:
         session, step = load_session(folder, world, arguments.overrides)
         report = evaluate_split(session, arguments.split)

@@ -1,6 +1,6 @@
 """Score a dataset with the best checkpoint of a run.
 
-python -m apps.predict --run DIR --input DATASET --output FILE.parquet
+python -m apps.predict --run-dir DIR --input DATASET --output FILE.parquet
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def parse() -> argparse.Namespace:
         description="Score the rows of a dataset folder and write one Parquet file: the key columns, the scenario,"
         " and score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m apps.predict --run runs/NAME --input data/movielens-1m --output scores.parquet",
+        epilog="example:\n  python -m apps.predict --run-dir runs/NAME --input data/movielens-1m --output scores.parquet",
     )
-    parser.add_argument("--run", required=True, help="run folder")
+    parser.add_argument("--run-dir", required=True, help="run folder")
     parser.add_argument("--input", required=True, help="dataset folder, encoded with the vocabularies the run was trained on")
     parser.add_argument("--output", required=True, help="Parquet file to write")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
@@ -36,7 +36,7 @@ def main() -> None:
     from mmlrec.training.session import load_session
 
     with process_group() as world:
-        session, _ = load_session(RunFolder(Path(arguments.run)), world, [])
+        session, _ = load_session(RunFolder(Path(arguments.run_dir)), world, [])
         write_predictions(session, Path(arguments.input), arguments.split, Path(arguments.output))
 
 

@@ -13,9 +13,12 @@ from apps.cli import run
 
 def _seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError("give whole numbers separated by commas, such as 0,2,4") from None
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError("a seed is named twice, which would count its result twice")
+    return seeds
 
 
 def parse() -> argparse.Namespace:

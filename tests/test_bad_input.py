@@ -298,12 +298,14 @@ def test_part_missing(data, train):
     assert str(path) in error
 
 
-def test_empty_split(tmp_path, train):
-    write_dataset(tmp_path / "data", rows={"train": 64, "valid": 0, "test": 10})
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_empty_split(tmp_path, train, split):
+    write_dataset(tmp_path / "data", rows={"train": 64, "valid": 10, "test": 10} | {split: 0})
     (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
     code, error = train()
     assert code == 2
-    assert "valid" in error
+    assert f"split '{split}' has no rows" in error
+    assert not (tmp_path / "run").exists()  # Told before anything is trained.
 
 
 def test_dataset_without_manifest(data, train):
@@ -369,6 +371,37 @@ def test_resume_without_a_checkpoint(data, app, tmp_path):
     code, error = app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run", "--resume")
     assert code == 2
     assert "no whole checkpoint to resume from" in error
+
+
+def test_evaluate_as_another_model_or_on_other_data(data, train, app, tmp_path):
+    assert train()[0] == 0
+    result = (tmp_path / "run/result.json").read_text()
+    for override, words in (
+        ("model.activation=tanh", "model.activation: 'relu' in the run folder, 'tanh' now"),
+        ("dataset.tasks=[buy, click]", "dataset.tasks"),
+        (f"dataset.path={write_dataset(tmp_path / 'other', rows=50, seed=5).folder}", "on other data"),
+    ):
+        code, error = app("evaluate", "--run-dir", tmp_path / "run", override)
+        assert code == 2
+        assert words in error
+    assert (tmp_path / "run/result.json").read_text() == result
+    assert app("evaluate", "--run-dir", tmp_path / "run", "training.eval_batch_size=7")[0] == 0
+
+
+def test_damaged_result(data, train, app, tmp_path):
+    assert train()[0] == 0
+    path = tmp_path / "run/result.json"
+    path.write_text(path.read_text()[:-9])
+    for name, more in (("evaluate", ()), ("train", ("--config", tmp_path / "config.yaml"))):
+        code, error = app(name, "--run-dir", tmp_path / "run", *more)
+        assert code == 2
+        assert f"{path} is damaged" in error
+
+
+def test_a_seed_twice(data, app, tmp_path):
+    code, error = app("seeds", "--config", tmp_path / "config.yaml", "--seeds", "0,0")
+    assert code == 2
+    assert "a seed is named twice" in error
 
 
 def test_evaluate_something_else(app, tmp_path):

@@ -78,19 +78,34 @@ def make_plan(
     Args:
         batch_size: rows per rank, for the planner's cost model.
 
+    Tables with too few rows for row-wise sharding, which would leave a rank without any, are placed table-wise.
+
     Raises:
-        ConfigError: a table that does not exist, or no placement fits the memory.
+        ConfigError: a table that does not exist or is too small for the sharding it is given by name, or no placement fits
+            the memory.
     """
     names = [c.name for c in tables.embedding_bag_configs()]
+    # The fused kernel reads beyond the end of memory where a rank's last shard has no rows.
+    small = {
+        c.name
+        for c in tables.embedding_bag_configs()
+        if -(-c.num_embeddings // world_size) * (world_size - 1) >= c.num_embeddings
+    }
     for name in config.table_sharding:
         if name not in names:
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, names)} Tables: {', '.join(names)}."
             )
+        if config.table_sharding[name] == "row_wise" and name in small and world_size > 1:
+            raise ConfigError(
+                f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
+            )
     sharder = PortableSharder()
     wanted: dict[str, str] = {name: config.table_sharding.get(name, config.sharding) for name in names}
     if world_size == 1:
         wanted = {name: "table_wise" if sharding == "auto" else sharding for name, sharding in wanted.items()}
+    else:
+        wanted |= dict.fromkeys(small, "table_wise")
     if "auto" in wanted.values():
         constraints = {
             name: ParameterConstraints(

@@ -39,7 +39,7 @@ class MMoE(MultiTaskModel):
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
         gate_extra_fields: list[str] = Field(default=[], description="Fields appended to the gates' input.")
         gate_dropout: float = Field(
-            default=0.0, ge=0, lt=1, description="Share of experts that a gate leaves out of a row in training."
+            default=0.0, ge=0, lt=1, description="Probability that a gate leaves out an expert; all stay if none would."
         )
 
     owners: ClassVar[dict[str, Owner]] = {"gates": "head", "towers": "head"}

@@ -91,7 +91,7 @@ def evaluate_split(session: Session, split: str) -> dict[str, Any]:
 
 def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> str:
     """Put a split's report into `result.json` and return it as a table."""
-    result = json.loads(folder.result.read_text(encoding="utf-8")) if folder.result.is_file() else {}
+    result = folder.read_result()
     result[split] = report
     result["step"] = step
     write_atomically(folder.result, json.dumps(result, indent=1))

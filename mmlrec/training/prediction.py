@@ -22,7 +22,8 @@ _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularie
 def write_predictions(session: Session, dataset: Path, split: str, output: Path) -> None:
     """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
 
-    A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first.
+    A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first. Where branches have been
+    left out (`model.branches`), a task without any has no column, and rows of a scenario without one have no score.
 
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
@@ -87,6 +88,8 @@ def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: st
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     temporary = output.with_name(output.name + ".tmp")
     chain = session.network.chain
+    branches = list(session.network.branches) or range(session.spec.num_heads)
+    trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
     writer = None
     start = 0
     try:
@@ -96,9 +99,14 @@ def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: st
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
                     scores = logits[start : start + batch.num_rows]
                     arrays, names = list(batch.columns), list(columns)
+                    scenario = np.zeros(len(scores), np.int64)
+                    if session.spec.num_scenarios > 1:
+                        scenario = batch.column(SCENARIO_COLUMN).to_numpy()
                     for index, task in enumerate(session.spec.tasks):
-                        values = scores[:, index]
-                        arrays.append(pa.array(_probability(values) if task.kind == "binary" else values))
+                        if not trained[index].any():
+                            continue
+                        values = _probability(scores[:, index]) if task.kind == "binary" else scores[:, index]
+                        arrays.append(pa.array(values, mask=~trained[index][scenario]))
                         names.append(f"score.{task.name}")
                     if chain and "score.cvr" not in names:
                         arrays.append(pa.array(_probability(conditional_logit(scores[:, chain[0]], scores[:, chain[-1]]))))

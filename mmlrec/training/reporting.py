@@ -35,7 +35,7 @@ class Reporter:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._window_start, self._window_step = time.perf_counter(), self._first_step
+        self._trained, self._resumed, self._window_step = 0.0, time.perf_counter(), self._first_step
         if not self._main:
             return self
         self._metrics = self._stack.enter_context(self._folder.metrics.open("a", encoding="utf-8", buffering=1))
@@ -72,9 +72,9 @@ class Reporter:
             waited: seconds spent waiting for data since the last report.
             diagnostics: of the newest step, by key.
         """
-        now = time.perf_counter()
-        seconds, steps = now - self._window_start, step - self._window_step
-        self._window_start, self._window_step = now, step
+        self.stop_clock()
+        seconds, steps = self._trained, step - self._window_step
+        self._trained, self._window_step = 0.0, step
         if not self._main or steps == 0:
             return
         speed = steps * self._batch_size / seconds
@@ -111,22 +111,29 @@ class Reporter:
         self._tensorboard.add_scalar("train/data_wait_share", share, step)
 
     def validation(self, step: int, epoch: int, report: dict[str, Any], note: str) -> None:
-        """Report a validation; the time it took does not count as training time."""
-        self._window_start = time.perf_counter()
+        """Report a validation."""
         if not self._main:
             return
-        aucs = {name: task.get("auc") for name, task in report["tasks"].items()}
-        shown = " ".join(f"{name} {'-' if auc is None else format(auc, '.4f')}" for name, auc in aucs.items())
-        logger.info("epoch %d step %d | valid auc %s | %s", epoch, step, shown, note)
+        shown = []
+        for name, task in report["tasks"].items():
+            metric = "mse" if task.get("mse") is not None else "auc"
+            value = task.get(metric)
+            shown.append(f"{metric} {name} {'-' if value is None else format(value, '.4f')}")
+        logger.info("epoch %d step %d | valid %s | %s", epoch, step, " ".join(shown), note)
         self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
         for name, task in entries_of(report):
             for metric, value in task.items():
                 if isinstance(value, float):
                     self._tensorboard.add_scalar(f"valid/{metric}/{name}", value, step)
 
+    def stop_clock(self) -> None:
+        """Count the time since the last restart (or stop) as training."""
+        now = time.perf_counter()
+        self._trained, self._resumed = self._trained + now - self._resumed, now
+
     def restart_clock(self) -> None:
-        """Leave what happened since the last report (a checkpoint, say) out of the speed."""
-        self._window_start = time.perf_counter()
+        """Leave what happened since the clock was stopped (a validation, a checkpoint) out of the speed."""
+        self._resumed = time.perf_counter()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(record) + "\n")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mmlrec.config import ALIASES, RunConfig
 from mmlrec.embeddings.sharding import plan_table
-from mmlrec.errors import CheckpointError, ConfigError, UserError
+from mmlrec.errors import CheckpointError, UserError
 from mmlrec.registry import resolve_model
-from mmlrec.schema import DatasetManifest
 from mmlrec.training import checkpoint
 from mmlrec.training.chain import check_chain
 from mmlrec.training.distributed import World, log_file, logger
 from mmlrec.training.evaluation import evaluate_split, write_result
-from mmlrec.training.run_folder import RunFolder, dataset_digest
+from mmlrec.training.run_folder import RunFolder
 from mmlrec.training.session import Session, build_session
 from mmlrec.training.trainer import Trainer
 
@@ -50,9 +48,9 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
     if found is not None:
         folder.check_same_run(config)
-        _check_same_data(found, config, run_dir)
+        folder.check_same_data(checkpoint.read_state(found)["dataset"], config)
         if _complete(folder, found, config):
-            report = json.loads(folder.result.read_text(encoding="utf-8"))["test"]
+            report: dict[str, Any] = folder.read_result()["test"]
             logger.info(
                 "%s is complete; nothing left to train. Delete it, or choose another --run-dir, to train again.", run_dir
             )
@@ -60,6 +58,8 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
+    for split in ("valid", "test"):
+        session.reader(split)  # What is missing there is told now, not when the split is needed.
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
     _create(folder, world)
@@ -76,13 +76,11 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
             logger.warning(doubt)
         trainer.fit()
 
-        checkpoint.read_state(folder.best)
+        best = checkpoint.read_state(folder.best)
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
         report = evaluate_split(session, "test")
         if world.is_main:
-            logger.debug(
-                "test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=trainer.progress.step)
-            )
+            logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
     return report
 
 
@@ -96,18 +94,9 @@ def _create(folder: RunFolder, world: World) -> None:
     world.raise_together(error)
 
 
-def _check_same_data(found: Path, config: RunConfig, run_dir: Path) -> None:
-    digest = dataset_digest(DatasetManifest.load(Path(config.dataset.path)))
-    if checkpoint.read_state(found)["dataset"] != digest:
-        raise ConfigError(
-            f"{run_dir} holds a run on other data than {config.dataset.path} has now."
-            " Choose another folder with --run-dir, or delete this one."
-        )
-
-
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
     """True when the run has its test result and this configuration asks for no more steps than it took."""
-    if not folder.result.is_file() or "test" not in json.loads(folder.result.read_text(encoding="utf-8")):
+    if "test" not in folder.read_result():
         return False
     state = checkpoint.read_state(found)
     before = state["config"]["training"]

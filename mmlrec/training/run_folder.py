@@ -84,8 +84,21 @@ class RunFolder:
             )
         return load_config(self.config, overrides)
 
+    def read_result(self) -> dict[str, Any]:
+        """What `result.json` holds; nothing without it.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if not self.result.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.result.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
+
     def check_same_run(self, config: RunConfig) -> None:
-        """Refuse to resume under a configuration that trains something else.
+        """Refuse to resume, or to evaluate, under a configuration that trains something else.
 
         Raises:
             ConfigError: listing each key that differs, with both values.
@@ -100,6 +113,21 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration:\n" + "\n".join(different) + "\n"
                 "Choose another folder with --run-dir, delete this one, or undo the change."
+            )
+
+    def check_same_data(self, digest: str, config: RunConfig) -> None:
+        """Refuse to go on, or to evaluate, on other data than the run was trained on.
+
+        Args:
+            digest: `dataset_digest` of the data of the run.
+
+        Raises:
+            ConfigError: the dataset of the configuration has another.
+        """
+        if digest != dataset_digest(DatasetManifest.load(Path(config.dataset.path))):
+            raise ConfigError(
+                f"{self.path} holds a run on other data than {config.dataset.path} has now."
+                " Choose another folder with --run-dir, or delete this one."
             )
 
     def keep_metrics_until(self, step: int) -> None:

@@ -236,9 +236,13 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     """The best checkpoint of a run, for evaluation and prediction, and the step it was taken at.
 
     Raises:
-        UserError: the folder is no run, or has no usable best checkpoint.
+        UserError: the folder is no run, has no usable best checkpoint, or the overrides ask for another model or other data.
     """
     config = folder.read_config(overrides)
+    folder.check_same_run(config)
+    newest = checkpoint.latest(folder.checkpoints, world)
+    if newest is not None:
+        folder.check_same_data(checkpoint.read_state(newest)["dataset"], config)
     state = checkpoint.read_state(folder.best)
     session = build_session(config, world, for_training=False, source=str(folder.config))
     checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)

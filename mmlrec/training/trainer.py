@@ -142,6 +142,7 @@ class Trainer:
         ):
             while not self.finished:
                 stopped = self._train_segment(stop, reporter)
+                reporter.stop_clock()
                 if stopped:
                     self._save()
                     raise Interrupted(

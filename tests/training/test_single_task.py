@@ -2,12 +2,16 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from mmlrec.config import load_config
 from mmlrec.training.distributed import process_group
+from mmlrec.training.prediction import write_predictions
 from mmlrec.training.run import train
+from mmlrec.training.run_folder import RunFolder
+from mmlrec.training.session import load_session
 from tests.datasets import write_dataset
 from tests.training.launch import tensors
 
@@ -73,6 +77,18 @@ def test_a_branch_alone_trains_as_in_the_joint_run(run):
     assert expected.keys() == found.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_only_trained_branches_are_scored(run):
+    folder = run("alone-scored", "model.branches=[2]", "training.max_steps=6")
+    with process_group() as world:
+        session, _ = load_session(RunFolder(folder), world, [])
+        write_predictions(session, folder.parent / "data", "test", folder / "scores.parquet")
+    scores = pq.read_table(folder / "scores.parquet")
+    assert "score.click" not in scores.column_names
+    scored = [value is not None for value in scores["score.buy"].to_pylist()]
+    assert scored == [scenario == 0 for scenario in scores["sample.scenario"].to_pylist()]
+    assert any(scored)
 
 
 def test_a_branch_alone_is_reported_alone(run):

@@ -1,0 +1,51 @@
+"""Plans: no rank gets a shard without rows, whatever the sizes; what a name asks for in vain is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torchrec import EmbeddingBagConfig
+
+from mmlrec.config import ConfigError, EmbeddingsConfig
+from mmlrec.embeddings.sharding import make_plan, plan_report
+from mmlrec.embeddings.tables import build_tables
+
+ROWS = (1, 2, 3, 4, 5, 7, 9, 1000)
+
+
+def plan_of(world_size, **options):
+    """The plan of tables t1, t2, ... that are named after their rows, and its report."""
+    names = [EmbeddingBagConfig(name=f"t{n}", embedding_dim=4, num_embeddings=n, feature_names=[f"f{n}"]) for n in ROWS]
+    holder = nn.Module()
+    holder.tables = build_tables(names)
+    plan = make_plan(
+        holder,
+        "tables",
+        holder.tables,
+        EmbeddingsConfig(**options),
+        world_size=world_size,
+        local_world_size=world_size,
+        device=torch.device("cpu"),
+        batch_size=8,
+    )
+    return plan.plan["tables"], plan_report(plan, "tables", holder.tables)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("sharding", ["row_wise", "auto"])
+def test_every_shard_has_rows(world_size, sharding):
+    plan, report = plan_of(world_size, sharding=sharding)
+    for rows in ROWS:
+        sizes = [shard.shard_sizes[0] for shard in plan[f"t{rows}"].sharding_spec.shards]
+        assert min(sizes) > 0
+        assert sum(sizes) == rows
+    if sharding == "row_wise":
+        # Row-wise over W ranks gives each ceil(rows / W) until none are left.
+        for row in report:
+            fits = -(-row["rows"] // world_size) * (world_size - 1) < row["rows"]
+            assert row["sharding"] == ("row_wise" if fits else "table_wise"), row
+
+
+def test_a_table_that_is_too_small_for_what_its_name_asks_is_refused():
+    with pytest.raises(ConfigError, match=r"table_sharding.t4: too few rows to give each of 3 ranks some"):
+        plan_of(3, table_sharding={"t4": "row_wise"})
+    plan_of(3, table_sharding={"t5": "row_wise"})
