@@ -82,6 +82,10 @@ CONFIGS = {
     "typo": (["training.batchsize=3"], ["command line: training.batchsize: unknown key", "Did you mean 'batch_size'?"]),
     "typo in model": (["model.num_expert=3"], ["model.num_expert: unknown key", "Did you mean 'num_experts'?"]),
     "wrong type": (["training.seed=1.5"], ["training.seed", "valid integer", "1.5"]),
+    "beyond any batch": (
+        ["training.batch_size=99999999999999999999"],
+        ["training.batch_size", "less than or equal to 2147483647"],
+    ),
     "text for a number": (["embeddings.optimizer.lr=fast"], ["embeddings.optimizer.lr", "'fast'"]),
     "no value": (["training.seed"], ["'training.seed' is not of the form key.path=value"]),
     "unknown method": (["model={name: mmo}"], ["unknown method 'mmo'", "Did you mean 'mmoe'?"]),
