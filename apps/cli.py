@@ -14,24 +14,37 @@ def run(main: Callable[[], None]) -> None:
 
     Of several ranks that fail together one speaks.
     """
+    code = _exit_code(main)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written and closed. Threads of the communication library, which Python cannot join, now and then abort a
+        # process that tears itself down ("terminate called without an active exception"): a run that is done would fail.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
         told = os.environ.get("LOCAL_RANK", "0") != "0" if error.told is None else error.told
         if not told:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:
         # The reader of our output, such as head, has seen enough. What is still buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder.", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except ImportError as error:
         from mmlrec.doctor import explain
 
         print(f"error: {error}\n{explain()}", file=sys.stderr)
-        sys.exit(3)
+        return 3
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0

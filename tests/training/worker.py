@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from apps.cli import run as entry_point
 from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
 from mmlrec.training import checkpoint
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry_point(main)
