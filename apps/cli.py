@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from mmlrec.errors import UserError
+from mmlrec.errors import UserError, discard_output
 
 
 def run(main: Callable[[], None]) -> None:
@@ -34,8 +34,7 @@ def _exit_code(main: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output, such as head, has seen enough. What is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder.", file=sys.stderr)
         return 2

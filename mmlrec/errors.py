@@ -1,6 +1,8 @@
 """The exceptions and warnings that carry a message for the user. Entry points print them without a traceback."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -26,6 +28,14 @@ class CheckpointError(UserError):
 
 class UserAdvice(UserWarning):
     """Something that works but that the user may not want. Rank 0 of a run logs its message as one line."""
+
+
+def discard_output() -> None:
+    """After a BrokenPipeError: the reader of our output, such as head, has seen enough.
+
+    What is still buffered must not fail at exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

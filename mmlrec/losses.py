@@ -198,17 +198,17 @@ def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...], huber_de
     columns = [
         F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
         if is_binary
-        else _regression(logits[:, t] - labels[:, t], huber_delta)
+        else _regression(logits[:, t], labels[:, t], huber_delta)
         for t, is_binary in enumerate(binary)
     ]
     return torch.stack(columns, dim=1)
 
 
-def _regression(error: Tensor, huber_delta: float | None) -> Tensor:
+def _regression(values: Tensor, labels: Tensor, huber_delta: float | None) -> Tensor:
     """Squared error; Huber (1964), times 2 so that small errors count alike, with a delta."""
     if huber_delta is None:
-        return error.square()
-    return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=huber_delta)
+        return (values - labels).square()
+    return 2 * F.huber_loss(values, labels, reduction="none", delta=huber_delta)
 
 
 def chain_logit(a: Tensor, c: Tensor) -> Tensor:

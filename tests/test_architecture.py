@@ -208,5 +208,5 @@ def test_project_files_name_no_machine():
     texts += [p for folder in ("configs", "docs") for p in (REPOSITORY / folder).rglob("*.*") if p.is_file()]
     texts += [REPOSITORY / name for name in TOP_LEVEL if (REPOSITORY / name).is_file()]
     for path in texts:
-        for place in ("/work/", "/root/", "/home/", "/opt/"):
+        for place in (f"/{folder}/" for folder in ("work", "root", "home", "opt")):
             assert place not in path.read_text(encoding="utf-8"), f"{path.relative_to(REPOSITORY)} names {place}"

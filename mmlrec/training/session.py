@@ -240,10 +240,8 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     """
     config = folder.read_config(overrides)
     folder.check_same_run(config)
-    newest = checkpoint.latest(folder.checkpoints, world)
-    if newest is not None:
-        folder.check_same_data(checkpoint.read_state(newest)["dataset"], config)
     state = checkpoint.read_state(folder.best)
+    folder.check_same_data(state["dataset"], config)
     session = build_session(config, world, for_training=False, source=str(folder.config))
     checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return session, int(state["step"])

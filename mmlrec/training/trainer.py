@@ -232,9 +232,12 @@ class Trainer:
         values = branch_metrics(report, branches) if branches else joint_metric(report)
         improved = self.selection.update(values, self.progress.step)
         if improved:
-            save_best(
-                self.session, self.folder.best, improved, {"step": self.progress.step, "selection": self.selection.state()}
-            )
+            state = {
+                "step": self.progress.step,
+                "selection": self.selection.state(),
+                "dataset": dataset_digest(self.session.manifest),
+            }
+            save_best(self.session, self.folder.best, improved, state)
         note = (
             "best so far"
             if improved

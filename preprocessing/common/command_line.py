@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 import mmlrec
-from mmlrec.errors import DataError, UserError
+from mmlrec.errors import DataError, UserError, discard_output
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from preprocessing.common import description_report, spark
 from preprocessing.common.dataset import Dataset, dataset_class, datasets
@@ -51,8 +50,7 @@ def main(arguments: list[str]) -> int:
         print("interrupted; nothing was left behind.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output, such as head, has seen enough. What is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
