@@ -29,10 +29,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load, evaluate, report."""
     arguments = parse()
-    from mmlrec.training.distributed import process_group
-    from mmlrec.training.evaluation import evaluate_split, write_result
-    from mmlrec.training.run_folder import RunFolder
-    from mmlrec.training.session import load_session
+    from mmlrec.distributed import process_group
+    from mmlrec.evaluation.evaluation import evaluate_split, write_result
+    from mmlrec.run_folder.folder import RunFolder
+    from mmlrec.session.session import load_session
 
     folder = RunFolder(Path(arguments.run_dir))
     with process_group() as world:

@@ -33,7 +33,7 @@ def describe(name: str) -> dict[str, Any]:
         ConfigError: no such method.
     """
     from mmlrec.config import ALIASES
-    from mmlrec.models.base import NetworkConfig
+    from mmlrec.models.base.model import NetworkConfig
     from mmlrec.registry import method
     from mmlrec.schema import Setting
 
@@ -148,7 +148,7 @@ def strategy_details(found: dict[str, Any]) -> str:
     lines = textwrap.wrap(f"{found['name']}: {found['summary']}", _WIDTH)
     lines += _option_lines(found["options"], "options, balancing.OPTION=VALUE:", "options it shares with others of its kind:")
     return "\n".join(
-        [*lines, "", "example:", f"  {found['example']}", "", "What it computes, and its paper: docs/balancing.md"]
+        [*lines, "", "example:", f"  {found['example']}", "", "What it computes, and its paper: docs/balancing/README.md"]
     )
 
 

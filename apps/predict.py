@@ -30,10 +30,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load, score, write."""
     arguments = parse()
-    from mmlrec.training.distributed import process_group
-    from mmlrec.training.prediction import write_predictions
-    from mmlrec.training.run_folder import RunFolder
-    from mmlrec.training.session import load_session
+    from mmlrec.distributed import process_group
+    from mmlrec.evaluation.prediction import write_predictions
+    from mmlrec.run_folder.folder import RunFolder
+    from mmlrec.session.session import load_session
 
     with process_group() as world:
         session, _ = load_session(RunFolder(Path(arguments.run_dir)), world, [])

@@ -46,8 +46,8 @@ def main() -> None:
     source = f"{arguments.config} with the command line"
     loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
     configs = [resolve_model(config, source) for config in loaded]
+    from mmlrec.distributed import process_group
     from mmlrec.metrics.report import seeds_table
-    from mmlrec.training.distributed import process_group
     from mmlrec.training.run import default_run_dir, train
 
     with process_group() as world:

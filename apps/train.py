@@ -57,13 +57,13 @@ def main() -> None:
     config = resolve_model(config, f"{arguments.config} with the command line")
     if arguments.show:
         if Path(config.dataset.path).is_dir():
-            from mmlrec.training.session import build_parts
+            from mmlrec.session.session import build_parts
 
             build_parts(config, arguments.config)
         print(config.to_yaml(), end="")
         return
+    from mmlrec.distributed import process_group
     from mmlrec.metrics.report import report_table
-    from mmlrec.training.distributed import process_group
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = Path(arguments.run_dir) if arguments.run_dir else default_run_dir(config, Path(arguments.config))

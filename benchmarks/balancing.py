@@ -19,8 +19,8 @@ from statistics import mean, stdev
 from tabulate import tabulate
 
 from mmlrec.config import STRATEGIES, load_config
+from mmlrec.distributed import World, process_group
 from mmlrec.schema import DatasetManifest
-from mmlrec.training.distributed import World, process_group
 from mmlrec.training.run import train
 
 DATA = "--rows 60000 --sparse-features 6 --num-ids 200 --zipf 0 --dense-features 0 --tasks 3 --conflict -0.5"

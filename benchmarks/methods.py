@@ -26,11 +26,11 @@ from tabulate import tabulate
 
 from benchmarks import throughput
 from benchmarks.flops import FORWARD, Case
+from mmlrec.distributed import keep_freed_memory
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task
-from mmlrec.training.distributed import keep_freed_memory
 
 BASELINE = "shared_bottom"
 #: Name -> fields, width of each, dense features.

@@ -27,8 +27,8 @@ from tabulate import tabulate
 
 from mmlrec.config import load_config
 from mmlrec.registry import aliases, method, method_names
+from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import DatasetManifest, Feature, Setting, label_column
-from mmlrec.training.run_folder import RunFolder
 
 
 def _one_hot(column: pa.ChunkedArray, feature: Feature, width: int) -> csr_matrix:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmlrec.schema import DatasetManifest, Feature, Table, Task
-from preprocessing.common.parts import SplitWriter
+from preprocessing.writing.parts import SplitWriter
 
 TABLE_ROWS = 100_000
 

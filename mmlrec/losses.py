@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmlrec.errors import ConfigError
+from mmlrec.output import Output
 from mmlrec.schema import Task
-
-if TYPE_CHECKING:
-    from mmlrec.models.base import Output
 
 Reduction = Literal["pooled", "balanced"]
 Unit = Literal["task", "scenario", "head"]

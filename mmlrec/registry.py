@@ -14,14 +14,14 @@ from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import validate_section
 
 if TYPE_CHECKING:
-    from mmlrec.models.base import MultiTaskModel, NetworkConfig
+    from mmlrec.models.base.model import MultiTaskModel, NetworkConfig
 
 _MODELS = Path(__file__).parent / "models"
 
 
 def method_names() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted(p.stem for p in _MODELS.glob("*.py") if p.stem not in ("__init__", "base"))
+    return sorted(p.stem for p in _MODELS.glob("*.py") if p.stem != "__init__")
 
 
 def aliases() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""`python -m preprocessing NAME ...`: see preprocessing/common/command_line.py."""
+"""`python -m preprocessing NAME ...`: see preprocessing/command_line.py."""
 
 import sys
 
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -12,12 +12,13 @@ from typing import Any
 import mmlrec
 from mmlrec.errors import DataError, UserError, discard_output
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
-from preprocessing.common import description_report, spark
-from preprocessing.common.dataset import Dataset, dataset_class, datasets
-from preprocessing.common.download import download
-from preprocessing.common.engine import build
-from preprocessing.common.output import check_files
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.dataset import Dataset, dataset_class, datasets
+from preprocessing.describing import report as description_report
+from preprocessing.downloading.download import download
+from preprocessing.engines import spark
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.writing.output import check_files
 
 _EXAMPLES = """examples:
   python -m preprocessing movielens-100k --raw raw/ml-100k --out data/movielens-100k --download

@@ -1,6 +1,6 @@
 """The contract of a dataset file.
 
-To add a dataset, write one file `preprocessing/my_data.py` with a subclass of `Dataset`, and list it in the file's
+To add a dataset, write one file `preprocessing/datasets/my_data.py` with a subclass of `Dataset`, and list it in the file's
 `DATASETS`. Nothing is registered elsewhere: the command line finds the file by itself.
 
     class MyData(Dataset):
@@ -40,10 +40,10 @@ import pyarrow as pa
 
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
-from preprocessing.common.raw_files import Block, RawFile, RawFolder, Source
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
 
-_FOLDER = Path(__file__).parents[1]
+_FOLDER = Path(__file__).parent / "datasets"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Dataset:
         hint: one more line on how the raw files are had and where they belong, for `--help` and for a missing file.
         archive: zip or tar.gz file at the home that holds the raw files, for `--download`; an option may choose it.
         single_files: the raw files have addresses of their own for `--download`, in place of an archive.
-        split: which rows are train, valid, test: a rule of preprocessing/common/splits.py.
+        split: which rows are train, valid, test: a rule of preprocessing/writing/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
         next_config: config named in the closing line "run next", and overrides that it needs; empty: none.
@@ -213,11 +213,11 @@ class Dataset:
 
 
 def datasets() -> dict[str, type[Dataset]]:
-    """All datasets by name, found by file: each `preprocessing/*.py` lists its own in `DATASETS`."""
+    """All datasets by name, found by file: each `preprocessing/datasets/*.py` lists its own in `DATASETS`."""
     found: dict[str, type[Dataset]] = {}
     for path in sorted(_FOLDER.glob("*.py")):
         if not path.stem.startswith("_"):
-            module = importlib.import_module(f"preprocessing.{path.stem}")
+            module = importlib.import_module(f"preprocessing.datasets.{path.stem}")
             found |= {dataset.name: dataset for dataset in module.DATASETS}
     return found
 

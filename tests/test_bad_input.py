@@ -16,8 +16,8 @@ import pytest
 
 from apps.cli import run
 from mmlrec.config import load_config
+from mmlrec.run_folder import checkpoint
 from mmlrec.schema import DatasetManifest
-from mmlrec.training import checkpoint
 from tests.datasets import rewrite_part, write_dataset
 from tests.training.launch import ROOT, environment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import DatasetManifest, Setting, Task
 
@@ -66,7 +66,7 @@ def test_example_method_works(setting, tasks, scenarios, monkeypatch):
 def test_example_dataset_works(tmp_path):
     """One file and one YAML are put beside the real ones in a copy; a small log is preprocessed and trained on."""
     shutil.copytree(REPOSITORY / "preprocessing", tmp_path / "preprocessing", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "preprocessing" / "shop.py").write_text(DATASET)
+    (tmp_path / "preprocessing" / "datasets" / "shop.py").write_text(DATASET)
     shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "mtl" / "shop.yaml").write_text(DATASET_CONFIG)
     (tmp_path / "raw").mkdir()

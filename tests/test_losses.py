@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from mmlrec.errors import ConfigError
 from mmlrec.losses import Loss, LossOptions, chain_logit
-from mmlrec.models.base import Output
+from mmlrec.output import Output
 from mmlrec.schema import Task
 
 BINARY = (Task(name="click"), Task(name="buy"))

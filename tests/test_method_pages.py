@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.flops import FORWARD, Case
-from mmlrec.models.base import NetworkConfig
+from mmlrec.models.base.model import NetworkConfig
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting
 

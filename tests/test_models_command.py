@@ -11,7 +11,7 @@ import yaml
 
 from apps.models import describe, details, overview
 from mmlrec.config import STRATEGIES, load_config
-from mmlrec.models.base import NetworkConfig
+from mmlrec.models.base.model import NetworkConfig
 from mmlrec.registry import aliases, method, method_names, model_config, resolve_model
 
 REPOSITORY = Path(__file__).parents[1]

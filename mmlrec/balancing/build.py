@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mmlrec.balancing import rules
-from mmlrec.balancing.balancing import (
+from mmlrec.balancing.base import (
     Balancing,
     DynamicWeightAverage,
     Famo,

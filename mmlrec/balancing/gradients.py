@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmlrec.balancing import rules
-from mmlrec.balancing.balancing import Balancing, by_name, mean_over_ranks, step_generator
+from mmlrec.balancing.base import Balancing, by_name, mean_over_ranks, step_generator
 from mmlrec.balancing.rules import Array
 from mmlrec.config import GradientBalancingConfig, GradNormConfig, MetaBalanceConfig, MgdaConfig
 

@@ -14,9 +14,9 @@ from mmlrec.data.batch import Batch
 from mmlrec.errors import UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report, report_table
-from mmlrec.models.base import ChainModel
-from mmlrec.training.run_folder import RunFolder, write_atomically
-from mmlrec.training.session import Session
+from mmlrec.models.base.chain import ChainModel
+from mmlrec.run_folder.folder import RunFolder, write_atomically
+from mmlrec.session.session import Session
 
 
 def predict_split(

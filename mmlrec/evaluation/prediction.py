@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmlrec.distributed import logger
 from mmlrec.errors import DataError, UserError
+from mmlrec.evaluation.evaluation import predict_split
 from mmlrec.metrics.exact import conditional_logit
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
-from mmlrec.training.distributed import logger
-from mmlrec.training.evaluation import predict_split
-from mmlrec.training.session import Session
+from mmlrec.session.session import Session
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 

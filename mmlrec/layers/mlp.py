@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmlrec.layers.experts import alone, runs_fast
 from mmlrec.layers.normalisation import BatchNorm
 from mmlrec.layers.options import ACTIVATIONS, HiddenOptions
+from mmlrec.layers.stacked_relu import alone, runs_fast
 
 
 class MLP(nn.Module):

@@ -34,7 +34,9 @@ from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import ChainLoss, Loss, LossOptions
-from mmlrec.models.base import ChainConfig, ChainModel, ModelSpec, Output, Owner, Width
+from mmlrec.models.base.chain import ChainConfig, ChainModel
+from mmlrec.models.base.model import ModelSpec, Owner, Width
+from mmlrec.output import Output
 
 
 class CalibratedLoss(ChainLoss):

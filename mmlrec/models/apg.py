@@ -32,7 +32,8 @@ from mmlrec.layers.normalisation import BatchNorm
 from mmlrec.layers.options import ACTIVATIONS, Activation
 from mmlrec.layers.scenario import Dispatch, ScenarioEmbedding, prefers_grouped
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 Condition = Literal["group", "mix", "self"]

@@ -28,7 +28,8 @@ from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP, stacked_linear
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 
 Mode = Literal["scalar", "channel", "full"]
 

@@ -30,7 +30,9 @@ from torch import Tensor
 from mmlrec.layers.normalisation import sum_over_ranks
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
-from mmlrec.models.base import ChainConfig, ChainModel, ModelSpec, Output, Owner, Width
+from mmlrec.models.base.chain import ChainConfig, ChainModel
+from mmlrec.models.base.model import ModelSpec, Owner, Width
+from mmlrec.output import Output
 
 
 class ESCM2Config(ChainConfig):

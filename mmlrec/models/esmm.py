@@ -21,7 +21,9 @@ from torch import Tensor
 
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import chain_products
-from mmlrec.models.base import ChainConfig, ChainModel, ModelSpec, Output, Owner, Width
+from mmlrec.models.base.chain import ChainConfig, ChainModel
+from mmlrec.models.base.model import ModelSpec, Owner, Width
+from mmlrec.output import Output
 
 
 class ESMM(ChainModel):

@@ -37,7 +37,8 @@ from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, NewestGates, mix
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 Mode = Literal["shared", "per_scenario"]

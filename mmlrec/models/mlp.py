@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mmlrec.config import ConfigError
 from mmlrec.layers import mlp
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 
 
 class MLP(MultiTaskModel):

@@ -21,10 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.layers.experts import StackedMLP, together
+from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, NewestGates, drop_gates, mix
+from mmlrec.layers.stacked_relu import together
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 
 
 class MMoE(MultiTaskModel):

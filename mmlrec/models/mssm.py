@@ -32,7 +32,9 @@ from torch.func import functional_call
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, split_noise
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import GatedConnectionsConfig, ModelSpec, MultiTaskModel, Output, Owner
+from mmlrec.models.base.gated_connections import GatedConnectionsConfig
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, Owner
+from mmlrec.output import Output
 
 
 class MSSM(MultiTaskModel):

@@ -30,7 +30,8 @@ from mmlrec.errors import UserAdvice
 from mmlrec.layers.experts import StackedMLP, stacked_linear
 from mmlrec.layers.scenario import ScenarioEmbedding
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 

@@ -28,7 +28,8 @@ from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, NewestGates, mix, mix_own
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 
 
 class _Level(nn.Module):

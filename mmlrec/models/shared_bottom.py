@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 
 
 class SharedBottom(MultiTaskModel):

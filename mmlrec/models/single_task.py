@@ -25,7 +25,8 @@ from mmlrec.config import ConfigError
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import Loss, LossOptions
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 from mmlrec.schema import Task
 
 

@@ -28,7 +28,9 @@ from mmlrec.layers.gates import mix
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, HardConcreteOptions, split_noise
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import GatedConnectionsConfig, ModelSpec, MultiTaskModel, Output, Owner
+from mmlrec.models.base.gated_connections import GatedConnectionsConfig
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, Owner
+from mmlrec.output import Output
 
 
 class _GatedSums(nn.Module):

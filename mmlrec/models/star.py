@@ -33,7 +33,8 @@ from mmlrec.layers.normalisation import BatchNorm, PartitionedNorm
 from mmlrec.layers.options import ACTIVATIONS, HiddenOptions
 from mmlrec.layers.scenario import Dispatch, ScenarioEmbedding
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base import ModelSpec, MultiTaskModel, NetworkConfig, Output, Owner, Width
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
+from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 Axis = Literal["head", "scenario", "task"]

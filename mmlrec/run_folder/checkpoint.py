@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from mmlrec.distributed import World, logger
 from mmlrec.errors import CheckpointError, UserError
-from mmlrec.training.distributed import World, logger
 
 MARKER = "COMPLETE.json"
 STATE = "state.json"

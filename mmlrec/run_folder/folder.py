@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from mmlrec.config import RunConfig, load_config
+from mmlrec.distributed import World
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.schema import DatasetManifest
-from mmlrec.training.distributed import World
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.

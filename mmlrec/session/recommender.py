@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedTensor
 
-from mmlrec.balancing.balancing import Balancing
+from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
 from mmlrec.losses import Loss
-from mmlrec.models.base import MultiTaskModel
+from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import Setting
 
 #: Where the tables are inside `Recommender`; sharding plans and checkpoints name them by it.

@@ -13,24 +13,24 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.balancing.balancing import Balancing
-from mmlrec.balancing.strategy import build_balancing
+from mmlrec.balancing.base import Balancing
+from mmlrec.balancing.build import build_balancing
 from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
+from mmlrec.distributed import World
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
-from mmlrec.models.base import ModelSpec, MultiTaskModel
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, model_config
+from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import DatasetManifest, Setting, Task
-from mmlrec.training import checkpoint
-from mmlrec.training.distributed import World
-from mmlrec.training.optim import build_optimizer
-from mmlrec.training.recommender import TABLES, Head, Predictions, Recommender
-from mmlrec.training.run_folder import RunFolder
+from mmlrec.session.optim import build_optimizer
+from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
 
 Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Predictions]
 

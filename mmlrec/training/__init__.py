@@ -1,1 +1,1 @@
-"""Optimizers, pipeline, checkpoints, reporting and the training loop. No knowledge of single methods."""
+"""The training loop of one run: steps, validation, the choice of the best, reports. No knowledge of single methods."""

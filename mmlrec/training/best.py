@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mmlrec.embeddings.tables import local_shards
-from mmlrec.training import checkpoint
-from mmlrec.training.session import Session
+from mmlrec.run_folder import checkpoint
+from mmlrec.session.session import Session
 
 
 def save_best(session: Session, folder: Path, improved: list[str], state: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from mmlrec.data.chain import count_violations
 from mmlrec.errors import DataError, UserError
-from mmlrec.models.base import ChainModel
-from mmlrec.training.session import Session
+from mmlrec.models.base.chain import ChainModel
+from mmlrec.session.session import Session
 
 
 def check_chain(session: Session) -> str | None:

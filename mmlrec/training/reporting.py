@@ -14,9 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mmlrec.distributed import World, logger
 from mmlrec.metrics.report import entries_of
-from mmlrec.training.distributed import World, logger
-from mmlrec.training.run_folder import RunFolder
+from mmlrec.run_folder.folder import RunFolder
 
 
 class Reporter:

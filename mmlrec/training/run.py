@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from mmlrec.config import ALIASES, RunConfig
+from mmlrec.distributed import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, UserError
+from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.registry import resolve_model
-from mmlrec.training import checkpoint
+from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import Session, build_session
 from mmlrec.training.chain import check_chain
-from mmlrec.training.distributed import World, log_file, logger
-from mmlrec.training.evaluation import evaluate_split, write_result
-from mmlrec.training.run_folder import RunFolder
-from mmlrec.training.session import Session, build_session
 from mmlrec.training.trainer import Trainer
 
 

@@ -19,16 +19,16 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
+from mmlrec.distributed import World, logger
 from mmlrec.errors import UserError
-from mmlrec.training import checkpoint
+from mmlrec.evaluation.evaluation import evaluate_split
+from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.folder import RunFolder, dataset_digest
+from mmlrec.session.optim import Schedule
+from mmlrec.session.session import Session
 from mmlrec.training.best import save_best
-from mmlrec.training.distributed import World, logger
-from mmlrec.training.evaluation import evaluate_split
-from mmlrec.training.optim import Schedule
 from mmlrec.training.reporting import Reporter
-from mmlrec.training.run_folder import RunFolder, dataset_digest
 from mmlrec.training.selection import Selection, branch_metrics, joint_metric
-from mmlrec.training.session import Session
 
 #: Steps between agreements of all ranks whether one of them was asked to stop.
 _AGREE_EVERY = 10

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.common.dataset import Dataset, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex, RowsOnDisk
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit
+from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex, RowsOnDisk
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
 _SIDES = {"train": 0, "test": 2}
 _USER = ("101", "121", "122", "124", "125", "126", "127", "128", "129")

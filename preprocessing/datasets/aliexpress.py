@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex, RowsOnDisk
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit
+from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex, RowsOnDisk
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
 _COUNTRIES = ["NL", "ES", "FR", "US", "RU"]
 _ID, _NUMBER = pa.int64(), pa.float32()

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from mmlrec.errors import ConfigError
 from mmlrec.hashing import hash_ids
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column
-from preprocessing.common.dataset import Dataset, multi, sparse
-from preprocessing.common.json_lines import JsonLines
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import RandomSplit, TimeSplit
+from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.split_rules import RandomSplit, TimeSplit
 
 _INT, _TEXT = pa.int64(), pa.string()
 _SHARED = {"overall": pa.float32(), "reviewTime": _TEXT, "unixReviewTime": _INT, "reviewerID": _TEXT, "asin": _TEXT}

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.schema import Task, label_column
-from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.raw_files import Block, RawFile
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit, RandomSplit
+from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit, RandomSplit
 
 _TERMS = (
     "UCI Machine Learning Repository, Creative Commons Attribution 4.0 (CC BY 4.0): name the donors, Terran Lane and Ron Kohavi"

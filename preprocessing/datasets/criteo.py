@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import Scenario, Task
-from preprocessing.common.arrays import Arrays
-from preprocessing.common.dataset import Column, Dataset, dense, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.raw_files import Block, RawFile, Source
-from preprocessing.common.splits import FileSplit
+from preprocessing.dataset import Column, Dataset, dense, multi, sparse
+from preprocessing.reading.arrays import Arrays
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, Source
+from preprocessing.split_rules import FileSplit
 
 _INT, _TEXT, _NUMBER = pa.int64(), pa.string(), pa.float32()
 NUMBERS = [f"int_{k}" for k in range(13)]

@@ -21,11 +21,11 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import Task
-from preprocessing.common.dataset import Dataset, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import GroupSplit, RandomSplit, SplitRule, TimeSplit
+from preprocessing.dataset import Dataset, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex
+from preprocessing.split_rules import GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _INT, _TEXT = pa.int64(), pa.string()
 _LOG, _USERS, _PAIRS = "user_log_format1.csv", "user_info_format1.csv", "train_format1.csv"

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.common.dataset import Column, Dataset, dense, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit
+from preprocessing.dataset import Column, Dataset, dense, multi, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
 _INT, _NUMBER, _TEXT = pa.int64(), pa.float32(), pa.string()
 _FILES = {"1": "round1_ijcai_18_train_20180301.txt", "2": "round2_train.txt"}

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.common.dataset import Dataset, dense, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex, RowsOnDisk
-from preprocessing.common.kuaishou import good_users, user_features, user_table, whole_numbers, without_empty_texts
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import TimeSplit
+from preprocessing.dataset import Dataset, dense, multi, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex, RowsOnDisk
+from preprocessing.rows.kuaishou import good_users, user_features, user_table, whole_numbers, without_empty_texts
+from preprocessing.split_rules import TimeSplit
 
 _ID, _TEXT = pa.int64(), pa.string()
 _LOG = dict.fromkeys(("user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "long_view", "tab"), _ID)

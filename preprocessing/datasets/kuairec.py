@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.common.dataset import Dataset, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex
-from preprocessing.common.kuaishou import ACTIVITY, good_users, user_features, user_table
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
-from preprocessing.common.splits import SIDE_COLUMN, FileSplit
+from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex
+from preprocessing.rows.kuaishou import ACTIVITY, good_users, user_features, user_table
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
 _BIG, _SMALL = "big_matrix.csv", "small_matrix.csv"
 _ID = pa.int64()

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
 from mmlrec.schema import Scenario, Task
-from preprocessing.common.dataset import Dataset, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex
-from preprocessing.common.raw_files import Block, RawFile, RawFolder
+from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.rows.join import IdIndex
 
 _TERMS = (
     "MovieLens data (GroupLens Research, University of Minnesota): for research, with acknowledgement (Harper and Konstan 2015,"

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from mmlrec.errors import ConfigError
 from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
-from preprocessing.common.dataset import Column, Dataset, dense, multi, sparse
-from preprocessing.common.permutation import split_ends
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.splits import InOrder
-from preprocessing.common.zipf import Zipf
+from preprocessing.dataset import Column, Dataset, dense, multi, sparse
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.rows.zipf import Zipf
+from preprocessing.split_rules import InOrder
+from preprocessing.writing.permutation import split_ends
 
 CHUNK_ROWS = 1 << 16
 _THREADS = 2

@@ -1,6 +1,6 @@
 """Any table of your own: CSV, JSON lines or Parquet files, whose columns a configuration explains.
 
-The configuration's sections stand in preprocessing/common/own_table_config.py, with examples in docs/datasets/table.md.
+The configuration's sections stand in preprocessing/own_tables/config.py, with examples in docs/datasets/table.md.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import Scenario, Task
-from preprocessing.common import own_columns as to
-from preprocessing.common.dataset import Column, Dataset, Hashing, bucketed, dense, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.json_lines import JsonLines
-from preprocessing.common.own_files import file_format, matching_files
-from preprocessing.common.own_table_config import (
+from preprocessing.dataset import Column, Dataset, Hashing, bucketed, dense, multi, sparse
+from preprocessing.own_tables.config import (
     FileRule,
     GroupRule,
     IdFeature,
@@ -34,9 +30,13 @@ from preprocessing.common.own_table_config import (
     TimeRule,
     read_table_config,
 )
-from preprocessing.common.parquet_rows import ParquetRows
-from preprocessing.common.raw_files import FOUND, Block, RawFile, RawFolder, Source
-from preprocessing.common.splits import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
+from preprocessing.own_tables.files import file_format, matching_files
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.parquet_rows import ParquetRows
+from preprocessing.reading.raw_files import FOUND, Block, RawFile, RawFolder, Source
+from preprocessing.rows import own_columns as to
+from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
 EXAMPLE = """\

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
 from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, key_column, label_column
-from preprocessing.common.output import REMEDY, check_files
-from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import file_sha256
-from preprocessing.common.workers import in_order, num_cores
+from preprocessing.progress import progress
+from preprocessing.reading.raw_files import file_sha256
+from preprocessing.workers import in_order, num_cores
+from preprocessing.writing.output import REMEDY, check_files
 
 _COUNT_BYTES = 512 << 20  # for the counts of single ids, over all features
 _MAX_DISTINCT = 1 << 20

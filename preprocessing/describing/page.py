@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmlrec.errors import ConfigError, DataError
-from preprocessing.common.description import Description
+from preprocessing.describing.description import Description
 
 if TYPE_CHECKING:  # imported where it is used: tables need no plots, and matplotlib starts slowly
     from matplotlib.axes import Axes

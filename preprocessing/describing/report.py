@@ -11,8 +11,8 @@ from typing import Any
 from tabulate import tabulate
 
 from mmlrec.schema import SPLITS
-from preprocessing.common.description import Description, describe
-from preprocessing.common.description_page import require_matplotlib, write_page
+from preprocessing.describing.description import Description, describe
+from preprocessing.describing.page import require_matplotlib, write_page
 
 _CELL = 40  # longest text of a cell
 _LISTED = 4  # values shown of a list

@@ -17,10 +17,10 @@ import zlib
 from pathlib import Path
 
 from mmlrec.errors import DataError
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.output import absent_parents, remove_if_empty
-from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import RawFile, file_sha256, find_raw
+from preprocessing.dataset import Dataset
+from preprocessing.progress import progress
+from preprocessing.reading.raw_files import RawFile, file_sha256, find_raw
+from preprocessing.writing.output import absent_parents, remove_if_empty
 
 _CONNECT_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 20

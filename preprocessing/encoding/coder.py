@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.schema import SCENARIO_COLUMN, key_column
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.dictionaries import ArrayStore, Dictionaries
-from preprocessing.common.encoder import Encoder
-from preprocessing.common.ranking import VocabularyFile, num_distinct, rank
-from preprocessing.common.splits import SIDE_COLUMN
-from preprocessing.common.workers import in_order
+from preprocessing.dataset import Dataset
+from preprocessing.encoding.dictionaries import ArrayStore, Dictionaries
+from preprocessing.encoding.encoder import Encoder
+from preprocessing.encoding.ranking import VocabularyFile, num_distinct, rank
+from preprocessing.split_rules import SIDE_COLUMN
+from preprocessing.workers import in_order
 
 _LEAST_SORTED_BYTES = 1 << 16
 

@@ -1,7 +1,7 @@
 """Raw values of many tables as integer codes, within a bound of memory.
 
 A table's dictionary that grows too large is written to disk and a new one is begun, so that a value may have a code in each
-*generation*. preprocessing/common/ranking.py brings the generations together again.
+*generation*. preprocessing/encoding/ranking.py brings the generations together again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from preprocessing.common.value_index import Codes, ValueIndex
+from preprocessing.encoding.value_index import Codes, ValueIndex
 
 
 class Dictionary:

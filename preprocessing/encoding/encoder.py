@@ -13,10 +13,10 @@ import pyarrow.compute as pc
 from mmlrec.errors import DataError
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
-from preprocessing.common.buckets import CollisionCounter, QuantileBuckets
-from preprocessing.common.dataset import Column, Dataset
-from preprocessing.common.ranking import VocabularyFile
-from preprocessing.common.splits import SIDE_COLUMN
+from preprocessing.dataset import Column, Dataset
+from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
+from preprocessing.encoding.ranking import VocabularyFile
+from preprocessing.split_rules import SIDE_COLUMN
 
 
 class ValueCounter:

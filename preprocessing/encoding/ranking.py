@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from preprocessing.common.dictionaries import Dictionary
-from preprocessing.common.shuffle import BatchFile
-from preprocessing.common.value_index import hash_words
+from preprocessing.encoding.dictionaries import Dictionary
+from preprocessing.encoding.value_index import hash_words
+from preprocessing.rows.batch_file import BatchFile
 
 IntArray = NDArray[np.int64]
 _BATCH_ROWS = 1 << 16

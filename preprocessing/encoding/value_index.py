@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from preprocessing.common.permutation import UInt64Array, mix64
+from mmlrec.hashing import UInt64Array, mix64
 
 Codes = NDArray[np.int32]
 T = TypeVar("T", bound=np.generic)

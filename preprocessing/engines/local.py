@@ -14,15 +14,15 @@ import pyarrow as pa
 
 from mmlrec.errors import DataError
 from mmlrec.schema import SPLITS, DatasetManifest, Feature, Split
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.encoder import Encoder
-from preprocessing.common.output import new_folder
-from preprocessing.common.parts import NUM_LANES, SplitWriter, row_group_size
-from preprocessing.common.passes import Memory, Passes
-from preprocessing.common.permutation import split_ends
-from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.splits import InOrder
+from preprocessing.dataset import Dataset
+from preprocessing.encoding.encoder import Encoder
+from preprocessing.engines.passes import Memory, Passes
+from preprocessing.progress import progress
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.split_rules import InOrder
+from preprocessing.writing.output import new_folder
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, row_group_size
+from preprocessing.writing.permutation import split_ends
 
 MEMORY_BYTES = 4 << 30
 

@@ -21,16 +21,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.schema import SPLITS, Split
-from preprocessing.common import raw_files, shuffle
-from preprocessing.common.coder import Coded, Coder, GroupsOfScenarios
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.encoder import Encoder, check_canonical, encoded_schema
-from preprocessing.common.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
-from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.shuffle import BatchFile, BucketPlan, BucketSort
-from preprocessing.common.splits import Placement
-from preprocessing.common.workers import in_order
+from preprocessing.dataset import Dataset
+from preprocessing.encoding.coder import Coded, Coder, GroupsOfScenarios
+from preprocessing.encoding.encoder import Encoder, check_canonical, encoded_schema
+from preprocessing.progress import progress
+from preprocessing.reading import raw_files
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.rows.batch_file import BatchFile
+from preprocessing.workers import in_order
+from preprocessing.writing import shuffle
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.writing.shuffle import BucketPlan, BucketSort
+from preprocessing.writing.splits import Placement
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,10 @@ import pyarrow as pa
 
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import SPLITS, DatasetManifest, Split
-from preprocessing.common import shuffle
-from preprocessing.common.dataset import Dataset, datasets
-from preprocessing.common.encoder import Encoder, encoded_schema
-from preprocessing.common.engine import complete
-from preprocessing.common.output import new_folder
-from preprocessing.common.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
-from preprocessing.common.progress import progress
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.shuffle import BucketPlan
-from preprocessing.common.spark_pieces import (
+from preprocessing.dataset import Dataset, datasets
+from preprocessing.encoding.encoder import Encoder, encoded_schema
+from preprocessing.engines.local import complete
+from preprocessing.engines.spark_pieces import (
     Cut,
     Failure,
     GroupsPerScenario,
@@ -51,7 +45,14 @@ from preprocessing.common.spark_pieces import (
     in_order,
     stretches,
 )
-from preprocessing.common.splits import IntArray, Placement, TimeSplit, digit_counts, find_cuts, times
+from preprocessing.progress import progress
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.split_rules import TimeSplit
+from preprocessing.writing import shuffle
+from preprocessing.writing.output import new_folder
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.writing.shuffle import BucketPlan
+from preprocessing.writing.splits import IntArray, Placement, digit_counts, find_cuts, times
 
 if TYPE_CHECKING:
     from pyspark import RDD, SparkContext

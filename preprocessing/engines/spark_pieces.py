@@ -14,12 +14,13 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import DataError, UserError
 from mmlrec.schema import SCENARIO_COLUMN, key_column
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.encoder import ValueCounter, check_canonical
-from preprocessing.common.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, open_unpacked, readable, work
-from preprocessing.common.raw_files import PIECE_BYTES as RAW_PIECE_BYTES
-from preprocessing.common.shuffle import BucketPlan
-from preprocessing.common.splits import IntArray, Placement, TimeSplit, times
+from preprocessing.dataset import Dataset
+from preprocessing.encoding.encoder import ValueCounter, check_canonical
+from preprocessing.reading.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, open_unpacked, readable, work
+from preprocessing.reading.raw_files import PIECE_BYTES as RAW_PIECE_BYTES
+from preprocessing.split_rules import TimeSplit
+from preprocessing.writing.shuffle import BucketPlan
+from preprocessing.writing.splits import IntArray, Placement, times
 
 PIECE_BYTES = 16 << 20
 _PLACE = "row.place"

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
-from preprocessing.common.expressions import Condition, parse_condition
+from preprocessing.rows.expressions import Condition, parse_condition
 
 FORMATS = {
     "csv": (".csv", ".tsv", ".txt", ".dat", ".log"),

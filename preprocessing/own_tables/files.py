@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
-from preprocessing.common.own_table_config import FORMATS
+from preprocessing.own_tables.config import FORMATS
 
 _PACKED = (".gz", ".zip")
 

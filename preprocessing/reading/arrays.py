@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 
 from mmlrec.errors import DataError
-from preprocessing.common.raw_files import Block, Piece, RawFolder, Source, open_unpacked, readable
+from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source, open_unpacked, readable
 
 _REMEDY = "Fetch the file again, or write it anew with numpy.save."
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mmlrec.errors import ConfigError, DataError
-from preprocessing.common.raw_files import BadRow, Block, Piece, Source
+from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one

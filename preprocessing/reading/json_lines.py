@@ -16,7 +16,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
-from preprocessing.common.raw_files import BadRow, Block, Piece, Source
+from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
 _BOM = b"\xef\xbb\xbf"

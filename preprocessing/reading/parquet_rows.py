@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, did_you_mean
-from preprocessing.common.raw_files import FOUND, Block, Piece, RawFolder, Source
+from preprocessing.reading.raw_files import FOUND, Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

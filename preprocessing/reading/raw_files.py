@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
-from preprocessing.common.workers import in_order, num_cores
+from preprocessing.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from preprocessing.common.raw_files import BadRow, BadRows, Block
+from preprocessing.reading.raw_files import BadRow, BadRows, Block
 
 _LARGEST_LIST = 1 << 22  # ids that lie as close as this are looked up in a list by id; a search takes ten times as long
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.common.dataset import Column, dense, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.raw_files import Block
+from preprocessing.dataset import Column, dense, sparse
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import Block
 
 #: Values of user_active_degree.
 ACTIVITY = ["UNKNOWN", "full_active", "high_active", "middle_active"]

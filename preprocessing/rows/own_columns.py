@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from preprocessing.common.raw_files import FOUND
+from preprocessing.reading.raw_files import FOUND
 
 Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]

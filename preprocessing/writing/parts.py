@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.schema import SCENARIO_COLUMN, Part, Scenario, Split, Task, label_column
-from preprocessing.common.raw_files import file_sha256
+from preprocessing.reading.raw_files import file_sha256
 
 NUM_LANES = 8
 PART_ROWS = 1 << 20  # parts are written side by side, one by each worker

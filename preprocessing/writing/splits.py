@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,60 +19,12 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import UInt64Array, mix64
 from mmlrec.schema import SPLITS, key_column
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.split_rules import SIDE_COLUMN, FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
+from preprocessing.writing.permutation import RowPermutation, split_ends
 
-SIDE_COLUMN = "split.side"
 _READ_BYTES = 8 << 20
 
 IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class RandomSplit:
-    """Each row by itself, exactly 8:1:1, by a seeded permutation."""
-
-
-@dataclass(frozen=True)
-class InOrder:
-    """Rows come shuffled and encoded: the first 80 % are train, the next 10 % valid. Needs the dataset's `num_rows`."""
-
-
-@dataclass(frozen=True)
-class FileSplit:
-    """The raw files say the side: column `split.side` of the canonical table, int64, 0 train, 1 valid, 2 test.
-
-    Attributes:
-        valid_from: the side that gives a random part of its rows to valid; none of the rows then comes with side 1.
-            None: the files hold all three sides.
-        one_in: valid gets one row in this many, exactly.
-        group: key whose rows stay on one side of that cut; valid then gets about one *group* in `one_in`.
-    """
-
-    valid_from: Literal["train", "test"] | None = None
-    one_in: int = 10
-    group: str | None = None
-
-
-@dataclass(frozen=True)
-class GroupSplit:
-    """All rows with one value of a key on one side: 8:1:1 of the groups in expectation, by a seeded hash of the key."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class TimeSplit:
-    """Cut by an int64 key: train is before the first cut, test from the second on.
-
-    Attributes:
-        cuts: the two cuts. None: the values at 80 % and 90 % of the rows in order of time; rows of equal time stay together.
-    """
-
-    key: str
-    cuts: tuple[int, int] | None = None
-
-
-SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit
 
 
 class Placement:

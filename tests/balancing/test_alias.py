@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError, load_config
-from mmlrec.models.base import ModelSpec
+from mmlrec.distributed import process_group
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import aliases, method, method_names, resolve_model
-from mmlrec.training.distributed import process_group
 from mmlrec.training.run import default_run_dir, train
 from tests.datasets import write_dataset
 from tests.models.support import build, make_data, spec_of

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmlrec.balancing.balancing import Balancing
+from mmlrec.balancing.base import Balancing
+from mmlrec.balancing.build import build_balancing, rule_of
 from mmlrec.balancing.gradients import GradNorm, MetaBalance
-from mmlrec.balancing.strategy import build_balancing, rule_of
 from mmlrec.config import STRATEGIES, ConfigError
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method, method_names

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmlrec.balancing.balancing import (
+from mmlrec.balancing.base import (
     DynamicWeightAverage,
     Famo,
     GeometricLoss,

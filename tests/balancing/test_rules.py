@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from mmlrec.balancing import rules
-from mmlrec.balancing.strategy import rule_of
+from mmlrec.balancing.build import rule_of
 from mmlrec.config import STRATEGIES
 
 WORKED = np.array([[1.0, 0.0], [-1.0, 1.0]])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec, MultiTaskModel, Output
+from mmlrec.models.base.model import ModelSpec, MultiTaskModel
+from mmlrec.output import Output
 from mmlrec.registry import method
 from mmlrec.schema import Setting, Task
 

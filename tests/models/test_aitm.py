@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import Output
+from mmlrec.output import Output
 from tests.models.support import build, losses, make_data, make_spec, step
 
 F64 = torch.float64

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mmlrec.config import load_config
+from mmlrec.distributed import process_group
 from mmlrec.registry import method
-from mmlrec.training.distributed import process_group
+from mmlrec.session.session import build_session
 from mmlrec.training.run import train
-from mmlrec.training.session import build_session
 from tests.datasets import write_dataset
 from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, step
 from tests.training.launch import tensors

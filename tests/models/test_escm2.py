@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mmlrec.losses import LossOptions, chain_logit
-from mmlrec.models.base import Output
+from mmlrec.output import Output
 from tests.models.support import build, losses, make_data, make_spec, step
 
 F64 = torch.float64

@@ -10,7 +10,7 @@ import torch
 
 from mmlrec.config import ConfigError
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.schema import Setting, Task
 from tests.models.support import build, losses, make_data, make_spec, step
 

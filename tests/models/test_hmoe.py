@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.models.hmoe import mix_scores
 from mmlrec.registry import method
 from mmlrec.schema import Setting

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names, model_config
 from tests.models.support import SHAPES, build, losses, make_data, make_spec, spec_of, step, supports
 

@@ -11,7 +11,7 @@ import torch
 from mmlrec.config import ConfigError
 from mmlrec.layers.gates import mix
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method
 from tests.models.support import assert_gradients_are_slopes, build, make_data, make_spec, spec_of, step
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmlrec.config import ConfigError
 from mmlrec.losses import LossOptions
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.models.pepnet import _GateUnits
 from mmlrec.registry import method
 from tests.models.support import Data, build, make_data, make_spec, step

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError
-from mmlrec.models.base import ModelSpec
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task
 

@@ -28,7 +28,7 @@ def command():
     """Run `python -m preprocessing ...` in a process of its own."""
 
     def run(*arguments, prelude=""):
-        code = f"import sys\n{prelude}\nfrom preprocessing.common.command_line import main\nsys.exit(main(sys.argv[1:]))"
+        code = f"import sys\n{prelude}\nfrom preprocessing.command_line import main\nsys.exit(main(sys.argv[1:]))"
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=120
         )

@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.test_splits import chance
 
 SPLITS = ("train", "valid", "test")

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from preprocessing.common.arrays import Arrays
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.json_lines import JsonLines
-from preprocessing.common.parquet_rows import ParquetRows
+from preprocessing.reading.arrays import Arrays
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.parquet_rows import ParquetRows
 
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in.</body></html>\n"
 BEYOND = 2**63

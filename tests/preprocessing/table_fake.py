@@ -6,7 +6,7 @@ import random
 import pandas as pd
 import yaml
 
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
 
 CONFIG = {
     "features": {

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation
+from preprocessing.command_line import main
+from preprocessing.writing.permutation import RowPermutation
 from tests.preprocessing.aliccp_fake import PLACES, entry, write_aliccp
 
 USER = ["101", "121", "122", "124", "125", "126", "127", "128", "129"]
@@ -104,7 +104,7 @@ def assert_decodes_to(out, expected, places=PLACES, longest=20):
 
 @pytest.mark.parametrize("piece_bytes", [1 << 14, 8 << 20])
 def test_samples_decode_to_the_joined_rows(fake, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     out = tmp_path / "out"
     assert main(["aliccp", "--raw", str(fake), "--out", str(out)]) == 0
     expected = expected_rows(fake)

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation
+from preprocessing.command_line import main
+from preprocessing.writing.permutation import RowPermutation
 from tests.preprocessing.aliexpress_fake import joined, write_aliexpress, write_processed
 from tests.preprocessing.movielens_fake import folder_bytes
 from tests.preprocessing.test_splits import chance
@@ -76,7 +76,7 @@ def assert_decodes_to(out, expected, scenarios=True):
 
 @pytest.mark.parametrize("block_bytes", [1 << 12, 8 << 20])
 def test_raw_pairs_decode_to_the_joined_rows(pairs, tmp_path, monkeypatch, block_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.RawFolder.blocks.__defaults__", ("utf-8", block_bytes))
+    monkeypatch.setattr("preprocessing.reading.raw_files.RawFolder.blocks.__defaults__", ("utf-8", block_bytes))
     out = tmp_path / "out"
     assert main(["aliexpress", "--raw", str(pairs), "--out", str(out)]) == 0
     expected = expected_rows(pairs, ["NL", "ES"])

@@ -12,8 +12,8 @@ import pytest
 
 from mmlrec.hashing import hash_ids
 from mmlrec.schema import DatasetManifest
-from preprocessing.amazon import _Pairs
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
+from preprocessing.datasets.amazon import _Pairs
 from tests.preprocessing.amazon_fake import CATEGORIES, write_amazon, write_amazon_2014
 from tests.preprocessing.decoded import assert_decodes_to, read, sides_in_order
 from tests.preprocessing.movielens_fake import folder_bytes
@@ -77,7 +77,7 @@ def make(raw, out, *options):
 
 @pytest.mark.parametrize("piece_bytes", [1 << 12, 8 << 20])
 def test_reviews_decode_to_the_latest_of_each_pair(fake, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     manifest = make(fake, tmp_path / "out")
     every = raw_rows(fake, CATEGORIES)
     rows = latest(every)

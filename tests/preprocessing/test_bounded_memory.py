@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import Scenario, Task
-from preprocessing.common import dictionaries, parts, ranking, raw_files, shuffle
-from preprocessing.common.dataset import Dataset, dense, multi, sparse
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFile, RawFolder
+from preprocessing.dataset import Dataset, dense, multi, sparse
+from preprocessing.encoding import dictionaries, ranking
+from preprocessing.engines.local import build
+from preprocessing.reading import raw_files
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import RawFile, RawFolder
+from preprocessing.writing import parts, shuffle
 from tests.preprocessing.movielens_fake import folder_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -178,9 +180,9 @@ import resource, sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
 from mmlrec.schema import Task
-from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
 
 class Many(Dataset):
     name = "many"

@@ -9,11 +9,11 @@ import pytest
 
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import DatasetManifest, Task
-from preprocessing.common import buckets
-from preprocessing.common.buckets import CollisionCounter, QuantileBuckets
-from preprocessing.common.dataset import Dataset, Hashing, bucketed, multi, sparse
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.dataset import Dataset, Hashing, bucketed, multi, sparse
+from preprocessing.encoding import buckets
+from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
 
 
 def sorted_borders(values, n):

@@ -12,10 +12,10 @@ import pytest
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest
-from preprocessing.census_income import AdultIncome, CensusIncome
-from preprocessing.common.command_line import main
-from preprocessing.common.download import _unpack
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.command_line import main
+from preprocessing.datasets.census_income import AdultIncome, CensusIncome
+from preprocessing.downloading.download import _unpack
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.census_fake import write_adult, write_kdd
 from tests.preprocessing.movielens_fake import folder_bytes
 
@@ -139,7 +139,7 @@ def test_kdd_official_files_decode_to_the_raw_rows(kdd, tmp_path):
 
 
 def test_kdd_blocks_of_any_size_give_the_same_rows(kdd, tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.common.raw_files.RawFolder.blocks.__defaults__", ("utf-8", 1 << 10))
+    monkeypatch.setattr("preprocessing.reading.raw_files.RawFolder.blocks.__defaults__", ("utf-8", 1 << 10))
     assert main(["census-income", "--raw", str(kdd), "--out", str(tmp_path / "out")]) == 0
     assert_kdd(tmp_path / "out", official(*(by_pandas(kdd / f"census-income.{part}", KDD) for part in ("data", "test"))))
 
@@ -394,7 +394,7 @@ def test_the_documents_official_file_is_known_by_its_fingerprint(real_data):
 
 
 def test_unreachable_home_is_told_with_names_and_home(tmp_path, monkeypatch):
-    from preprocessing.common.download import download
+    from preprocessing.downloading.download import download
 
     monkeypatch.setattr(AdultIncome, "archive", "http://127.0.0.1:1/adult.zip")
     with pytest.raises(DataError, match=r"(?s)cannot be reached.*Fetch adult\.data, adult\.test from https://archive"):

@@ -12,8 +12,8 @@ import pytest
 from mmlrec.config import ConfigError, load_config
 from mmlrec.registry import method, method_names, model_config
 from mmlrec.schema import DatasetManifest
-from mmlrec.training.session import build_spec
-from preprocessing.common.command_line import main
+from mmlrec.session.session import build_spec
+from preprocessing.command_line import main
 from tests.preprocessing.fakes import FAKES
 
 ROOT = Path(__file__).parents[2]

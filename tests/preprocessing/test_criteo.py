@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation, split_ends
-from preprocessing.criteo import TABLE_ROWS as MLPERF_ROWS
+from preprocessing.command_line import main
+from preprocessing.datasets.criteo import TABLE_ROWS as MLPERF_ROWS
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.criteo_fake import CATEGORIES, NUMBERS, TABLE_ROWS, write_arrays, write_days, write_kaggle
 from tests.preprocessing.movielens_fake import folder_bytes
 
@@ -73,7 +73,7 @@ def assert_decodes_to(out, raw):
 
 @pytest.mark.parametrize("piece_bytes", [1 << 14, 8 << 20])
 def test_days_decode_to_the_raw_lines_and_the_last_is_halved(days, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     out = tmp_path / "out"
     assert run(days, out, "--days", "0-2") == 0
     raw = pd.concat([raw_lines(days / f"day_{day}", day) for day in range(3)])
@@ -184,7 +184,7 @@ def assert_holds_arrays(out, raw, multi_hot, fold=lambda ids, num_rows: ids):
 @pytest.mark.parametrize("piece_bytes", [1 << 14, 8 << 20])
 @pytest.mark.parametrize("form", ["npy", "multi-hot"])
 def test_arrays_come_through_as_they_are(tmp_path, monkeypatch, form, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     raw, out = write_arrays(tmp_path / "raw", form == "multi-hot"), tmp_path / "out"
     assert run(raw, out, "--form", form, "--days", "0-2", *ROWS) == 0
     assert assert_holds_arrays(out, raw, form == "multi-hot") == 1000 + 1100 + 1200

@@ -12,13 +12,13 @@ import pytest
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Task
-from preprocessing.common import description
-from preprocessing.common.command_line import main
-from preprocessing.common.dataset import Dataset, Hashing, sparse
-from preprocessing.common.description import Distinct, IdCounts, describe
-from preprocessing.common.description_report import sections
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.command_line import main
+from preprocessing.dataset import Dataset, Hashing, sparse
+from preprocessing.describing import description
+from preprocessing.describing.description import Distinct, IdCounts, describe
+from preprocessing.describing.report import sections
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
 from tests.datasets import rewrite_part, write_dataset
 from tests.preprocessing.ijcai18_fake import write_ijcai18
 from tests.preprocessing.movielens_fake import write_movielens

@@ -17,14 +17,14 @@ import pytest
 
 from mmlrec.errors import DataError
 from mmlrec.schema import SPLITS, DatasetManifest
-from preprocessing.common import raw_files
-from preprocessing.common.command_line import main
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.json_lines import JsonLines
-from preprocessing.common.parts import SplitWriter
-from preprocessing.common.raw_files import Block, RawFolder, Source
-from preprocessing.common.splits import FileSplit, GroupSplit
+from preprocessing.command_line import main
+from preprocessing.dataset import Dataset
+from preprocessing.reading import raw_files
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import Block, RawFolder, Source
+from preprocessing.split_rules import FileSplit, GroupSplit
+from preprocessing.writing.parts import SplitWriter
 from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes
 from tests.preprocessing.raw_faults import bad_row, copied_rows, faults, unpacked
@@ -223,7 +223,7 @@ def test_full_disk_is_told_and_leaves_nothing(name, when, made, tmp_path, capsys
 
 _KILL = """
 import os, signal
-from preprocessing.common import {module}
+from preprocessing.{room} import {module}
 method = {module}.{place}
 def stop(*arguments):
     method(*arguments)
@@ -231,9 +231,9 @@ def stop(*arguments):
 {module}.{place} = stop
 """
 KILLS = {
-    "reading": _KILL.format(module="shuffle", place="BatchFile.append"),
-    "writing": _KILL.format(module="parts", place="SplitWriter.write"),
-    "before the end": _KILL.format(module="output", place="_sync"),
+    "reading": _KILL.format(room="rows", module="batch_file", place="BatchFile.append"),
+    "writing": _KILL.format(room="writing", module="parts", place="SplitWriter.write"),
+    "before the end": _KILL.format(room="writing", module="output", place="_sync"),
 }
 
 

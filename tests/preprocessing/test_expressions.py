@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from preprocessing.common.expressions import parse_condition
+from preprocessing.rows.expressions import parse_condition
 
 ROWS = [
     {"a": a, "b": b, "s": s, "on": on}

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.raw_files import RawFile, RawFolder
-from preprocessing.ijcai15 import good_pairs
+from preprocessing.command_line import main
+from preprocessing.datasets.ijcai15 import good_pairs
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import RawFile, RawFolder
 from tests.preprocessing.decoded import SPLITS, assert_decodes_to, read, sides_by_key, sides_in_order
 from tests.preprocessing.ijcai15_fake import write, write_ijcai15
 
@@ -83,7 +83,7 @@ CASES = [("repeat", "pair"), ("repeat", "random"), ("funnel", "random"), ("funne
 @pytest.mark.parametrize("form", ["1", "2"])
 @pytest.mark.parametrize(("variant", "split"), CASES)
 def test_packages_decode_to_the_raw_rows(raw, tmp_path, monkeypatch, variant, split, form):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", 1 << 14)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", 1 << 14)
     out = tmp_path / "out"
     default = {"repeat": "pair", "funnel": "random"}[variant]
     options = ["--variant", variant, "--form", form, *(["--split", split] if split != default else [])]

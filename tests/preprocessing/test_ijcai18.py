@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
 from tests.preprocessing.decoded import assert_decodes_to, sides_in_order
 from tests.preprocessing.ijcai18_fake import HEADER, ROUND1, ROUND2, write_ijcai18
 
@@ -72,7 +72,7 @@ def run(raw, out, *options):
 
 @pytest.mark.parametrize("piece_bytes", [1 << 14, 8 << 20])
 def test_native_form_decodes_to_the_raw_rows(raw, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     manifest = run(raw, tmp_path / "out")
     rows = table(raw / ROUND1)
     assert_decodes_to(tmp_path / "out", sides_in_order(native(rows), None))

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing.common.join import IdIndex, RowsOnDisk
-from preprocessing.common.raw_files import BadRows, Block
+from preprocessing.reading.raw_files import BadRows, Block
+from preprocessing.rows.join import IdIndex, RowsOnDisk
 
 KINDS = {"id": pa.int64(), "price": pa.float32(), "exact": pa.float64(), "kind": pa.string(), "tags": pa.list_(pa.int64())}
 

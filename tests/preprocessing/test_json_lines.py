@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from mmlrec.errors import DataError
-from preprocessing.common.json_lines import JsonLines
-from preprocessing.common.raw_files import RawFile, RawFolder
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import RawFile, RawFolder
 
 COLUMNS = {
     "id": pa.int64(),
@@ -225,7 +225,7 @@ def test_an_array_instead_of_lines_is_told_with_the_remedy(tmp_path, text):
 
 
 def test_a_long_array_without_line_ends_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("preprocessing.common.raw_files.LONGEST_LINE", 1000)
+    monkeypatch.setattr("preprocessing.reading.raw_files.LONGEST_LINE", 1000)
     with pytest.raises(DataError, match=r"no line end within .* of a JSON array, put each object on a line of its own"):
         read(tmp_path, json.dumps([{"id": 1}] * 500), piece_bytes=100)
 

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation
+from preprocessing.command_line import main
+from preprocessing.writing.permutation import RowPermutation
 from tests.preprocessing.kuairand_fake import VIDEO, write_kuairand
 from tests.preprocessing.kuairec_fake import COUNTS, USER
 from tests.preprocessing.test_kuairec import CODES, TEXTS, cell, number, repeat
@@ -99,7 +99,7 @@ def assert_decodes_to(out, expected, tabs):
 @pytest.mark.parametrize("version", ["pure", "1k", "27k"])
 @pytest.mark.parametrize("piece_bytes", [1 << 12, 8 << 20])
 def test_the_logs_decode_to_the_joined_rows(tmp_path, monkeypatch, version, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     raw, out = write_kuairand(tmp_path / "raw", version, num_rows=1500), tmp_path / "out"
     assert main(["kuairand", "--raw", str(raw), "--out", str(out), "--version", version]) == 0
     five = ["1", "0", "4", "2", "6"]

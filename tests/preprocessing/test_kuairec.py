@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.command_line import main
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.kuairec_fake import COUNTS, USER, write_csv, write_kuairec
 
 RANGES = [f"{name}_range" for name in COUNTS]
@@ -107,7 +107,7 @@ NATIVE = dict.fromkeys(CODES, number) | dict.fromkeys(TEXTS, str)
 
 @pytest.mark.parametrize("piece_bytes", [1 << 12, 8 << 20])
 def test_the_big_matrix_decodes_to_the_joined_rows(fake, tmp_path, monkeypatch, piece_bytes):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     out = tmp_path / "out"
     assert main(["kuairec", "--raw", str(fake), "--out", str(out)]) == 0
     expected = big_rows(fake / INNER)

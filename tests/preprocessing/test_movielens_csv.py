@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation, split_ends
-from preprocessing.movielens import MovieLens20M
+from preprocessing.command_line import main
+from preprocessing.datasets.movielens import MovieLens20M
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens_csv
 
 SPLITS = ("train", "valid", "test")
@@ -52,7 +52,7 @@ def decoder(out, table, values):
 @pytest.mark.parametrize("name", ["movielens-20m", "movielens-25m"])
 @pytest.mark.parametrize("piece_bytes", [1 << 10, 8 << 20])
 def test_output_decodes_to_the_raw_files(csv, tmp_path, name, piece_bytes, monkeypatch):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     out = tmp_path / "out"
     assert run(csv, out, name=name) == 0
     expected = by_pandas(csv)

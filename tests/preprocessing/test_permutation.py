@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmlrec.hashing import mix64
-from preprocessing.common.permutation import RowPermutation, split_ends
+from preprocessing.writing.permutation import RowPermutation, split_ends
 
 
 def test_mix64_equals_the_published_splitmix64_stream():

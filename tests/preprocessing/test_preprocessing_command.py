@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
 from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes
 

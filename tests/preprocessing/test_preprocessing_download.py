@@ -13,11 +13,11 @@ import zipfile
 import pytest
 
 from mmlrec.errors import DataError
-from preprocessing.common import download as module
-from preprocessing.common.dataset import Dataset
-from preprocessing.common.download import download
-from preprocessing.common.raw_files import RawFile
-from preprocessing.movielens import MovieLens100K
+from preprocessing.dataset import Dataset
+from preprocessing.datasets.movielens import MovieLens100K
+from preprocessing.downloading import download as module
+from preprocessing.downloading.download import download
+from preprocessing.reading.raw_files import RawFile
 
 CONTENT = {"a.txt": b"hello\n" * 50_000, "b.txt": b"world\n"}
 

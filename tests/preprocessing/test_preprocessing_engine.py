@@ -11,12 +11,12 @@ import pytest
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Task
-from preprocessing.common import shuffle
-from preprocessing.common.dataset import Dataset, dense, multi, sparse
-from preprocessing.common.encoder import DenseRange, ValueCounter, Vocabulary
-from preprocessing.common.engine import build
-from preprocessing.common.permutation import RowPermutation
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.dataset import Dataset, dense, multi, sparse
+from preprocessing.encoding.encoder import DenseRange, ValueCounter, Vocabulary
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.writing import shuffle
+from preprocessing.writing.permutation import RowPermutation
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 100
@@ -146,10 +146,10 @@ import resource, sys
 from pathlib import Path
 import numpy as np, pyarrow as pa
 from mmlrec.schema import Task
-from preprocessing.common import shuffle
-from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFolder
+from preprocessing.writing import shuffle
+from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
 
 shuffle.BUCKET_ROWS = 1 << 14
 class Many(Dataset):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.common.command_line import main
+from preprocessing.command_line import main
 from tests.preprocessing.movielens_fake import folder_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_gzip_that_lacks_its_last_bytes_is_told(raw, tmp_path, capsys):
 
 
 def test_bad_line_of_a_later_block_is_numbered_from_the_start_of_the_file(raw, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("preprocessing.common.raw_files.PIECE_BYTES", 1 << 10)
+    monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", 1 << 10)
     edit_line(raw / "ratings.dat", 1777, "1::3::9::1")
     assert main(["movielens-1m", "--raw", str(raw), "--out", str(tmp_path / "out")]) == 2
     assert "ratings.dat, line 1777: a rating must be" in capsys.readouterr().err

@@ -9,10 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.schema import DatasetManifest
-from preprocessing.common import parts, shuffle
-from preprocessing.common.command_line import main
-from preprocessing.common.permutation import RowPermutation, split_ends
-from preprocessing.common.raw_files import file_sha256
+from preprocessing.command_line import main
+from preprocessing.reading.raw_files import file_sha256
+from preprocessing.writing import parts, shuffle
+from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
 
 FEATURES = ["user", "movie", "gender", "age", "occupation", "zip", "genres"]
@@ -136,7 +136,7 @@ def test_the_same_holds_when_buckets_blocks_and_parts_are_many(raw, tmp_path, mo
     """2,000 rows through 8 buckets, raw blocks of 1 KiB, parts of one row group."""
     monkeypatch.setattr(shuffle, "BUCKET_ROWS", 256)
     monkeypatch.setattr(parts, "PART_ROWS", 1024)
-    monkeypatch.setattr("preprocessing.common.raw_files.RawFolder.blocks.__defaults__", ("utf-8", 1 << 10))
+    monkeypatch.setattr("preprocessing.reading.raw_files.RawFolder.blocks.__defaults__", ("utf-8", 1 << 10))
     out = tmp_path / "out"
     assert main(["movielens-1m", "--raw", str(raw), "--out", str(out)]) == 0
     assert_decodes_to(out, by_pandas(raw))

@@ -11,10 +11,10 @@ import pytest
 
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.common.delimited import DelimitedText
-from preprocessing.common.join import IdIndex
-from preprocessing.common.raw_files import RawFile, RawFolder
+from preprocessing.command_line import main
+from preprocessing.reading.delimited import DelimitedText
+from preprocessing.reading.raw_files import RawFile, RawFolder
+from preprocessing.rows.join import IdIndex
 
 INT, NUMBER, TEXT = pa.int64(), pa.float32(), pa.string()
 COLUMNS = {"id": INT, "price": NUMBER, "name": TEXT}

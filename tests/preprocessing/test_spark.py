@@ -16,9 +16,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.common import parts, shuffle, spark_pieces
-from preprocessing.common.command_line import main
-from preprocessing.common.dataset import dataset_class
+from preprocessing.command_line import main
+from preprocessing.dataset import dataset_class
+from preprocessing.engines import spark_pieces
+from preprocessing.writing import parts, shuffle
 from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
 

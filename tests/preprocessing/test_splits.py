@@ -9,11 +9,12 @@ import pytest
 
 from mmlrec.errors import DataError
 from mmlrec.schema import Task
-from preprocessing.common import splits
-from preprocessing.common.dataset import Dataset, dense, sparse
-from preprocessing.common.engine import build
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.splits import FileSplit, GroupSplit, Placement, RandomSplit, TimeSplit
+from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.engines.local import build
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, TimeSplit
+from preprocessing.writing import splits
+from preprocessing.writing.splits import Placement
 
 NUM_ROWS = 1000
 MASK = (1 << 64) - 1

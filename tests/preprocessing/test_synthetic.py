@@ -10,11 +10,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from mmlrec.schema import DatasetManifest
-from preprocessing import synthetic
-from preprocessing.common.command_line import main
-from preprocessing.common.raw_files import RawFolder
-from preprocessing.common.zipf import Zipf
-from preprocessing.synthetic import Synthetic, auc
+from preprocessing.command_line import main
+from preprocessing.datasets import synthetic
+from preprocessing.datasets.synthetic import Synthetic, auc
+from preprocessing.reading.raw_files import RawFolder
+from preprocessing.rows.zipf import Zipf
 from tests.preprocessing.movielens_fake import folder_bytes
 
 

@@ -20,8 +20,8 @@ import yaml
 
 from mmlrec.hashing import bucket_ids
 from mmlrec.schema import DatasetManifest
-from preprocessing.common.command_line import main
-from preprocessing.table import EXAMPLE
+from preprocessing.command_line import main
+from preprocessing.datasets.table import EXAMPLE
 from tests.preprocessing.table_fake import (
     CONFIG,
     GOOD_LINES,

@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from preprocessing.common import value_index
-from preprocessing.common.value_index import ValueIndex, hash_words
+from preprocessing.encoding import value_index
+from preprocessing.encoding.value_index import ValueIndex, hash_words
 
 
 def odd_strings(numbers):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from preprocessing.common.workers import in_order
+from preprocessing.workers import in_order
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])

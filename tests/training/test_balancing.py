@@ -11,10 +11,10 @@ import torch
 
 from mmlrec.balancing import rules
 from mmlrec.config import STRATEGIES, load_config
+from mmlrec.distributed import process_group
 from mmlrec.losses import LossOptions
-from mmlrec.training.checkpoint import model_tensors
-from mmlrec.training.distributed import process_group
-from mmlrec.training.session import build_session
+from mmlrec.run_folder.checkpoint import model_tensors
+from mmlrec.session.session import build_session
 from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, tensors
 from tests.training.worker import whole

@@ -3,9 +3,9 @@
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.training.distributed import process_group
-from mmlrec.training.run_folder import RunFolder
-from mmlrec.training.session import build_session
+from mmlrec.distributed import process_group
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import build_session
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
 

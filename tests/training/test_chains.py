@@ -11,13 +11,13 @@ from sklearn.metrics import roc_auc_score
 
 from mmlrec.config import load_config
 from mmlrec.data.chain import count_violations
+from mmlrec.distributed import process_group
 from mmlrec.errors import DataError
+from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.metrics.report import report_table
-from mmlrec.training.distributed import process_group
-from mmlrec.training.prediction import write_predictions
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import load_session
 from mmlrec.training.run import train
-from mmlrec.training.run_folder import RunFolder
-from mmlrec.training.session import load_session
 from tests.datasets import rewrite_part, write_dataset
 
 CONFIG = """

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from mmlrec.distributed import process_group
 from mmlrec.errors import CheckpointError
-from mmlrec.training import checkpoint
-from mmlrec.training.distributed import process_group
+from mmlrec.run_folder import checkpoint
 
 
 @pytest.fixture

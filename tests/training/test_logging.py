@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("rank", [0, 1])
 def test_advice_is_one_line_of_rank_0_and_other_warnings_stay(rank):
     code = (
-        "import warnings; from mmlrec.errors import UserAdvice; from mmlrec.training.distributed import configure_logging\n"
+        "import warnings; from mmlrec.errors import UserAdvice; from mmlrec.distributed import configure_logging\n"
         f"configure_logging({rank})\n"
         "warnings.warn('fewer experts would do', UserAdvice)\n"
         "warnings.warn('a library speaks')\n"

@@ -6,10 +6,10 @@ import logging
 import pytest
 import torch
 
+from mmlrec.distributed import World, logger
+from mmlrec.run_folder.folder import RunFolder
 from mmlrec.training import reporting
-from mmlrec.training.distributed import World, logger
 from mmlrec.training.reporting import Reporter
-from mmlrec.training.run_folder import RunFolder
 
 
 @pytest.fixture

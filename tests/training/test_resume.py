@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlrec.training import checkpoint
+from mmlrec.run_folder import checkpoint
 from tests.datasets import write_dataset
 from tests.training.launch import ROOT, environment, launch, losses, rows_of_steps, tensors
 
@@ -107,7 +107,7 @@ def test_signal_leaves_a_usable_run_folder(root, number, code):
 HANG_IN_SAVE = """
 import sys, time
 from pathlib import Path
-from mmlrec.training import checkpoint
+from mmlrec.run_folder import checkpoint
 plain, saves, flag = checkpoint._seal, [], Path(sys.argv[-1])
 def seal(folder):
     if folder.name.startswith("step_"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.training.distributed import process_group
-from mmlrec.training.prediction import write_predictions
+from mmlrec.distributed import process_group
+from mmlrec.evaluation.prediction import write_predictions
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import load_session
 from mmlrec.training.run import train
-from mmlrec.training.run_folder import RunFolder
-from mmlrec.training.session import load_session
 from tests.datasets import write_dataset
 from tests.training.launch import tensors
 

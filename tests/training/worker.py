@@ -19,12 +19,12 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from apps.cli import run as entry_point
 from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
-from mmlrec.training import checkpoint
-from mmlrec.training.distributed import process_group
-from mmlrec.training.evaluation import evaluate_split
+from mmlrec.distributed import process_group
+from mmlrec.evaluation.evaluation import evaluate_split
+from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import build_session, load_session
 from mmlrec.training.run import train
-from mmlrec.training.run_folder import RunFolder
-from mmlrec.training.session import build_session, load_session
 from mmlrec.training.trainer import Trainer
 
 

@@ -1,0 +1,1 @@
+"""What a run leaves behind: its small files and its checkpoints."""

@@ -1,0 +1,1 @@
+"""From a configuration to a sharded model on this rank: tables, network, loss, optimizers, pipeline."""

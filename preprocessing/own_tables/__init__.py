@@ -1,0 +1,1 @@
+"""The configuration of `python -m preprocessing table`: which files, and what their columns mean."""

@@ -1,0 +1,1 @@
+"""Raw files: where they lie, what they hold in which format, and complaints that name file and line."""
