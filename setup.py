@@ -61,6 +61,7 @@ setup(
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
+            "hypothesis>=6.100",
             "matplotlib>=3.9",
             "mypy>=2",
             "pytest>=8",

@@ -106,6 +106,7 @@ def test_lock_is_complete_and_holds_nothing_else():
     direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel"]
     assert reached(direct) == pins("cpu.txt").keys()
     tools = [
+        "hypothesis",
         "matplotlib",
         "pytest",
         "pytest-timeout",
