@@ -1,6 +1,8 @@
 """Who may import whom (docs/architecture.md), what starts without heavy libraries, and where files lie."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,13 +56,13 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def imported(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Dotted names that a module imports anywhere, functions included; blocks under TYPE_CHECKING do not count."""
+def imported(source: str, module: str, is_package: bool = False, type_checking: bool = False) -> set[str]:
+    """Dotted names that a module imports anywhere, functions included; blocks under TYPE_CHECKING where asked for."""
     names: set[str] = set()
     package = module if is_package else module.rpartition(".")[0]
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not type_checking:
             for child in node.orelse:
                 visit(child)
             return
@@ -139,6 +141,85 @@ def test_imports_follow_the_rules(module):
 )
 def test_the_checker_finds_breaches(module, source, expected):
     assert breaches(module, imported(source, module)) == expected
+
+
+def imports_between(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """Module -> those of the others that it imports, for type checkers too. `sources`: text, and whether it is a package."""
+    found: dict[str, set[str]] = {}
+    for module, (source, is_package) in sources.items():
+        found[module] = set()
+        for name in imported(source, module, is_package, type_checking=True):
+            while name and name not in sources:
+                name = name.rpartition(".")[0]
+            # A package's own file is read before any of its modules: that is no import of the author's.
+            if name and name != module:
+                found[module].add(name)
+    return found
+
+
+SOURCES = {module: (path.read_text(encoding="utf-8"), path.name == "__init__.py") for module, path in MODULES.items()}
+IMPORTS = imports_between(SOURCES)
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, empty when there is none."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_through_others():
+    assert circle(IMPORTS) == []
+
+
+def test_circles_are_found_also_where_only_a_type_checker_sees_them():
+    hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from mmlrec.a import A"
+    sources = {"mmlrec.a": ("def f():\n    from mmlrec.b import B", False), "mmlrec.b": (hidden, False)}
+    assert set(circle(imports_between(sources))) == {"mmlrec.a", "mmlrec.b"}
+    assert circle(imports_between(sources | {"mmlrec.b": ("import mmlrec", False)})) == []
+
+
+def floors(package: str) -> list[list[str]]:
+    """Rooms of a package in the order of docs/architecture.md, those of one row together."""
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition(f"### `{package}`")[2].partition("\n#")[0]
+    return [re.findall(r"`([\w.]+)`", row) for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)]
+
+
+def room(module: str) -> str:
+    """The folder or file below a package that a module belongs to; empty for the package's own files."""
+    name = (module.split(".") + [""])[1]
+    return "" if name == "__main__" else name
+
+
+@pytest.mark.parametrize("package", ["mmlrec", "preprocessing"])
+def test_rooms_are_those_of_the_document_and_imports_run_one_way(package):
+    order = floors(package)
+    height = {name: floor for floor, names in enumerate(order) for name in names}
+    inside = [module for module in MODULES if within(module, package) and room(module)]
+    assert sorted(name for names in order for name in names) == sorted({room(module) for module in inside})
+    climbing = [
+        f"{module} imports {other}"
+        for module in inside
+        for other in IMPORTS[module]
+        if within(other, package) and room(other) not in ("", room(module)) and height[room(other)] >= height[room(module)]
+    ]
+    assert climbing == [], "a room imports from those above it in docs/architecture.md only"
+
+
+ONE_FILE_A_THING = {"mmlrec/models", "mmlrec/balancing/strategies", "preprocessing/datasets"}
+MOST_MODULES = 14
+
+
+def test_no_room_is_crowded():
+    for package in ("mmlrec", "preprocessing", "apps"):
+        folders = {path.parent for module, path in MODULES.items() if within(module, package)}
+        for folder in folders:
+            place = folder.relative_to(REPOSITORY).as_posix()
+            count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+            assert count <= MOST_MODULES or place in ONE_FILE_A_THING, f"{place} holds {count} modules: give it rooms"
 
 
 def entry_points() -> list[str]:
