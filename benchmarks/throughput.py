@@ -84,9 +84,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _run(command: list[str], threads: int) -> str:
+def _run(command: list[str], threads: int, checkout: Path | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=checkout, check=False
+    )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     return done.stdout
@@ -105,8 +107,14 @@ def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -
     _run(["preprocessing", "synthetic", "--out", str(dataset), *named], threads)
 
 
-def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, *overrides: str) -> float:
-    """Median samples/s that a run of apps.train reports for itself after its first window."""
+def ours(
+    folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, *overrides: str, checkout: Path | None = None
+) -> float:
+    """Median samples/s that a run of apps.train reports for itself after its first window.
+
+    Args:
+        checkout: where the code that runs lies, when it is not this one's; then the other paths must be absolute.
+    """
     config = folder / "config.yaml"
     config.write_text(
         f"dataset: {{path: {dataset}, setting: mtl}}\n"
@@ -131,6 +139,7 @@ def ours(folder: Path, dataset: Path, shape: Shape, precision: str, threads: int
             *overrides,
         ],
         threads,
+        checkout,
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [line["samples_per_second"] for line in lines if line["split"] == "train"]

@@ -190,7 +190,7 @@ def floors(package: str) -> list[list[str]]:
 
 def room(module: str) -> str:
     """The folder or file below a package that a module belongs to; empty for the package's own files."""
-    name = (module.split(".") + [""])[1]
+    name = [*module.split("."), ""][1]
     return "" if name == "__main__" else name
 
 

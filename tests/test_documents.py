@@ -1,5 +1,6 @@
 """The documents' code, commands and links are true."""
 
+import ast
 import os
 import random
 import re
@@ -35,6 +36,18 @@ def test_links_configs_and_modules_exist(path):
         assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), module
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"^ *make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+
+
+def test_where_is_leads_to_files_that_define_what_they_are_named_for():
+    table = CONTRIBUTING.partition("### Where is …?")[2].partition("\n## ")[0]
+    questions = re.findall(r"^\| (.*\?) \| (.*) \|$", table, re.MULTILINE)
+    assert len(questions) >= 10
+    for question, answer in questions:
+        links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)\)", answer)
+        assert links, question
+        for name, path in links:
+            defined = [node.name for node in ast.parse((REPOSITORY / path).read_text()).body if hasattr(node, "name")]
+            assert name in defined, f"{question} {path} defines no {name}"
 
 
 def test_readme_lists_all_methods_and_their_settings():
