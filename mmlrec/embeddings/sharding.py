@@ -17,8 +17,8 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharde
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mmlrec.config import ConfigError, EmbeddingsConfig, TableOptimizerConfig
-from mmlrec.errors import did_you_mean
+from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.errors import ConfigError, did_you_mean
 
 #: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
 #: wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.

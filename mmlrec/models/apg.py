@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers.normalisation import BatchNorm
 from mmlrec.layers.options import ACTIVATIONS, Activation
 from mmlrec.layers.scenario import Dispatch, ScenarioEmbedding, prefers_grouped

@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.config import ConfigError
-from mmlrec.errors import UserAdvice
+from mmlrec.errors import ConfigError, UserAdvice
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.gates import Gates, NewestGates, mix
 from mmlrec.layers.towers import Towers

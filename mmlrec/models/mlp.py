@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers import mlp
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width

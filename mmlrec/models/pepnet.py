@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmlrec.config import ConfigError
-from mmlrec.errors import UserAdvice
+from mmlrec.errors import ConfigError, UserAdvice
 from mmlrec.layers.experts import StackedMLP, stacked_linear
 from mmlrec.layers.scenario import ScenarioEmbedding
 from mmlrec.layers.towers import Towers

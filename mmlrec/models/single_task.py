@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import Loss, LossOptions

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers.experts import stacked_linear
 from mmlrec.layers.normalisation import BatchNorm, PartitionedNorm
 from mmlrec.layers.options import ACTIVATIONS, HiddenOptions

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.schema import Setting, Task

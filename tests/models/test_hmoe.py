@@ -7,7 +7,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.models.hmoe import mix_scores
 from mmlrec.registry import method

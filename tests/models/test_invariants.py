@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names, model_config
 from tests.models.support import SHAPES, build, losses, make_data, make_spec, spec_of, step, supports

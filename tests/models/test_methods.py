@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers.gates import mix
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec

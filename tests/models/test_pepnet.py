@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.models.pepnet import _GateUnits

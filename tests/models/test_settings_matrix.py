@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmlrec.config import ConfigError
+from mmlrec.errors import ConfigError
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method
