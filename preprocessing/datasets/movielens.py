@@ -1,4 +1,4 @@
-"""MovieLens: two labels from one rating; in 1M and 100K scenarios by gender or age (datasets.md section 3 of the design).
+"""MovieLens: two labels from one rating; in 1M and 100K scenarios by gender or age (docs/datasets/movielens.md).
 
 Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
 """
