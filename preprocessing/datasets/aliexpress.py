@@ -1,4 +1,4 @@
-"""AliExpress search logs: click and conversion, a scenario for each country (datasets.md section 9 of the design).
+"""AliExpress search logs: click and conversion, a scenario for each country (docs/datasets/aliexpress.md).
 
 Li et al., "Improving Multi-Scenario Learning to Rank in E-commerce by Exploiting Task Relationships in the Label Space",
 CIKM 2020.

@@ -1,4 +1,4 @@
-"""Amazon reviews of 2018 and 2014: liked, and liked best, a scenario for each category (datasets.md section 5 of the design).
+"""Amazon reviews of 2018 and 2014: liked, and liked best, a scenario for each category (docs/datasets/amazon.md).
 
 Ni, Li and McAuley, "Justifying Recommendations using Distantly-Labeled Reviews and Fine-Grained Aspects", EMNLP 2019 (2018).
 McAuley, Targett, Shi and van den Hengel, "Image-Based Recommendations on Styles and Substitutes", SIGIR 2015 (2014).

@@ -1,4 +1,4 @@
-"""Census-Income (KDD) and Adult: income above 50,000 dollars, and never married (datasets.md section 4 of the design).
+"""Census-Income (KDD) and Adult: income above 50,000 dollars, and never married (docs/datasets/census_income.md).
 
 Lane and Kohavi, "Census-Income (KDD)", UCI Machine Learning Repository, 2000.
 Becker and Kohavi, "Adult", UCI Machine Learning Repository, 1996.

@@ -1,4 +1,4 @@
-"""Criteo click logs: 1TB text days, the Kaggle file, and DLRM's and MLPerf's arrays (datasets.md section 11 of the design).
+"""Criteo click logs: 1TB text days, the Kaggle file, and DLRM's and MLPerf's arrays (docs/datasets/criteo.md).
 
 Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems", arXiv:1906.00091, 2019.
 """

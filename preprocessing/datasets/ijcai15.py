@@ -1,4 +1,4 @@
-"""IJCAI-15 (Tmall repeat buyers): events of a shop's log, in two definitions (datasets.md section 6 of the design).
+"""IJCAI-15 (Tmall repeat buyers): events of a shop's log, in two definitions (docs/datasets/ijcai15.md).
 
 "Repeat Buyers Prediction after Sales Promotion", competition of IJCAI 2015, data of Tmall (Alibaba).
 

@@ -1,4 +1,4 @@
-"""IJCAI-18 (Alimama search advertising): does a shown advertisement end in a purchase (datasets.md section 8 of the design).
+"""IJCAI-18 (Alimama search advertising): does a shown advertisement end in a purchase (docs/datasets/ijcai18.md).
 
 "Alimama International Advertising Algorithm Competition", competition of IJCAI 2018 (IAAC).
 

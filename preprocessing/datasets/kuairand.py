@@ -1,4 +1,4 @@
-"""KuaiRand: clicks and long views, scenarios by the tab of the app (datasets.md section 10.2 of the design).
+"""KuaiRand: clicks and long views, scenarios by the tab of the app (docs/datasets/kuairand.md).
 
 Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022.
 

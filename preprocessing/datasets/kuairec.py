@@ -1,4 +1,4 @@
-"""KuaiRec 2.0: watched to the end, watched twice; scenarios by the user's activity (datasets.md section 7 of the design).
+"""KuaiRec 2.0: watched to the end, watched twice; scenarios by the user's activity (docs/datasets/kuairec.md).
 
 Gao et al., "KuaiRec: A Fully-observed Dataset and Insights for Evaluating Recommender Systems", CIKM 2022.
 

