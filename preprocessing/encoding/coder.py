@@ -1,4 +1,9 @@
-"""Canonical rows with codes in place of raw values, so that each value is looked up once; codes become ids when counted."""
+"""Canonical rows with codes in place of raw values, so that each value is looked up once; codes become ids when counted.
+
+The local engine's way to a vocabulary. Spark counts values themselves (`ValueCounter`): its tasks run in processes of their
+own, in which a code would mean something else, and counts of values can be added up. That way a value is looked up twice, when
+it is counted and when it is encoded, and all distinct values are in memory at once; here neither is so, hence two ways.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mmlrec.schema import SCENARIO_COLUMN, key_column
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.dictionaries import ArrayStore, Dictionaries
 from preprocessing.encoding.encoder import Encoder
-from preprocessing.encoding.ranking import VocabularyFile, num_distinct, rank
+from preprocessing.encoding.ranking import VocabularyFile, rank
 from preprocessing.split_rules import SIDE_COLUMN
 from preprocessing.workers import in_order
 
@@ -126,32 +129,6 @@ class Coder:
         others = {name: coded.rows.column(name) for name in coded.rows.schema.names if name not in columns}
         others.pop(SIDE_COLUMN, None)
         return pa.RecordBatch.from_pydict(columns | others)
-
-
-class GroupsOfScenarios:
-    """Distinct groups (users) of each scenario, in bounded memory; `add` is for several threads."""
-
-    def __init__(self, dataset: Dataset, folder: Path, limit_bytes: int) -> None:
-        self._key, self._folder, self._limit = dataset.group_key, folder, limit_bytes
-        scenarios = dataset.scenario.values if dataset.scenario and dataset.group_key else []
-        kind = dataset.keys[str(dataset.group_key)] if scenarios else pa.int64()
-        self._dictionaries = Dictionaries(dict.fromkeys(scenarios, kind), folder / "groups", limit_bytes)
-
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Take note of the groups of these canonical rows."""
-        for index, dictionary in enumerate(self._dictionaries.tables.values()):
-            here = pc.equal(rows.column(SCENARIO_COLUMN), index)
-            dictionary.code(rows.column(key_column(str(self._key))).filter(here))
-
-    def statistics(self) -> dict[str, dict[str, int]]:
-        """For the manifest: `scenario_users` or the like."""
-        if not self._dictionaries.tables:
-            return {}
-        counts = {
-            scenario: num_distinct(dictionary, self._folder / f"groups-{index}", max(self._limit // 8, _LEAST_SORTED_BYTES))
-            for index, (scenario, dictionary) in enumerate(self._dictionaries.tables.items())
-        }
-        return {f"scenario_{self._key}s": counts}
 
 
 def _like(lists: pa.ListArray, values: NDArray[np.signedinteger]) -> pa.ListArray:

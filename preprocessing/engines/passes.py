@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from mmlrec.schema import SPLITS, Split
 from preprocessing.dataset import Dataset
-from preprocessing.encoding.coder import Coded, Coder, GroupsOfScenarios
+from preprocessing.encoding.coder import Coded, Coder
 from preprocessing.encoding.encoder import Encoder, check_canonical, encoded_schema
+from preprocessing.encoding.groups import BoundedGroups
 from preprocessing.progress import progress
 from preprocessing.reading import raw_files
 from preprocessing.reading.raw_files import RawFolder
@@ -91,7 +92,7 @@ class Passes:
         self._scratch.mkdir()
         self._placement = Placement(dataset.split, seed, self._scratch)
         self._coder = Coder(dataset, encoder, self._scratch / "coder", memory.dictionary_bytes)
-        self._groups = GroupsOfScenarios(dataset, self._scratch, memory.dictionary_bytes // 8)
+        self._groups = BoundedGroups(dataset, self._scratch, memory.dictionary_bytes // 8)
         self._spill = BatchFile(self._scratch / "coded.arrow", self._coder.schema)
         self._blocks: list[_Block] = []
         self._positions = self._scratch / "positions.bin"

@@ -33,17 +33,17 @@ from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import SPLITS, DatasetManifest, Split
 from preprocessing.dataset import Dataset, datasets
 from preprocessing.encoding.encoder import Encoder, encoded_schema
+from preprocessing.encoding.groups import MergedGroups
 from preprocessing.engines.local import complete
 from preprocessing.engines.spark_pieces import (
     Cut,
     Failure,
-    GroupsPerScenario,
     PieceRows,
     Stretch,
-    by_bucket,
     canonical_rows,
-    in_order,
+    from_stream,
     stretches,
+    to_stream,
 )
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
@@ -51,7 +51,7 @@ from preprocessing.split_rules import TimeSplit
 from preprocessing.writing import shuffle
 from preprocessing.writing.output import new_folder
 from preprocessing.writing.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
-from preprocessing.writing.shuffle import BucketPlan
+from preprocessing.writing.shuffle import BucketPlan, ordered, scatter
 from preprocessing.writing.splits import IntArray, Placement, digit_counts, find_cuts, times
 
 if TYPE_CHECKING:
@@ -182,14 +182,14 @@ class _Job:
         fit_end = placed.placement.num_rows if parity else placed.placement.train_end
 
         def count(pieces: Iterable[PieceRows]) -> Iterator[tuple[int, Any]]:
-            encoder, groups = Encoder(shared.value.features, parity), GroupsPerScenario(shared.value)
+            encoder, groups = Encoder(shared.value.features, parity), MergedGroups(shared.value)
             for piece in pieces:
                 for batch, positions in piece.positions(placed.placement, placed.before[piece.index]):
                     encoder.fit(batch.filter(pa.array(positions < fit_end)))
                     groups.add(batch)
             yield from enumerate([*encoder.counters(), *groups.counters.values()])
 
-        encoder, groups = Encoder(self._dataset.features, parity), GroupsPerScenario(self._dataset)
+        encoder, groups = Encoder(self._dataset.features, parity), MergedGroups(self._dataset)
         counters = [*encoder.counters(), *groups.counters.values()]
         if counters:
             with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
@@ -215,7 +215,8 @@ class _Job:
         def encode(piece: PieceRows) -> Iterator[tuple[int, bytes]]:
             for batch, positions in piece.positions(placement, placed.before[piece.index]):
                 rows = shared_encoder.value.encode(batch).select(schema.names).cast(schema)
-                yield from by_bucket(rows, positions, plan)
+                for bucket, own in scatter(rows, positions, plan):
+                    yield bucket, to_stream([own], own.schema)
 
         def write(part: int, content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Path, Split] | OSError]:
             split, number, _ = plan.parts[part]
@@ -224,7 +225,7 @@ class _Job:
                 place.mkdir()
                 writer = SplitWriter(place, SPLITS[split], group_rows, tasks, scenario, first_part=number)
                 for _, streams in groupby(content, itemgetter(0)):
-                    writer.write(in_order([stream for _, stream in streams]))
+                    writer.write(ordered(batch for _, stream in streams for batch in from_stream(stream)))
                 yield part, place, writer.close()
             except OSError as error:
                 yield error

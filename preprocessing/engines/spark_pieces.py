@@ -10,20 +10,16 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mmlrec.errors import DataError, UserError
-from mmlrec.schema import SCENARIO_COLUMN, key_column
 from preprocessing.dataset import Dataset
-from preprocessing.encoding.encoder import ValueCounter, check_canonical
+from preprocessing.encoding.encoder import check_canonical
 from preprocessing.reading.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, open_unpacked, readable, work
 from preprocessing.reading.raw_files import PIECE_BYTES as RAW_PIECE_BYTES
 from preprocessing.split_rules import TimeSplit
-from preprocessing.writing.shuffle import BucketPlan
 from preprocessing.writing.splits import IntArray, Placement, times
 
 PIECE_BYTES = 16 << 20
-_PLACE = "row.place"
 #: What the driver is to raise in its turn: an executor that raises makes Spark try again, and tell it in Java.
 Failure = UserError | OSError
 
@@ -197,43 +193,3 @@ def to_stream(batches: list[pa.RecordBatch], schema: pa.Schema) -> bytes:
 def from_stream(content: bytes) -> list[pa.RecordBatch]:
     """The batches again."""
     return list(pa.ipc.open_stream(content))
-
-
-def by_bucket(rows: pa.RecordBatch, positions: IntArray, plan: BucketPlan) -> Iterator[tuple[int, bytes]]:
-    """Bucket, and those of the rows that belong there; for `in_order`."""
-    buckets, places = plan.buckets(positions)
-    order = np.argsort(buckets, kind="stable")
-    sorted_rows = rows.append_column(_PLACE, pa.array(places)).take(pa.array(order))
-    found, starts = np.unique(buckets[order], return_index=True)
-    for bucket, start, end in zip(found, starts, [*starts[1:], len(order)], strict=True):
-        yield int(bucket), to_stream([sorted_rows.slice(start, end - start)], sorted_rows.schema)
-
-
-def in_order(streams: list[bytes]) -> pa.RecordBatch:
-    """All rows of a bucket, in the order of positions."""
-    rows = pa.concat_batches([batch for stream in streams for batch in from_stream(stream)])
-    order = np.empty(rows.num_rows, np.int64)
-    order[rows.column(_PLACE).to_numpy()] = np.arange(rows.num_rows)
-    return rows.drop_columns([_PLACE]).take(pa.array(order))
-
-
-class GroupsPerScenario:
-    """Distinct groups (users) of each scenario, over all splits."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self._group, self._scenario = dataset.group_key, dataset.scenario
-        values = dataset.scenario.values if dataset.scenario and dataset.group_key else []
-        self.counters = {value: ValueCounter(dataset.keys[str(dataset.group_key)]) for value in values}
-
-    def add(self, rows: pa.RecordBatch) -> None:
-        """Count the groups of these canonical rows."""
-        if self.counters:
-            scenario = rows.column(SCENARIO_COLUMN)
-            for index, counter in enumerate(self.counters.values()):
-                counter.add(rows.column(key_column(str(self._group))).filter(pc.equal(scenario, index)))
-
-    def statistics(self) -> dict[str, dict[str, int]]:
-        """For the manifest: `scenario_users` or the like."""
-        if not self.counters:
-            return {}
-        return {f"scenario_{self._group}s": {value: len(counter.counts()) for value, counter in self.counters.items()}}

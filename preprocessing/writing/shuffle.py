@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,25 +53,37 @@ class BucketPlan:
         return first_buckets[split] + part * -(-self.part_rows // self.bucket_rows) + bucket, place
 
 
+def scatter(rows: pa.RecordBatch, positions: IntArray, plan: BucketPlan) -> list[tuple[int, pa.RecordBatch]]:
+    """Those of the rows that belong to each bucket, with their places in it, for `ordered`; positions are [rows]."""
+    buckets, places = plan.buckets(positions)
+    num_buckets = plan.parts[-1][2].stop
+    kind = np.uint16 if num_buckets <= 1 << 16 else np.int64  # numpy sorts 16 bits by radix
+    order = np.argsort(buckets.astype(kind), kind="stable")
+    rows = rows.append_column(_PLACE, pa.array(places.astype(np.int32))).take(pa.array(order))
+    counts = np.bincount(buckets, minlength=num_buckets)
+    starts = np.cumsum(counts) - counts
+    return [(int(bucket), rows.slice(starts[bucket], counts[bucket])) for bucket in np.flatnonzero(counts)]
+
+
+def ordered(scattered: Iterable[pa.RecordBatch]) -> pa.RecordBatch:
+    """All rows of a bucket, in the order of their positions."""
+    rows = pa.concat_batches(list(scattered))
+    order = np.empty(rows.num_rows, np.int64)
+    order[rows.column(_PLACE).to_numpy()] = np.arange(rows.num_rows)
+    return rows.drop_columns([_PLACE]).take(pa.array(order))
+
+
 class BucketSort:
     """Takes rows with their positions in any order and gives them back bucket by bucket, each in the order of positions."""
 
     def __init__(self, folder: Path, schema: pa.Schema, plan: BucketPlan) -> None:
-        self._schema = schema.append(pa.field(_PLACE, pa.int32()))
         self._plan = plan
-        num_buckets = plan.parts[-1][2].stop
-        self._files = [BatchFile(folder / f"bucket-{bucket}.arrow", self._schema) for bucket in range(num_buckets)]
+        schema = schema.append(pa.field(_PLACE, pa.int32()))
+        self._files = [BatchFile(folder / f"bucket-{bucket}.arrow", schema) for bucket in range(plan.parts[-1][2].stop)]
 
     def scatter(self, rows: pa.RecordBatch, positions: IntArray) -> list[tuple[int, pa.Buffer]]:
         """Rows by bucket, ready to be appended; positions are [rows]. For several threads."""
-        buckets, places = self._plan.buckets(positions)
-        kind = np.uint16 if len(self._files) <= 1 << 16 else np.int64  # numpy sorts 16 bits by radix
-        order = np.argsort(buckets.astype(kind), kind="stable")
-        rows = pa.RecordBatch.from_arrays([*rows.columns, pa.array(places.astype(np.int32))], schema=self._schema)
-        rows = rows.take(pa.array(order))
-        counts = np.bincount(buckets, minlength=len(self._files))
-        starts = np.cumsum(counts) - counts
-        return [(int(b), rows.slice(starts[b], counts[b]).serialize()) for b in np.flatnonzero(counts)]
+        return [(bucket, own.serialize()) for bucket, own in scatter(rows, positions, self._plan)]
 
     def append(self, scattered: list[tuple[int, pa.Buffer]]) -> None:
         """Write what `scatter` gave."""
@@ -79,7 +92,4 @@ class BucketSort:
 
     def read(self, bucket: int) -> pa.RecordBatch:
         """The rows of a bucket in the order of positions; its file is removed. For several threads."""
-        rows = pa.concat_batches(list(self._files[bucket].batches()))
-        order = np.empty(rows.num_rows, np.int64)
-        order[rows.column(_PLACE).to_numpy()] = np.arange(rows.num_rows)
-        return rows.select(self._schema.names[:-1]).take(pa.array(order))
+        return ordered(self._files[bucket].batches())
