@@ -140,6 +140,9 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
     table = read(form.columns)
     if len(table) != text.count(b"\n"):
         raise pa.ArrowInvalid("a carriage return within a line, or a line end within quotes")
+    # A quote that is open on the last line takes in its line end only, and the number of rows stays right.
+    if quote and (why := _complaint(text[:-1].rpartition(b"\n")[2].removesuffix(b"\r"), form)):
+        raise pa.ArrowInvalid(why)
     if b"0x" in text or b"0X" in text:
         integers = [name for name, kind in form.columns.items() if pa.types.is_integer(kind)]
         texts = read(dict.fromkeys(integers, pa.string())) if integers else table
