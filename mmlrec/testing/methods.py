@@ -1,4 +1,6 @@
-"""The contract of methods, in a test file of one's own:
+"""The contract of methods.
+
+In a test file of one's own:
 
     from mmlrec.testing.methods import MethodContract
 
