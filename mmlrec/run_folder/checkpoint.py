@@ -123,16 +123,17 @@ def damage(folder: Path) -> str | None:
     if not marker.is_file():
         return f"{folder} has no {MARKER}: it was not written to the end"
     try:
-        files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, OSError) as error:
+        listed = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
+        files = {name: (expected["bytes"], expected["crc32"]) for name, expected in listed}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{marker} cannot be read: {error}"
-    for name, expected in files.items():
+    for name, (num_bytes, crc32) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}: it is truncated or was changed"
-        if _crc32(path) != expected["crc32"]:
+        if path.stat().st_size != num_bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {num_bytes}: it is truncated or was changed"
+        if _crc32(path) != crc32:
             return f"{path} does not match its checksum: it is corrupt"
     return None
 

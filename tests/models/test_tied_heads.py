@@ -1,56 +1,6 @@
-"""MTMSL with the same labels for every task and tied heads is MSL (models.md C11)."""
+"""Every method for both MSL and MTMSL under the contract of tied heads; a new one is picked up by its name."""
 
-import pytest
-import torch
+from mmlrec.testing.tied_heads import TiedHeads
+from tests.models.support import contracts
 
-from mmlrec.registry import method, method_names
-from mmlrec.schema import Setting
-from tests.models.support import build, losses, make_data, make_spec
-
-TASKS, SCENARIOS = 3, 2
-BOTH = [name for name in method_names() if {Setting.MSL, Setting.MTMSL} <= set(method(name).settings)]
-# They have weights for every pair of heads (PEPNet: tasks), of which MTMSL has more: nothing to tie them to.
-PAIRWISE = {"cross_stitch", "pepnet", "ple"}
-
-
-def tied(net, key, value):
-    """A parameter of the MSL network as MTMSL's: each task's members are copies; what no head owns is the same."""
-    owner = net.owner(key)
-    if owner == "head":
-        return value.unflatten(0, (-1, 1, SCENARIOS)).expand(-1, TASKS, -1, *value.shape[1:]).flatten(0, 2)
-    if owner == "task":
-        return value.unsqueeze(1).expand(-1, TASKS, *value.shape[1:]).flatten(0, 1)
-    return value
-
-
-# One level of PLE, CGC, has none: its shared experts read the input, and no gate reads the experts of all heads.
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in BOTH), ("ple", {"num_levels": 1})])
-def test_tied_heads_with_the_same_labels_are_one_task(name, options):
-    single, several = (build(name, make_spec(tasks, SCENARIOS), **options).double() for tasks in (1, TASKS))
-    # Random gates are as many as connections: without noise they are equal.
-    single.train(not single.num_noise), several.train(not single.num_noise)
-    shapes = {key: value.shape for key, value in several.named_parameters()}
-    weights = {key: tied(single, key, value) for key, value in single.named_parameters()}
-    fits = {key: value.shape for key, value in weights.items()} == shapes
-    assert fits == (name not in PAIRWISE or bool(options))
-    if not fits:
-        return
-    several.load_state_dict(weights, strict=False)
-    one = make_data(single, 48, dtype=torch.float64)
-    many = make_data(several, 48, dtype=torch.float64)
-    many.scenario, many.labels = one.scenario, one.labels.expand(-1, TASKS)
-    many.x = one.x.repeat(1, TASKS, 1) if single.tables_per_branch else one.x
-    many.fields = {field: v.repeat(1, TASKS, 1) if single.tables_per_branch else v for field, v in one.fields.items()}
-
-    expected = single(one.x, one.fields, one.scenario).logits
-    torch.testing.assert_close(several(many.x, many.fields, many.scenario).logits, expected.expand(-1, TASKS))
-    expected_losses, found_losses = losses(single, one), losses(several, many)
-    for task in several.spec.tasks:
-        torch.testing.assert_close(found_losses[task.name], expected_losses["t0"])
-    sum(expected_losses.values()).backward()
-    sum(found_losses.values()).backward()
-    gradients = {key: value.grad for key, value in several.named_parameters()}
-    for key, value in single.named_parameters():
-        # Every head learns as the single one does; what they share learns from each of them.
-        times = 1 if several.owner(key) in ("head", "task") else TASKS
-        torch.testing.assert_close(gradients[key], tied(single, key, value.grad) * times, msg=key)
+globals().update({name: tests for name, tests in contracts(TiedHeads).items() if tests().ties()})

@@ -3,10 +3,10 @@
 A dataset's own fake writes raw files with what makes the real ones awkward; here it gets one line.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmlrec.testing import raw_folders
 from tests.preprocessing.aliccp_fake import write_aliccp
 from tests.preprocessing.aliexpress_fake import write_aliexpress, write_processed
 from tests.preprocessing.amazon_fake import write_amazon, write_amazon_2014
@@ -21,24 +21,14 @@ from tests.preprocessing.table_fake import write_table
 
 
 @dataclass(frozen=True)
-class Fake:
-    """How to make a dataset from fake raw files.
+class Fake(raw_folders.Fake):
+    """A fake as the contract of datasets takes it, and what trains on it.
 
     Attributes:
-        write: puts raw files of some thousand rows into a folder that does not exist yet, and returns it.
-        options: of the command line, beyond --raw and --out; {raw} in them is the folder.
         configs: names below configs/ that train on the dataset, with the tasks that they report.
-        own: columns of the raw files that identify a row: of two with the same values, one is left out.
     """
 
-    write: Callable[[Path], Path]
-    options: tuple[str, ...] = ()
     configs: dict[str, list[str]] | None = None
-    own: tuple[str, ...] = ()
-
-    def arguments(self, raw: Path) -> list[str]:
-        """The options for files that lie in `raw`, and --raw."""
-        return ["--raw", str(raw), *(option.format(raw=raw) for option in self.options)]
 
 
 def _processed(folder: Path) -> Path:

@@ -1,20 +1,27 @@
 """Spoils raw files: what goes wrong with files on their way, and changed rows. By the form of the file, not by dataset."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from preprocessing.reading.arrays import Arrays
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
+from preprocessing.reading.raw_files import Source
 
 HTML = b"<!DOCTYPE html>\n<html><body>Please log in.</body></html>\n"
 BEYOND = 2**63
@@ -29,7 +36,7 @@ class Spoiled:
     suffix: str = ""
 
 
-def unpacked(path):
+def unpacked(path: Path) -> bytes:
     """Bytes of a raw file, which may be gzipped or zipped."""
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
@@ -41,7 +48,7 @@ def unpacked(path):
     return content
 
 
-def faults(source, name, content):
+def faults(source: Source, name: str, content: bytes) -> dict[str, Spoiled]:
     """Fault -> file `name`, which `source` reads, with that fault."""
     found = {"empty": Spoiled(b""), "HTML page": Spoiled(HTML)}
     if not name.endswith((".npz", ".parquet")):
@@ -58,7 +65,7 @@ def faults(source, name, content):
     return found
 
 
-def bad_row(source, content):
+def bad_row(source: Source, content: bytes) -> Spoiled | None:
     """The file with one row that cannot be read, for `--max-bad-rows`; None where the form of the file has no such thing."""
     if isinstance(source, DelimitedText):
         return _text_faults(source, content).get("column count")
@@ -70,11 +77,11 @@ def bad_row(source, content):
 class Table:
     """A delimited text, its header and comments kept apart."""
 
-    def __init__(self, form, content):
+    def __init__(self, form: DelimitedText, content: bytes) -> None:
         self.form = form
         self.lines = content.split(b"\n")
         self.separator = form.separator.encode()
-        names = form.columns
+        names: Sequence[str] = list(form.columns)
         if form.header:
             names = [field.decode("utf-8-sig") for field in self._split(self.lines[0])]
         self.names = list(names)
@@ -86,13 +93,16 @@ class Table:
         ]
 
     @property
-    def content(self):
+    def content(self) -> bytes:
+        """The whole text."""
         return b"\n".join(self.lines)
 
-    def fields(self, index):
+    def fields(self, index: int) -> list[bytes]:
+        """Of a line (from 0)."""
         return self._split(self.lines[index])
 
-    def put(self, index, fields):
+    def put(self, index: int, fields: list[bytes]) -> None:
+        """Replace a line (from 0)."""
         if self.form.quoted:
             text = io.StringIO()
             texts = [field.decode("utf-8", "surrogateescape") for field in fields]
@@ -101,7 +111,7 @@ class Table:
         else:
             self.lines[index] = self.separator.join(fields)
 
-    def _split(self, line):
+    def _split(self, line: bytes) -> list[bytes]:
         line = line.removesuffix(b"\r")
         if self.form.quoted:
             text = line.decode("utf-8", "surrogateescape")
@@ -110,16 +120,16 @@ class Table:
         return line.split(self.separator)
 
 
-def _text_faults(form, content):
+def _text_faults(form: DelimitedText, content: bytes) -> dict[str, Spoiled]:
     table = Table(form, content)
     middle = table.rows[len(table.rows) // 2]
 
-    def spoiled(change):
+    def spoiled(change: Callable[[list[bytes]], list[bytes]]) -> Spoiled:
         spoilt = Table(form, content)
         spoilt.put(middle, change(spoilt.fields(middle)))
         return Spoiled(spoilt.content, middle + 1)
 
-    def in_column(number, value):
+    def in_column(number: int, value: bytes) -> Spoiled:
         return spoiled(lambda fields: [*fields[:number], value, *fields[number + 1 :]])
 
     found = {}
@@ -141,15 +151,15 @@ def _text_faults(form, content):
 _KINDS = (pa.string(), pa.int64(), pa.float32())
 
 
-def _json_faults(form, content):
+def _json_faults(form: JsonLines, content: bytes) -> dict[str, Spoiled]:
     lines = content.split(b"\n")
     rows = [index for index, line in enumerate(lines) if line.strip()]
     middle = rows[len(rows) // 2]
 
-    def spoiled(line):
+    def spoiled(line: bytes) -> Spoiled:
         return Spoiled(b"\n".join([*lines[:middle], line, *lines[middle + 1 :]]), middle + 1)
 
-    def with_value(kind, value):
+    def with_value(kind: pa.DataType, value: Any) -> Spoiled | None:
         for name in (name for name, found in form.columns.items() if found == kind):
             return spoiled(json.dumps(json.loads(lines[middle]) | {name: value}).encode())
         return None
@@ -164,14 +174,14 @@ def _json_faults(form, content):
     return {name: fault for name, fault in found.items() if fault is not None}
 
 
-def _array_faults(content):
+def _array_faults(content: bytes) -> dict[str, Spoiled]:
     found = {"cut": Spoiled(content[: len(content) // 2])}
     if content[:6] != b"\x93NUMPY":
         return found
     array = np.load(io.BytesIO(content))
     middle = len(array) // 2
 
-    def spoiled(value):
+    def spoiled(value: Any) -> Spoiled:
         changed = array.copy()
         changed[middle] = value
         return Spoiled(_saved(changed), middle + 1)
@@ -182,11 +192,11 @@ def _array_faults(content):
     return found
 
 
-def _parquet_faults(form, content):
+def _parquet_faults(form: ParquetRows, content: bytes) -> dict[str, Spoiled]:
     table = pq.read_table(io.BytesIO(content))
     middle = len(table) // 2
 
-    def spoiled(name, values, value):
+    def spoiled(name: str, values: NDArray[Any], value: Any) -> Spoiled:
         values[middle] = value
         changed = table.set_column(table.column_names.index(name), name, pa.array(values))
         return Spoiled(_written(changed), middle + 1)
@@ -199,19 +209,19 @@ def _parquet_faults(form, content):
     return found
 
 
-def _written(table):
+def _written(table: pa.Table) -> bytes:
     file = io.BytesIO()
     pq.write_table(table, file)
     return file.getvalue()
 
 
-def _saved(array):
+def _saved(array: NDArray[Any]) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
 
 
-def copied_rows(source, content, rows, own):
+def copied_rows(source: Source, content: bytes, rows: dict[int, int], own: Sequence[str]) -> bytes:
     """The file with the content of a row in place of others.
 
     Args:
@@ -240,9 +250,10 @@ def copied_rows(source, content, rows, own):
             kept = {name: objects[line][name] for name in own if name in objects[line]}
             lines[line - 1] = json.dumps(objects[origin] | kept).encode()
         return b"\n".join(lines)
+    assert isinstance(source, DelimitedText), source
     table, old = Table(source, content), Table(source, content)
-    kept = [table.names.index(name) for name in own if name in table.names]
+    places = [table.names.index(name) for name in own if name in table.names]
     for line, origin in rows.items():
         fields, mine = old.fields(origin - 1), old.fields(line - 1)
-        table.put(line - 1, [mine[k] if k in kept else field for k, field in enumerate(fields)])
+        table.put(line - 1, [mine[k] if k in places else field for k, field in enumerate(fields)])
     return table.content
