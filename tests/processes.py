@@ -60,7 +60,7 @@ class Command:
         if log:
             log.touch()
         else:
-            self._outputs = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]
+            self._outputs = [tempfile.NamedTemporaryFile("r+") for _ in range(2)]  # noqa: SIM115 (deleted with this object)
         paths = [log, log] if log else [Path(file.name) for file in self._outputs]
         target = (arguments[1:], env or environment(), cwd, paths, prepare)
         self._process = FORKS.Process(target=_run, args=target, daemon=True)
@@ -121,7 +121,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: Path, outputs: list[Pat
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    np.random.seed()
+    np.random.seed()  # noqa: NPY002 (the state that others draw from)
     if prepare:
         prepare()
     path = [entry for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
