@@ -121,6 +121,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: Path, outputs: list[Pat
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own again
     np.random.seed()  # noqa: NPY002 (the state that others draw from)
     if prepare:
         prepare()
