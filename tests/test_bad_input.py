@@ -1,5 +1,6 @@
 """What a user may get wrong, end to end: exit code, one message that names the culprit and the remedy, nothing half-written."""
 
+import functools
 import importlib
 import json
 import os
@@ -18,8 +19,8 @@ from apps.cli import run
 from mmlrec.config import load_config
 from mmlrec.run_folder import checkpoint
 from mmlrec.schema import DatasetManifest
+from tests import processes
 from tests.datasets import rewrite_part, write_dataset
-from tests.training.launch import ROOT, environment
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -493,18 +494,8 @@ def test_tables_beyond_memory(data, app, tmp_path):
 def limited(arguments: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess:
     """A process that cannot write files beyond `limit` bytes, as on a full disk."""
 
-    def limit_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        env=environment(),
-        cwd=ROOT,
-        preexec_fn=limit_files,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    limit_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    return processes.run([sys.executable, "-m", *arguments], prepare=limit_files)
 
 
 def test_disk_full_while_saving(data, tmp_path):

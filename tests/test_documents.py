@@ -16,6 +16,7 @@ import torch
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method, method_names
 from mmlrec.schema import DatasetManifest, Setting, Task
+from tests import processes
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -98,7 +99,7 @@ def test_example_dataset_works(tmp_path):
     assert sum(split.label_counts["click"]["all"][1] for split in manifest.splits.values()) == clicked
     command = [sys.executable, "-m", "apps.train", "--config", "configs/mtl/shop.yaml", "--run-dir", "run"]
     command += ["training.max_steps=3", "training.batch_size=200"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    result = processes.run(command, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "result.json").is_file()
 

@@ -13,13 +13,13 @@ from apps.models import describe, details, overview
 from mmlrec.config import STRATEGIES, load_config
 from mmlrec.models.base.model import NetworkConfig
 from mmlrec.registry import aliases, method, method_names, model_config, resolve_model
+from tests import processes
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    return processes.run([sys.executable, "-m", *arguments], timeout=120)
 
 
 def test_overview_has_a_line_for_each_method_and_train_prints_the_same():

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests import processes
 from tests.datasets import rewrite_part, write_dataset
-from tests.training.launch import ROOT, environment
+from tests.processes import ROOT, environment
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -48,7 +49,7 @@ def test_torchrun_trains_and_evaluates(data, tmp_path):
     done = run(train, tmp_path)
     assert done.returncode == 0, done.stderr
     before = json.loads((tmp_path / "run/result.json").read_text())
-    done = run([sys.executable, "-m", "apps.evaluate", "--run", tmp_path / "run"], tmp_path)
+    done = processes.run([sys.executable, "-m", "apps.evaluate", "--run", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     after = json.loads((tmp_path / "run/result.json").read_text())
     assert after["test"]["tasks"]["click"]["auc"] == pytest.approx(before["test"]["tasks"]["click"]["auc"], abs=1e-9)

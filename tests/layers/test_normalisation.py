@@ -8,10 +8,10 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from mmlrec.layers.normalisation import BatchNorm
+from tests.processes import spawn
 
 F64 = torch.float64
 
@@ -97,7 +97,7 @@ def test_two_ranks_with_unequal_rows_equal_one_process(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(rank_part, (port, tmp_path), nprocs=2)
+    spawn(rank_part, (port, tmp_path), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x, pull = batch()
     x.requires_grad_()

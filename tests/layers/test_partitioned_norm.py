@@ -8,10 +8,10 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from mmlrec.layers.normalisation import PartitionedNorm
+from tests.processes import spawn
 
 F64 = torch.float64
 
@@ -212,7 +212,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(rank_part, (port, tmp_path), nprocs=2)
+    spawn(rank_part, (port, tmp_path), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x, pull, scenario, valid = whole_batch()
     x.requires_grad_()

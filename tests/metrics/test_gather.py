@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mmlrec.errors import DataError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report
 from mmlrec.schema import Task
+from tests.processes import spawn
 
 N = 41
 
@@ -75,7 +75,7 @@ def _gather_on(rank, world_size, shares, folder):
 def test_ranks_with_any_number_of_rows_join_to_the_same_as_one_process(tmp_path):
     order = np.random.default_rng(1).permutation(N).tolist()
     shares = [[order[:7], order[7:10]], [[], []], [order[10:40], order[40:]]]
-    mp.spawn(_gather_on, (3, shares, str(tmp_path)), nprocs=3)
+    spawn(_gather_on, (3, shares, str(tmp_path)), nprocs=3)
     joined = pickle.loads((tmp_path / "joined").read_bytes())
     assert equal(joined, batch(range(N)))
     tasks = [Task(name="a"), Task(name="b")]

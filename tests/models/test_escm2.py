@@ -9,11 +9,11 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mmlrec.losses import LossOptions, chain_logit
 from mmlrec.output import Output
 from tests.models.support import build, losses, make_data, make_spec, step
+from tests.processes import spawn
 
 F64 = torch.float64
 NORMS = ("exposure", "click", "snips")
@@ -333,6 +333,6 @@ def test_two_ranks_equal_one_process(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_main, (port, ((0, 4), (4, 30)), cases, tmp_path / "mean.pt"), nprocs=2)
+    spawn(rank_main, (port, ((0, 4), (4, 30)), cases, tmp_path / "mean.pt"), nprocs=2)
     for norm, found in torch.load(tmp_path / "mean.pt").items():
         torch.testing.assert_close(found, expected[norm], rtol=1e-9, atol=1e-12)

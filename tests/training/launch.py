@@ -2,23 +2,17 @@
 
 import contextlib
 import json
-import os
 import random
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import Command, environment
+
 WORKER = Path(__file__).parent / "worker.py"
-
-
-def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
 def free_port() -> int:
@@ -36,30 +30,24 @@ def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 
     file = folder / f"actions-{world_size}.json"
     file.write_text(json.dumps(actions))
     port = str(free_port())
-    ranks = []
-    for rank in range(world_size):
-        log = (folder / f"rank-{world_size}-{rank}.log").open("w+")
-        variables = environment(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            LOCAL_WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        process = subprocess.Popen([sys.executable, str(WORKER), str(file)], env=variables, stdout=log, stderr=log)
-        ranks.append((process, log))
-    failed = []
+    logs = [folder / f"rank-{world_size}-{rank}.log" for rank in range(world_size)]
+    ranks: list[Command] = []
     try:
-        for rank, (process, _) in enumerate(ranks):
-            if process.wait(timeout) != 0:
-                failed.append(rank)
+        for rank, log in enumerate(logs):
+            variables = environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                LOCAL_WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            ranks.append(Command([sys.executable, str(WORKER), str(file)], env=variables, log=log))
+        failed = [rank for rank, command in enumerate(ranks) if command.wait(timeout) != 0]
     finally:
-        for process, log in ranks:
-            process.kill()
-            log.seek(0)
-    text = "\n".join(f"--- rank {rank}:\n{ranks[rank][1].read()[-4000:]}" for rank in failed)
-    assert not failed, text
+        for command in ranks:
+            command.kill()
+    assert not failed, "\n".join(f"--- rank {rank}:\n{logs[rank].read_text()[-4000:]}" for rank in failed)
 
 
 def losses(run_dir: Path) -> dict[int, dict[str, float]]:

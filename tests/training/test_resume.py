@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 
 from mmlrec.run_folder import checkpoint
 from tests.datasets import write_dataset
-from tests.training.launch import ROOT, environment, launch, losses, rows_of_steps, tensors
+from tests.processes import Command, run
+from tests.training.launch import launch, losses, rows_of_steps, tensors
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -76,7 +76,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(root, world_size):
     assert losses(run_dir) == losses(root / f"whole-{world_size}")
 
 
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run_dir: Path, step: int, process: Command) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
@@ -90,16 +90,14 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
 def test_signal_leaves_a_usable_run_folder(root, number, code):
     run_dir = root / f"signal-{number}"
-    process = subprocess.Popen(command(root, run_dir), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = Command(command(root, run_dir))
     wait_for_step(run_dir, 3, process)
     process.send_signal(number)
     _, output = process.communicate(timeout=120)
     assert process.returncode == code
     assert "Run the same command again to continue" in output
     assert "Traceback" not in output
-    done = subprocess.run(
-        command(root, run_dir, "--resume"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run(command(root, run_dir, "--resume"))
     assert done.returncode == 0, done.stderr
     assert_same_end(root, run_dir)
 
@@ -135,7 +133,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
     script = tmp_path / "hang.py"
     script.write_text(HANG_IN_SAVE.format(how=how))
     arguments = [sys.executable, str(script), *command(root, run_dir)[3:], str(flag)]
-    process = subprocess.Popen(arguments, env=environment(), cwd=ROOT, stderr=subprocess.PIPE)
+    process = Command(arguments)
     deadline = time.monotonic() + 120
     while not flag.exists():
         assert process.poll() is None, process.communicate()
@@ -145,7 +143,7 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
     process.communicate()
     names = sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))
     assert names == ["step_000000007", "step_000000014", "step_000000021.tmp"]
-    done = subprocess.run(command(root, run_dir), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(command(root, run_dir))
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stderr
     assert "step_000000014 at step 14" in done.stderr
@@ -163,7 +161,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(root, tmp_path):
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    done = subprocess.run(command(root, run_dir), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(command(root, run_dir))
     assert done.returncode == 0, done.stderr
     assert f"{truncated} has" in done.stderr
     assert f"{flipped} does not match its checksum" in done.stderr
@@ -174,9 +172,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(root, tmp_path):
 def test_nothing_is_trained_twice(root):
     # The run is complete: the same command ends at once, and prints the table again.
     before = (root / "whole-1/metrics.jsonl").stat().st_mtime_ns
-    done = subprocess.run(
-        command(root, root / "whole-1"), env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = run(command(root, root / "whole-1"))
     assert done.returncode == 0, done.stderr
     assert "is complete" in done.stderr
     assert "click" in done.stdout
