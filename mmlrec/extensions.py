@@ -59,6 +59,11 @@ class Source:
     load: Callable[[], type[Any]]
     target: str = ""
 
+    @classmethod
+    def of(cls, place: str, found: type[Any]) -> Source:
+        """That of a class that is here already."""
+        return cls(place, lambda: found, f"{found.__module__}:{found.__qualname__}")
+
 
 class Finder:
     """All of one kind, by name.
@@ -165,12 +170,7 @@ def _inherits(value: object, kind: Kind) -> bool:
 def _of_imports(kind: Kind) -> Iterator[tuple[str, Source]]:
     for module in _imported:
         for name, found in classes_of(module, kind).items():
-            place, target = f"--import {module.__name__}", f"{module.__name__}:{found.__qualname__}"
-            yield name, Source(place, partial(_given, found), target)
-
-
-def _given(found: type[Any]) -> type[Any]:
-    return found
+            yield name, Source.of(f"--import {module.__name__}", found)
 
 
 @cache
@@ -187,7 +187,7 @@ def _of_packages(kind: Kind) -> Iterator[tuple[str, Source]]:
 
 def _load(kind: Kind, point: metadata.EntryPoint, place: str) -> type[Any]:
     try:
-        found: Any = point.load()
+        found: type[Any] = point.load()
     except Exception as error:
         raise UserError(
             f"{kind.word} '{point.name}': {place} cannot be loaded: {_cause(error)}. Mend that package, or uninstall it."

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmlrec.balancing.build import build_balancing
+from mmlrec.balancing.gradients import GradientBalancing
 from mmlrec.errors import ConfigError
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method, method_names, strategy
@@ -221,6 +222,7 @@ def test_static_and_monitor_equal_the_plain_sum_to_the_bit(name):
     expected_value, expected = case.backward(lambda x: case.objectives(x).sum())
     assert value == expected_value
     assert all(found[key].equal(gradient) for key, gradient in expected.items())
+    assert isinstance(strategy, GradientBalancing) == (name == "monitor")
 
 
 def test_metabalance_follows_the_main_objective():
