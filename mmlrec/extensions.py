@@ -85,16 +85,6 @@ class Finder:
         given = {name: found for module in _imported for name, found in classes_of(module, self.kind).items()}
         return {name: source.load() for name, source in self.own().items()} | given
 
-    def each(self) -> dict[str, type[Any] | UserError]:
-        """Every name with its class, or with what is wrong with it, for listings: a broken package must not end them."""
-        found: dict[str, type[Any] | UserError] = {}
-        for name in self.names():
-            try:
-                found[name] = self.find(name)
-            except UserError as error:
-                found[name] = error
-        return found
-
     def find(self, name: str) -> type[Any]:
         """The class of one of `names()`.
 

@@ -30,6 +30,7 @@ scalers on the train rows, encodes and writes. Data that does not come as lines 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -229,7 +230,11 @@ _DATASETS = extensions.Finder(extensions.DATASET, _own)
 
 def datasets() -> dict[str, type[Dataset]]:
     """All datasets by name, those of other packages too; what is wrong with one of these is told when it is asked for."""
-    return {name: found for name, found in _DATASETS.each().items() if not isinstance(found, UserError)}
+    found: dict[str, type[Dataset]] = {}
+    for name in _DATASETS.names():
+        with contextlib.suppress(UserError):
+            found[name] = _DATASETS.find(name)
+    return found
 
 
 def dataset_class(name: str) -> type[Dataset]:

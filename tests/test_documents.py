@@ -19,7 +19,7 @@ from mmlrec.schema import DatasetManifest, Setting, Task
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-METHOD, DATASET = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+METHOD, STRATEGY, DATASET = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
 (DATASET_CONFIG,) = re.findall(r"```yaml\n(.*?)```", CONTRIBUTING, re.DOTALL)
 
 
