@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -23,6 +24,18 @@ def run(main: Callable[[], None]) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """The option `--import`; `mmlrec.extensions.import_modules(arguments.imports)` does what it says."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="package.module",
+        help="a module with a method or strategy that is not part of mmlrec; may be repeated",
+    )
 
 
 def _exit_code(main: Callable[[], None]) -> int:

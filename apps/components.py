@@ -20,6 +20,7 @@ def train(
     nodes: int = 0,
     nproc: int = 0,
     run_dir: str | None = None,
+    imports: str = "",
 ) -> specs.AppDef:
     """Train with torchrun in the shape that a preset of torchx.yaml gives.
 
@@ -30,10 +31,12 @@ def train(
         nodes: number of nodes; 0 takes the preset's
         nproc: processes on each node; 0 takes the preset's
         run_dir: folder of the run; one that holds a checkpoint is resumed
+        imports: modules with a method or strategy that is not part of mmlrec, separated by commas
     """
     try:
         shape = load_preset(preset, nodes=nodes or None, nproc=nproc or None)
-        return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir)
+        modules = [module for module in imports.split(",") if module]
+        return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir, imports=modules)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

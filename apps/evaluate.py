@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import run
+from apps.cli import add_import, run
+from mmlrec.extensions import import_modules
 
 
 def parse() -> argparse.Namespace:
@@ -22,6 +23,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", required=True, help="run folder")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
+    add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")
     return parser.parse_intermixed_args()
 
@@ -29,6 +31,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load, evaluate, report."""
     arguments = parse()
+    import_modules(arguments.imports)
     from mmlrec.distributed import process_group
     from mmlrec.evaluation.evaluation import evaluate_split, write_result
     from mmlrec.run_folder.folder import RunFolder

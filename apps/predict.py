@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import run
+from apps.cli import add_import, run
+from mmlrec.extensions import import_modules
 
 
 def parse() -> argparse.Namespace:
@@ -24,12 +25,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input", required=True, help="dataset folder, encoded with the vocabularies the run was trained on")
     parser.add_argument("--output", required=True, help="Parquet file to write")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
+    add_import(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Load, score, write."""
     arguments = parse()
+    import_modules(arguments.imports)
     from mmlrec.distributed import process_group
     from mmlrec.evaluation.prediction import write_predictions
     from mmlrec.run_folder.folder import RunFolder

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import run
+from apps.cli import add_import, run
+from mmlrec.extensions import import_modules
 
 
 def _seeds(text: str) -> list[int]:
@@ -33,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
     parser.add_argument("--run-dir", help="folder for one run folder per seed; default: as apps.train names them")
+    add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()
 
@@ -40,12 +42,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train each seed, then summarise."""
     arguments = parse()
+    import_modules(arguments.imports)
     from mmlrec.config import load_config
-    from mmlrec.registry import resolve_model
+    from mmlrec.registry import resolve
 
     source = f"{arguments.config} with the command line"
     loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
-    configs = [resolve_model(config, source) for config in loaded]
+    configs = [resolve(config, source) for config in loaded]
     from mmlrec.distributed import process_group
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.run import default_run_dir, train

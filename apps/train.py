@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from apps.cli import run
+from apps.cli import add_import, run
+from mmlrec.extensions import import_modules
 
 _EPILOG = """\
 examples:
@@ -23,11 +24,12 @@ evaluated once, at the end, with the checkpoint that was best in validation.
 
 
 class _ListMethods(argparse.Action):
-    """Prints all methods and ends, as --help does: nothing else has to be given."""
+    """Prints all methods, those of an --import before it, too, and ends, as --help does: nothing else has to be given."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         from apps.models import overview
 
+        import_modules(namespace.imports)
         print(overview())
         parser.exit()
 
@@ -42,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
+    add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()
 
@@ -49,12 +52,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Check the configuration, then train."""
     arguments = parse()
+    import_modules(arguments.imports)
     from mmlrec.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from mmlrec.registry import resolve_model
+    from mmlrec.registry import resolve
 
-    config = resolve_model(config, f"{arguments.config} with the command line")
+    config = resolve(config, f"{arguments.config} with the command line")
     if arguments.show:
         if Path(config.dataset.path).is_dir():
             from mmlrec.session.session import build_parts

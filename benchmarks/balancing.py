@@ -18,8 +18,9 @@ from statistics import mean, stdev
 
 from tabulate import tabulate
 
-from mmlrec.config import STRATEGIES, load_config
+from mmlrec.config import load_config
 from mmlrec.distributed import World, process_group
+from mmlrec.registry import strategy_names
 from mmlrec.schema import DatasetManifest
 from mmlrec.training.run import train
 
@@ -44,7 +45,7 @@ def shortfalls(config: Path, folder: Path, overrides: list[str], world: World) -
 def main() -> None:
     """Train all strategies with all seeds and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balancing", description=str(__doc__).split("\n", 1)[0])
-    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="comma list (default: all)")
+    parser.add_argument("--strategies", default=",".join(strategy_names()), help="comma list (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/balancing"), help="(default: runs/balancing)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")

@@ -7,14 +7,14 @@ line) and the key. Imports neither torch nor torchrec.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.errors import ConfigError
 from mmlrec.schema import Setting
-from mmlrec.yaml_config import Loader, OptionError, StrictModel, load_with_base, merge, validate_section
+from mmlrec.yaml_config import Loader, StrictModel, load_with_base, merge, validate_section
 
 
 class DatasetConfig(StrictModel):
@@ -91,152 +91,6 @@ class LossConfig(StrictModel):
     )
 
 
-Weight = Annotated[float, Field(ge=0)]
-
-
-class BalancingConfig(StrictModel):
-    """How the losses become one: the strategy and what all strategies take. Options of one strategy are in its class below."""
-
-    name: str
-    unit: Literal["task", "scenario", "head"] | None = Field(
-        default=None, description="What one objective is; when absent a task, in setting msl a scenario."
-    )
-    loss_weights: dict[str, Weight] = Field(default={}, description="Objective -> weight; 1 when absent.")
-
-
-class GradientBalancingConfig(BalancingConfig):
-    """Options of all strategies that read the gradients of the objectives."""
-
-    scope: Literal["shared_dense", "embedding", "both"] = Field(
-        default="shared_dense", description="Gradients that are compared: of shared parameters, of looked-up vectors, or both."
-    )
-    gram: Literal["global", "local"] = Field(
-        default="global", description="Inner products of gradients averaged over ranks, or averaged inner products."
-    )
-    refresh_every: int = Field(default=1, gt=0, description="Steps between two computations of the coefficients.")
-
-
-class StaticConfig(BalancingConfig):
-    """The weighted sum."""
-
-    name: Literal["static"] = "static"
-
-
-class UwConfig(BalancingConfig):
-    """Uncertainty weighting."""
-
-    name: Literal["uw"] = "uw"
-
-
-class RlwConfig(BalancingConfig):
-    """Random loss weighting."""
-
-    name: Literal["rlw"] = "rlw"
-
-
-class DwaConfig(BalancingConfig):
-    """Dynamic weight average."""
-
-    name: Literal["dwa"] = "dwa"
-    tau: float = Field(default=2.0, gt=0, description="Temperature of the softmax.")
-    window_steps: int | None = Field(default=None, gt=0, description="Steps over which losses are averaged; absent: an epoch.")
-
-
-class GlsConfig(BalancingConfig):
-    """Geometric mean of the losses."""
-
-    name: Literal["gls"] = "gls"
-
-
-class StchConfig(BalancingConfig):
-    """Smooth Tchebycheff scalarisation."""
-
-    name: Literal["stch"] = "stch"
-    mu: float = Field(default=1.0, gt=0, description="Smoothing: the smaller, the more the worst objective counts.")
-    warmup_windows: int = Field(default=4, gt=0, description="Windows of log losses, whose mean losses become the references.")
-    window_steps: int | None = Field(default=None, gt=0, description="Steps of a window; absent: an epoch.")
-
-
-class FamoConfig(BalancingConfig):
-    """Fast adaptive multitask optimisation, on the next batch's losses."""
-
-    name: Literal["famo"] = "famo"
-    lr: float = Field(default=0.025, gt=0, description="Learning rate of the logits.")
-    decay: float = Field(default=1e-3, ge=0, description="Weight decay of the logits.")
-
-
-class GradNormConfig(GradientBalancingConfig):
-    """Weights under which all objectives train at a similar rate."""
-
-    name: Literal["gradnorm"] = "gradnorm"
-    alpha: float = Field(default=1.5, ge=0, description="How strongly slow objectives are favoured.")
-    lr: float = Field(default=0.025, gt=0, description="Learning rate of the weights.")
-
-
-class PcGradConfig(GradientBalancingConfig):
-    """Projection of conflicting gradients."""
-
-    name: Literal["pcgrad"] = "pcgrad"
-
-
-class MgdaConfig(GradientBalancingConfig):
-    """Shortest vector in the convex hull of the gradients."""
-
-    name: Literal["mgda"] = "mgda"
-    normalisation: Literal["none", "l2", "loss", "loss+"] = Field(
-        default="none", description="Divide each gradient by 1, its norm, its loss, or both, before."
-    )
-
-
-class CaGradConfig(GradientBalancingConfig):
-    """Conflict-averse direction around the mean gradient."""
-
-    name: Literal["cagrad"] = "cagrad"
-    c_a: float = Field(default=0.5, ge=0, lt=1, description="Radius around the mean gradient, as a share of its norm.")
-
-
-class ImtlGConfig(GradientBalancingConfig):
-    """Equal projections on all gradients."""
-
-    name: Literal["imtl_g"] = "imtl_g"
-
-
-class NashConfig(GradientBalancingConfig):
-    """Nash bargaining."""
-
-    name: Literal["nash"] = "nash"
-    ridge: float = Field(default=0.01, gt=0, description="Added to the normalised Gram matrix: bounds c by sqrt(K / ridge).")
-
-
-class AlignedConfig(GradientBalancingConfig):
-    """Aligned principal components."""
-
-    name: Literal["aligned"] = "aligned"
-
-
-class MetaBalanceConfig(GradientBalancingConfig):
-    """Auxiliary gradients near the norm of the main one's."""
-
-    name: Literal["metabalance"] = "metabalance"
-    main: str | None = Field(default=None, description="The main objective; absent: the first.")
-    r: float = Field(default=0.7, ge=0, le=1, description="1: norms become equal to the main one's; 0: unchanged.")
-    beta: float = Field(default=0.9, ge=0, lt=1, description="Decay of the moving averages of norms.")
-
-
-class MonitorConfig(GradientBalancingConfig):
-    """The weighted sum, with the gradients compared and logged."""
-
-    name: Literal["monitor"] = "monitor"
-
-
-STRATEGIES: dict[str, type[BalancingConfig]] = {
-    strategy.model_fields["name"].default: strategy
-    for strategy in (
-        *(StaticConfig, UwConfig, RlwConfig, DwaConfig, GlsConfig, StchConfig, FamoConfig, GradNormConfig, PcGradConfig),
-        *(MgdaConfig, CaGradConfig, ImtlGConfig, NashConfig, AlignedConfig, MetaBalanceConfig, MonitorConfig),
-    )
-}
-
 #: Alias -> (method, strategy): a model.name that stands for a method trained with a strategy.
 ALIASES = {"pcg": ("mmoe", "pcgrad")}
 
@@ -258,7 +112,7 @@ class TrainingConfig(StrictModel):
 
 
 class RunConfig(StrictModel):
-    """The whole file."""
+    """The whole file. `model` and `balancing` are plain: their options are those of the files that their names stand for."""
 
     run_dir: str | None = None
     dataset: DatasetConfig
@@ -268,8 +122,18 @@ class RunConfig(StrictModel):
     dense: DenseConfig = DenseConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
-    balancing: SerializeAsAny[BalancingConfig] = StaticConfig()
+    balancing: dict[str, Any] = {"name": "static"}
     training: TrainingConfig = TrainingConfig()
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Dotted key -> the file it is from, or "command line": `model` and `balancing` are checked later, by the registry."""
+        return self._origin
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all values are equal, wherever they are from."""
+        return isinstance(other, RunConfig) and self.model_dump() == other.model_dump()
 
     @model_validator(mode="before")
     @classmethod
@@ -289,24 +153,8 @@ class RunConfig(StrictModel):
 
     @field_validator("balancing", mode="before")
     @classmethod
-    def _options_of_the_strategy(cls, section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        name = section.get("name", "static")
-        if not isinstance(name, str) or name not in STRATEGIES:
-            near = did_you_mean(str(name), STRATEGIES)
-            raise ValueError(f"unknown strategy '{name}'.{near} Strategies: {', '.join(STRATEGIES)}")
-        strategy = STRATEGIES[name]
-        for key in section:
-            if key not in strategy.model_fields:
-                near = did_you_mean(str(key), strategy.model_fields)
-                others = [n for n, other in STRATEGIES.items() if key in other.model_fields]
-                belongs = f" It belongs to {', '.join(others)}." if others else ""
-                allowed = ", ".join(sorted(strategy.model_fields))
-                text = f"strategy '{name}' has no option '{key}'.{near}{belongs} Its options: {allowed}"
-                # The option may stand in a file and the name on the command line: the message tells where the option does.
-                raise OptionError(text, str(key))
-        return strategy.model_validate(section)
+    def _strategy_has_a_name(cls, section: Any) -> Any:
+        return {"name": "static", **section} if isinstance(section, dict) else section
 
     @model_validator(mode="after")
     def _model_has_a_name(self) -> RunConfig:
@@ -320,7 +168,9 @@ class RunConfig(StrictModel):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything.
+    """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything but options.
+
+    Those of method and strategy stand in the files of these: `registry.resolve` checks them.
 
     Raises:
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
@@ -339,4 +189,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merge(content, nested, "command line", origin)
-    return validate_section(RunConfig, content, prefix="", source=str(path), origin=origin)
+    config = validate_section(RunConfig, content, prefix="", source=str(path), origin=origin)
+    config.origin.update(origin)
+    return config

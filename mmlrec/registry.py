@@ -1,27 +1,50 @@
-"""Methods by name. A method is one file in `mmlrec/models/`: file name = registry name = YAML `name`, class = CamelCase.
+"""Methods and strategies by name. Each is one file: file name = registry name = YAML `name`, class = the same in CamelCase.
 
-Nothing is registered by hand: a new file is found by its name and imported when it is asked for.
+Methods are the files of `mmlrec/models/`, strategies those of `mmlrec/balancing/strategies/`. Nothing is registered by hand: a
+new file is found by its name and imported when it is asked for. Those of other packages: see `mmlrec.extensions`.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmlrec.config import ALIASES, ConfigError, RunConfig
-from mmlrec.errors import did_you_mean
-from mmlrec.yaml_config import validate_section
+from mmlrec.config import ALIASES, RunConfig
+from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.extensions import METHOD, REMEDY, STRATEGY, Finder, Source, named_like_its_file
+from mmlrec.yaml_config import origin_of, validate_section
 
 if TYPE_CHECKING:
+    from mmlrec.balancing.base import Balancing, BalancingConfig
     from mmlrec.models.base.model import MultiTaskModel, NetworkConfig
 
-_MODELS = Path(__file__).parent / "models"
+_ROOT = Path(__file__).parent
+
+
+def _files(package: str) -> dict[str, Source]:
+    """The files of a package of ours: name -> its class, which is imported when it is asked for."""
+    files = (_ROOT.parent / package.replace(".", "/")).glob("*.py")
+    names = sorted(path.stem for path in files if path.stem != "__init__")
+    return {name: Source(f"{package.replace('.', '/')}/{name}.py", partial(_class, f"{package}.{name}")) for name in names}
+
+
+def _class(module: str) -> type[Any]:
+    found = named_like_its_file(importlib.import_module(module))
+    if found is None:
+        wanted = module.rpartition(".")[2].replace("_", "")
+        raise ConfigError(f"{module.replace('.', '/')}.py defines no class named like its file ({wanted}, in CamelCase).")
+    return found
+
+
+_METHODS = Finder(METHOD, partial(_files, "mmlrec.models"))
+_STRATEGIES = Finder(STRATEGY, partial(_files, "mmlrec.balancing.strategies"))
 
 
 def method_names() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted(p.stem for p in _MODELS.glob("*.py") if p.stem != "__init__")
+    return _METHODS.names()
 
 
 def aliases() -> dict[str, str]:
@@ -34,37 +57,57 @@ def method(name: str) -> type[MultiTaskModel]:
 
     Raises:
         ConfigError: no such method; the message lists all and suggests the nearest.
+        UserError: it is of another package, which cannot be used.
     """
     names = [*method_names(), *aliases()]
     if name not in names:
-        raise ConfigError(f"model.name: unknown method '{name}'.{did_you_mean(name, names)} Methods: {', '.join(names)}.")
-    name = aliases().get(name, name)
-    module = importlib.import_module(f"mmlrec.models.{name}")
-    wanted = name.replace("_", "")
-    for attribute, value in vars(module).items():
-        if isinstance(value, type) and attribute.lower() == wanted and value.__module__ == module.__name__:
-            return value
-    raise ConfigError(f"mmlrec/models/{name}.py defines no class named like its file ({wanted}, in CamelCase).")
+        near = did_you_mean(name, names)
+        raise ConfigError(f"model.name: unknown method '{name}'.{near} Methods: {', '.join(names)}. {REMEDY}")
+    return _METHODS.find(aliases().get(name, name))
 
 
-def resolve_model(config: RunConfig, source: str) -> RunConfig:
-    """The configuration with all options of its method spelt out in `model`, and no `model_defaults` left.
+def strategy_names() -> list[str]:
+    """Names of all balancing strategies, sorted."""
+    return _STRATEGIES.names()
+
+
+def strategy(name: str) -> type[Balancing]:
+    """The class of a strategy; `strategy(name).Config` is its options.
 
     Raises:
-        ConfigError: unknown method, unknown option, a value of the wrong type, or a method that is not for this setting or
-            this strategy.
+        ConfigError: no such strategy; the message lists all and suggests the nearest.
+        UserError: it is of another package, which cannot be used.
     """
+    if name not in strategy_names():
+        raise ConfigError(f"balancing: {_unknown_strategy(name)}")
+    return _STRATEGIES.find(name)
+
+
+def _unknown_strategy(name: object) -> str:
+    names = strategy_names()
+    return f"unknown strategy '{name}'.{did_you_mean(str(name), names)} Strategies: {', '.join(names)}. {REMEDY}"
+
+
+def resolve(config: RunConfig, source: str) -> RunConfig:
+    """The configuration with all options of its method and strategy spelt out, and no `model_defaults` left.
+
+    Raises:
+        ConfigError: unknown method, strategy or option, a value of the wrong type, or a method that is not for this setting
+            or this strategy.
+        UserError: method or strategy are of another package, which cannot be used.
+    """
+    balancing = {"name": config.balancing["name"], **balancing_config(config, source).model_dump(mode="json")}
     options = model_config(config.model, config.model_defaults, source)
     name = config.model["name"]
     chosen = method(name)
     chosen.check_defined(config.dataset.setting)
-    if chosen.tables_per_branch and config.balancing.name != "static":
+    if chosen.tables_per_branch and balancing["name"] != "static":
         raise ConfigError(
-            f"balancing.name={config.balancing.name}: the branches of {name} share nothing, so there is nothing to balance."
+            f"balancing.name={balancing['name']}: the branches of {name} share nothing, so there is nothing to balance."
             " Use balancing.name=static, or a method that shares."
         )
     model = {"name": name, **options.model_dump(mode="json")}
-    return config.model_copy(update={"model": model, "model_defaults": {}})
+    return config.model_copy(update={"model": model, "model_defaults": {}, "balancing": balancing})
 
 
 def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> NetworkConfig:
@@ -72,17 +115,45 @@ def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str)
 
     Args:
         section: the `model` section, `name` included; unknown keys are errors.
-        defaults: the `model_defaults` section; each key must belong to at least one method.
+        defaults: the `model_defaults` section; each key must belong to at least one method of this package, or to the chosen
+            one, or to one given by `--import`.
         source: the config file, for messages.
 
     Raises:
         ConfigError: unknown method, unknown key, or a value of the wrong type.
     """
     config_class = method(section["name"]).Config
-    known = {key for name in method_names() for key in method(name).Config.model_fields}
+    known = {key for other in (config_class, *(m.Config for m in _METHODS.at_hand().values())) for key in other.model_fields}
     for key in defaults:
         if key not in known:
             raise ConfigError(f"{source}: model_defaults.{key}: no method has this option.{did_you_mean(key, known)}")
     own = {key: value for key, value in defaults.items() if key in config_class.model_fields}
     chosen = {key: value for key, value in section.items() if key != "name"}
     return validate_section(config_class, own | chosen, prefix="model.", source=source)
+
+
+def balancing_config(config: RunConfig, source: str) -> BalancingConfig:
+    """Options of the chosen strategy.
+
+    Args:
+        source: the config file, for messages about keys of which the configuration does not know where they are from.
+
+    Raises:
+        ConfigError: unknown strategy, unknown key, or a value of the wrong type.
+    """
+    name, origin = config.balancing["name"], config.origin
+    if name not in strategy_names():
+        raise ConfigError(f"{origin_of('balancing', origin, source)}: balancing: {_unknown_strategy(name)}")
+    config_class = strategy(name).Config
+    chosen = {key: value for key, value in config.balancing.items() if key != "name"}
+    allowed = sorted(["name", *config_class.model_fields])
+    for key in chosen:
+        if key not in allowed:
+            others = [other for other, found in _STRATEGIES.at_hand().items() if key in found.Config.model_fields]
+            belongs = f" It belongs to {', '.join(others)}." if others else ""
+            # The option may stand in a file and the name on the command line: the message tells where the option does.
+            raise ConfigError(
+                f"{origin_of(f'balancing.{key}', origin, source)}: balancing.{key}: strategy '{name}' has no option '{key}'."
+                f"{did_you_mean(str(key), allowed)}{belongs} Its options: {', '.join(allowed)}."
+            )
+    return validate_section(config_class, chosen, prefix="balancing.", source=source, origin=origin)

@@ -27,14 +27,6 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class OptionError(ValueError):
-    """An option that its section does not have."""
-
-    def __init__(self, message: str, option: str) -> None:
-        super().__init__(message)
-        self.option = option
-
-
 class Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
 
@@ -137,10 +129,8 @@ def validate_section(
             cause = context.get("error")
             if "discriminator" in context:
                 path.append(context["discriminator"].strip("'"))
-            if isinstance(cause, OptionError):
-                path.append(cause.option)
             key = (prefix + ".".join(path)).rstrip(".")
-            where = _origin_of(key, origin or {}, source)
+            where = origin_of(key, origin or {}, source)
             if problem["type"] == "extra_forbidden":
                 message = f"unknown key.{did_you_mean(path[-1], allowed)} {_HINTS.get(path[-1], '')}".rstrip()
                 message += f" Allowed: {', '.join(sorted(allowed))}."
@@ -161,7 +151,8 @@ def validate_section(
         raise ConfigError("\n".join(lines)) from None
 
 
-def _origin_of(key: str, origin: dict[str, str], source: str) -> str:
+def origin_of(key: str, origin: dict[str, str], source: str) -> str:
+    """The file, or "command line", that gave a dotted key or the section it is in; `source` where `origin` has neither."""
     while key:
         if key in origin:
             return origin[key]

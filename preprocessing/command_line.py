@@ -11,6 +11,7 @@ from typing import Any
 
 import mmlrec
 from mmlrec.errors import DataError, UserError, discard_output
+from mmlrec.extensions import import_modules
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from preprocessing.dataset import Dataset, dataset_class, datasets
 from preprocessing.describing import report as description_report
@@ -31,10 +32,11 @@ _EXAMPLES = """examples:
 The folder --out appears when it is complete, never half. Then train on it:
   python -m apps.train --config configs/mtl/movielens.yaml dataset.path=data/movielens-1m
 """
+_PROGRAM = "python -m preprocessing"
 _DESCRIBE = "describe"  # the one sub-command that is no dataset
 #: Options that do not change what is written.
 _MOST_GIB = 1 << 20
-_NO_CONTENT = {"dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine"}
+_NO_CONTENT = {"imports", "dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine"}
 
 
 def main(arguments: list[str]) -> int:
@@ -63,13 +65,14 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments and not arguments[0].startswith("-") and arguments[0] != _DESCRIBE:
-        dataset_class(arguments[0])
-    options = _parser().parse_args(arguments)
+    before, arguments = _imports().parse_known_args(arguments)
+    import_modules(before.imports)
+    kinds = _asked_for(arguments)
+    options = _parser(kinds).parse_args(arguments)
     if options.dataset == _DESCRIBE:
         description_report.run(options)
         return
-    kind = dataset_class(options.dataset)
+    kind = kinds[options.dataset]
     dataset = kind(options)
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
@@ -93,16 +96,31 @@ def _run(arguments: list[str]) -> None:
     _print_summary(manifest, options.out, dataset.next_config)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _asked_for(arguments: list[str]) -> dict[str, type[Dataset]]:
+    """The dataset that is named; all of them where none is, for `--help`. Those of other packages are loaded only then."""
+    if not arguments or arguments[0].startswith("-"):
+        return datasets()
+    return {} if arguments[0] == _DESCRIBE else {arguments[0]: dataset_class(arguments[0])}
+
+
+def _imports() -> argparse.ArgumentParser:
+    """The option that is read before all others, because it says which datasets there are."""
+    parser = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="package.module", help=_IMPORT)
+    return parser
+
+
+def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m preprocessing",
+        prog=_PROGRAM,
+        parents=[_imports()],
         allow_abbrev=False,
         description="Turn raw logs into a dataset folder: Parquet parts train/valid/test, vocabularies, manifest.json.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="dataset", metavar="DATASET", required=True)
-    for name, kind in datasets().items():
+    for name, kind in kinds.items():
         command = commands.add_parser(
             name,
             help=kind.summary,
@@ -130,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(_DESCRIBE, help=summary, description=f"{_DESCRIBE}: {summary}.")
     description_report.add_options(command)
     return parser
+
+
+_IMPORT = "a module with a dataset that is not part of mmlrec; may be repeated"
 
 
 _PARITY = (

@@ -30,6 +30,7 @@ scalers on the train rows, encodes and writes. Data that does not come as lines 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 
-from mmlrec.errors import DataError, did_you_mean
+from mmlrec import extensions
+from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
 from preprocessing.split_rules import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
@@ -220,13 +222,26 @@ class Dataset:
         return pa.schema(columns)
 
 
-def datasets() -> dict[str, type[Dataset]]:
-    """All datasets by name, found by file: each `preprocessing/datasets/*.py` lists its own in `DATASETS`."""
-    found: dict[str, type[Dataset]] = {}
+def _own() -> dict[str, extensions.Source]:
+    """The datasets of this package, found by file: each `preprocessing/datasets/*.py` lists its own in `DATASETS`."""
+    found: dict[str, extensions.Source] = {}
     for path in sorted(_FOLDER.glob("*.py")):
         if not path.stem.startswith("_"):
             module = importlib.import_module(f"preprocessing.datasets.{path.stem}")
-            found |= {dataset.name: dataset for dataset in module.DATASETS}
+            place = f"preprocessing/datasets/{path.name}"
+            found |= {dataset.name: extensions.Source.of(place, dataset) for dataset in module.DATASETS}
+    return found
+
+
+_DATASETS = extensions.Finder(extensions.DATASET, _own)
+
+
+def datasets() -> dict[str, type[Dataset]]:
+    """All datasets by name, those of other packages too; what is wrong with one of these is told when it is asked for."""
+    found: dict[str, type[Dataset]] = {}
+    for name in _DATASETS.names():
+        with contextlib.suppress(UserError):
+            found[name] = _DATASETS.find(name)
     return found
 
 
@@ -235,8 +250,11 @@ def dataset_class(name: str) -> type[Dataset]:
 
     Raises:
         DataError: there is none; the message lists all and suggests the nearest.
+        ConfigError: two places give the name.
+        UserError: it is of another package, which cannot be used.
     """
-    known = datasets()
-    if name not in known:
-        raise DataError(f"unknown dataset '{name}'.{did_you_mean(name, known)} Datasets: {', '.join(sorted(known))}.")
-    return known[name]
+    names = _DATASETS.names()
+    if name not in names:
+        near = did_you_mean(name, names)
+        raise DataError(f"unknown dataset '{name}'.{near} Datasets: {', '.join(names)}. {extensions.REMEDY}")
+    return _DATASETS.find(name)

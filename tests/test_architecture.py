@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("mmlrec", "apps", "preprocessing", "benchmarks")
-CONTRACT = ("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.yaml_config", "mmlrec.errors")
+CONTRACT = (*("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.yaml_config", "mmlrec.extensions", "mmlrec.errors"),)
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
 EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 
@@ -26,6 +26,7 @@ RULES = {
     "mmlrec.losses": ("torch", "mmlrec.output"),
     "mmlrec.models": ("torch", "mmlrec.layers", "mmlrec.losses", "mmlrec.output", "mmlrec.models.base"),
     "mmlrec.balancing": ("torch", "mmlrec.losses"),
+    "mmlrec.balancing.strategies": ("torch", "mmlrec.balancing.base", "mmlrec.balancing.gradients", "mmlrec.balancing.hull"),
     "mmlrec.metrics": ("torch",),
     "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing"),
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
@@ -48,9 +49,9 @@ RULES = {
     "apps": EVERYTHING,
     "benchmarks": EVERYTHING,
 }
-# A package may import its own modules, except for methods: one file each, independent of each other.
-METHODS = "mmlrec.models"
-STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.doctor", "mmlrec.launch.shipped")
+# A package may import its own modules, except for methods and strategies: one file each, independent of each other.
+APART = ("mmlrec.models", "mmlrec.balancing.strategies")
+STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.extensions", "mmlrec.doctor", "mmlrec.launch.shipped")
 CONTRACT_LIBRARIES = {"yaml", "pydantic"}
 
 
@@ -84,7 +85,7 @@ def imported(source: str, module: str, is_package: bool = False, type_checking: 
 def breaches(module: str, names: set[str]) -> list[str]:
     """The imports of a module that its rule does not allow."""
     importer = max((rule for rule in RULES if within(module, rule)), key=len, default=module)
-    allowed = (*RULES.get(importer, ()), *CONTRACT, *((importer,) if importer != METHODS else ()))
+    allowed = (*RULES.get(importer, ()), *CONTRACT, *((importer,) if importer not in APART else ()))
     ours = [name for name in names if name.split(".")[0] in (*PACKAGES, *HEAVY)]
     wrong = [name for name in ours if not any(within(name, prefix) for prefix in allowed)]
     # `import mmlrec` alone, for its version or its folder.

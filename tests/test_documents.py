@@ -21,7 +21,7 @@ from tests import processes
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-METHOD, DATASET = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+METHOD, STRATEGY, DATASET = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
 (DATASET_CONFIG,) = re.findall(r"```yaml\n(.*?)```", CONTRIBUTING, re.DOTALL)
 
 

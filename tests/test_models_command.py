@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from apps.models import describe, details, overview
-from mmlrec.config import STRATEGIES, load_config
+from mmlrec.config import load_config
 from mmlrec.models.base.model import NetworkConfig
-from mmlrec.registry import aliases, method, method_names, model_config, resolve_model
+from mmlrec.registry import aliases, method, method_names, model_config, resolve, strategy, strategy_names
 from tests import processes
 
 REPOSITORY = Path(__file__).parents[1]
@@ -55,14 +55,14 @@ def test_an_unknown_method_is_one_line_with_a_suggestion():
 
 def test_strategies_are_listed_and_shown():
     overview_lines = overview()
-    assert all(name in overview_lines for name in STRATEGIES)
+    assert all(name in overview_lines for name in strategy_names())
     shown = run("apps.models", "dwa", "mmoe")
     assert shown.returncode == 0, shown.stderr
     dwa, _ = shown.stdout.split("\n\n\n")
     assert "tau = 2.0    [number > 0]" in dwa
     (found,) = json.loads(run("apps.models", "--json", "metabalance").stdout)
     options = {option["name"]: option["default"] for option in found["options"]}
-    assert options == STRATEGIES["metabalance"]().model_dump(exclude={"name"})
+    assert options == strategy("metabalance").Config().model_dump()
 
 
 def test_an_alias_says_what_it_stands_for():
@@ -106,7 +106,7 @@ def test_the_example_command_is_a_valid_configuration(name):
     assert module == "apps.train"
     config = load_config(REPOSITORY / arguments[1], arguments[2:])
     assert config.dataset.setting in method(name).settings
-    assert resolve_model(config, "example").model["name"] == name
+    assert resolve(config, "example").model["name"] == name
 
 
 @pytest.mark.parametrize("name", method_names())

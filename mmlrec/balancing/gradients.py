@@ -12,53 +12,72 @@ The caller's backward carries the former from x into the lookup, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from mmlrec.balancing import rules
-from mmlrec.balancing.base import Balancing, by_name, mean_over_ranks, step_generator
-from mmlrec.balancing.rules import Array
-from mmlrec.config import GradientBalancingConfig, GradNormConfig, MetaBalanceConfig, MgdaConfig
+from mmlrec.balancing.base import Balancing, BalancingConfig, BalancingSpec, by_name, mean_over_ranks
+from mmlrec.errors import ConfigError
 
-#: Name of a parameter -> for each of its equal parts along the first axis, whether one objective owns it; shared if absent.
-Owned = Mapping[str, tuple[bool, ...]]
+Array = NDArray[np.float64]
 #: A tensor, and which of its numbers are meant; None: all.
 Part = tuple[Tensor, Tensor | None]
-#: A rule of `rules` with its options: Gram matrix, losses and step -> coefficients.
-Rule = Callable[[Array, Array, int], Array]
+
+
+class GradientBalancingConfig(BalancingConfig):
+    """Options of all strategies that read the gradients of the objectives."""
+
+    scope: Literal["shared_dense", "embedding", "both"] = Field(
+        default="shared_dense", description="Gradients that are compared: of shared parameters, of looked-up vectors, or both."
+    )
+    gram: Literal["global", "local"] = Field(
+        default="global", description="Inner products of gradients averaged over ranks, or averaged inner products."
+    )
+    refresh_every: int = Field(default=1, gt=0, description="Steps between two computations of the coefficients.")
 
 
 class GradientBalancing(Balancing):
     """Coefficients from the Gram matrix of the gradients of shared parameters, of x, or of both.
 
-    Args:
-        rule: what makes coefficients of the Gram matrix of those objectives whose gradient is not zero.
-        owned: what of the parameters one objective owns.
-        num_looked_up: columns of x that come from tables.
+    A subclass implements `rule`, or `coefficients` where objectives without a gradient count, too.
+
+    Raises:
+        ConfigError: fewer than two objectives, or nothing that they share.
     """
+
+    Config: ClassVar[type[BalancingConfig]] = GradientBalancingConfig
+    config: GradientBalancingConfig
 
     coefficient: Tensor
     gram: Tensor
 
-    def __init__(
-        self, num_objectives: int, config: GradientBalancingConfig, rule: Rule | None, owned: Owned, num_looked_up: int
-    ) -> None:
-        super().__init__()
-        self.rule, self.owned, self.num_looked_up = rule, owned, num_looked_up
-        self.scope, self.average_grams, self.refresh_every = config.scope, config.gram == "local", config.refresh_every
-        self.register_buffer("coefficient", torch.ones(num_objectives, dtype=torch.float64))
-        self.register_buffer("gram", torch.zeros(num_objectives, num_objectives, dtype=torch.float64))
+    def __init__(self, spec: BalancingSpec, config: GradientBalancingConfig) -> None:
+        super().__init__(spec, config)
+        count = len(spec.objectives)
+        if count < 2:
+            raise ConfigError(
+                f"balancing.name={spec.name} compares the gradients of 2 or more objectives; with balancing.unit={spec.unit}"
+                f" this run has one, '{spec.objectives[0]}'. Choose another unit, or balancing.name=static."
+            )
+        if not spec.any_shared and config.scope == "shared_dense":
+            raise ConfigError(
+                f"balancing.name={spec.name}: with balancing.unit={spec.unit} the network shares no parameters."
+                " Set balancing.scope=embedding, which compares gradients of looked-up vectors."
+            )
+        self.register_buffer("coefficient", torch.ones(count, dtype=torch.float64))
+        self.register_buffer("gram", torch.zeros(count, count, dtype=torch.float64))
 
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
         shared, owned = self._split(x, parameters)
         tensors, loss = [tensor for tensor, _ in shared + owned], torch.sum(objectives)
-        if (step - 1) % self.refresh_every == 0:
+        if (step - 1) % self.config.refresh_every == 0:
             # What is owned comes along: in layers that hold all heads at once, to leave it out saves nothing.
             of_each = [gradients(objective, shared + owned) for objective in objectives.unbind()]
             self._refresh([own[: len(shared)] for own in of_each], objectives.detach(), step)
@@ -75,7 +94,7 @@ class GradientBalancing(Balancing):
         shared: list[Part] = [(x, None)]
         owned: list[Part] = []
         for name, parameter in parameters.items():
-            parts = self.owned.get(name, (False,))
+            parts = self.spec.owned.get(name, (False,))
             if len(set(parts)) == 1:
                 (owned if parts[0] else shared).append((parameter, None))
                 continue
@@ -86,12 +105,22 @@ class GradientBalancing(Balancing):
 
     def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
         """The c [K] of the objectives whose gradient is not zero; 1 for the others, which have no rows in this batch."""
-        assert self.rule is not None
         present = np.diag(gram) > 0
         c = np.ones(len(gram))
         if present.any():
             c[present] = self.rule(gram[np.ix_(present, present)], losses[present], step)
         return c
+
+    def rule(self, gram: Array, losses: Array, step: int) -> Array:
+        """The c of objectives whose gradient is not zero.
+
+        Args:
+            gram: Q, float64, with Q_ij = g_i . g_j of their gradients. No rule needs the gradients themselves, so that its
+                cost does not depend on their length.
+            losses: of the global batch, float64.
+            step: number of this training step, from 1.
+        """
+        raise NotImplementedError
 
     def _refresh(self, of_each: list[list[Tensor]], objectives: Tensor, step: int) -> None:
         gram, losses = self._global_gram(of_each, objectives)
@@ -106,13 +135,13 @@ class GradientBalancing(Balancing):
         """Gram matrix [K, K] of the whole batch's gradients, and the losses [K]: float64, equal on all ranks."""
         count, world_size = len(of_each), dist.get_world_size() if dist.is_initialized() else 1
         gram = objectives.new_zeros(count, count, dtype=torch.float64)
-        if self.scope != "embedding" and len(of_each[0]) > 1:
+        if self.config.scope != "embedding" and len(of_each[0]) > 1:
             dense = torch.stack([torch.cat([g.flatten() for g in own[1:]]) for own in of_each])
-            gram += inner_products(dense if self.average_grams else mean_over_ranks(dense))
-        if self.scope != "shared_dense":
+            gram += inner_products(dense if self.config.gram == "local" else mean_over_ranks(dense))
+        if self.config.scope != "shared_dense":
             # Each rank has other rows of x, so the inner products add up; a rank's loss is W times its rows' share of the
             # global loss, hence W^2; the mean over ranks below takes one W.
-            rows = torch.stack([own[0][:, : self.num_looked_up].flatten() for own in of_each])
+            rows = torch.stack([own[0][:, : self.spec.num_looked_up].flatten() for own in of_each])
             gram += inner_products(rows) / world_size
         joint = mean_over_ranks(torch.cat([gram.flatten(), objectives.double()]))
         return joint[:-count].view(count, count), joint[-count:]
@@ -126,99 +155,6 @@ class GradientBalancing(Balancing):
             others = [f"{name}~{other}" for other in names[i + 1 :]]
             found |= by_name("balancing/cosine", others, cosines[i, i + 1 :])
         return found
-
-
-class Monitor(GradientBalancing):
-    """The plain sum, whose gradients are compared for the log; training is as without a strategy, to the bit."""
-
-    def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
-        """See the base class."""
-        if (step - 1) % self.refresh_every == 0:
-            shared, _ = self._split(x, parameters)
-            of_each = [gradients(objective, shared) for objective in objectives.unbind()]
-            self.gram.copy_(self._global_gram(of_each, objectives.detach())[0])
-        return torch.sum(objectives)
-
-
-class GradNorm(GradientBalancing):
-    """Weights w of sum K that follow `rules.gradnorm_slope` by gradient descent; c = w.
-
-    The weights act on what is shared; what an objective owns trains on the plain loss, as under all strategies here.
-    """
-
-    weights: Tensor
-    first: Tensor
-
-    def __init__(self, num_objectives: int, config: GradNormConfig, owned: Owned, num_looked_up: int) -> None:
-        super().__init__(num_objectives, config, None, owned, num_looked_up)
-        self.alpha, self.lr = config.alpha, config.lr
-        self.register_buffer("weights", torch.ones(num_objectives, dtype=torch.float64))
-        self.register_buffer("first", torch.zeros(num_objectives, dtype=torch.float64))
-
-    def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
-        """The weights before this step's update."""
-        weights, first = self.weights.cpu().numpy().copy(), self.first.cpu().numpy().copy()
-        first = np.where(first > 0, first, losses)
-        current = weights.copy()
-        present = (np.diag(gram) > 0) & (losses > 0)
-        if present.any():
-            own = (gram[np.ix_(present, present)], losses[present], first[present], weights[present], self.alpha)
-            weights[present] -= self.lr * rules.gradnorm_slope(*own)
-        weights = np.maximum(weights, 1e-4)
-        self.weights.copy_(torch.from_numpy(weights * len(weights) / weights.sum()))
-        self.first.copy_(torch.from_numpy(first))
-        return current
-
-
-class MetaBalance(GradientBalancing):
-    """`rules.metabalance` on moving averages of the norms, each of the batches in which its objective has rows."""
-
-    norms: Tensor
-
-    def __init__(self, num_objectives: int, config: MetaBalanceConfig, main: int, owned: Owned, num_looked_up: int) -> None:
-        super().__init__(num_objectives, config, None, owned, num_looked_up)
-        self.r, self.beta, self.main = config.r, config.beta, main
-        self.register_buffer("norms", torch.zeros(num_objectives, dtype=torch.float64))
-
-    def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
-        """See the base class."""
-        before, now = self.norms.cpu().numpy(), np.sqrt(np.diag(gram))
-        norms = np.where(before > 0, self.beta * before + (1 - self.beta) * now, now)
-        norms = np.where(now > 0, norms, before)
-        self.norms.copy_(torch.from_numpy(norms))
-        known = norms > 0
-        if not known[self.main]:
-            return np.ones(len(norms))
-        return np.where(known, rules.metabalance(np.where(known, norms, 1.0), self.main, self.r), 1.0)
-
-
-def pcgrad_rule(seed: int) -> Rule:
-    """PCGrad, with orders drawn from (seed, step)."""
-
-    def rule(gram: Array, losses: Array, step: int) -> Array:
-        generator = step_generator(seed, step)
-        return rules.pcgrad(gram, [torch.randperm(len(gram), generator=generator).tolist() for _ in gram])
-
-    return rule
-
-
-def mgda_rule(config: MgdaConfig) -> Rule:
-    """MGDA on normalised gradients g_t / s_t; K times, because the weights of a sum of K losses add up to K."""
-
-    def rule(gram: Array, losses: Array, step: int) -> Array:
-        scales = np.ones(len(gram))
-        if config.normalisation in ("l2", "loss+"):
-            scales = scales * np.sqrt(np.diag(gram))
-        if config.normalisation in ("loss", "loss+"):
-            scales = scales * losses
-        return np.asarray(len(gram) * rules.mgda(gram / np.outer(scales, scales)) / scales)
-
-    return rule
-
-
-def nash_rule(ridge: float) -> Rule:
-    """Nash bargaining on the Gram matrix divided by its Frobenius norm."""
-    return lambda gram, losses, step: rules.nash(gram / np.linalg.norm(gram), ridge)
 
 
 class _Replaced(torch.autograd.Function):

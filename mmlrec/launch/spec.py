@@ -1,18 +1,24 @@
-"""From a preset and a training config to a TorchX AppDef: pure, without torch, built of `torchx.specs` only."""
+"""From a preset and a training config to a TorchX AppDef: pure, built of `torchx.specs`.
+
+Without torch up to the check of the config, which reads the options of its method and strategy from their files.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from torchx import specs
 
 from mmlrec.config import load_config
 from mmlrec.errors import ConfigError
+from mmlrec.extensions import import_modules
 from mmlrec.launch.presets import Preset
 from mmlrec.launch.shipped import shipped_folder
+from mmlrec.registry import resolve
 
 # The agents' store is shared with the ranks by default and reused after a restart: new ranks then read the addresses of
 # dead ones and hang (pytorch issue 135712). The variable must be set before torchrun starts.
@@ -27,6 +33,7 @@ def train_app(
     config: str,
     overrides: list[str],
     run_dir: str | None = None,
+    imports: Sequence[str] = (),
     python: str = sys.executable,
 ) -> specs.AppDef:
     """The job that runs `apps.train` under torchrun.
@@ -34,15 +41,18 @@ def train_app(
     Args:
         config: path of the training config, relative to the current folder, where the job runs as well.
         overrides: `key.path=value` for the config; checked here, before anything is submitted.
+        imports: modules with a method or strategy from outside the package, for `--import`.
         python: interpreter on the nodes; the folder of this environment must be visible there.
 
     Raises:
         ConfigError: the config is missing or wrong.
+        UserError: a module of `imports` cannot be used.
     """
     if not Path(config).is_file():
         raise ConfigError(f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}.")
-    load_config(config, overrides)
-    script = ["--config", config]
+    import_modules(imports)
+    resolve(load_config(config, overrides), f"{config} with the command line")
+    script = [*(word for module in imports for word in ("--import", module)), "--config", config]
     if run_dir is not None:
         script += ["--run-dir", run_dir]
     name = job_name(config)

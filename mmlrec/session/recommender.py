@@ -58,7 +58,7 @@ class Head(nn.Module):
         self.seed = config.training.seed
         #: Training steps taken; the trainer sets it at a resume.
         self.step = 0
-        weights = [config.balancing.loss_weights.get(name, 1.0) for name in loss.objectives]
+        weights = [balancing.config.loss_weights.get(name, 1.0) for name in loss.objectives]
         self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
 
     def forward(self, pooled: KeyedTensor, batch: Batch) -> tuple[Tensor, Predictions]:

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.balancing.base import Balancing
+from mmlrec.balancing.base import Balancing, BalancingConfig
 from mmlrec.balancing.build import build_balancing
 from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
@@ -25,7 +25,7 @@ from mmlrec.embeddings.tables import build_tables, initialize, table_configs, to
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
-from mmlrec.registry import method, model_config
+from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import DatasetManifest, Setting, Task
@@ -130,10 +130,10 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     return [by_name[name] for name in names]
 
 
-def _loss(config: RunConfig, network: MultiTaskModel, manifest: DatasetManifest) -> Loss:
-    """The network's loss, with the objectives that the configuration asks for."""
+def _loss(config: RunConfig, options: BalancingConfig, network: MultiTaskModel, manifest: DatasetManifest) -> Loss:
+    """The network's loss, with the objectives that the options of the strategy ask for."""
     setting = config.dataset.setting
-    unit: Unit = config.balancing.unit or ("scenario" if setting is Setting.MSL else "task")
+    unit: Unit = options.unit or ("scenario" if setting is Setting.MSL else "task")
     if unit != "task" and setting is Setting.MTL:
         raise ConfigError(f"balancing.unit={unit}: setting 'mtl' has no scenarios. Use unit 'task', or setting 'mtmsl'.")
     scenarios = tuple(manifest.scenario.values) if unit != "task" and manifest.scenario else ()
@@ -143,9 +143,14 @@ def _loss(config: RunConfig, network: MultiTaskModel, manifest: DatasetManifest)
     return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta))
 
 
-def _balancing(config: RunConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest) -> Balancing:
+def _balancing(
+    config: RunConfig, options: BalancingConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest
+) -> Balancing:
+    chosen = config.balancing["name"]
     return build_balancing(
-        config.balancing,
+        chosen,
+        strategy(chosen),
+        options,
         loss,
         {name: network.owner(name) for name, _ in network.named_parameters()},
         {name: network.sole(name) for name, _ in network.named_parameters()},
@@ -180,8 +185,9 @@ def build_parts(config: RunConfig, source: str = "config") -> Parts:
     network_class = method(config.model["name"])
     network_class.check_setting(spec)
     network = network_class(spec, options)
-    loss = _loss(config, network, manifest)
-    return Parts(manifest, network, loss, _balancing(config, network, loss, manifest))
+    balancing_options = balancing_config(config, source)
+    loss = _loss(config, balancing_options, network, manifest)
+    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest))
 
 
 def build_session(config: RunConfig, world: World, *, for_training: bool, source: str = "config") -> Session:
@@ -239,6 +245,7 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
         UserError: the folder is no run, has no usable best checkpoint, or the overrides ask for another model or other data.
     """
     config = folder.read_config(overrides)
+    balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config)
     state = checkpoint.read_state(folder.best)
     folder.check_same_data(state["dataset"], config)

@@ -10,7 +10,7 @@ from mmlrec.distributed import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
-from mmlrec.registry import resolve_model
+from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import Session, build_session
@@ -22,7 +22,7 @@ def default_run_dir(config: RunConfig, source: Path) -> Path:
     """`run_dir` of the configuration, else a name made of config file, method, strategy (if not static) and seed."""
     if config.run_dir is not None:
         return Path(config.run_dir)
-    name, strategy = config.model["name"], config.balancing.name
+    name, strategy = config.model["name"], config.balancing["name"]
     balanced = "" if strategy == "static" or name in ALIASES else f"-{strategy}"
     stem = f"{config.dataset.setting}-{source.stem}-{name}{balanced}-seed{config.training.seed}"
     return Path("runs") / stem
@@ -41,7 +41,7 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     Raises:
         UserError: configuration, data, checkpoint or folder are unusable, or a signal stopped the run.
     """
-    config = resolve_model(config, source)
+    config = resolve(config, source)
     folder = RunFolder(run_dir)
     found = checkpoint.latest(folder.checkpoints, world)
     if found is None and resume:
@@ -114,7 +114,7 @@ def _announce(session: Session, trainer: Trainer, run_dir: Path, found: Path | N
         config.dataset.setting,
         ", ".join(task.name for task in session.spec.tasks),
         len(session.manifest.scenario.values) if session.manifest.scenario else 1,
-        config.balancing.name,
+        config.balancing["name"],
         world.world_size,
         world.device.type,
         config.training.precision,

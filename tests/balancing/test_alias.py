@@ -10,7 +10,7 @@ import torch
 from mmlrec.config import ConfigError, load_config
 from mmlrec.distributed import process_group
 from mmlrec.models.base.model import ModelSpec
-from mmlrec.registry import aliases, method, method_names, resolve_model
+from mmlrec.registry import aliases, method, method_names, resolve
 from mmlrec.training.run import default_run_dir, train
 from tests.datasets import write_dataset
 from tests.models.support import build, make_data, spec_of
@@ -30,8 +30,8 @@ def test_alias_is_listed_and_resolves(config):
     assert aliases() == {"pcg": "mmoe"}
     assert "pcg" not in method_names()
     assert method("pcg") is method("mmoe")
-    resolved = resolve_model(load_config(config, ["model.name=pcg", "balancing.scope=both"]), "here")
-    assert (resolved.balancing.name, resolved.balancing.scope) == ("pcgrad", "both")
+    resolved = resolve(load_config(config, ["model.name=pcg", "balancing.scope=both"]), "here")
+    assert (resolved.balancing["name"], resolved.balancing["scope"]) == ("pcgrad", "both")
     assert resolved.model["expert_hidden_units"] == [8]
     assert default_run_dir(resolved, config) == Path("runs/mtl-config-pcg-seed0")
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmlrec.balancing.base import Balancing
-from mmlrec.balancing.build import build_balancing, rule_of
-from mmlrec.balancing.gradients import GradNorm, MetaBalance
-from mmlrec.config import STRATEGIES, ConfigError
+from mmlrec.balancing.build import build_balancing
+from mmlrec.balancing.gradients import GradientBalancing
+from mmlrec.errors import ConfigError
 from mmlrec.losses import LossOptions
-from mmlrec.registry import method, method_names
+from mmlrec.registry import method, method_names, strategy
 from mmlrec.schema import Setting
+from tests.balancing.support import make
 from tests.models.support import build, make_data, make_spec, spec_of, supports
 
 GRADIENT_LEVEL = ("gradnorm", "pcgrad", "mgda", "cagrad", "imtl_g", "nash", "aligned", "metabalance")
@@ -50,9 +50,10 @@ class Case:
         self.options = options
 
     def strategy(self, name, **options):
-        config = STRATEGIES[name](**(self.options | options))
+        chosen = strategy(name)
+        config = chosen.Config(**(self.options | options))
         looked_up = sum(self.net.spec.fields.values())
-        return build_balancing(config, self.loss, self.owners, self.sole, looked_up, seed=0, steps_per_epoch=5)
+        return build_balancing(name, chosen, config, self.loss, self.owners, self.sole, looked_up, seed=0, steps_per_epoch=5)
 
     def objectives(self, x, only=None):
         """[K], from a new forward pass."""
@@ -221,7 +222,7 @@ def test_static_and_monitor_equal_the_plain_sum_to_the_bit(name):
     expected_value, expected = case.backward(lambda x: case.objectives(x).sum())
     assert value == expected_value
     assert all(found[key].equal(gradient) for key, gradient in expected.items())
-    assert (name == "static") == (type(strategy) is Balancing)
+    assert isinstance(strategy, GradientBalancing) == (name == "monitor")
 
 
 def test_metabalance_follows_the_main_objective():
@@ -263,7 +264,7 @@ def test_gradnorm_equals_a_loop(alpha):
     """Rates are measured from the first losses; w falls against sign(w n - target) n, is floored and scaled to sum K."""
     matrices = random_grams(30, 3, seed=1)
     losses = np.random.default_rng(2).uniform(0.1, 1.0, (30, 3))
-    strategy = GradNorm(3, STRATEGIES["gradnorm"](alpha=alpha, lr=0.1), {}, 0)
+    strategy = make("gradnorm", 3, alpha=alpha, lr=0.1)
     found, w, floored = coefficients_of(strategy, losses, matrices), [1.0, 1.0, 1.0], 0
     for step in range(30):
         assert found[step] == pytest.approx(w, rel=1e-12)
@@ -284,7 +285,7 @@ def test_metabalance_equals_a_loop():
     matrices = random_grams(12, 3, seed=3)
     matrices[4, 1] = matrices[4, :, 1] = 0
     matrices[0, 2] = matrices[0, :, 2] = 0
-    strategy = MetaBalance(3, STRATEGIES["metabalance"](r=0.6, beta=0.8), 1, {}, 0)
+    strategy = make("metabalance", 3, main="t1", r=0.6, beta=0.8)
     found, mean = coefficients_of(strategy, np.ones((12, 3)), matrices), [None] * 3
     for step in range(12):
         for t in range(3):
@@ -299,12 +300,12 @@ def test_scale_is_that_of_a_sum():
     """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge c_t^2."""
     gram = random_grams(1, 3, seed=4)[0]
     losses = np.ones(3)
-    rules = {name: rule_of(STRATEGIES[name](), 0) for name in ("imtl_g", "mgda")}
-    assert rule_of(STRATEGIES["cagrad"](c_a=0.0), 0)(gram, losses, 1) == pytest.approx([1, 1, 1], rel=1e-9)
-    for rule in rules.values():
+    rules = [make(name, 3).rule for name in ("imtl_g", "mgda")]
+    assert make("cagrad", 3, c_a=0.0).rule(gram, losses, 1) == pytest.approx([1, 1, 1], rel=1e-9)
+    for rule in rules:
         assert rule(gram, losses, 1).sum() == pytest.approx(3, rel=1e-9)
     for ridge in (0.01, 0.3):
-        c = rule_of(STRATEGIES["nash"](ridge=ridge), 0)(gram, losses, 1)
+        c = make("nash", 3, ridge=ridge).rule(gram, losses, 1)
         assert c * (gram / np.linalg.norm(gram) @ c) == pytest.approx(1 - ridge * c**2, rel=1e-8)
 
 

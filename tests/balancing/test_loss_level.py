@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmlrec.balancing.base import (
-    DynamicWeightAverage,
-    Famo,
-    GeometricLoss,
-    RandomWeighting,
-    SmoothTchebycheff,
-    UncertaintyWeighting,
-)
-from mmlrec.config import DwaConfig, FamoConfig, StchConfig
+from tests.balancing.support import make
 
 X = torch.zeros(1, 1)
 
@@ -35,17 +27,17 @@ def random_history(steps, count, seed=0):
 
 
 def test_gls_worked_number():
-    assert run(GeometricLoss(2), [[0.5, 0.2]])[0] == pytest.approx((0.3162278, 0.7905694), abs=1e-6)
+    assert run(make("gls", 2), [[0.5, 0.2]])[0] == pytest.approx((0.3162278, 0.7905694), abs=1e-6)
 
 
 def test_gls_is_the_gradient_of_the_geometric_mean():
     losses = torch.tensor([0.3, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
     losses.log().mean().exp().backward()
-    assert run(GeometricLoss(3), [losses.tolist()])[0] == pytest.approx(losses.grad.tolist(), rel=1e-12)
+    assert run(make("gls", 3), [losses.tolist()])[0] == pytest.approx(losses.grad.tolist(), rel=1e-12)
 
 
 def test_dwa_worked_number():
-    strategy = DynamicWeightAverage(2, DwaConfig(), window_steps=1)
+    strategy = make("dwa", 2, window_steps=1)
     found = run(strategy, [[1.0, 0.5], [0.9, 0.55], [0.3, 0.3]])
     assert found[:2].tolist() == [[1, 1], [1, 1]]
     assert found[2] == pytest.approx((0.9500416, 1.0499584), abs=1e-6)
@@ -53,7 +45,7 @@ def test_dwa_worked_number():
 
 def test_dwa_equals_a_loop_over_windows():
     history, window, tau = random_history(23, 3), 5, 1.5
-    found = run(DynamicWeightAverage(3, DwaConfig(tau=tau), window), history)
+    found = run(make("dwa", 3, tau=tau, window_steps=window), history)
     means = [np.mean(history[i : i + window], axis=0) for i in range(0, 20, window)]
     for step in range(23):
         n = step // window
@@ -65,20 +57,20 @@ def test_dwa_equals_a_loop_over_windows():
 
 
 def test_dwa_of_constant_losses_is_plain():
-    np.testing.assert_allclose(run(DynamicWeightAverage(2, DwaConfig(), 2), [[0.7, 0.1]] * 9), 1)
+    np.testing.assert_allclose(run(make("dwa", 2, window_steps=2), [[0.7, 0.1]] * 9), 1)
 
 
 def test_rlw_depends_on_seed_and_step_and_averages_to_one():
-    first = run(RandomWeighting(3, seed=0), [[1.0, 1, 1]] * 2000)
-    assert (first == run(RandomWeighting(3, seed=0), [[2.0, 1, 1]] * 2000)).all()
-    assert not np.allclose(first, run(RandomWeighting(3, seed=1), [[1.0, 1, 1]] * 2000))
+    first = run(make("rlw", 3, seed=0), [[1.0, 1, 1]] * 2000)
+    assert (first == run(make("rlw", 3, seed=0), [[2.0, 1, 1]] * 2000)).all()
+    assert not np.allclose(first, run(make("rlw", 3, seed=1), [[1.0, 1, 1]] * 2000))
     np.testing.assert_allclose(first.sum(1), 3)
     assert first.mean(0) == pytest.approx((1, 1, 1), abs=0.05)
 
 
 def test_stch_is_the_gradient_of_its_loss():
     history, mu = random_history(9, 3), 0.3
-    found = run(SmoothTchebycheff(3, StchConfig(mu=mu, warmup_windows=2), window_steps=3), history)
+    found = run(make("stch", 3, mu=mu, warmup_windows=2, window_steps=3), history)
     np.testing.assert_allclose(found[:6], 1 / np.array(history[:6]), rtol=1e-12)
     reference = np.mean(history[:6], axis=0)
     for step in range(6, 9):
@@ -90,7 +82,7 @@ def test_stch_is_the_gradient_of_its_loss():
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "decay": 0.05}])
 def test_famo_equals_autograd_and_torch_adam(options):
     history = random_history(12, 3, seed=3)
-    found = run(Famo(3, FamoConfig(**options)), history)
+    found = run(make("famo", 3, **options), history)
     w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([w], lr=options.get("lr", 0.025), weight_decay=options.get("decay", 1e-3))
     for step, values in enumerate(history):
@@ -107,13 +99,13 @@ def test_famo_equals_autograd_and_torch_adam(options):
 
 def test_famo_favours_what_does_not_fall():
     history = [[0.9 * 0.97**n, 0.9 * 0.999**n] for n in range(100)]
-    found = run(Famo(2, FamoConfig()), history)
+    found = run(make("famo", 2), history)
     z = found[-1] * history[-1]  # c is z / L up to a factor
     assert z[1] > 2 * z[0]
 
 
 def test_uw_loss_gradient_and_fixed_point():
-    strategy = UncertaintyWeighting([1.0, 1.0, 0.5])
+    strategy = make("uw", 3, kinds="bbr")
     losses = torch.tensor([0.5, 0.2, 0.9])
     optimizer = torch.optim.SGD(strategy.parameters(), lr=0.5)
     for step in range(400):
@@ -130,7 +122,7 @@ def test_uw_loss_gradient_and_fixed_point():
 
 
 def test_uw_log_variances_stay_in_range():
-    strategy = UncertaintyWeighting([1.0])
+    strategy = make("uw", 1)
     with torch.no_grad():
         strategy.log_variances.fill_(12.0)
     strategy(torch.tensor([0.5]), X, {}, 1)
@@ -139,7 +131,7 @@ def test_uw_log_variances_stay_in_range():
 
 def test_uw_leaves_an_objective_alone_in_steps_without_its_rows():
     """The same loss in both objectives, the second in one of five batches only: their weights become the same."""
-    strategy = UncertaintyWeighting([1.0, 1.0])
+    strategy = make("uw", 2)
     optimizer = torch.optim.SGD(strategy.parameters(), lr=0.2)
     for step in range(2000):
         before = strategy.log_variances.detach().clone()
@@ -153,21 +145,21 @@ def test_uw_leaves_an_objective_alone_in_steps_without_its_rows():
 def test_dwa_averages_over_steps_with_rows():
     """Constant losses, the second in one of five batches of each of three windows, and in none of the fourth."""
     history = [[0.5, 0.0 if step % 5 or step >= 15 else 0.5] for step in range(25)]
-    np.testing.assert_allclose(run(DynamicWeightAverage(2, DwaConfig(), 5), history), 1, rtol=1e-12)
+    np.testing.assert_allclose(run(make("dwa", 2, window_steps=5), history), 1, rtol=1e-12)
 
 
 def test_stch_references_are_means_over_steps_with_rows():
     """Equal losses, the second in two of ten warm-up batches: equal weights, K softmax(0) / L = 2 * 0.5 / 0.5, afterwards."""
     history = [[0.5, 0.0 if step % 5 else 0.5] for step in range(10)] + [[0.5, 0.5]]
-    found = run(SmoothTchebycheff(2, StchConfig(mu=0.5, warmup_windows=1), window_steps=10), history)
+    found = run(make("stch", 2, mu=0.5, warmup_windows=1, window_steps=10), history)
     assert found[-1] == pytest.approx((2, 2), rel=1e-12)
 
 
 STRATEGIES = {
-    "dwa": lambda k: DynamicWeightAverage(k, DwaConfig(), 2),
-    "gls": GeometricLoss,
-    "stch": lambda k: SmoothTchebycheff(k, StchConfig(mu=0.5, warmup_windows=1), 2),
-    "famo": lambda k: Famo(k, FamoConfig()),
+    "dwa": lambda k: make("dwa", k, window_steps=2),
+    "gls": lambda k: make("gls", k),
+    "stch": lambda k: make("stch", k, mu=0.5, warmup_windows=1, window_steps=2),
+    "famo": lambda k: make("famo", k),
 }
 
 
@@ -180,7 +172,7 @@ def test_permuting_objectives_permutes_coefficients(name):
 
 @pytest.mark.parametrize("name", ["dwa", "gls", "famo", "rlw"])
 def test_one_objective_is_plain(name):
-    strategy = RandomWeighting(1, 0) if name == "rlw" else STRATEGIES[name](1)
+    strategy = make("rlw", 1, seed=0) if name == "rlw" else STRATEGIES[name](1)
     np.testing.assert_allclose(run(strategy, random_history(6, 1)), 1, rtol=1e-12)
 
 

@@ -6,18 +6,24 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from mmlrec.balancing import rules
-from mmlrec.balancing.build import rule_of
-from mmlrec.config import STRATEGIES
+from mmlrec.balancing.hull import shortest_in_hull
+from mmlrec.balancing.strategies.aligned import aligned
+from mmlrec.balancing.strategies.cagrad import cagrad
+from mmlrec.balancing.strategies.gradnorm import gradnorm_slope
+from mmlrec.balancing.strategies.imtl_g import imtl_g
+from mmlrec.balancing.strategies.metabalance import metabalance
+from mmlrec.balancing.strategies.nash import nash
+from mmlrec.balancing.strategies.pcgrad import pcgrad
+from tests.balancing.support import make
 
 WORKED = np.array([[1.0, 0.0], [-1.0, 1.0]])
 GRAM_RULES = {
-    "pcgrad": lambda gram: rules.pcgrad(gram, [range(len(gram))] * len(gram)),
-    "mgda": rules.mgda,
-    "cagrad": lambda gram: rules.cagrad(gram, 0.5),
-    "imtl_g": rules.imtl_g,
-    "nash": lambda gram: rules.nash(gram / np.linalg.norm(gram), 0.01),
-    "aligned": rules.aligned,
+    "pcgrad": lambda gram: pcgrad(gram, [range(len(gram))] * len(gram)),
+    "mgda": shortest_in_hull,
+    "cagrad": lambda gram: cagrad(gram, 0.5),
+    "imtl_g": imtl_g,
+    "nash": lambda gram: nash(gram / np.linalg.norm(gram), 0.01),
+    "aligned": aligned,
 }
 
 
@@ -48,9 +54,9 @@ def test_worked_numbers(rule, expected):
 
 def test_worked_numbers_of_nash_and_gradnorm():
     gram = gram_of(WORKED)
-    assert rules.nash(gram) == pytest.approx((1.8477591, 1.3065630), abs=1e-6)
+    assert nash(gram) == pytest.approx((1.8477591, 1.3065630), abs=1e-6)
     arguments = (np.array([0.5, 0.2]), np.array([1.0, 0.8]), np.ones(2), 1.5)
-    assert rules.gradnorm_slope(gram, *arguments) == pytest.approx((-1, 1.4142136), abs=1e-6)
+    assert gradnorm_slope(gram, *arguments) == pytest.approx((-1, 1.4142136), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -65,25 +71,25 @@ def test_pcgrad_equals_projected_vectors(seed):
             if j != i and projected @ g[j] < 0:
                 projected -= projected @ g[j] / (g[j] @ g[j]) * g[j]
         total += projected
-    np.testing.assert_allclose(rules.pcgrad(gram_of(g), orders) @ g, total, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(pcgrad(gram_of(g), orders) @ g, total, rtol=1e-10, atol=1e-12)
 
 
 def test_pcgrad_special_cases():
     orders = [[1], [0]]
-    assert rules.pcgrad(gram_of(np.array([[1.0, 0.5], [0.2, 1.0]])), orders).tolist() == [1, 1]  # no conflict: the sum
-    assert rules.pcgrad(np.ones((2, 2)), orders).tolist() == [1, 1]  # identical
+    assert pcgrad(gram_of(np.array([[1.0, 0.5], [0.2, 1.0]])), orders).tolist() == [1, 1]  # no conflict: the sum
+    assert pcgrad(np.ones((2, 2)), orders).tolist() == [1, 1]  # identical
     opposite = np.array([[1.0, -2.0], [-1.0, 2.0]])
-    np.testing.assert_allclose(rules.pcgrad(gram_of(opposite), orders) @ opposite, 0, atol=1e-15)
+    np.testing.assert_allclose(pcgrad(gram_of(opposite), orders) @ opposite, 0, atol=1e-15)
     # Of two conflicting gradients each projected one is orthogonal to the other original.
     for i, other in ((0, 1), (1, 0)):
-        row = rules.pcgrad(gram_of(WORKED), [[1], []] if i == 0 else [[], [0]]) - np.eye(2)[other]
+        row = pcgrad(gram_of(WORKED), [[1], []] if i == 0 else [[], [0]]) - np.eye(2)[other]
         assert (row @ WORKED) @ WORKED[other] == pytest.approx(0, abs=1e-15)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_mgda_is_the_shortest_vector(seed):
     g = random_gradients(seed)
-    w = rules.mgda(gram_of(g))
+    w = shortest_in_hull(gram_of(g))
     assert w.sum() == pytest.approx(1)
     assert w.min() >= 0
     direction = w @ g
@@ -98,7 +104,7 @@ def test_cagrad_helps_the_worst_most_within_its_ball(seed):
     g = random_gradients(seed)
     mean = g.mean(0)
     radius = 0.5 * np.linalg.norm(mean)
-    direction = rules.cagrad(gram_of(g), 0.5) @ g * 1.25
+    direction = cagrad(gram_of(g), 0.5) @ g * 1.25
     assert np.linalg.norm(direction - mean) <= radius * (1 + 1e-6)
     # By duality the best worst-case progress is the minimum over the simplex of w . G g0 + radius |G^T w|.
     dual = minimize(
@@ -120,53 +126,51 @@ def test_cagrad_stays_in_its_ball_when_gradients_cancel(seed):
     if seed % 4 == 3:  # all cancel: next to nothing is left of the mean
         g = np.concatenate([g, -g]) + 1e-8 * rng.normal(size=(2 * len(g), g.shape[1]))
     mean, c_a = g.mean(0), rng.choice([0.2, 0.5, 0.9])
-    direction = rules.cagrad(gram_of(g), c_a) @ g * (1 + c_a**2)
+    direction = cagrad(gram_of(g), c_a) @ g * (1 + c_a**2)
     assert np.linalg.norm(direction - mean) <= c_a * np.linalg.norm(mean) * (1 + 1e-4)
 
 
 def test_cagrad_between_opposite_gradients_keeps_what_helps_the_third():
     # No direction helps both (1, 0) and (-1, 0): of the mean (1/3, 1), which is in the ball of radius 0.95, the first part goes
     g = np.array([[1.0, 0.0], [-1.0, 0.0], [1.0, 3.0]])
-    assert rules.cagrad(gram_of(g), 0.9) @ g * 1.81 == pytest.approx([0, 1], abs=1e-4)
+    assert cagrad(gram_of(g), 0.9) @ g * 1.81 == pytest.approx([0, 1], abs=1e-4)
 
 
 def test_cagrad_without_radius_is_the_mean():
-    np.testing.assert_allclose(
-        rules.cagrad(gram_of(random_gradients(3)), 0.0) @ random_gradients(3), random_gradients(3).mean(0)
-    )
+    np.testing.assert_allclose(cagrad(gram_of(random_gradients(3)), 0.0) @ random_gradients(3), random_gradients(3).mean(0))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_imtl_g_projects_equally(seed):
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(rng.integers(2, 6), 20))
-    direction = rules.imtl_g(gram_of(g)) @ g
+    direction = imtl_g(gram_of(g)) @ g
     projections = (g / np.linalg.norm(g, axis=1, keepdims=True)) @ direction
     np.testing.assert_allclose(projections, projections[0], rtol=1e-8)
     # The paper's form on vectors.
     units = g / np.linalg.norm(g, axis=1, keepdims=True)
     d, u = g[0] - g[1:], units[0] - units[1:]
     others = g[0] @ u.T @ np.linalg.inv(d @ u.T)
-    np.testing.assert_allclose(rules.imtl_g(gram_of(g)), [1 - others.sum(), *others], rtol=1e-7)
+    np.testing.assert_allclose(imtl_g(gram_of(g)), [1 - others.sum(), *others], rtol=1e-7)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nash_solves_its_equation(seed):
     gram = gram_of(random_gradients(seed))
     gram /= np.linalg.norm(gram)
-    c = rules.nash(gram, 0.01)
+    c = nash(gram, 0.01)
     np.testing.assert_allclose(gram @ c + 0.01 * c, 1 / c, rtol=1e-8)
     assert (c > 0).all()
     assert c @ c <= len(c) / 0.01
     two = gram_of(np.array([[3.0, 0.0], [1.0, 1.0]]))
     cosine = 1 / math.sqrt(2)
     expected = [1 / (n * math.sqrt(1 + cosine)) for n in (3, math.sqrt(2))]
-    assert rules.nash(two) == pytest.approx(expected, abs=1e-8)
+    assert nash(two) == pytest.approx(expected, abs=1e-8)
 
 
 def test_nash_of_opposite_gradients_is_bounded():
     gram = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    assert rules.nash(gram / np.linalg.norm(gram), 0.01) == pytest.approx((10, 10))
+    assert nash(gram / np.linalg.norm(gram), 0.01) == pytest.approx((10, 10))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -175,11 +179,11 @@ def test_aligned_equals_the_singular_value_form(seed):
     u, sigma, v = np.linalg.svd(g.T, full_matrices=False)
     kept = sigma > 1e-5 * sigma[0]
     balanced = sigma[kept].min() * u[:, kept] @ v[kept]  # all singular values become the smallest
-    np.testing.assert_allclose(rules.aligned(gram_of(g)) @ g, balanced.sum(1), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(aligned(gram_of(g)) @ g, balanced.sum(1), rtol=1e-7, atol=1e-9)
 
 
 def test_aligned_leaves_orthonormal_gradients():
-    np.testing.assert_allclose(rules.aligned(np.eye(3)), 1)
+    np.testing.assert_allclose(aligned(np.eye(3)), 1)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -195,7 +199,7 @@ def test_gradnorm_slope_is_the_derivative(seed):
     def distance(w):
         return np.abs(w * norms - target).sum()
 
-    slope = rules.gradnorm_slope(gram_of(g), losses, first, weights, 1.5)
+    slope = gradnorm_slope(gram_of(g), losses, first, weights, 1.5)
     for t in range(count):
         h = 1e-7 * np.eye(count)[t]
         assert (distance(weights + h) - distance(weights - h)) / 2e-7 == pytest.approx(slope[t], rel=1e-4)
@@ -203,13 +207,13 @@ def test_gradnorm_slope_is_the_derivative(seed):
 
 def test_gradnorm_equal_objectives_stay():
     gram = np.array([[2.0, 0.3], [0.3, 2.0]])
-    assert rules.gradnorm_slope(gram, np.full(2, 0.4), np.full(2, 0.8), np.ones(2), 1.5).tolist() == [0, 0]
+    assert gradnorm_slope(gram, np.full(2, 0.4), np.full(2, 0.8), np.ones(2), 1.5).tolist() == [0, 0]
 
 
 def test_metabalance_moves_norms_to_the_main_one():
     norms = np.array([2.0, 8.0, 0.5])
     for r in (0.0, 0.7, 1.0):
-        np.testing.assert_allclose(rules.metabalance(norms, 0, r) * norms, r * 2.0 + (1 - r) * norms)
+        np.testing.assert_allclose(metabalance(norms, 0, r) * norms, r * 2.0 + (1 - r) * norms)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -238,17 +242,16 @@ def test_mgda_normalisation(normalisation):
     losses = losses[: len(g)]
     norms = np.linalg.norm(g, axis=1)
     scales = {"none": np.ones(len(g)), "l2": norms, "loss": losses, "loss+": norms * losses}[normalisation]
-    rule = rule_of(STRATEGIES["mgda"](normalisation=normalisation), 0)
-    expected = len(g) * rules.mgda(gram_of(g / scales[:, None])) @ (g / scales[:, None])
+    rule = make("mgda", len(g), normalisation=normalisation).rule
+    expected = len(g) * shortest_in_hull(gram_of(g / scales[:, None])) @ (g / scales[:, None])
     np.testing.assert_allclose(rule(gram_of(g), losses, 1) @ g, expected, rtol=1e-9)
 
 
 def test_pcgrad_orders_depend_on_seed_and_step_only():
     gram = gram_of(np.random.default_rng(1).normal(size=(6, 3)))
-    config = STRATEGIES["pcgrad"]()
 
     def c(seed, step):
-        return rule_of(config, seed)(gram, np.ones(6), step)
+        return make("pcgrad", 6, seed=seed).rule(gram, np.ones(6), step)
 
     assert (c(0, 3) == c(0, 3)).all()
     assert not np.allclose(c(0, 3), c(0, 4))

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mmlrec.balancing import rules
-from mmlrec.config import STRATEGIES, load_config
+from mmlrec.balancing.hull import shortest_in_hull
+from mmlrec.balancing.strategies.pcgrad import pcgrad
+from mmlrec.config import load_config
 from mmlrec.distributed import process_group
 from mmlrec.losses import LossOptions
+from mmlrec.registry import strategy_names
 from mmlrec.run_folder.checkpoint import model_tensors
 from mmlrec.session.session import build_session
+from tests.balancing.support import GRADIENT_LEVEL
 from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, tensors
 from tests.training.worker import whole
@@ -30,11 +33,10 @@ dense: {{optimizer: {{name: sgd, lr: 0.1}}}}
 training: {{batch_size: 90, epochs: 1, log_every_steps: 1, checkpoint_every_steps: 11}}
 """
 MTMSL = ["dataset.setting=mtmsl", "model.name=ple"]
-GRADIENT_LEVEL = [name for name, config in STRATEGIES.items() if "scope" in config.model_fields]
 WINDOWS = {"dwa": ["balancing.window_steps=3"], "stch": ["balancing.window_steps=2"]}
 #: Case -> overrides: every strategy; every scope; every unit; coefficients that are kept; bfloat16.
 CASES = {
-    **{name: [f"balancing.name={name}", *WINDOWS.get(name, [])] for name in STRATEGIES},
+    **{name: [f"balancing.name={name}", *WINDOWS.get(name, [])] for name in strategy_names()},
     **{f"pcgrad-{scope}": ["balancing.name=pcgrad", f"balancing.scope={scope}"] for scope in ("embedding", "both")},
     "mgda-scenario": [*MTMSL, "balancing.name=mgda", "balancing.unit=scenario", "balancing.scope=both"],
     "pcgrad-head": [*MTMSL, "balancing.name=pcgrad", "balancing.unit=head"],  # More than two: their order counts.
@@ -153,7 +155,7 @@ def test_local_gram_is_another_one(root):
     assert not torch.allclose(*gram)
 
 
-@pytest.mark.parametrize("case", [name for name in STRATEGIES if name not in ("static", "monitor")])
+@pytest.mark.parametrize("case", [name for name in strategy_names() if name not in ("static", "monitor")])
 def test_strategies_change_training(root, case):
     static, found = kept(root, "static", 1)["weights"], kept(root, case, 1)["weights"]
     experts = "model.head.network.experts.weights.0"
@@ -228,7 +230,7 @@ def weights_after_one_step(network, before, batch, setting, strategy):
     shared = [key for key in named if network.owner(key.removeprefix("model.head.network.")) not in ("head", "task")]
     vectors = np.array([torch.cat([of_each[name][key].flatten() for key in shared]).numpy() for name in loss.objectives])
     gram = vectors @ vectors.T
-    c = {"static": np.ones(2), "pcgrad": rules.pcgrad(gram, [[1], [0]]), "mgda": 2 * rules.mgda(gram)}[strategy]
+    c = {"static": np.ones(2), "pcgrad": pcgrad(gram, [[1], [0]]), "mgda": 2 * shortest_in_hull(gram)}[strategy]
     factors = dict(zip(loss.objectives, c, strict=True))
     return {
         key: before[key].double()

@@ -1,0 +1,37 @@
+"""IMTL-G: the update has the same projection on the direction of every gradient.
+
+Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-task Learning", ICLR 2021.
+
+    u_t        = g_t / |g_t|, D the rows g_1 - g_j, U the rows u_1 - u_j, j = 2..K
+    c_{2..K}   = K g_1 U^T (D U^T)^-1
+    c_1        = K - sum of the others
+
+K times, because the weights of a sum of K losses add up to K; coefficients may be negative. Gradients of one
+direction have equal projections whatever c is: then c = 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mmlrec.balancing.gradients import Array, GradientBalancing
+
+
+class ImtlG(GradientBalancing):
+    """Equal projections on all gradients."""
+
+    def rule(self, gram: Array, losses: Array, step: int) -> Array:
+        """See the base class."""
+        return len(gram) * imtl_g(gram)
+
+
+def imtl_g(gram: Array) -> Array:
+    """Coefficients of sum 1 under which the update has the same projection on every gradient's direction."""
+    norms = np.sqrt(np.diag(gram))
+    along = gram / norms  # [i, j] = g_i . u_j
+    numerator = along[0, 0] - along[0, 1:]
+    matrix = along[0, 0] - along[0, 1:] - along[1:, :1] + along[1:, 1:]
+    if np.abs(matrix).max(initial=0.0) <= 1e-14 * norms.max():
+        return np.full(len(gram), 1.0 / len(gram))  # One direction: any coefficients do, and the matrix is but rounding.
+    others = np.linalg.lstsq(matrix.T, numerator, rcond=1e-8)[0]
+    return np.append(1.0 - others.sum(), others)
