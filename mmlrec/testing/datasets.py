@@ -79,12 +79,10 @@ KILLS = {
 _START = """
 import importlib, sys
 sys.path[:] = {path}
-import preprocessing.dataset
 from preprocessing import command_line
 {kill}
 kind = getattr(importlib.import_module({dataset.__module__!r}), {dataset.__name__!r})
-known = preprocessing.dataset.datasets() | {{kind.name: kind}}
-preprocessing.dataset.datasets = command_line.datasets = lambda: known
+command_line.dataset_class = lambda name: kind
 sys.exit(command_line.main(sys.argv[1:]))
 """
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import preprocessing.dataset
 from preprocessing import command_line
 from preprocessing.dataset import Dataset
 from preprocessing.reading.raw_files import RawFolder, Source
@@ -82,11 +81,7 @@ def make(kind: type[Dataset], fake: Fake, folder: Path) -> Made:
 
 def run(kind: type[Dataset], fake: Fake, raw: Path, out: Path, *more: str) -> int:
     """`python -m preprocessing NAME` in this process, whether or not the dataset lies in this repository; its exit code."""
-    known = preprocessing.dataset.datasets() | {kind.name: kind}
-    with (
-        mock.patch.object(preprocessing.dataset, "datasets", return_value=known),
-        mock.patch.object(command_line, "datasets", return_value=known),
-    ):
+    with mock.patch.object(command_line, "dataset_class", return_value=kind):
         return command_line.main(command(kind, fake, raw, out, *more))
 
 
