@@ -78,6 +78,13 @@ def test_the_good_case_passes(data, train):
     assert train()[0] == 0
 
 
+def test_a_machine_without_git_trains(data, train, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("git") is None
+    assert train()[0] == 0
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_commit"] is None
+
+
 CONFIGS = {
     "typo": (["training.batchsize=3"], ["command line: training.batchsize: unknown key", "Did you mean 'batch_size'?"]),
     "typo in model": (["model.num_expert=3"], ["model.num_expert: unknown key", "Did you mean 'num_experts'?"]),
