@@ -539,6 +539,15 @@ def test_disk_full_while_predicting(data, train, tmp_path):
     assert not list(tmp_path.glob("scores*"))
 
 
+@pytest.mark.parametrize("name", ["scores.csv", "scores"])
+def test_scores_are_not_written_under_the_name_of_another_format(data, train, app, tmp_path, name):
+    train()
+    code, error = app("predict", "--run-dir", tmp_path / "run", "--input", data.folder, "--output", tmp_path / name)
+    assert code == 2
+    assert f"error: {tmp_path / name}: scores are written as Parquet only" in error
+    assert not (tmp_path / name).exists()
+
+
 def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):
     assert train()[0] == 0
     output = tmp_path / "out" / "scores.parquet"
