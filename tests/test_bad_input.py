@@ -79,6 +79,13 @@ def test_the_good_case_passes(data, train):
     assert train()[0] == 0
 
 
+def test_a_machine_without_git_trains(data, train, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shutil.which("git") is None
+    assert train()[0] == 0
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["git_commit"] is None
+
+
 CONFIGS = {
     "typo": (["training.batchsize=3"], ["command line: training.batchsize: unknown key", "Did you mean 'batch_size'?"]),
     "typo in model": (["model.num_expert=3"], ["model.num_expert: unknown key", "Did you mean 'num_experts'?"]),
@@ -521,6 +528,15 @@ def test_disk_full_while_predicting(data, train, tmp_path):
     assert "Traceback" not in done.stderr
     assert f"{output}: cannot be written" in done.stderr
     assert not list(tmp_path.glob("scores*"))
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores"])
+def test_scores_are_not_written_under_the_name_of_another_format(data, train, app, tmp_path, name):
+    train()
+    code, error = app("predict", "--run-dir", tmp_path / "run", "--input", data.folder, "--output", tmp_path / name)
+    assert code == 2
+    assert f"error: {tmp_path / name}: scores are written as Parquet only" in error
+    assert not (tmp_path / name).exists()
 
 
 def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):

@@ -27,8 +27,10 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path)
 
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
-        UserError: the output cannot be written; no part of it is left.
+        UserError: the output has the name of another format, or cannot be written; no part of it is left.
     """
+    if output.suffix != ".parquet":
+        raise UserError(f"{output}: scores are written as Parquet only: give --output a name that ends in .parquet.")
     manifest = DatasetManifest.load(dataset)
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.distributed import World, logger
 from mmlrec.errors import CheckpointError, UserError
+from mmlrec.run_folder.index import Reader
 
 MARKER = "COMPLETE.json"
 STATE = "state.json"
@@ -214,7 +215,7 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     Raises:
         CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model.
     """
-    reader = FileSystemReader(folder)
+    reader = Reader(folder)
     saved = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in tensors.items() if key in saved or not key.startswith("random.")}
     own = set(tensors)

@@ -175,15 +175,22 @@ def _environment(world: World) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "world_size": world.world_size,
         "device": world.device.type,
         "device_name": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
         "threads_per_rank": torch.get_num_threads(),
         "torchx_job_id": os.environ.get("TORCHX_JOB_ID"),
     }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs; None where it is no checkout, or where there is no git, as in slim containers."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:
+        return None
