@@ -1,5 +1,6 @@
-"""A method written as CONTRIBUTING.md says, one file and one YAML in a copy, is found and tested without another edit."""
+"""A method and a strategy written as CONTRIBUTING.md says, one file each in a copy, are found, used and tested without more."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ import sys
 import pytest
 
 from tests.datasets import write_dataset
-from tests.test_documents import METHOD, REPOSITORY
+from tests.test_documents import METHOD, REPOSITORY, STRATEGY
 
 NAME = "mean_experts"
+STRATEGY_NAME = "inverse_loss"
 CONFIG = """
 dataset: {path: data, setting: mtmsl}
 model: {name: mean_experts, num_experts: 3, expert_hidden_units: [7, 5]}
+balancing: {name: inverse_loss}
 embeddings: {dim: 4}
 training: {batch_size: 32, max_steps: 5}
 """
@@ -26,6 +29,7 @@ def copy(tmp_path_factory):
         shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", folder)
     (folder / "mmlrec" / "models" / f"{NAME}.py").write_text(METHOD)
+    (folder / "mmlrec" / "balancing" / "strategies" / f"{STRATEGY_NAME}.py").write_text(STRATEGY)
     (folder / "configs" / "mean_experts.yaml").write_text(CONFIG)
     return folder
 
@@ -39,15 +43,25 @@ def run(folder, *command):
     return result.stdout
 
 
-def test_it_is_listed(copy):
+def test_they_are_listed(copy):
     assert NAME in run(copy, "apps.models")
     assert "num_experts" in run(copy, "apps.models", NAME)
+    assert "floor" in run(copy, "apps.strategies", STRATEGY_NAME)
 
 
-def test_it_trains(copy):
+def test_they_train(copy):
     write_dataset(copy / "data", rows=200)
     run(copy, "apps.train", "--config", "configs/mean_experts.yaml", "--run-dir", "run")
     assert (copy / "run" / "result.json").is_file()
+    reports = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("balancing/coefficient/click" in report.get("diagnostics", {}) for report in reports)
+
+
+@pytest.mark.long
+def test_the_tests_of_all_strategies_take_it_in(copy):
+    report = run(copy, "pytest", "tests/training/test_balancing.py", "-k", STRATEGY_NAME, "-p", "no:cacheprovider", "-vv")
+    assert report.count(" PASSED") >= 2
+    assert "SKIPPED" not in report
 
 
 @pytest.mark.long
