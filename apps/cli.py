@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from mmlrec.errors import UserError, discard_output
+from mmlrec.terminal import plain_output
 
 
 def run(main: Callable[[], None]) -> None:
@@ -15,7 +16,8 @@ def run(main: Callable[[], None]) -> None:
 
     Of several ranks that fail together one speaks.
     """
-    code = _exit_code(main)
+    with plain_output():
+        code = _exit_code(main)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # All is written and closed. Threads of the communication library, which Python cannot join, now and then abort a
         # process that tears itself down ("terminate called without an active exception"): a run that is done would fail.

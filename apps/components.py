@@ -11,6 +11,7 @@ from torchx import specs
 from mmlrec.errors import UserError
 from mmlrec.launch.presets import load_preset
 from mmlrec.launch.spec import train_app
+from mmlrec.terminal import plain
 
 
 def train(
@@ -38,5 +39,5 @@ def train(
         modules = [module for module in imports.split(",") if module]
         return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir, imports=modules)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

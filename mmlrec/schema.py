@@ -203,7 +203,10 @@ class DatasetManifest(_Contract):
                 f"{folder} is not a dataset: {hint}. Make one with: python -m preprocessing NAME --raw RAW_DIR --out {folder}"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
+            if "\\u" in text:  # half a surrogate pair can be written so, but is no text and could not be written again
+                json.dumps(content, ensure_ascii=False).encode()
             version = content.get("schema_version") if isinstance(content, dict) else None
             if version != SCHEMA_VERSION:
                 raise DataError(

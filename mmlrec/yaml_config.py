@@ -28,7 +28,14 @@ class StrictModel(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
+    """SafeLoader that reads 1e-3 as a number and refuses a key given twice, and what is no text."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """As the base class, but no half of a surrogate pair, which an escape can write and no file can hold."""
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class, but every key once."""

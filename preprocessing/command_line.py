@@ -13,8 +13,10 @@ import mmlrec
 from mmlrec.errors import DataError, UserError, discard_output
 from mmlrec.extensions import import_modules
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
+from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets
 from preprocessing.describing import report as description_report
+from preprocessing.describing.marks import suspicious_ids
 from preprocessing.downloading.download import download
 from preprocessing.engines import spark
 from preprocessing.engines.local import build
@@ -41,6 +43,11 @@ _NO_CONTENT = {"imports", "dataset", "raw", "out", "overwrite", "download", "wor
 
 def main(arguments: list[str]) -> int:
     """Run the command; returns the exit code: 0 done, 2 the user can mend it, 130 interrupted."""
+    with plain_output():
+        return _exit_code(arguments)
+
+
+def _exit_code(arguments: list[str]) -> int:
     # SIGINT too: a command that a script starts in the background inherits it ignored.
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -251,7 +258,7 @@ def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder
     """Raise unless `out` is a complete dataset of the same raw files and options."""
     remedy = "Choose another --out, or --overwrite it."
     manifest = DatasetManifest.load(out)
-    old = {key: value for key, value in manifest.preprocessing.items() if key != "dense_ranges"}
+    old = {key: value for key, value in manifest.preprocessing.items() if key not in ("dense_ranges", "dense_fills")}
     if manifest.name != name or old != recorded:
         differing = [key for key in sorted(old.keys() | recorded.keys()) if old.get(key) != recorded.get(key)]
         found = ", ".join(f"{key}={old.get(key)!r} (now {recorded.get(key)!r})" for key in differing)
@@ -267,6 +274,8 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     print("  " + ", ".join(f"{name} {split.num_rows:,}" for name, split in manifest.splits.items()))
     for name, count in statistics.get("bad_rows", {}).items():
         print(f"  bad rows passed over in {name}: {count:,}")
+    for name, reasons in statistics.get("passed_over", {}).items():
+        print(f"  passed over in {name}: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     names = ["all", *(manifest.scenario.values if manifest.scenario else [])]
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
     width = max(12, *(len(task.name) + 2 for task in manifest.tasks))
@@ -283,6 +292,8 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
+    for line in suspicious_ids(out, manifest):
+        print(f"  note: {line}")
     if config:
         print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
     else:

@@ -67,6 +67,8 @@ class Column:
         min_count: values seen less often in train get id 0; equal for all features of a table.
         num_ids: raw values are ids 1..num_ids already (0 = missing), no vocabulary is fitted; None = fit one.
         scaled: dense values are min-max scaled by the train rows and clipped to [0, 1].
+        fill: what a missing dense value becomes before it is scaled: a number, or the mean of the train rows. None: it is
+            written as 0, which is the least train value of a scaled feature.
         hashing: no vocabulary is fitted, ids come by hash; equal for all features of a table.
         num_buckets: raw values are numbers (float32), ids come by quantiles of the train rows.
     """
@@ -80,6 +82,7 @@ class Column:
     scaled: bool = False
     hashing: Hashing | None = None
     num_buckets: int | None = None
+    fill: float | Literal["mean"] | None = None
 
 
 def sparse(
@@ -144,6 +147,7 @@ class Dataset:
             `__init__`. Empty: the dataset is generated.
         hint: one more line on how the raw files are had and where they belong, for `--help` and for a missing file.
         archive: zip or tar.gz file at the home that holds the raw files, for `--download`; an option may choose it.
+        archive_md5: its checksum, where one is published beside it.
         package: where `--download` turns when the archive cannot be reached; None: nowhere.
         single_files: the raw files have addresses of their own for `--download`, in place of an archive.
         split: which rows are train, valid, test: a rule of preprocessing/writing/splits.py.
@@ -160,6 +164,7 @@ class Dataset:
     raw_files: tuple[RawFile, ...] = ()
     hint: ClassVar[str] = ""
     archive: str = ""
+    archive_md5: str = ""
     package: ClassVar[PythonPackage | None] = None
     single_files: ClassVar[bool] = False
     split: SplitRule = RandomSplit()

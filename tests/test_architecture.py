@@ -20,7 +20,7 @@ EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 RULES = {
     "mmlrec.doctor": ("mmlrec.launch.shipped", "mmlrec.__version__"),
     "mmlrec.launch": ("torchx.specs",),
-    "preprocessing": ("mmlrec.hashing",),
+    "preprocessing": ("mmlrec.hashing", "mmlrec.terminal"),
     "mmlrec.output": ("torch",),
     "mmlrec.layers": ("torch",),
     "mmlrec.losses": ("torch", "mmlrec.output"),
@@ -51,7 +51,7 @@ RULES = {
 }
 # A package may import its own modules, except for methods and strategies: one file each, independent of each other.
 APART = ("mmlrec.models", "mmlrec.balancing.strategies")
-STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.extensions", "mmlrec.doctor", "mmlrec.launch.shipped")
+STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.terminal", "mmlrec.extensions", "mmlrec.doctor", "mmlrec.launch.shipped")
 CONTRACT_LIBRARIES = {"yaml", "pydantic"}
 
 

@@ -32,6 +32,11 @@ _VIDEO_CODES = ("author_id", "visible_status", "server_width", "server_height", 
 _NUM_TABS = 15
 _ARCHIVE = "https://zenodo.org/records/10439422/files/KuaiRand-{}.tar.gz"
 _ARCHIVES = {"pure": "Pure", "1k": "1K", "27k": "27K"}
+_MD5 = {
+    "pure": "0820331067a3784d9691136f772b35a7",
+    "1k": "6b0b9c8222d67fcd4c676218edca3f1f",
+    "27k": "3e3c799a24e2d23a4d2c757fbf9adf59",
+}
 _DAYS = (20220408, 20220508)
 
 
@@ -48,6 +53,7 @@ class KuaiRand(Dataset):
         " (KuaiRand-Pure/data) are looked into. The files of --version 1k and 27k end in these words instead of pure."
     )
     archive = _ARCHIVE.format("Pure")
+    archive_md5 = _MD5["pure"]
     raw_files: tuple[RawFile, ...] = tuple(
         RawFile(f"{table}_pure.csv")
         for table in ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08", "user_features", "video_features_basic")
@@ -70,7 +76,7 @@ class KuaiRand(Dataset):
         self._logs = [f"log_standard_{period}_{self._version}{part}.csv" for period in periods for part in parts]
         self._tables = [f"{table}_{self._version}.csv" for table in ("user_features", "video_features_basic")]
         self.raw_files = tuple(map(RawFile, (*self._logs, *self._tables)))
-        self.archive = _ARCHIVE.format(_ARCHIVES[self._version])
+        self.archive, self.archive_md5 = _ARCHIVE.format(_ARCHIVES[self._version]), _MD5[self._version]
         self.features = (
             *(sparse(name, _ID) for name in ("user_id", "video_id", "tab", "hour")),
             *user_features(self.parity),

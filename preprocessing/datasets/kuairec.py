@@ -42,6 +42,7 @@ class KuaiRec(Dataset):
     )
     hint = "No login. KuaiRec.zip may be unpacked into --raw as it is: its folders (KuaiRec 2.0/data) are looked into."
     archive = "https://zenodo.org/records/18164998/files/KuaiRec.zip"
+    archive_md5 = "261550d472c48eff4990fb13c0e5bcf7"
     raw_files: tuple[RawFile, ...] = (RawFile(_BIG), RawFile("user_features.csv"), RawFile("item_categories.csv"))
     examples = """examples:
   python -m preprocessing kuairec --raw raw/kuairec --out data/kuairec --download

@@ -135,6 +135,7 @@ class MovieLens1M(_MovieLens):
     next_config = "configs/mtl/movielens.yaml"
     summary = "1,000,209 ratings; two tasks, scenarios by gender or age"
     archive = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+    archive_md5 = "c4d9eecfca2ab87c1945afe126590906"
     raw_files = (
         RawFile("ratings.dat", 24_594_131),
         RawFile("users.dat", 134_368, "1dc3a95300cb19f7c10e027daf29b8cdf1d908dab65b5edfb45950aa389a10a3"),
@@ -162,6 +163,7 @@ class MovieLens100K(_MovieLens):
     next_config = "configs/mtl/movielens-100k.yaml"
     summary = "100,000 ratings; the same in small"
     archive = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+    archive_md5 = "0e33842e24a9c977be4e0107933c0723"
     raw_files = (
         RawFile("u.data", 1_979_173, "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490"),
         RawFile("u.user", 22_628, "f120e114da2e8cf314fd28f99417c94ae9ddf1cb6db8ce0e4b5995d40e90e62c"),
@@ -255,6 +257,7 @@ class MovieLens20M(_MovieLensCsv):
     name = "movielens-20m"
     summary = "20,000,263 ratings; two tasks, no demographics and so no scenarios"
     archive = "https://files.grouplens.org/datasets/movielens/ml-20m.zip"
+    archive_md5 = "cd245b17a1ae2cc31bb14903e1204af3"
 
 
 class MovieLens25M(_MovieLensCsv):
@@ -263,6 +266,7 @@ class MovieLens25M(_MovieLensCsv):
     name = "movielens-25m"
     summary = "25,000,095 ratings; two tasks, no demographics and so no scenarios"
     archive = "https://files.grouplens.org/datasets/movielens/ml-25m.zip"
+    archive_md5 = "6b51fb2759a8657d3bfcbfc42b592ada"
 
 
 def _complete(ratings: Block) -> Block:

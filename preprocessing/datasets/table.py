@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from preprocessing.own_tables.config import (
     NumberFeature,
     TableConfig,
     TimeRule,
+    indicator_name,
     read_table_config,
 )
 from preprocessing.own_tables.files import file_format, matching_files
@@ -42,13 +44,14 @@ _TYPES = {"int": pa.int64(), "string": pa.string()}
 EXAMPLE = """\
 # python -m preprocessing table --config my_table.yaml --out data/my-table
 files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
-csv: {separator: ","}               # also quoted, header, columns, encoding; JSON lines and Parquet need no section
+csv: {separator: ","}               # also quoted, header, columns, encoding, comment; JSON lines and Parquet need no section
+missing: ["NULL", "NA", "?"]        # texts that mean a missing value, besides an empty cell; strip: true drops blanks around
 features:
   user: {kind: id, type: int}       # one id a row; a vocabulary of the train rows
   item: {kind: id, min_count: 2}    # ids seen less often in train become 0: missing, rare or unseen
   bought: {kind: ids, separator: "|", table: item}  # several ids a row, in the table of item
   page: {kind: id, column: url, hash: {num_buckets: 100000, num_hashes: 2, seed: 7}}
-  price: {kind: number, scale: log} # or min_max, none
+  price: {kind: number, scale: log, indicator: true} # or min_max, none; a feature price_missing beside it
   age: {kind: number, buckets: 8}   # quantiles, as ids
 tasks:                              # in order; the next one is positive only where this one is
   - {name: click, label: clicked, role: ctr, implied_by_next: true}
@@ -86,7 +89,9 @@ class Table(Dataset):
         self._format = config.format or file_format(list(self._sides), self._where)
         self.raw_files = tuple(map(RawFile, self._sides))
         self._reads = self._columns_to_read()
-        self.features = tuple(self._feature(name) for name in config.features)
+        self._cells = config.cells
+        self._declared = {name: self._feature(name) for name in config.features}
+        self.features = tuple(column for name in config.features for column in self._with_indicator(name))
         self.tasks = tuple(
             Task(name=task.name, kind=task.kind, role=task.role, implied_by_next=task.implied_by_next) for task in config.tasks
         )
@@ -141,14 +146,22 @@ class Table(Dataset):
         """The files in the order in which they are named, those of a pattern by name."""
         for name in self._sides:
             if self._format == "json":
-                yield JsonLines(name, self._reads)
+                yield JsonLines(name, self._reads, self._cells)
             elif self._format == "parquet":
-                yield ParquetRows(name, self._reads)
+                yield ParquetRows(name, self._reads, self._cells)
             else:
                 csv = self._config.csv
-                quoted = csv.quoted and len(csv.separator.encode()) == 1
                 yield DelimitedText(
-                    name, csv.separator, self._reads, csv.encoding, csv.header, quoted, fields=tuple(csv.columns)
+                    name,
+                    csv.separator,
+                    self._reads,
+                    csv.encoding,
+                    csv.header,
+                    quoted=csv.quoted and len(csv.separator.encode()) == 1,
+                    comment=csv.comment,
+                    skip_blank=True,
+                    cells=self._cells,
+                    fields=tuple(csv.columns),
                 )
 
     def rows(self, block: Block) -> dict[str, Any]:
@@ -216,6 +229,12 @@ class Table(Dataset):
                     " Declare both alike, e.g. by type: int, or by text in quotes."
                 )
             reads[column] = (before if before == kind else pa.int64(), other)
+        for column in self._config.missing if isinstance(self._config.missing, dict) else ():
+            if column not in reads:
+                raise ConfigError(
+                    f"{self._where}: missing: no feature, label, key or scenario reads a column '{column}'."
+                    f"{did_you_mean(column, reads)}"
+                )
         return {column: kind for column, (kind, _) in reads.items()}
 
     def _feature(self, name: str) -> Column:
@@ -224,7 +243,10 @@ class Table(Dataset):
             if feature.buckets:
                 return bucketed(name, feature.buckets)
             scaled = feature.scale != "none"
-            return replace(dense(name, scaled=scaled), raw_type=pa.float64() if scaled else pa.float32())
+            fill = feature.fill
+            if not isinstance(fill, str) and feature.scale == "log":
+                fill = math.copysign(math.log1p(abs(fill)), fill)
+            return replace(dense(name, scaled=scaled), raw_type=pa.float64() if scaled else pa.float32(), fill=fill)
         owner = feature if feature.table is None else self._config.features[feature.table]
         assert isinstance(owner, IdFeature)
         hashing = None
@@ -234,20 +256,28 @@ class Table(Dataset):
         make = multi if several else sparse
         return make(name, _TYPES[feature.type], table=feature.table or name, min_count=owner.min_count or 1, hashing=hashing)
 
+    def _with_indicator(self, name: str) -> tuple[Column, ...]:
+        feature, declared = self._config.features[name], self._declared[name]
+        if isinstance(feature, NumberFeature) and feature.indicator:
+            return declared, dense(indicator_name(name), scaled=False)
+        return (declared,)
+
     def _make_features(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
-        for declared, (name, feature) in zip(self.features, self._config.features.items(), strict=True):
-            source = feature.column or name
+        for name, feature in self._config.features.items():
+            source, declared = feature.column or name, self._declared[name]
             values = table[source].combine_chunks()
             more: to.Faults = []
             if isinstance(feature, NumberFeature):
                 values, more = to.number(values, source, declared.raw_type, log=feature.scale == "log")
+                if feature.indicator:
+                    columns[indicator_name(name)] = values.is_null().cast(pa.float32())
             elif isinstance(feature, IdsFeature):
                 if feature.separator is not None:
-                    values, more = to.separated(values, source, feature.separator, declared.raw_type)
+                    values, more = to.separated(values, source, feature.separator, declared.raw_type, self._cells)
                 elif self._format == "csv":
-                    values, more = to.json_lists(values, source, declared.raw_type)
+                    values, more = to.json_lists(values, source, declared.raw_type, self._cells)
                 else:
-                    values = to.listed(values)
+                    values = to.listed(values, source, self._cells)
             else:
                 values = to.present(values)
                 if declared.kind == "multi":  # several hashes of one id

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmlrec.errors import ConfigError, DataError
+from mmlrec.terminal import plain
 from preprocessing.describing.description import Description
 
 if TYPE_CHECKING:  # imported where it is used: tables need no plots, and matplotlib starts slowly
@@ -58,7 +59,7 @@ def write_page(path: Path, description: Description, lines: list[str], tables: d
     page = f"<!DOCTYPE html>\n<html>\n<head>{head}</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(plain(page), encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

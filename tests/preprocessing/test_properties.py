@@ -116,6 +116,32 @@ def test_what_csv_writes_is_read_in_blocks_of_any_size(lines, quoting, end, star
     assert bad == {}
 
 
+BETWEEN = st.lists(st.sampled_from(["", " \t", "# a, b", '#"open', "#"]), max_size=3)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    lines=LINES,
+    between=st.lists(BETWEEN, min_size=14, max_size=14),
+    end=st.sampled_from(["\n", "\r\n"]),
+    start=st.sampled_from(["", "\ufeff"]),
+    block_bytes=st.integers(1, 200),
+)
+def test_lines_between_rows_change_no_row_and_no_number(lines, between, end, start, block_bytes):
+    """Blank lines and comments anywhere, before the header and behind the last row, too."""
+    text, numbers, number = start, [], 0
+    for others, row in zip(between, ["header", *lines, None], strict=False):
+        text += "".join(line + end for line in others)
+        number += len(others)
+        if row is not None:
+            number += 1
+            text += "name,price,id" + end if row == "header" else written([row[::-1]], csv.QUOTE_ALL, end)
+            numbers += [] if row == "header" else [number]
+    rows, found, bad = folder_read(text, header=True, comment="#", block_bytes=block_bytes)
+    assert rows == [(a, None if b is None else float(b), c) for a, b, c in lines]
+    assert (found, bad) == (numbers, {})
+
+
 BAD = ['7,1,"open', "7,1", "x,1,a", "7,1,a,b", '7,one,"a"', "7,nan,a", '7,1,"a""']
 
 

@@ -12,6 +12,7 @@ import pytest
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
+from preprocessing.reading import packed as packing
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import RawFile, RawFolder
 from preprocessing.rows.join import IdIndex
@@ -185,6 +186,66 @@ def test_comments_and_blank_lines_are_passed_over_and_lines_keep_their_numbers(t
     assert counts == {}
     with pytest.raises(DataError, match="line 6: id must be an integer"):
         read(tmp_path, text.replace("5,6", "five,6"), comment="|", block_bytes=block_bytes)
+
+
+@pytest.mark.parametrize("block_bytes", [8, 1 << 20])
+def test_blank_lines_alone_are_passed_over_where_that_is_asked_for(tmp_path, block_bytes):
+    text = "\n1,2,a\n \t\n3,4,b\n\r\n5,6,c\n,,\n"
+    rows, lines, counts = read(tmp_path, text, skip_blank=True, block_bytes=block_bytes)
+    assert rows == [(1, 2.0, "a"), (3, 4.0, "b"), (5, 6.0, "c"), (None, None, "")]
+    assert (lines, counts) == ([2, 4, 6, 7], {})
+    with pytest.raises(DataError, match=r"a\.csv, line 1: 3 fields .* expected, 1 found"):
+        read(tmp_path, text, block_bytes=block_bytes)
+    assert read(tmp_path, "1\n\n2\n", columns={"id": INT}, skip_blank=True)[0] == [(1,), (None,), (2,)]
+
+
+def packed(path, text):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(path.name.removesuffix(".zip"), text)
+
+
+@pytest.mark.parametrize("form", ["gz", "zip"])
+def test_what_unpacks_to_too_much_is_refused(tmp_path, form, monkeypatch):
+    """Rows like any others: neither their length nor their number is out of the ordinary, only that they pack so well."""
+    text = b"1,2,a\n" * 500_000
+    path = tmp_path / f"a.csv.{form}"
+    packed(path, text)
+    most = packing.MOST_TIMES * path.stat().st_size
+    assert most < len(text)
+    assert sum(len(block.table) for block in RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV)) == 500_000
+    monkeypatch.setattr(packing, "FREE_BYTES", 1 << 20)
+    seen = 0
+    with pytest.raises(DataError, match=r"packed bytes unpack to more than [\d,]+, as only .* unpack it by hand") as stop:
+        for block in RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV, 1 << 16):
+            seen += 6 * len(block.table)
+    assert str(stop.value).startswith(f"{path}")
+    assert seen <= max(most, 1 << 20)
+    path.unlink()
+    (tmp_path / "a.csv").write_bytes(text)  # as the message advises
+    assert sum(len(block.table) for block in RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV)) == 500_000
+
+
+def test_a_zip_gives_no_more_than_it_says_beforehand(tmp_path, monkeypatch):
+    """A size that is told too small gets nothing past the bound."""
+    path = tmp_path / "a.csv.zip"
+    packed(path, b"1,2,a\n" * 500_000)
+    content = path.read_bytes().replace((3_000_000).to_bytes(4, "little"), (600_000).to_bytes(4, "little"))
+    path.write_bytes(content)
+    monkeypatch.setattr(packing, "FREE_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="the zip file is truncated or damaged"):
+        list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV))
+
+
+@pytest.mark.parametrize("member", ["../a.csv", "/a.csv", "x/../../a.csv", "..\\a.csv", "C:\\a.csv"])
+def test_an_archive_with_a_path_out_of_its_folder_is_refused(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "a.csv.zip", "w") as archive:
+        archive.writestr("a.csv", "1,2,a\n")
+        archive.writestr(member, "1,2,a\n")
+    with pytest.raises(DataError, match=r"a\.csv\.zip: the archive holds '.*', a path that leads out of its folder"):
+        list(RawFolder(tmp_path, (RawFile("a.csv"),), "").blocks(CSV))
 
 
 @pytest.mark.parametrize("name", ["a.csv.zip", "a.zip", "A.ZIP", "a.csv.gz", "A.csv"])

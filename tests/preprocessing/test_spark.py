@@ -22,6 +22,7 @@ from preprocessing.engines import spark_pieces
 from preprocessing.writing import parts, shuffle
 from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
+from tests.preprocessing.table_fake import small as small_table
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "valid", "test")
@@ -98,6 +99,23 @@ def test_packed_files_are_the_same_data(spark, small, raw, tmp_path):
     assert make("movielens-1m", ["--raw", str(raw)], tmp_path / "packed", "spark") == 0
     plain, packed = folder_bytes(tmp_path / "plain"), folder_bytes(tmp_path / "packed")
     assert [name for name in plain if plain[name] != packed[name]] == ["manifest.json"]  # which has the raw files' digests
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_blank_lines_comments_marks_and_means_of_a_table(packed, spark, tmp_path, monkeypatch):
+    """The header stands behind the first piece; the mean of the train rows is that of the local engine to the last bit."""
+    monkeypatch.setattr(spark_pieces, "PIECE_BYTES", 700)
+    rows = [f"u{k % 7}.0, {'NA' if k % 3 == 0 else k / 7},{k % 2}\n" + ("\n" if k % 5 == 0 else "") for k in range(600)]
+    text = "# a comment\n" * 100 + "\nuser,x,y\n" + "".join(rows)
+    features = {"user": {"kind": "id"}, "x": {"kind": "number", "indicator": True}}
+    options = {"missing": ["NA"], "strip": True, "csv": {"comment": "#"}, "features": features}
+    name = "rows.csv.gz" if packed else "rows.csv"
+    config = small_table(tmp_path, gzip.compress(text.encode()) if packed else text, name, **options)
+    local, on_spark = both("table", ["--config", str(config)], tmp_path)
+    assert local == on_spark
+    bad = small_table(tmp_path, text + "u1,one,0\n", "bad.csv", **options)
+    for engine in ("local", "spark"):
+        assert make("table", ["--config", str(bad)], tmp_path / "bad", engine) == 2
 
 
 @pytest.mark.parametrize("ending", [b"", b"\r\n"])
