@@ -244,6 +244,8 @@ class DatasetContract(Contract):
         for path in (("tables",), ("splits", "train"), ("preprocessing", "dense_ranges")):
             before, after = (functools.reduce(dict.__getitem__, path, json.loads(of["manifest.json"])) for of in (old, new))
             assert before == after
+        before, after = (json.loads(of["manifest.json"])["preprocessing"].get("dense_fills") for of in (old, new))
+        assert before == after
 
     def test_groups_are_on_one_side(self, made: Made) -> None:
         """No value of the key that the rule keeps together is in two splits."""

@@ -43,13 +43,14 @@ def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
     for table in manifest.tables if "config" in manifest.preprocessing else ():
         if table.vocabulary is None:
             continue
-        path = folder / table.vocabulary
-        if not pa.types.is_string(pq.read_schema(path).field("value").type):
-            continue
-        names = ", ".join(feature.name for feature in manifest.features if feature.table == table.name)
         found = _Found()
-        for values, counts in _entries(path):
-            _look(values, counts, found)
+        with pq.ParquetFile(folder / table.vocabulary) as file:
+            if not pa.types.is_string(file.schema_arrow.field("value").type):
+                continue
+            for values, counts in _entries(file):
+                _look(values, counts, found)
+            twice = _twice(file, found.pointed)
+        names = ", ".join(feature.name for feature in manifest.features if feature.table == table.name)
         if found.marks:
             shown = [f"{_quoted(value)} ({count:,})" for value, count in list(found.marks.items())[:_SHOWN]]
             written = ", ".join(_quoted(value) for value in list(found.marks)[:_SHOWN])
@@ -61,17 +62,16 @@ def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
             examples = ", ".join(map(_quoted, found.blanks))
             count = f"{found.num_blanks:,} value{'s have' if found.num_blanks > 1 else ' has'}"
             lines.append(f"{names}: {count} blanks around it, such as {examples}. strip: true drops them")
-        if twice := _twice(path, found.pointed):
+        if twice:
             examples = f"{_quoted(twice[0])} and {_quoted(twice[0] + '.0')}"
             lines.append(f"{names}: {_number(twice, 'id')} stand twice, such as {examples}. type: int makes them one")
     return lines
 
 
-def _entries(path: Path) -> Iterator[tuple[pa.Array, pa.Array]]:
+def _entries(file: pq.ParquetFile) -> Iterator[tuple[pa.Array, pa.Array]]:
     """Values and counts of a vocabulary, some at a time."""
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["value", "count"]):
-            yield batch.column(0), batch.column(1)
+    for batch in file.iter_batches(columns=["value", "count"]):
+        yield batch.column(0), batch.column(1)
 
 
 def _look(values: pa.Array, counts: pa.Array, found: _Found) -> None:
@@ -86,12 +86,12 @@ def _look(values: pa.Array, counts: pa.Array, found: _Found) -> None:
     found.pointed += pc.replace_substring_regex(pointed.slice(0, room), pattern=r"\.0+$", replacement="").to_pylist()
 
 
-def _twice(path: Path, pointed: list[str]) -> list[str]:
+def _twice(file: pq.ParquetFile, pointed: list[str]) -> list[str]:
     """Those of the integers that the vocabulary holds without a point, too."""
     if not pointed:
         return []
     known = pa.array(pointed)
-    return [value for values, _ in _entries(path) for value in values.filter(pc.is_in(values, value_set=known)).to_pylist()]
+    return [value for values, _ in _entries(file) for value in values.filter(pc.is_in(values, value_set=known)).to_pylist()]
 
 
 def _quoted(value: str) -> str:

@@ -176,9 +176,9 @@ def _numbers(description: Description) -> Section:
         "zero in train",
     ]
     fills = description.manifest.preprocessing.get("dense_fills", {})
-    filled = "; ".join(f"of {name} {value:g}" for name, value in fills.items() if name in description.numbers)
-    note = "Values as they are written; a missing one is 0" + (f", but before scaling {filled}. " if filled else ". ")
-    note += "Before scaling: after a logarithm, where there is one."
+    filled = ", ".join(f"{name} {value:g}" for name, value in fills.items())
+    note = f"Values as they are written; a missing one is 0{f', or before scaling: {filled}' if filled else ''}."
+    note += " Before scaling: after a logarithm, where there is one."
     return Section("Dense features", headers, rows, note)
 
 

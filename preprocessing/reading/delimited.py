@@ -79,19 +79,19 @@ class DelimitedText(Source):
         """The rows of a piece; see `Source`."""
         path, text = piece.path, piece.text.removeprefix(codecs.BOM_UTF8) if piece.first_line == 1 else piece.text
         lines = np.arange(piece.first_line, piece.first_line + text.count(b"\n"))
-        header = self.header and piece.first_line <= self.header_line < piece.first_line + len(lines)
+        header_at = self.header_line - piece.first_line if self.header else -1
         passed_over: dict[str, int] = {}
-        if header or self._may_pass_over(text):
+        if self._may_pass_over(text):
             kept = []
             for index, line in enumerate(text.split(b"\n")[:-1]):
-                if header and lines[index] == self.header_line:
-                    continue
                 if reason := self._reason(line):
                     passed_over[reason] = passed_over.get(reason, 0) + 1
-                else:
+                elif index != header_at:
                     kept.append((index, line))
             lines = lines[[index for index, _ in kept]] if kept else lines[:0]
             text = b"".join(line + b"\n" for _, line in kept)
+        elif header_at == 0:
+            lines, text = lines[1:], text.partition(b"\n")[2]
         bad_rows: list[BadRow] = []
         try:
             table = _parse(text, self)

@@ -421,4 +421,4 @@ def test_describe_names_the_fill_value(tmp_path, capsys):
     make(small(tmp_path, f"user,x,y\n{rows}").parent, tmp_path / "out")
     mean = DatasetManifest.load(tmp_path / "out").preprocessing["dense_fills"]["x"]
     assert main(["describe", str(tmp_path / "out")]) == 0
-    assert f"a missing one is 0, but before scaling of x {mean:g}." in capsys.readouterr().out
+    assert f"a missing one is 0, or before scaling: x {mean:g}." in capsys.readouterr().out

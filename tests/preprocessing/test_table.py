@@ -89,10 +89,10 @@ def assert_equals_records(out, rows):
     tag_ids, _ = vocabulary(out, "tags")
     ages = sorted(row["age"] for row in train if row["age"] is not None)
     borders = sorted({ages[j * len(ages) // 5] for j in range(1, 5)} - {ages[0]})
-    ranges = {}
-    for name, function in (("price", float), ("sold", signed_log)):
+    ranges, means = {}, {}
+    for name, function in (("price", float), ("sold", signed_log), ("rank", float)):
         values = [function(row[name]) for row in train if row[name] is not None]
-        ranges[name] = min(values), max(values)
+        ranges[name], means[name] = (min(values), max(values)), math.fsum(values) / len(values)
     for row in wanted:
         got = found[row["row"]]
         assert got["user"] == user_ids.get(row["user"], 0)
@@ -103,9 +103,9 @@ def assert_equals_records(out, rows):
         assert got["seller"] == hashed(row["seller"], pa.int64(), 20, 1, 3)[0]
         for name, function in (("price", float), ("sold", signed_log)):
             low, high = ranges[name]
-            scaled = 0 if row[name] is None else min(max((function(row[name]) - low) / (high - low), 0), 1)
-            assert got[name] == pytest.approx(scaled, abs=1e-6)
-        assert got["rank"] == pytest.approx(row["rank"] or 0, abs=1e-7)
+            value = means[name] if row[name] is None else function(row[name])
+            assert got[name] == pytest.approx(min(max((value - low) / (high - low), 0), 1), abs=1e-6)
+        assert got["rank"] == pytest.approx(means["rank"] if row["rank"] is None else row["rank"], abs=1e-7)
         assert got["age"] == (0 if row["age"] is None else 1 + bisect.bisect_right(borders, row["age"]))
         assert {name: got[name] for name in expected_labels(row)} == expected_labels(row)
         assert got["sample.scenario"] == SCENARIOS[row["device"]]
@@ -339,7 +339,10 @@ def test_good_odd_cells(tmp_path):
     tags, _ = vocabulary(tmp_path / "out", "tags")
     assert found[" 1 ||2 "]["tags"] == [tags[1], tags[2]]
     assert found[" 1 ||2 "]["list"] == []
-    assert found[" 1 ||2 "]["x"] == 0
+    preprocessing = DatasetManifest.load(tmp_path / "out").preprocessing
+    (low, high), mean = preprocessing["dense_ranges"]["x"], preprocessing["dense_fills"]["x"]
+    assert found[" 1 ||2 "]["x"] == pytest.approx((mean - low) / (high - low))
+    assert low < mean < high
     assert found[None]["tags"] == []
     assert found[None]["list"] == []
     assert found[None]["label.y"] is None

@@ -20,7 +20,7 @@ BAD_CONFIGS = {
     ),
     "option of another kind": (
         {"features": {"user": {"kind": "number", "separator": "|"}}},
-        ["features.user.separator: unknown key. Allowed: buckets, column, kind, scale."],
+        ["features.user.separator: unknown key. Allowed: buckets, column, fill, indicator, kind, scale."],
     ),
     "unknown kind": (
         {"features": {"user": {"kind": "idd"}}},
