@@ -125,9 +125,7 @@ def test_entry_points_print_through_it(module):
     code = "import sys; from mmlrec import terminal\n"
     code += "terminal._PlainStream.write = lambda self, text: self._stream.write('seen\\n')\n"
     code += f"import runpy; sys.argv = ['x', '--help']; runpy.run_module('{module}', run_name='__main__')"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert set(result.stdout.split("\n")) == {"seen", ""}, result.stderr
 
 

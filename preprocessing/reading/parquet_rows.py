@@ -77,9 +77,7 @@ class ParquetRows(Source):
                 complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. Mend the row, or leave it null."
                 here = good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line]
                 block = block.require(here, complaint, shown=name)
-        columns = {
-            name: cells.take(name, _as(block.table[name].combine_chunks(), kind)) for name, kind in self.columns.items()
-        }
+        columns = {name: cells.take(name, _as(block.table[name].combine_chunks(), kind)) for name, kind in self.columns.items()}
         return Block(self, piece.path, block.lines, pa.table(columns), block.bad_rows)
 
     def _check(self, path: Path, schema: pa.Schema) -> None:

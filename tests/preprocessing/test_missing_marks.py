@@ -216,7 +216,9 @@ def test_a_bad_number_that_looks_like_a_mark_names_the_key(tmp_path, capsys):
 MORE_CELLS = ["NA", " NA", "-1", " -1 ", "-1.0", "7.0", "7.", " 7.00", "7.5", "-0.0", "1" * 19 + ".0", "9" * 19 + ".0", "true"]
 
 
-@pytest.mark.parametrize("cells", [Cells(), Cells(("NA", "-1", "inf")), Cells(strip=True), Cells(("NA ", "nan"), True)], ids=str)
+@pytest.mark.parametrize(
+    "cells", [Cells(), Cells(("NA", "-1", "inf")), Cells(strip=True), Cells(("NA ", "nan"), True)], ids=str
+)
 @pytest.mark.parametrize("kind", [INT, NUMBER, pa.bool_(), TEXT], ids=str)
 def test_a_line_is_good_or_bad_whatever_its_neighbours_are(tmp_path, kind, cells, capsys):
     """Cells are read as numbers, as texts, or one by one in Python, as the piece demands: all three take a cell alike."""
@@ -372,7 +374,10 @@ def test_the_fill_value_changes_nothing_where_no_number_is_missing(tmp_path):
     rows = "".join(f"u{k % 3},{k % 50 + 1},{k % 2}\n" for k in range(200))
     made = []
     for fill in ("mean", 7):
-        features = {"x": {"kind": "number", "fill": fill}, "z": {"kind": "number", "fill": fill, "scale": "none", "column": "x"}}
+        features = {
+            "x": {"kind": "number", "fill": fill},
+            "z": {"kind": "number", "fill": fill, "scale": "none", "column": "x"},
+        }
         make(small(tmp_path, f"user,x,y\n{rows}", features=features).parent, tmp_path / f"{fill}")
         made.append(folder_bytes(tmp_path / f"{fill}"))
     assert [name for name in made[0] if made[0][name] != made[1][name]] == ["manifest.json"]
