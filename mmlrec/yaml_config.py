@@ -30,7 +30,7 @@ class StrictModel(BaseModel):
 class Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number and refuses a key given twice, and what is no text."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """As the base class, but no half of a surrogate pair, which an escape can write and no file can hold."""
         value = super().construct_scalar(node)
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):

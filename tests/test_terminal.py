@@ -1,5 +1,6 @@
 """Text from elsewhere commands no terminal: in whatever is printed, by every entry point."""
 
+import contextlib
 import io
 import json
 import os
@@ -31,11 +32,11 @@ def test_only_what_commands_is_written_otherwise():
 
 def test_streams_are_plain_within_and_themselves_again_after(capsys):
     before = sys.stdout, sys.stderr
-    with pytest.raises(ValueError, match="x"), plain_output():
+    with contextlib.suppress(ZeroDivisionError), plain_output():
         print("a", ESCAPE)
         print("\r 50 %", end="", file=sys.stderr)
         sys.stderr.writelines(["\n", ESCAPE])
-        raise ValueError("x")
+        print(1 / 0)
     assert (sys.stdout, sys.stderr) == before
     assert tuple(capsys.readouterr()) == (f"a {SHOWN}\n", f"\r 50 %\n{SHOWN}")
 
@@ -82,7 +83,11 @@ def test_training_prints_the_terms_plainly(hostile, tmp_path, app):  # noqa: F81
 
 def test_bad_cells_and_bad_configurations_are_quoted_plainly(tmp_path, capsys):
     rows = "".join(f"u{k % 3},{k},{k % 2}\n" for k in range(20))
-    for cell, scenario in ((ESCAPE, {}), ("\u202e1", {}), ("1", {"scenario": {"column": "user", "values": ["u0", "u1"]}})):
+    for cell, scenario in (
+        (ESCAPE, {}),
+        ("\u202e1", {}),
+        ("1", {"scenario": {"column": "user", "values": ["u0", "u1", "u2"]}}),
+    ):
         config = small(tmp_path, f"user,x,y\n{rows}{ESCAPE},{cell},1\n", **scenario)
         assert run(config, tmp_path / "out") == 2
         error = capsys.readouterr().err

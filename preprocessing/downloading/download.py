@@ -135,8 +135,8 @@ def _check_archive(archive: Path, dataset: Dataset | type[Dataset]) -> None:
         found = hashlib.file_digest(file, "md5").hexdigest() if dataset.archive_md5 else ""
     if found != dataset.archive_md5:
         raise DataError(
-            f"{dataset.archive} is not the official archive: its md5 is {found}, {dataset.archive_md5} is published. Nothing was"
-            " kept; try again later."
+            f"{dataset.archive} is not the official archive: its md5 is {found}, {dataset.archive_md5} is published."
+            " Nothing was kept; try again later."
         )
 
 

@@ -193,8 +193,10 @@ class Encoder:
 
     def fit_numbers(self, rows: pa.RecordBatch) -> None:
         """Take note of all that needs no vocabulary."""
-        for name, seen in (*self.ranges.items(), *self.means.items()):
+        for name, seen in self.ranges.items():
             seen.add(rows.column(name))
+        for name, mean in self.means.items():
+            mean.add(rows.column(name))
         for name, buckets in self.buckets.items():
             buckets.add(rows.column(name))
         for feature in self._features:

@@ -1,8 +1,8 @@
 """Packed raw files: what is in them, and how large it may become.
 
-A few kilobytes can unpack to terabytes. What unpacks to more than `FREE_BYTES` may be `MOST_TIMES` as large as it is packed: text
-logs are packed to a tenth, rarely to a hundredth, and gzip cannot pack to less than a thousandth. A zip file says beforehand how
-large its members are; of gzip the bytes are counted as they come.
+A few megabytes can unpack to gigabytes, and so fill a disk. What unpacks to more than `FREE_BYTES` may be `MOST_TIMES` as large
+as it is packed: logs are packed to a tenth, rarely to a hundredth, and gzip packs nothing to less than a thousandth. A zip file
+says beforehand how large its members are; of gzip the bytes are counted as they come.
 """
 
 from __future__ import annotations
@@ -112,6 +112,6 @@ def _most(packed_bytes: int) -> int:
 
 def _too_large(source: Path | str, packed_bytes: int) -> DataError:
     return DataError(
-        f"{source}: {packed_bytes:,} packed bytes unpack to more than {_most(packed_bytes):,}, as only what is made to fill a disk"
-        " does. If you trust it, unpack it by hand and put the plain file into its place."
+        f"{source}: {packed_bytes:,} packed bytes unpack to more than {_most(packed_bytes):,}, as only what is made to fill a"
+        " disk does. If you trust it, unpack it by hand and put the plain file into its place."
     )

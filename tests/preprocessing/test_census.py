@@ -306,7 +306,7 @@ def test_the_archive_of_the_home_is_unpacked_from_its_tar(kdd, adult_zip, tmp_pa
         archive.writestr("census.tar.gz", packed.getvalue())
     for name, dataset, raw in (("kdd", CensusIncome, kdd), ("adult", AdultIncome, adult_zip)):
         (tmp_path / name).mkdir()
-        _unpack(tmp_path / f"{name}.zip", dataset.raw_files, tmp_path / name)
+        _unpack(tmp_path / f"{name}.zip", dataset.archive, dataset.raw_files, tmp_path / name)
         assert folder_bytes(tmp_path / name) == folder_bytes(raw)
     with zipfile.ZipFile(tmp_path / "kdd.zip", "w") as archive:
         archive.writestr("census.tar.gz", b"")

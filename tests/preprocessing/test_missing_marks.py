@@ -1,4 +1,4 @@
-"""Tables of one's own as they are written elsewhere: marks of missing values, blanks, comments, 7.0, numbers that are missing."""
+"""Tables of one's own as others write them: marks of missing values, blanks, comments, 7.0, missing numbers."""
 
 import json
 import random
