@@ -311,7 +311,7 @@ def test_the_archive_of_the_home_is_unpacked_from_its_tar(kdd, adult_zip, tmp_pa
     with zipfile.ZipFile(tmp_path / "kdd.zip", "w") as archive:
         archive.writestr("census.tar.gz", b"")
     with pytest.raises((tarfile.TarError, EOFError)):
-        _unpack(tmp_path / "kdd.zip", CensusIncome.raw_files, tmp_path)
+        _unpack(tmp_path / "kdd.zip", CensusIncome.archive, CensusIncome.raw_files, tmp_path)
 
 
 @pytest.fixture
