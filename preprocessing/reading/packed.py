@@ -91,9 +91,14 @@ def open_unpacked(path: Path, name: str) -> BinaryIO:
 def open_member(archive: zipfile.ZipFile, name: str, source: Path | str) -> BinaryIO:
     """A member of a zip archive, which never gives more bytes than the archive says. Raises DataError when that is too many."""
     member = archive.getinfo(name)
-    if member.file_size > _most(member.compress_size):
-        raise _too_large(f"{source}, {name}", member.compress_size)
+    check_size(f"{source}, {name}", member.compress_size, member.file_size)
     return archive.open(member)  # type: ignore[return-value]
+
+
+def check_size(source: Path | str, packed_bytes: int, unpacked_bytes: int) -> None:
+    """Raise DataError where what is said beforehand about a packed file is too much."""
+    if unpacked_bytes > _most(packed_bytes):
+        raise _too_large(source, packed_bytes)
 
 
 def check_place(source: Path | str, member: str) -> None:
@@ -113,5 +118,5 @@ def _most(packed_bytes: int) -> int:
 def _too_large(source: Path | str, packed_bytes: int) -> DataError:
     return DataError(
         f"{source}: {packed_bytes:,} packed bytes unpack to more than {_most(packed_bytes):,}, as only what is made to fill a"
-        " disk does. If you trust it, unpack it by hand and put the plain file into its place."
+        " disk does. If you trust it, unpack it by hand, or write it anew without compression, and put that into its place."
     )

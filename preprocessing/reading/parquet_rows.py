@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, did_you_mean
 from preprocessing.reading.cells import Cells
+from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import FOUND, Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
@@ -44,7 +45,9 @@ class ParquetRows(Source):
         with _readable(path), _open(path) as file:
             self._check(path, file.schema_arrow)
             groups = range(file.metadata.num_row_groups)
-            row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in groups) // max(file.metadata.num_rows, 1)
+            unpacked_bytes = sum(file.metadata.row_group(g).total_byte_size for g in groups)
+            check_size(path, path.stat().st_size, unpacked_bytes)
+            row_bytes = unpacked_bytes // max(file.metadata.num_rows, 1)
             rows = min(max(piece_bytes // max(row_bytes, 1), 1), _MOST_ROWS)
             start = 1
             for batch in file.iter_batches(rows, columns=list(self.columns)):

@@ -3,6 +3,9 @@
 import json
 import random
 import re
+from argparse import Namespace
+from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from unittest import mock
@@ -17,9 +20,12 @@ from hypothesis import strategies as st
 
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
+from preprocessing.datasets.table import Table
 from preprocessing.encoding.encoder import Mean, exact_sum
+from preprocessing.engines import spark_pieces
 from preprocessing.reading import raw_files
 from preprocessing.reading.cells import Cells
+from preprocessing.reading.raw_files import RawFolder
 from tests.preprocessing.movielens_fake import folder_bytes
 from tests.preprocessing.table_fake import run, small
 from tests.preprocessing.test_raw_files import CELLS, INT, NUMBER, TEXT
@@ -299,6 +305,30 @@ def test_blank_lines_and_comments_are_counted_and_lines_keep_their_numbers(piece
             config = small(tmp_path, "".join([*TEXTS[:place], line, *TEXTS[place:]]), csv={"comment": "#"})
             assert run(config, tmp_path / "bad") == 2
             assert f"rows.csv, line {place + 1}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("piece_bytes", [13, 60, 1 << 20])
+def test_pieces_as_the_tasks_of_spark_cut_them(piece_bytes, tmp_path, monkeypatch):
+    """Each piece by itself, with no word of the others: the same rows, the same counts, the same numbers of lines."""
+    monkeypatch.setattr(spark_pieces, "PIECE_BYTES", piece_bytes)
+    config = small(tmp_path, "".join([*TEXTS, "u1,one,0\n"]), csv={"comment": "#"})
+    dataset = Table(Namespace(config=config, raw=None))
+    raw = RawFolder(config.parent, dataset.raw_files, "", 1)
+    expected = [row for batch in dataset.batches(raw) for row in batch.to_pylist()]
+    (source,) = dataset.sources()
+    found, num_lines, passed_over, bad = [], 0, Counter(), []
+    for order in spark_pieces.stretches(0, source, raw):
+        cuts, lines, failure = order.cut(raw, tmp_path)
+        assert failure is None
+        for cut in cuts:
+            piece = spark_pieces.canonical_rows(0, replace(cut, first_line=cut.first_line + num_lines), dataset, None, 1)
+            found += [row for batch in piece.batches() for row in batch.to_pylist()]
+            passed_over += Counter(piece.work.passed_over)
+            bad += [row.line for row in piece.work.bad_rows]
+        num_lines += lines
+    assert found == expected
+    assert passed_over == raw.passed_over["rows.csv"] == {"comments": 3, "blank lines": 4}
+    assert bad == [len(TEXTS) + 1]
 
 
 def test_a_table_without_its_blank_lines_and_comments_is_the_same(tmp_path):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
+from preprocessing.reading import packed
 from tests.preprocessing.table_fake import GOOD_LINES, GOOD_LINES_CONFIG, run, small
 
 BAD_CONFIGS = {
@@ -224,6 +225,21 @@ def test_files_that_are_no_parquet(tmp_path, capsys):
         message = capsys.readouterr().err
         assert "rows.parquet" in message
         assert words in message
+
+
+def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path, capsys, monkeypatch):
+    columns = {"user": ["a" * 100] * 50_000, "x": np.arange(50_000.0), "y": [0, 1] * 25_000}
+    config = small(tmp_path, b"", "rows.parquet")
+    pq.write_table(pa.table(columns), config.parent / "rows.parquet", use_dictionary=False, compression="zstd")
+    assert run(config, tmp_path / "out") == 0
+    monkeypatch.setattr(packed, "FREE_BYTES", 1 << 20)
+    monkeypatch.setattr(packed, "MOST_TIMES", 5)
+    assert run(config, tmp_path / "none") == 2
+    assert "rows.parquet: " in (message := capsys.readouterr().err)
+    assert "write it anew without compression" in message
+    assert not (tmp_path / "none").exists()
+    pq.write_table(pa.table(columns), config.parent / "rows.parquet", use_dictionary=False, compression="none")
+    assert run(config, tmp_path / "none") == 0
 
 
 def test_json_lines_without_a_key(tmp_path, capsys):
