@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, Hashing, bucketed, dense, multi, sparse
+from preprocessing.dataset import Column, Dataset, EncodingRules, Hashing, bucketed, dense, multi, sparse
 from preprocessing.own_tables.config import (
     FileRule,
     GroupRule,
@@ -39,6 +39,8 @@ from preprocessing.rows import own_columns as to
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
+#: Options of a feature that its column, its table, or the form of the files tells.
+_TOLD = {"kind", "column", "type", "table", "min_count", "hash", "separator", "buckets"}
 EXAMPLE = """\
 # python -m preprocessing table --config my_table.yaml --out data/my-table
 files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
@@ -170,6 +172,26 @@ class Table(Dataset):
         if len(kept) < len(wanted):
             columns = {name: column.take(pa.array(kept)) for name, column in columns.items()}
         return columns
+
+    def encoding_rules(self) -> EncodingRules:
+        """Options of features, rules of labels, and which values are which scenario; how files are written is none of it."""
+        features = {
+            name: feature.model_dump(mode="json", exclude_defaults=True, exclude=_TOLD)
+            for name, feature in self._config.features.items()
+        }
+        for options in features.values():
+            if options.get("scale") == "none":  # as the range tells that is not there
+                del options["scale"]
+        labels: dict[str, dict[str, Any]] = {
+            task.name: {"rule": task.condition.facts()} if task.condition else {"column": task.label}
+            for task in self._config.tasks
+        }
+        rule: dict[str, Any] = {}
+        if scenario := self._config.scenario:
+            rule["map"] = sorted(map(list, scenario.values.items()))
+            if scenario.others not in ("error", "drop"):
+                rule["others"] = scenario.others
+        return EncodingRules(features, labels, rule)
 
     def _find_files(self, folder: Path) -> dict[str, int]:
         """File -> its side under a split by files, 0 otherwise; in order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import sys
 import zipfile
 import zlib
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from mmlrec.identity import file_sha256
 from preprocessing.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
@@ -39,12 +39,6 @@ class RawFile:
     num_bytes: int | None = None
     sha256: str | None = None
     url: str | None = None
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
