@@ -148,8 +148,7 @@ def _begins_with(
     old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Path
 ) -> bool:
     """Whether a vocabulary is the old one with more values behind it."""
-    vocabularies = {table.name: table.vocabulary for table in manifest.tables}
-    path = vocabularies.get(name)
+    path = next((table.vocabulary for table in manifest.tables if table.name == name), None)
     same_kind = old.get("ids") == new.get("ids") == "vocabulary" and old.get("type") == new.get("type")
     if path is None or not same_kind or new["entries"] <= old["entries"]:
         return False

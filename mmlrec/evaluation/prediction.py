@@ -58,9 +58,9 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
     values = [manifest.scenario.values if manifest.scenario else None for manifest in (trained, given)]
     if with_scenarios and values[0] != values[1]:
         raise DataError(f"{folder}: its scenarios are {values[1]}, the run was trained with {values[0]}, in this order.")
-    recorded = trained.encoding is not None and trained.encoding.comparable(given.encoding)
-    if trained.encoding is not None and recorded:
-        lines = encoding_differences(trained.encoding, given, folder, scenario=with_scenarios, labels=False)
+    before = trained.encoding if trained.encoding is not None and trained.encoding.comparable(given.encoding) else None
+    if before is not None:
+        lines = encoding_differences(before, given, folder, scenario=with_scenarios, labels=False)
     else:
         lines = _recorded_ranges_differ(session, given, folder)
     if lines:
@@ -81,7 +81,7 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
                 f"{folder}: ids of table '{table.name}' are {_hashing(other)}, the run was trained with {_hashing(table)}:"
                 f" {_OTHER_IDS}"
             )
-        if table.vocabulary is not None and not recorded:
+        if table.vocabulary is not None and before is None:
             _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
 
 

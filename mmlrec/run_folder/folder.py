@@ -132,7 +132,7 @@ class RunFolder:
         place = Path(config.dataset.path)
         manifest = DatasetManifest.load(place)
         recorded = state.get("data")
-        if recorded is not None and recorded["form"] == DATA_FORM:
+        if isinstance(recorded, dict) and recorded.get("form") == DATA_FORM:
             different = data_differences(recorded, data_facts(manifest))
         else:
             logger.info("%s was written by another release: only checksums of the data can be compared, no lanes", self.path)
