@@ -1,7 +1,7 @@
 """What makes two encodings the same, two datasets the same, and a file the one that was written.
 
-Identities are compared part by part, so that a message can say what differs. They are made of facts and of content, never of the
-text of a configuration, of paths, or of how the work was done. Imports no torch.
+Identities are compared part by part, so that a message can say what differs. They are made of facts and of content, never of
+the text of a configuration, of paths, or of how the work was done. Imports no torch.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def check_vocabulary(path: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
-def encoding_differences(before: Encoding, manifest: DatasetManifest, folder: Path, *, scenario: bool, labels: bool) -> list[str]:
+def encoding_differences(
+    before: Encoding, manifest: DatasetManifest, folder: Path, *, scenario: bool, labels: bool
+) -> list[str]:
     """What a dataset encodes otherwise than the data of a run, a line each; empty where equal cells give equal inputs.
 
     Args:
@@ -144,9 +146,7 @@ def encoding_differences(before: Encoding, manifest: DatasetManifest, folder: Pa
     return lines
 
 
-def _begins_with(
-    old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Path
-) -> bool:
+def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Path) -> bool:
     """Whether a vocabulary is the old one with more values behind it."""
     path = next((table.vocabulary for table in manifest.tables if table.name == name), None)
     same_kind = old.get("ids") == new.get("ids") == "vocabulary" and old.get("type") == new.get("type")

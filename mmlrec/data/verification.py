@@ -1,7 +1,7 @@
 """Whether the parts that are read are those that were written: each hashed once, in a thread behind the reader.
 
-sha256 runs at more than a GB a second and without the interpreter's lock, so a run has its parts hashed long before the first epoch
-ends. What a rank reads is spread over all parts, so the ranks of a machine, which see the same files, share them out.
+sha256 runs at more than a GB a second and without the interpreter's lock, so a run has hashed its parts long before its first
+epoch ends. What a rank reads is spread over all parts; the ranks of a machine, which see the same files, share them out.
 """
 
 from __future__ import annotations

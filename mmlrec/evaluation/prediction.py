@@ -92,8 +92,8 @@ def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Pa
         return []
     without = [str(place) for place, m in ((own, session.manifest), (folder, given)) if m.encoding is None]
     logger.info(
-        "%s: whether it is encoded as what the run was trained on cannot be told in full: %s. Features, tables, vocabularies and"
-        " ranges are compared.",
+        "%s: whether it is encoded as what the run was trained on cannot be told in full: %s. Features, tables, vocabularies"
+        " and ranges are compared.",
         folder,
         f"no record of the encoding of {' and '.join(without)}" if without else "its record is of another release",
     )

@@ -67,9 +67,7 @@ class RunFolder:
                 f"{self.path}: the run folder cannot be written: {error}. Choose another with --run-dir."
             ) from error
 
-    def write_description(
-        self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest
-    ) -> None:
+    def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
         write_atomically(self.config, config.to_yaml())
         write_atomically(self.environment, json.dumps(_environment(world), indent=1))

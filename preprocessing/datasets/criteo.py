@@ -157,8 +157,12 @@ class Criteo(Dataset):
 
     def encoding_rules(self) -> EncodingRules:
         """Numbers as logarithms, ids modulo the rows of their table."""
-        rules = {name: {"scale": "log(max(x, -1) + 3)"} for name in NUMBERS if self._log and not self._arrays}
-        rules |= {name: {"modulo": num_rows} for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True) if self._modulo}
+        rules: dict[str, dict[str, Any]] = {
+            name: {"scale": "log(max(x, -1) + 3)"} for name in NUMBERS if self._log and not self._arrays
+        }
+        rules |= {
+            name: {"modulo": num_rows} for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True) if self._modulo
+        }
         return EncodingRules(rules)
 
     def _text_features(self, block: Block) -> tuple[Block, dict[str, Any]]:

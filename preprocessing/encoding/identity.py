@@ -1,5 +1,6 @@
-"""The identity of an encoding, from what the encoder does: the same for any engine, format of the raw files, and configuration
-text. docs/datasets/encoding.md lists the facts.
+"""The identity of an encoding, from what the encoder does; docs/datasets/encoding.md lists the facts.
+
+It is the same for any engine, format of the raw files, and text of a configuration.
 """
 
 from __future__ import annotations

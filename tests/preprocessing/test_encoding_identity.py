@@ -145,8 +145,15 @@ def test_texts_that_say_the_same_are_the_same(usual, tmp_path):
     }
     tasks = [CONFIG["tasks"][0], {"name": "r", "label": "3.0<r"}]
     scenario = {"column": "d", "name": "place", "values": {"a": "one", "b": "two"}, "others": "drop"}
-    again = encoding(tmp_path / "t", renamed, features=features, tasks=tasks, scenario=scenario, terms="none", keys={"x": {
-        "type": "string", "column": "item"}})
+    again = encoding(
+        tmp_path / "t",
+        renamed,
+        features=features,
+        tasks=tasks,
+        scenario=scenario,
+        terms="none",
+        keys={"x": {"type": "string", "column": "item"}},
+    )
     assert again == usual
 
 
@@ -205,7 +212,18 @@ def test_conditions_as_facts(text, facts):
 
 
 def test_conditions_that_differ_have_other_facts():
-    texts = ["x > 3", "x >= 3", "x < 3", "y > 3", "x > 3.5", "not x > 3", "x > 3 or y > 3", "x > 3 and y > 3", "x == '3'", "x == 3"]
+    texts = [
+        "x > 3",
+        "x >= 3",
+        "x < 3",
+        "y > 3",
+        "x > 3.5",
+        "not x > 3",
+        "x > 3 or y > 3",
+        "x > 3 and y > 3",
+        "x == '3'",
+        "x == 3",
+    ]
     texts += ["x in [3]", "x not in [3]", "x == true", "not (x > 3 and y > 3)"]
     facts = [json.dumps(TaskConfig(name="t", label=text).condition.facts()) for text in texts]
     assert len(set(facts)) == len(texts)
@@ -252,7 +270,9 @@ def test_a_vocabulary_that_has_changed_is_named(tmp_path):
     facts = {"digest": vocabulary_digest(tmp_path / "v.parquet")}
     check_vocabulary(tmp_path / "v.parquet", facts)
     write_vocabulary(tmp_path / "v.parquet", ["b", "a"], pa.string())
-    with pytest.raises(DataError, match=r"v\.parquet is damaged: the digest of its values is \w{12}…, the manifest says \w{12}…"):
+    with pytest.raises(
+        DataError, match=r"v\.parquet is damaged: the digest of its values is \w{12}…, the manifest says \w{12}…"
+    ):
         check_vocabulary(tmp_path / "v.parquet", facts)
     (tmp_path / "v.parquet").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"v\.parquet is damaged: the vocabulary cannot be read"):
