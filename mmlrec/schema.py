@@ -15,17 +15,24 @@ The rows of a split are shuffled on disk already. This module imports no torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, UserAdvice
 
+#: What this release writes. Raised when a reader of the version before would read something wrong: docs/architecture.md.
 SCHEMA_VERSION = 1
+#: Versions that this release reads.
+READABLE_VERSIONS = (1,)
+#: Of the facts in `Encoding`, and of how they become digests: docs/datasets/encoding.md.
+ENCODING_FORM = 1
 MANIFEST = "manifest.json"
 SCENARIO_COLUMN = "sample.scenario"
 WEIGHT_COLUMN = "sample.weight"
@@ -53,6 +60,101 @@ class Setting(StrEnum):
 
 class _Contract(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_Model = TypeVar("_Model", bound=_Contract)
+
+
+def _read(kind: type[_Model], content: Any, source: str) -> _Model:
+    """A part of the contract as some release has written it: keys that this one does not know are told and passed over.
+
+    Raises:
+        ValidationError: anything else is wrong.
+    """
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+        if len(unknown) < error.error_count():
+            raise
+    content = json.loads(json.dumps(content))
+    for *path, last in unknown:
+        place = content
+        for key in path:
+            place = place[key]
+        del place[last]
+    names = ", ".join(".".join(map(str, keys)) for keys in unknown)
+    warnings.warn(
+        f"{source} has keys that this release does not know: {names}. They are passed over: a later release has written them,"
+        " or they are misspelt.",
+        UserAdvice,
+        stacklevel=3,
+    )
+    return kind.model_validate(content)
+
+
+def facts_digest(facts: Any) -> str:
+    """sha256, in hexadecimal, of the canonical JSON of facts.
+
+    Canonical: keys sorted, no blanks, everything beyond ASCII escaped, floats as the shortest decimal that reads back as the
+    same float64 (as Python writes them), no NaN.
+    """
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Encoding(_Contract):
+    """Identity of an encoding: all that turns a raw cell into an input, as facts, part by part.
+
+    Equal facts give equal inputs. docs/datasets/encoding.md lists them. Made by `Encoding.of`.
+    """
+
+    form: int = ENCODING_FORM
+    digest: str = Field(description="sha256 over form, features, tables and scenario; see `facts_digest`.")
+    features: dict[str, dict[str, Any]] = Field(description="Feature -> what its cells mean, and how numbers are scaled.")
+    tables: dict[str, dict[str, Any]] = Field(description="Table -> how raw values become its ids.")
+    scenario: dict[str, Any] | None = Field(default=None, description="Scenarios in the order of their ids, and their rule.")
+    labels: dict[str, dict[str, Any]] = Field(default={}, description="Task -> the rule of its label; not in the digest.")
+
+    @model_validator(mode="after")
+    def _own_digest(self) -> Encoding:
+        if self.form == ENCODING_FORM and self.digest != self._digest(self.features, self.tables, self.scenario):
+            raise ValueError("the encoding's digest is not that of its facts: it was changed by hand")
+        return self
+
+    @staticmethod
+    def _digest(features: Any, tables: Any, scenario: Any) -> str:
+        return facts_digest({"form": ENCODING_FORM, "features": features, "tables": tables, "scenario": scenario})
+
+    @classmethod
+    def of(
+        cls,
+        features: dict[str, dict[str, Any]],
+        tables: dict[str, dict[str, Any]],
+        scenario: dict[str, Any] | None,
+        labels: dict[str, dict[str, Any]],
+    ) -> Encoding:
+        """The encoding of these facts, which JSON can hold."""
+        digest = cls._digest(features, tables, scenario)
+        return cls(digest=digest, features=features, tables=tables, scenario=scenario, labels=labels)
+
+    @classmethod
+    def read(cls, content: Any, source: str) -> Encoding | None:
+        """As a file holds it; None for nothing.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        if content is None:
+            return None
+        try:
+            return _read(cls, content, source)
+        except ValidationError as error:
+            raise DataError(f"{source}: its encoding is damaged: {error}.") from error
+
+    def comparable(self, other: Encoding | None) -> bool:
+        """Whether both have the form that this release knows."""
+        return other is not None and self.form == other.form == ENCODING_FORM
 
 
 class Table(_Contract):
@@ -152,6 +254,7 @@ class DatasetManifest(_Contract):
     parity: bool = Field(default=False, description="Encoded as the reference benchmark does: vocabularies fitted on all rows.")
     statistics: dict[str, Any] = Field(default={}, description="What the preprocessing counted or knows, e.g. bayes_auc.")
     preprocessing: dict[str, Any] = Field(default={}, description="The resolved preprocessing options.")
+    encoding: Encoding | None = Field(default=None, description="What turned raw cells into inputs; absent: not recorded.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetManifest:
@@ -191,10 +294,10 @@ class DatasetManifest(_Contract):
 
     @classmethod
     def load(cls, folder: Path) -> DatasetManifest:
-        """Read and check a dataset folder's manifest.
+        """Read and check a dataset folder's manifest. Keys that this release does not know are told and passed over.
 
         Raises:
-            DataError: the folder or its manifest is missing, unreadable, or of another schema version.
+            DataError: the folder or its manifest is missing, unreadable, or of a schema version that is not read.
         """
         path = Path(folder) / MANIFEST
         if not path.is_file():
@@ -208,10 +311,9 @@ class DatasetManifest(_Contract):
             if "\\u" in text:  # half a surrogate pair can be written so, but is no text and could not be written again
                 json.dumps(content, ensure_ascii=False).encode()
             version = content.get("schema_version") if isinstance(content, dict) else None
-            if version != SCHEMA_VERSION:
-                raise DataError(
-                    f"{path}: schema version {version}, this release reads {SCHEMA_VERSION}. Run the preprocessing again."
-                )
-            return cls.model_validate(content)
+            if version not in READABLE_VERSIONS:
+                read = ", ".join(map(str, READABLE_VERSIONS))
+                raise DataError(f"{path}: schema version {version}, this release reads {read}. Run the preprocessing again.")
+            return _read(cls, content, str(path))
         except (ValidationError, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}. Run the preprocessing again.") from error

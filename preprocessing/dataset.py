@@ -33,7 +33,7 @@ import argparse
 import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -136,6 +136,24 @@ class PythonPackage:
     encoding: str
 
 
+@dataclass(frozen=True)
+class EncodingRules:
+    """What options choose of the way from raw cells to canonical values, as facts that JSON can hold.
+
+    They are part of the identity of the encoding (docs/datasets/encoding.md). What is at its default is left out, so that an
+    option which is added later changes no identity.
+
+    Attributes:
+        features: feature -> facts.
+        labels: task -> facts.
+        scenario: facts.
+    """
+
+    features: dict[str, dict[str, Any]] = field(default_factory=dict)
+    labels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    scenario: dict[str, Any] = field(default_factory=dict)
+
+
 class Dataset:
     """What a dataset file declares. See the module's docstring.
 
@@ -214,6 +232,10 @@ class Dataset:
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""
         return {}
+
+    def encoding_rules(self) -> EncodingRules:
+        """What the options choose of how raw cells become canonical values, asked for after the last batch."""
+        return EncodingRules()
 
     def canonical_schema(self) -> pa.Schema:
         """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys, side under FileSplit."""

@@ -20,7 +20,7 @@ EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 RULES = {
     "mmlrec.doctor": ("mmlrec.launch.shipped", "mmlrec.__version__"),
     "mmlrec.launch": ("torchx.specs",),
-    "preprocessing": ("mmlrec.hashing", "mmlrec.terminal"),
+    "preprocessing": ("mmlrec.hashing", "mmlrec.identity", "mmlrec.terminal"),
     "mmlrec.output": ("torch",),
     "mmlrec.layers": ("torch",),
     "mmlrec.losses": ("torch", "mmlrec.output"),
@@ -28,17 +28,17 @@ RULES = {
     "mmlrec.balancing": ("torch", "mmlrec.losses"),
     "mmlrec.balancing.strategies": ("torch", "mmlrec.balancing.base", "mmlrec.balancing.gradients", "mmlrec.balancing.hull"),
     "mmlrec.metrics": ("torch",),
-    "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing"),
+    "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing", "mmlrec.identity"),
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
     "mmlrec.distributed": ("torch", "mmlrec.hashing"),
-    "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed"),
+    "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
         *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base"),
     ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
-        "mmlrec.models.base",
+        *("mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.training": (
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),

@@ -74,6 +74,7 @@ def evaluate_split(session: Session, split: str) -> dict[str, Any]:
     """
     reader = session.reader(split)
     rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=split)
+    session.check_parts()
     report, error = None, None
     if rows is not None:
         try:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from mmlrec.distributed import logger
 from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split
+from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
 from mmlrec.session.session import Session
@@ -35,6 +36,7 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path)
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=f"scoring {split}")
+    session.check_parts()
     error: UserError | None = None
     if rows is not None:
         try:
@@ -52,9 +54,21 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
         extra = sorted({f.name for f in given.features} - {f.name for f in trained.features})
         detail = f"it lacks {missing}, and has {extra} beyond them" if missing or extra else "in kind or table"
         raise DataError(f"{folder}: its features differ from those the run was trained on: {detail}.")
+    with_scenarios = session.config.dataset.setting is not Setting.MTL
     values = [manifest.scenario.values if manifest.scenario else None for manifest in (trained, given)]
-    if session.config.dataset.setting is not Setting.MTL and values[0] != values[1]:
+    if with_scenarios and values[0] != values[1]:
         raise DataError(f"{folder}: its scenarios are {values[1]}, the run was trained with {values[0]}, in this order.")
+    before = trained.encoding if trained.encoding is not None and trained.encoding.comparable(given.encoding) else None
+    if before is not None:
+        lines = encoding_differences(before, given, folder, scenario=with_scenarios, labels=False)
+    else:
+        lines = _recorded_ranges_differ(session, given, folder)
+    if lines:
+        raise DataError(
+            f"{folder} is encoded otherwise than what the run was trained on:\n" + "\n".join(lines) + "\n"
+            "Equal cells would be other inputs to the model. Encode the input as the training data were: with their ranges,"
+            " vocabularies and options, as one side of a split by files."
+        )
     for table in trained.tables:
         other = given.table(table.name)
         if table.num_rows != other.num_rows:
@@ -67,8 +81,28 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
                 f"{folder}: ids of table '{table.name}' are {_hashing(other)}, the run was trained with {_hashing(table)}:"
                 f" {_OTHER_IDS}"
             )
-        if table.vocabulary is not None:
+        if table.vocabulary is not None and before is None:
             _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+
+
+def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Path) -> list[str]:
+    """Of datasets that do not record their encoding, or in a form that this release does not know: ranges, a line each."""
+    own = Path(session.config.dataset.path)
+    if own.resolve() == folder.resolve():
+        return []
+    without = [str(place) for place, m in ((own, session.manifest), (folder, given)) if m.encoding is None]
+    logger.info(
+        "%s: whether it is encoded as what the run was trained on cannot be told in full: %s. Features, tables, vocabularies"
+        " and ranges are compared.",
+        folder,
+        f"no record of the encoding of {' and '.join(without)}" if without else "its record is of another release",
+    )
+    before, now = (manifest.preprocessing.get("dense_ranges") or {} for manifest in (session.manifest, given))
+    return [
+        f"  feature '{name}', range: {now[name]} here, {seen} in the run"
+        for name, seen in before.items()
+        if name in now and now[name] != seen
+    ]
 
 
 def _hashing(table: Table) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,9 +14,10 @@ import torch
 import yaml
 
 from mmlrec.config import RunConfig, load_config
-from mmlrec.distributed import World
+from mmlrec.distributed import World, logger
 from mmlrec.errors import ConfigError, UserError
-from mmlrec.schema import DatasetManifest
+from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest
+from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -43,6 +43,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.plan = path / "plan.json"
+        self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "train.log"
         self.tensorboard = path / "tensorboard"
@@ -66,11 +67,12 @@ class RunFolder:
                 f"{self.path}: the run folder cannot be written: {error}. Choose another with --run-dir."
             ) from error
 
-    def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]]) -> None:
-        """Write the resolved configuration, the environment and the sharding plan."""
+    def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
+        """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
         write_atomically(self.config, config.to_yaml())
         write_atomically(self.environment, json.dumps(_environment(world), indent=1))
         write_atomically(self.plan, json.dumps(plan, indent=1))
+        write_atomically(self.dataset, json.dumps({"name": manifest.name} | data_state(manifest), indent=1))
 
     def read_config(self, overrides: list[str] | None = None) -> RunConfig:
         """The configuration the run was started with.
@@ -115,19 +117,32 @@ class RunFolder:
                 "Choose another folder with --run-dir, delete this one, or undo the change."
             )
 
-    def check_same_data(self, digest: str, config: RunConfig) -> None:
-        """Refuse to go on, or to evaluate, on other data than the run was trained on.
+    def check_same_data(self, state: dict[str, Any], config: RunConfig) -> None:
+        """Refuse to go on, or to evaluate, on data that differ from those of the run, or that are encoded otherwise.
 
         Args:
-            digest: `dataset_digest` of the data of the run.
+            state: of a checkpoint; what it holds of `data_state` is compared.
 
         Raises:
-            ConfigError: the dataset of the configuration has another.
+            ConfigError: listing what differs, with both values where they are short.
+            DataError: the dataset or its manifest is damaged.
         """
-        if digest != dataset_digest(DatasetManifest.load(Path(config.dataset.path))):
+        place = Path(config.dataset.path)
+        manifest = DatasetManifest.load(place)
+        recorded = state.get("data")
+        if isinstance(recorded, dict) and recorded.get("form") == DATA_FORM:
+            different = data_differences(recorded, data_facts(manifest))
+        else:
+            logger.info("%s was written by another release: only checksums of the data can be compared, no lanes", self.path)
+            different = [] if state["dataset"] == parts_digest(manifest) else ["  parts: others than those of the run"]
+        before = Encoding.read(state.get("encoding"), str(self.path))
+        if before is not None and before.comparable(manifest.encoding):
+            # Where rows are the same to the bit, so are labels, whatever their rule.
+            different += encoding_differences(before, manifest, place, scenario=True, labels=bool(different))
+        if different:
             raise ConfigError(
-                f"{self.path} holds a run on other data than {config.dataset.path} has now."
-                " Choose another folder with --run-dir, or delete this one."
+                f"{self.path} holds a run on other data than {place} has now:\n" + "\n".join(different) + "\n"
+                "Choose another folder with --run-dir, delete this one, or undo the change."
             )
 
     def keep_metrics_until(self, step: int) -> None:
@@ -138,10 +153,15 @@ class RunFolder:
             write_atomically(self.metrics, "".join(kept))
 
 
-def dataset_digest(manifest: DatasetManifest) -> str:
-    """Identity of a dataset: a hash over the checksums of its parts."""
-    parts = [part.sha256 for split in manifest.splits.values() for part in split.parts]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+def data_state(manifest: DatasetManifest) -> dict[str, Any]:
+    """What a run keeps of the data it is trained on, for its folder and for the state of its checkpoints.
+
+    Returns:
+        `data`: facts on the rows and their order. `encoding`: identity of the encoding; None where the dataset records none.
+        `dataset`: what releases before these two compare.
+    """
+    encoding = manifest.encoding.model_dump(mode="json") if manifest.encoding else None
+    return {"dataset": parts_digest(manifest), "data": data_facts(manifest), "encoding": encoding}
 
 
 def write_atomically(path: Path, text: str) -> None:

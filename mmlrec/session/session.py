@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,8 @@ from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunCon
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
-from mmlrec.distributed import World
+from mmlrec.data.verification import Verification
+from mmlrec.distributed import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean
@@ -33,6 +34,8 @@ from mmlrec.session.optim import build_optimizer
 from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
 
 Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Predictions]
+
+_CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
 @dataclass
@@ -48,6 +51,11 @@ class Session:
     optimizer: CombinedOptimizer
     pipeline: Pipeline
     plan: list[dict[str, Any]]
+    verification: Verification = field(init=False)
+
+    def __post_init__(self) -> None:
+        local = self.world.local_world_size
+        self.verification = Verification(self.world.rank % local, local)
 
     @property
     def network(self) -> MultiTaskModel:
@@ -60,11 +68,16 @@ class Session:
         return self.head.loss.objectives
 
     def reader(self, split: str, folder: Path | None = None) -> Reader:
-        """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration."""
+        """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration.
+
+        Its parts are hashed from now on; `check_parts` tells what came out.
+        """
         training = self.config.training
-        return Reader(
-            folder or Path(self.config.dataset.path),
-            self.manifest if folder is None else DatasetManifest.load(folder),
+        place = folder or Path(self.config.dataset.path)
+        manifest = self.manifest if folder is None else DatasetManifest.load(folder)
+        reader = Reader(
+            place,
+            manifest,
             split,
             tasks=[task.name for task in self.spec.tasks],
             batch_size=training.batch_size if split == "train" else training.eval_batch_size * self.world.world_size,
@@ -72,6 +85,27 @@ class Session:
             world_size=self.world.world_size,
             seed=training.seed,
         )
+        self.verification.add(place, manifest.splits[split].parts)
+        return reader
+
+    def check_parts(self, *, wait: bool = True) -> None:
+        """Before anything is kept that was made of the parts of any reader: are they those that were written? On all ranks.
+
+        Args:
+            wait: until all are hashed; otherwise only what is known by now counts.
+
+        Raises:
+            DataError: on every rank, when one has found a part that is damaged.
+        """
+        told = False
+        while True:
+            waiting = wait and self.world.any(not self.verification.finished(_CHECK_SECONDS))
+            self.world.raise_together(self.verification.failure)
+            if not waiting:
+                return
+            if not told:
+                logger.info("waiting until all parts of the dataset have been compared with their checksums")
+            told = True
 
     def branches(self) -> list[tuple[str, str, str | None]]:
         """(name, task, scenario value or None) of each branch that trains independently; empty when they train as one."""
@@ -248,7 +282,7 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config)
     state = checkpoint.read_state(folder.best)
-    folder.check_same_data(state["dataset"], config)
+    folder.check_same_data(state, config)
     session = build_session(config, world, for_training=False, source=str(folder.config))
     checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return session, int(state["step"])

@@ -241,7 +241,7 @@ class DatasetContract(Contract):
         assert [part for part in kept if old[part] != new[part]] == []
         assert any(old[part] != new.get(part) for part in old if part.startswith("valid/"))
         assert any(old[part] != new.get(part) for part in old if part.startswith("test/"))
-        for path in (("tables",), ("splits", "train"), ("preprocessing", "dense_ranges")):
+        for path in (("tables",), ("splits", "train"), ("preprocessing", "dense_ranges"), ("encoding",)):
             before, after = (functools.reduce(dict.__getitem__, path, json.loads(of["manifest.json"])) for of in (old, new))
             assert before == after
         before, after = (json.loads(of["manifest.json"])["preprocessing"].get("dense_fills") for of in (old, new))

@@ -48,7 +48,7 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
     if found is not None:
         folder.check_same_run(config)
-        folder.check_same_data(checkpoint.read_state(found)["dataset"], config)
+        folder.check_same_data(checkpoint.read_state(found), config)
         if _complete(folder, found, config):
             report: dict[str, Any] = folder.read_result()["test"]
             logger.info(
@@ -69,7 +69,7 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
         checkpoint.settle_best(folder.best, None if found is None else trainer.progress.step, world)
         if world.is_main:
             folder.result.unlink(missing_ok=True)  # a result belongs to a finished run; this one trains on
-            folder.write_description(config, world, session.plan)
+            folder.write_description(config, world, session.plan, session.manifest)
             folder.keep_metrics_until(trainer.progress.step)
         _announce(session, trainer, run_dir, found)
         if doubt and world.is_main:

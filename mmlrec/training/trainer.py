@@ -23,7 +23,7 @@ from mmlrec.distributed import World, logger
 from mmlrec.errors import UserError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
-from mmlrec.run_folder.folder import RunFolder, dataset_digest
+from mmlrec.run_folder.folder import RunFolder, data_state
 from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
 from mmlrec.training.best import save_best
@@ -144,6 +144,7 @@ class Trainer:
                 stopped = self._train_segment(stop, reporter)
                 reporter.stop_clock()
                 if stopped:
+                    self.session.check_parts(wait=False)
                     self._save()
                     raise Interrupted(
                         f"stopped at step {self.progress.step}; {self.folder.path} holds the checkpoint."
@@ -153,6 +154,7 @@ class Trainer:
                 if self._due(self.config.validate_every_steps):
                     self._validate(reporter)
                 if self._due(self.config.checkpoint_every_steps) or self.finished:
+                    self.session.check_parts()
                     self._save()
                 reporter.restart_clock()
 
@@ -170,7 +172,7 @@ class Trainer:
         return min(ends)
 
     def _train_segment(self, stop: StopSignal, reporter: Reporter) -> bool:
-        """Train up to the segment's end; True when a signal ended it before."""
+        """Train up to the segment's end; True when a signal, or a damaged part of the data, ended it before."""
         if self.progress.rows >= self.reader.num_rows:
             self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
         end = self._segment_end()
@@ -195,7 +197,8 @@ class Trainer:
 
     def _feed(self, batches: Iterator[Batch], count: int, stop: StopSignal) -> Iterator[Batch]:
         for index in range(count):
-            if (self.world.world_size == 1 or index % _AGREE_EVERY == 0) and self.world.any(stop.received is not None):
+            end = stop.received is not None or self.session.verification.failure is not None
+            if (self.world.world_size == 1 or index % _AGREE_EVERY == 0) and self.world.any(end):
                 return
             before = time.perf_counter()
             batch = next(batches)
@@ -235,7 +238,7 @@ class Trainer:
             state = {
                 "step": self.progress.step,
                 "selection": self.selection.state(),
-                "dataset": dataset_digest(self.session.manifest),
+                **data_state(self.session.manifest),
             }
             save_best(self.session, self.folder.best, improved, state)
         note = (
@@ -264,7 +267,7 @@ class Trainer:
             "finished": self.finished,
             "world_size": self.world.world_size,
             "config": self.session.config.model_dump(mode="json"),
-            "dataset": dataset_digest(self.session.manifest),
+            **data_state(self.session.manifest),
         }
         tensors = checkpoint.training_tensors(self.session.model, self.session.optimizer, self.world.rank)
         checkpoint.save(checkpoint.step_folder(self.folder.checkpoints, self.progress.step), tensors, state, self.world)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.dataset import Dataset, multi, sparse
+from preprocessing.dataset import Dataset, EncodingRules, multi, sparse
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder
 from preprocessing.rows.join import IdIndex, RowsOnDisk
@@ -145,6 +145,11 @@ class AliCCP(Dataset):
     def statistics(self) -> dict[str, Any]:
         """`places`: the feature of field 301 of each scenario."""
         return {"places": self._places}
+
+    def encoding_rules(self) -> EncodingRules:
+        """How long histories may be, and the feature of field 301 that is each scenario."""
+        histories = {} if self.parity else {f"f{field}": {"longest": self._max_history} for field in _HISTORIES}
+        return EncodingRules(histories, scenario={"places": self._places})
 
     def _good_common(self, block: Block) -> Block:
         return _with_features(_with_index(block), _USER, () if self.parity else _HISTORIES, self._max_history)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, dense, multi, sparse
+from preprocessing.dataset import Column, Dataset, EncodingRules, dense, multi, sparse
 from preprocessing.reading.arrays import Arrays
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile, Source
@@ -154,6 +154,16 @@ class Criteo(Dataset):
             columns["sample.scenario"] = np.full(num_rows, self._days.index(day))
             columns["split.side"] = np.full(num_rows, 2 if day == self._days[-1] else 0)
         return columns
+
+    def encoding_rules(self) -> EncodingRules:
+        """Numbers as logarithms, ids modulo the rows of their table."""
+        rules: dict[str, dict[str, Any]] = {
+            name: {"scale": "log(max(x, -1) + 3)"} for name in NUMBERS if self._log and not self._arrays
+        }
+        rules |= {
+            name: {"modulo": num_rows} for name, num_rows in zip(CATEGORIES, self._table_rows, strict=True) if self._modulo
+        }
+        return EncodingRules(rules)
 
     def _text_features(self, block: Block) -> tuple[Block, dict[str, Any]]:
         for name in CATEGORIES:

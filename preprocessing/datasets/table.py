@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, Hashing, bucketed, dense, multi, sparse
+from preprocessing.dataset import Column, Dataset, EncodingRules, Hashing, bucketed, dense, multi, sparse
 from preprocessing.own_tables.config import (
     FileRule,
     GroupRule,
@@ -41,6 +41,8 @@ from preprocessing.rows import own_columns as to
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
+#: Options of a feature that its column, its table, or the form of the files tells.
+_TOLD = {"kind", "column", "type", "table", "min_count", "hash", "separator", "buckets", "fill", "indicator"}
 EXAMPLE = """\
 # python -m preprocessing table --config my_table.yaml --out data/my-table
 files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
@@ -183,6 +185,28 @@ class Table(Dataset):
         if len(kept) < len(wanted):
             columns = {name: column.take(pa.array(kept)) for name, column in columns.items()}
         return columns
+
+    def encoding_rules(self) -> EncodingRules:
+        """Options of features, rules of labels, and which values are which scenario; how files are written is none of it."""
+        features: dict[str, dict[str, Any]] = {}
+        for name, feature in self._config.features.items():
+            missing = self._cells.facts(feature.column or name)
+            options = feature.model_dump(mode="json", exclude_defaults=True, exclude=_TOLD)
+            if options.get("scale") == "none":  # as the range tells that is not there
+                del options["scale"]
+            features[name] = options | missing
+            if isinstance(feature, NumberFeature) and feature.indicator:
+                features[indicator_name(name)] = {"indicator": name} | missing
+        labels: dict[str, dict[str, Any]] = {}
+        for task in self._config.tasks:
+            label: dict[str, Any] = {"rule": task.condition.facts()} if task.condition else {"column": task.label}
+            labels[task.name] = label | self._cells.facts(*(task.condition.columns if task.condition else [task.label]))
+        rule: dict[str, Any] = {}
+        if scenario := self._config.scenario:
+            rule = {"map": sorted(map(list, scenario.values.items()))} | self._cells.facts(scenario.column)
+            if scenario.others not in ("error", "drop"):
+                rule["others"] = scenario.others
+        return EncodingRules(features, labels, rule)
 
     def _find_files(self, folder: Path) -> dict[str, int]:
         """File -> its side under a split by files, 0 otherwise; in order."""

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
+from mmlrec.identity import check_part, check_vocabulary
 from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, key_column, label_column
 from preprocessing.progress import progress
-from preprocessing.reading.raw_files import file_sha256
 from preprocessing.workers import in_order, num_cores
 from preprocessing.writing.output import REMEDY, check_files
 
@@ -257,12 +257,17 @@ def _check_files(folder: Path, manifest: DatasetManifest) -> None:
             num_rows = _metadata(path).num_rows
             if num_rows != table.num_rows - 1:
                 raise _damaged(path, f"{num_rows} rows, {table.num_rows - 1} are listed")
+            if manifest.encoding is not None:
+                check_vocabulary(path, manifest.encoding.tables.get(table.name, {}))
     parts = [part for split in manifest.splits.values() for part in split.parts]
+
+    def check(part: Part) -> int:
+        check_part(folder, part)
+        return part.num_bytes
+
     with progress(f"{manifest.name}: check", sum(part.num_bytes for part in parts), "bytes") as done:
-        for part, digest in in_order(lambda part: (part, file_sha256(folder / part.path)), iter(parts), num_cores()):
-            if digest != part.sha256:
-                raise _damaged(folder / part.path, "its checksum is not the one that the manifest lists")
-            done.update(part.num_bytes)
+        for num_bytes in in_order(check, iter(parts), num_cores()):
+            done.update(num_bytes)
 
 
 def _metadata(path: Path) -> pq.FileMetaData:

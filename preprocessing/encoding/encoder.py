@@ -112,6 +112,11 @@ class DenseRange:
         """Widen the range by what another one has seen."""
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
+    @property
+    def scaling(self) -> list[float] | None:
+        """Least and greatest value as float64, or None where all becomes 0: equal for ranges that scale alike."""
+        return [self.low + 0.0, self.high + 0.0] if 0 < self.high - self.low < float("inf") else None  # -0 is 0
+
     def scale(self, values: pa.Array) -> pa.Array:
         """Min-max scaled and clipped to [0, 1], float32; null becomes 0, and so does all when the range is empty or a point."""
         width = self.high - self.low

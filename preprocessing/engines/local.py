@@ -16,6 +16,7 @@ from mmlrec.errors import DataError
 from mmlrec.schema import SPLITS, DatasetManifest, Feature, Split
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.encoder import Encoder
+from preprocessing.encoding.identity import encoding_of
 from preprocessing.engines.passes import Memory, Passes
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
@@ -100,6 +101,7 @@ def complete(
         parity=parity,
         statistics=statistics,
         preprocessing=options | encoder.fitted_numbers(),
+        encoding=encoding_of(dataset, encoder, folder, raw.workers),
     )
     manifest.save(folder)
     return manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -41,6 +42,11 @@ class Cells:
         """The texts that mean a missing value in a column."""
         found = self.missing.get(column, ()) if isinstance(self.missing, dict) else self.missing
         return tuple(mark.strip(BLANKS) for mark in found) if self.strip else found
+
+    def facts(self, *columns: str) -> dict[str, Any]:
+        """What of this turns cells of these columns into inputs, for the identity of the encoding; the order of texts is none."""
+        marks = sorted({mark for column in columns for mark in self.marks(column)})
+        return ({"missing": marks} if marks else {}) | ({"strip": True} if self.strip else {})
 
     def text(self, column: str, cell: str) -> str:
         """A cell of text; empty where it is missing."""

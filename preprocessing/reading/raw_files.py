@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from mmlrec.identity import file_sha256
 from preprocessing.reading.packed import open_unpacked, readable
 from preprocessing.workers import in_order, num_cores
 
@@ -37,12 +37,6 @@ class RawFile:
     num_bytes: int | None = None
     sha256: str | None = None
     url: str | None = None
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,10 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pa.Array]] = {
     ast.NotEq: pc.not_equal,
 }
 _TURNED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Gt: ast.Lt, ast.Lt: ast.Gt, ast.GtE: ast.LtE, ast.LtE: ast.GtE}
+_SIGNS: dict[type[ast.cmpop], str] = {
+    **{ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==", ast.NotEq: "!="},
+    **{ast.In: "in", ast.NotIn: "not in"},
+}
 _WORDS = {"true": True, "false": False}
 _GRAMMAR = (
     "a condition compares columns with constants, COLUMN > 3, COLUMN == 'yes', COLUMN in [1, 2], and may join several with"
@@ -46,6 +52,10 @@ class Condition:
     def evaluate(self, table: pa.Table) -> pa.Array:
         """[rows] bool; null where a missing value leaves it open: `a and b` is false when one of them is."""
         return _evaluate(ast.parse(self.text, mode="eval").body, table)
+
+    def facts(self) -> list[Any]:
+        """What it says as nested lists, equal for texts that differ in blanks, sides or order only."""
+        return _facts(ast.parse(self.text, mode="eval").body)
 
 
 def parse_condition(text: str) -> Condition:
@@ -145,3 +155,37 @@ def _compare(function: Callable[[Any, Any], pa.Array], column: pa.Array, value: 
     elif isinstance(value, int) and pa.types.is_floating(column.type):
         value = float(value)
     return function(column, value)
+
+
+def _facts(node: ast.expr) -> list[Any]:
+    if isinstance(node, ast.BoolOp):
+        return _joined("and" if isinstance(node.op, ast.And) else "or", [_facts(value) for value in node.values])
+    if isinstance(node, ast.UnaryOp):
+        return ["not", _facts(node.operand)]
+    assert isinstance(node, ast.Compare)
+    operands = [node.left, *node.comparators]
+    found: list[Any] = []
+    for left, op, right in zip(operands[:-1], node.ops, operands[1:], strict=True):
+        kind, name, _, value = _comparison(left, op, right, "")
+        several = kind in (ast.In, ast.NotIn)
+        constant: Any = _each_once([_plain(each) for each in value]) if several else _plain(value)
+        found.append([_SIGNS[kind], name, constant])
+    return _joined("and", found)
+
+
+def _joined(word: str, operands: list[Any]) -> list[Any]:
+    flat = [part for each in operands for part in (each[1:] if each[0] == word else [each])]
+    return [word, *_each_once(flat)] if len(flat) > 1 else flat[0]
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    return [json.loads(text) for text in sorted({json.dumps(value) for value in values})]
+
+
+def _plain(constant: Any) -> Any:
+    """3.0 is 3, and an infinite number, which JSON cannot hold, a word."""
+    if not isinstance(constant, float):
+        return constant
+    if not math.isfinite(constant):
+        return str(constant)
+    return int(constant) if constant.is_integer() and abs(constant) < _EXACT else constant

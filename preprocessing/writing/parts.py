@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmlrec.identity import file_sha256
 from mmlrec.schema import SCENARIO_COLUMN, Part, Scenario, Split, Task, label_column
-from preprocessing.reading.raw_files import file_sha256
 
 NUM_LANES = 8
 PART_ROWS = 1 << 20  # parts are written side by side, one by each worker

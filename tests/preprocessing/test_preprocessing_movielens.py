@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmlrec.identity import file_sha256
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
-from preprocessing.reading.raw_files import file_sha256
 from preprocessing.writing import parts, shuffle
 from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
