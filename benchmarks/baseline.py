@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from mmlrec.paths import local_path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -78,7 +79,7 @@ def load(folder: Path, manifest: DatasetManifest) -> TensorDataset:
 def main() -> None:
     """Train for a number of steps and print the median samples per second of the windows after the first, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True, type=Path)
+    parser.add_argument("--dataset", required=True, type=local_path)
     parser.add_argument("--dim", required=True, type=int)
     parser.add_argument("--steps", required=True, type=int, help="steps of one window")
     parser.add_argument("--windows", type=int, default=4)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from mmlrec.paths import local_path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=4096, help="batch size")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/methods.json"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/methods.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # As in training.

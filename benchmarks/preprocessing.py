@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from mmlrec.paths import local_path
 from typing import Any
 
 import numpy as np
@@ -232,9 +233,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of each shape, instead of its own number")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the rows")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB for ours (default: 4)")
-    parser.add_argument("--work-dir", type=Path, default=Path("benchmark-preprocessing"))
+    parser.add_argument("--work-dir", type=local_path, default=Path("benchmark-preprocessing"))
     parser.add_argument("--step", choices=["pandas", "decode"], help=argparse.SUPPRESS)
-    parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", type=local_path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
         pattern = options.step == "pandas"

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from mmlrec.paths import local_path
 from statistics import median
 from typing import Any
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join([*method_names(), *aliases()]))
     parser.add_argument("--dataset", default="movielens", help="configs/<setting>/<dataset>.yaml")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/quality"))
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run")
     arguments = parser.parse_intermixed_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,14 @@ import ctypes
 import logging
 import os
 import re
+import signal
+import socket
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mmlrec.errors import UserAdvice, UserError
+from mmlrec.errors import RankError, UserAdvice, UserError
 
 logger = logging.getLogger("mmlrec")
 
@@ -35,6 +38,7 @@ class World:
 
     Attributes:
         control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
+        start: a word that no other start of a run has, the same on all ranks.
     """
 
     rank: int
@@ -42,6 +46,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    start: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def is_main(self) -> bool:
@@ -67,14 +72,16 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def raise_together(self, error: UserError | None) -> None:
         """Raise on every rank when one rank has an error, so that none is left waiting in a collective."""
-        errors: list[UserError | None] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(errors, error, group=self.control)
-        else:
-            errors = [error]
-        for found in errors:
+        for found in self.gather(error):
             if found is not None:
                 raise found
 
@@ -108,20 +115,19 @@ def process_group() -> Iterator[World]:
         assert control is not None
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         configure_logging(rank)
-        yield World(rank, world_size, local_world_size, device, control)
-    except UserError as error:
-        error.told = _told_already(store, world_size)
-        raise
-    except RuntimeError as error:
-        if world_size == 1 or not _PEER_GONE.search(str(error)):
+        start = [uuid.uuid4().hex[:12]]
+        if world_size > 1:
+            dist.broadcast_object_list(start, src=0, group=control)
+        yield World(rank, world_size, local_world_size, device, control, start[0])
+    except Exception as error:
+        if world_size == 1:
             raise
-        time.sleep(2)  # a peer that failed with a message of its own tells it first
-        lost = UserError(
-            "another rank of this run ended without a message: killed, or out of memory."
-            " Run the same command again to continue from the newest checkpoint."
-        )
-        lost.told = _told_already(store, world_size)
-        raise lost from None
+        with contextlib.suppress(ValueError):  # outside of the main thread
+            # The agent ends the other ranks as soon as one has gone; they have to say why first, which takes seconds.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        failure = _cause(error, store, rank, world_size)
+        failure.told = _told_already(store, rank)
+        raise failure from failure.__cause__
     finally:
         # Without this a finished gloo process may abort in its destructors.
         dist.destroy_process_group()
@@ -130,17 +136,52 @@ def process_group() -> Iterator[World]:
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
 
+#: How long ranks that fail wait for each other's messages.
+_ALL_SPEAK_WITHIN_S = 2.0
+#: In the store: how many ranks have failed with something to say; and, with a rank behind it, which have lost another one.
+_FAILED, _NOTICED = "mmlrec/failed", "mmlrec/noticed/"
 
-def _told_already(store: dist.Store, world_size: int) -> bool:
-    """False on the first rank that fails, which tells the user; True on the others, which leave it time to."""
-    if world_size == 1:
-        return False
+
+def _cause(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
+    """What to end this rank of several with: what the user can mend as it is, all else as a RankError."""
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
+        return RankError(
+            f"{_silent_ranks(store, rank, world_size)} ended without a message: killed, or out of memory."
+            " Run the same command again to continue from the newest checkpoint."
+        )
+    if isinstance(error, UserError | OSError | ImportError):
+        return error
+    step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
+    text = (str(error).splitlines() or [""])[0]
+    failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
+    failure.__cause__ = error
+    return failure
+
+
+def _silent_ranks(store: dist.Store, rank: int, world_size: int) -> str:
+    """The ranks that do not notice that one is gone: it, and perhaps others that are in the middle of something long."""
+    deadline = time.monotonic() + _ALL_SPEAK_WITHIN_S
     try:
-        told = store.add("mmlrec/failed", 1) > 1
+        store.set(f"{_NOTICED}{rank}", "")
+        while time.monotonic() < deadline and store.add(_FAILED, 0) == 0:  # one with a message of its own tells it first
+            time.sleep(0.1)
+        silent = [str(other) for other in range(world_size) if not store.check([f"{_NOTICED}{other}"])]
+    except RuntimeError:  # the store is a part of rank 0, or of the agent that started it
+        return "rank 0, or the host that it ran on,"
+    if len(silent) == 1:
+        return f"rank {silent[0]}"
+    return f"one of the ranks {', '.join(silent[:10])}{' …' if len(silent) > 10 else ''}" if silent else "another rank"
+
+
+def _told_already(store: dist.Store, rank: int) -> bool:
+    """False on the first rank that fails, which tells the user; True on the others, which leave it time to."""
+    try:
+        told = store.add(_FAILED, 1) > 1
     except RuntimeError:
-        return False
-    if told:
-        time.sleep(2)
+        # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
+        return not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
+    # Rank 0 may hold the store, which the others have not asked yet.
+    time.sleep(_ALL_SPEAK_WITHIN_S if told else 0.5 if rank == 0 else 0)
     return told
 
 
@@ -183,14 +224,30 @@ def log_file(path: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is told once, where the log is shown as well."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        """See the base class: called while the exception is handled."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            logger.warning("note: %s: %s; the run goes on without it.", self.baseFilename, error.strerror)
 
 
 def quiet_libraries() -> None:
