@@ -137,7 +137,7 @@ class RunFolder:
             try:
                 if line and json.loads(line)["step"] <= step:
                     kept.append(line.decode() + "\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 broken.append(number)
         if broken:
             lines = f"line {broken[0]} is" if len(broken) == 1 else f"lines {', '.join(map(str, broken))} are"
