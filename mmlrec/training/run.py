@@ -102,23 +102,22 @@ def _train(
     config: RunConfig, folder: RunFolder, world: World, *, resume: bool, restart: bool, source: str
 ) -> dict[str, Any]:
     run_dir = folder.path
-    if folder.config.is_file():
-        folder.check_same_run(config)  # from the first second of a run on, whatever its checkpoints are
     found = checkpoint.latest(folder.checkpoints, world)
-    _check_usable(folder, found, world, restart=restart)
-    if restart:
-        found = None
-    if found is None and resume:
-        raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
-    if found is not None:
+    if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
         folder.check_same_run(config)
+    if found is not None:
         folder.check_same_data(checkpoint.read_state(found)["dataset"], config)
-        if _complete(folder, found, config):
+        if _complete(folder, found, config) and not restart:
             report: dict[str, Any] = folder.read_result()["test"]
             logger.info(
                 "%s is complete; nothing left to train. Delete it, or choose another --run-dir, to train again.", run_dir
             )
             return report
+    _check_usable(folder, found, world, restart=restart)
+    if restart:
+        found = None
+    if found is None and resume:
+        raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
