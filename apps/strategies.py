@@ -114,7 +114,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="strategies; all, a line each, when absent")
     add_import(parser)
-    parser.add_argument("--pages", type=local_path, metavar="DIR", help="write a page for each of this package's into DIR and stop")
+    parser.add_argument(
+        "--pages", type=local_path, metavar="DIR", help="write a page for each of this package's into DIR and stop"
+    )
     return parser.parse_args()
 
 

@@ -41,7 +41,9 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file")
-    parser.add_argument("--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it")
+    parser.add_argument(
+        "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
+    )
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
     parser.add_argument(
         "--restart", action="store_true", help="begin again at step 0 where all checkpoints, or the best one, are damaged"
@@ -76,9 +78,7 @@ def main() -> None:
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
     with process_group() as world:
-        report = train(
-            config, run_dir, world, resume=arguments.resume, restart=arguments.restart, source=arguments.config
-        )
+        report = train(config, run_dir, world, resume=arguments.resume, restart=arguments.restart, source=arguments.config)
         if world.is_main:
             print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_table(report)}")
 

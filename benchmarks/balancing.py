@@ -14,13 +14,13 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
-from mmlrec.paths import local_path
 from statistics import mean, stdev
 
 from tabulate import tabulate
 
 from mmlrec.config import load_config
 from mmlrec.distributed import World, process_group
+from mmlrec.paths import local_path
 from mmlrec.registry import strategy_names
 from mmlrec.schema import DatasetManifest
 from mmlrec.training.run import train

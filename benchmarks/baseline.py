@@ -10,7 +10,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from mmlrec.paths import local_path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from mmlrec.paths import local_path
 from mmlrec.schema import DatasetManifest, label_column
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from mmlrec.paths import local_path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +29,7 @@ from benchmarks.flops import FORWARD, Case
 from mmlrec.distributed import keep_freed_memory
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
+from mmlrec.paths import local_path
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task
 

@@ -18,12 +18,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from mmlrec.paths import local_path
 from statistics import median
 
 from tabulate import tabulate
 
 from benchmarks import preprocessing, throughput
+from mmlrec.paths import local_path
 
 _HERE = Path(__file__).parents[1]
 _ROWS = {"movielens": 5_000_000, "criteo": 2_000_000}

@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from mmlrec.paths import local_path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 from tabulate import tabulate
+
+from mmlrec.paths import local_path
 
 _CHUNK = 500_000
 _GENRES = (

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from mmlrec.paths import local_path
 from statistics import median
 from typing import Any
 
@@ -27,6 +26,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tabulate import tabulate
 
 from mmlrec.config import load_config
+from mmlrec.paths import local_path
 from mmlrec.registry import aliases, method, method_names
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import DatasetManifest, Feature, Setting, label_column

@@ -12,11 +12,11 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from mmlrec.paths import local_path
 
 import numpy as np
 import pyarrow as pa
 
+from mmlrec.paths import local_path
 from mmlrec.schema import DatasetManifest, Feature, Table, Task
 from preprocessing.writing.parts import SplitWriter
 

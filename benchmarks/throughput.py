@@ -18,12 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from mmlrec.paths import local_path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
 from tabulate import tabulate
+
+from mmlrec.paths import local_path
 
 BATCH = 4096
 

@@ -240,7 +240,7 @@ class _LogFile(logging.FileHandler):
 
     _told = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+    def handleError(self, record: logging.LogRecord) -> None:
         """See the base class: called while the exception is handled."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):

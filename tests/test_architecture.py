@@ -11,7 +11,17 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("mmlrec", "apps", "preprocessing", "benchmarks")
-CONTRACT = (*("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.yaml_config", "mmlrec.extensions", "mmlrec.errors", "mmlrec.paths"),)
+CONTRACT = (
+    *(
+        "mmlrec.schema",
+        "mmlrec.registry",
+        "mmlrec.config",
+        "mmlrec.yaml_config",
+        "mmlrec.extensions",
+        "mmlrec.errors",
+        "mmlrec.paths",
+    ),
+)
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
 EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 

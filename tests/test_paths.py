@@ -92,7 +92,9 @@ def test_what_is_an_address(text):
     assert refusal(text) is not None
 
 
-@pytest.mark.parametrize("text", ["data/a", "/data/a", "a:b/c", "x/s3:/y", "~", "", "c:/d", "runs/mtl-x-seed0-dense.optimizer.lr=0.1"])
+@pytest.mark.parametrize(
+    "text", ["data/a", "/data/a", "a:b/c", "x/s3:/y", "~", "", "c:/d", "runs/mtl-x-seed0-dense.optimizer.lr=0.1"]
+)
 def test_what_is_a_path(text):
     assert local_path(text) == Path(text)
 

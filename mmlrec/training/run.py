@@ -21,7 +21,6 @@ from mmlrec.session.session import Session, build_session
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
 
-
 #: Most differences that a name spells out, and most characters of them together.
 _SPELT_OUT, _SPELT_LENGTH = 3, 80
 
@@ -98,9 +97,7 @@ def train(
         return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, source=source)
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, world: World, *, resume: bool, restart: bool, source: str
-) -> dict[str, Any]:
+def _train(config: RunConfig, folder: RunFolder, world: World, *, resume: bool, restart: bool, source: str) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints

@@ -108,7 +108,10 @@ class Table(Dataset):
         """`--config`, `--raw`, `--example`."""
         parser.add_argument("--config", type=local_path, required=True, metavar="YAML", help="what the columns mean; see below")
         parser.add_argument(
-            "--raw", type=local_path, default=None, help="folder of the files that the configuration names (default: where it is)"
+            "--raw",
+            type=local_path,
+            default=None,
+            help="folder of the files that the configuration names (default: where it is)",
         )
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
 

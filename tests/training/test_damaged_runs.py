@@ -191,7 +191,9 @@ def test_a_limit_that_only_reports_reach_does_not_end_a_run(stopped, tmp_path):
     sizes = [path.stat().st_size for path in (stopped / "whole/checkpoints").rglob("*") if path.is_file()]
     limit = max(sizes) + 4096
     run_dir = tmp_path / "run"
-    arguments = command(stopped, run_dir, "training.epochs=150", "training.patience=null", "training.checkpoint_every_steps=200")
+    arguments = command(
+        stopped, run_dir, "training.epochs=150", "training.patience=null", "training.checkpoint_every_steps=200"
+    )
     limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     done = processes.run([sys.executable, "-m", "apps.train", *arguments], prepare=limited)
     assert done.returncode == 0, done.stderr

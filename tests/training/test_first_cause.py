@@ -51,7 +51,14 @@ def root(tmp_path_factory):
 def fail(root: Path, tmp_path: Path, count: int, rank: int, how: str) -> tuple[list[int], list[str]]:
     """Exit codes and standard errors of ranks without an agent, one of which fails."""
     (tmp_path / "train.py").write_text(SCRIPT.format(rank=rank, how=how))
-    command = [sys.executable, str(tmp_path / "train.py"), "--config", str(root / "config.yaml"), "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        str(tmp_path / "train.py"),
+        "--config",
+        str(root / "config.yaml"),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     variables = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         Command(command, env=environment(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(count), **variables))
@@ -77,7 +84,8 @@ def test_an_exception_is_the_first_cause(root, tmp_path, rank):
 
 
 @pytest.mark.parametrize(
-    ("rank", "words"), [(0, "rank 0, or the host that it ran on, ended without a message"), (2, "rank 2 ended without a message")]
+    ("rank", "words"),
+    [(0, "rank 0, or the host that it ran on, ended without a message"), (2, "rank 2 ended without a message")],
 )
 def test_a_rank_that_was_killed_is_named(root, tmp_path, rank, words):
     codes, errors = fail(root, tmp_path, 3, rank, KILLED)

@@ -38,14 +38,22 @@ NAMES = {
     ("model.name=pcg",): "mtl-shop-pcg-seed0",
     ("dataset.setting=mtmsl",): "mtmsl-shop-mmoe-seed0",
     # What may change between start and resume.
-    ("training.epochs=2", "training.max_steps=9", "dataset.path=elsewhere/shop", "embeddings.sharding=row_wise"): "mtl-shop-mmoe-seed0",
+    (
+        "training.epochs=2",
+        "training.max_steps=9",
+        "dataset.path=elsewhere/shop",
+        "embeddings.sharding=row_wise",
+    ): "mtl-shop-mmoe-seed0",
     # What the file says, or leaves to the default.
     ("dense.clip_norm=1.0", "dense.optimizer.lr=1e-3", "model.num_experts=4"): "mtl-shop-mmoe-seed0",
     ("dense.optimizer.lr=0.01",): "mtl-shop-mmoe-seed0-dense.optimizer.lr=0.01",
     ("dense.clip_norm=null",): "mtl-shop-mmoe-seed0-dense.clip_norm=null",
     ("balancing.name=cagrad", "balancing.c_a=0.3"): "mtl-shop-mmoe-cagrad-seed0-balancing.c_a=0.3",
     ("model.expert_hidden_units=[128, 64]",): "mtl-shop-mmoe-seed0-model.expert_hidden_units=128_64",
-    ("training.precision=bf16", "training.batch_size=512"): "mtl-shop-mmoe-seed0-training.batch_size=512-training.precision=bf16",
+    (
+        "training.precision=bf16",
+        "training.batch_size=512",
+    ): "mtl-shop-mmoe-seed0-training.batch_size=512-training.precision=bf16",
 }
 
 
