@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -122,11 +122,7 @@ def process_group() -> Iterator[World]:
     except Exception as error:
         if world_size == 1:
             raise
-        with contextlib.suppress(ValueError):  # outside of the main thread
-            # The agent ends the other ranks as soon as one has gone; they have to say why first, which takes seconds.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        failure = _cause(error, store, rank, world_size)
-        failure.told = _told_already(store, rank)
+        failure = _last_words(error, store, rank, world_size)
         raise failure from failure.__cause__
     finally:
         # Without this a finished gloo process may abort in its destructors.
@@ -136,53 +132,81 @@ def process_group() -> Iterator[World]:
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
 
-#: How long ranks that fail wait for each other's messages.
-_ALL_SPEAK_WITHIN_S = 2.0
-#: In the store: how many ranks have failed with something to say; and, with a rank behind it, which have lost another one.
-_FAILED, _NOTICED = "mmlrec/failed", "mmlrec/noticed/"
+#: How long ranks that fail wait for each other.
+_ALL_NOTICE_WITHIN_S = 2.0
+#: In the store: how many ranks have said why they end; and, with a rank behind it, which have noticed that one does.
+_SAID, _NOTICED = "mmlrec/said", "mmlrec/noticed/"
 
 
-def _cause(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
-    """What to end this rank of several with: what the user can mend as it is, all else as a RankError."""
-    if isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)):
-        return RankError(
-            f"{_silent_ranks(store, rank, world_size)} ended without a message: killed, or out of memory."
+def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
+    """What to end this rank of several with: the exception itself where the user can mend it, else a RankError.
+
+    Its `told` is False on the first rank that has anything to say, which tells it, and True on the others.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # The agent ends the other ranks as soon as one has gone; they have to find out why first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lost_another = isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
+
+    def noticed() -> set[int]:
+        return {other for other in range(world_size) if store.check([f"{_NOTICED}{other}"])}
+
+    try:
+        told = not lost_another and store.add(_SAID, 1) > 1
+        store.set(f"{_NOTICED}{rank}", "")
+        _hang_up()
+        _wait(lambda: len(noticed()) == world_size)
+        gone = sorted(set(range(world_size)) - noticed())
+        if lost_another:
+            told = store.add(_SAID, 1) > 1
+        if told:
+            time.sleep(1)  # for the one that tells it, whose end torchrun is to see first
+        elif rank == 0:  # which may hold the store
+            _wait(lambda: store.add(_SAID, 0) >= world_size - len(gone))
+    except RuntimeError:
+        # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
+        told = lost_another and not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
+        gone = [0]
+    failure: Any = error
+    if lost_another:
+        names = (
+            f"rank {gone[0]}"
+            if len(gone) == 1
+            else f"one of the ranks {', '.join(map(str, gone[:10]))}"
+            if gone
+            else "another rank"
+        )
+        failure = RankError(
+            f"{names} of this run ended without a message: killed, or out of memory."
             " Run the same command again to continue from the newest checkpoint."
         )
-    if isinstance(error, UserError | OSError | ImportError):
-        return error
-    step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
-    text = (str(error).splitlines() or [""])[0]
-    failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
-    failure.__cause__ = error
+    elif not isinstance(error, UserError | OSError | ImportError):
+        step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
+        text = (str(error).splitlines() or [""])[0]
+        failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
+        failure.__cause__ = error
+    failure.told = told
     return failure
 
 
-def _silent_ranks(store: dist.Store, rank: int, world_size: int) -> str:
-    """The ranks that do not notice that one is gone: it, and perhaps others that are in the middle of something long."""
-    deadline = time.monotonic() + _ALL_SPEAK_WITHIN_S
-    try:
-        store.set(f"{_NOTICED}{rank}", "")
-        while time.monotonic() < deadline and store.add(_FAILED, 0) == 0:  # one with a message of its own tells it first
-            time.sleep(0.1)
-        silent = [str(other) for other in range(world_size) if not store.check([f"{_NOTICED}{other}"])]
-    except RuntimeError:  # the store is a part of rank 0, or of the agent that started it
-        return "rank 0, or the host that it ran on,"
-    if len(silent) == 1:
-        return f"rank {silent[0]}"
-    return f"one of the ranks {', '.join(silent[:10])}{' …' if len(silent) > 10 else ''}" if silent else "another rank"
+def _hang_up() -> None:
+    """Close the connections to the other ranks, which then notice at once, but not the one to the store.
+
+    They would close when this process ends, and where it is rank 0 the store ends with it: nobody could read in it any more
+    that the cause is told. The process group closes none: tables and network keep it.
+    """
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                ports = (connection.getsockname()[1], connection.getpeername()[1])
+                if int(os.environ["MASTER_PORT"]) not in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
-def _told_already(store: dist.Store, rank: int) -> bool:
-    """False on the first rank that fails, which tells the user; True on the others, which leave it time to."""
-    try:
-        told = store.add(_FAILED, 1) > 1
-    except RuntimeError:
-        # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
-        return not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
-    # Rank 0 may hold the store, which the others have not asked yet.
-    time.sleep(_ALL_SPEAK_WITHIN_S if told else 0.5 if rank == 0 else 0)
-    return told
+def _wait(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + _ALL_NOTICE_WITHIN_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def keep_freed_memory() -> None:

@@ -70,7 +70,7 @@ def hold(folder: Path, world: World) -> Iterator[None]:
 
 
 class _Lock:
-    """This process's part of the lock of one folder."""
+    """Part of this process in of the lock of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -212,8 +212,8 @@ def _check_shared(folder: Path, seen: list[tuple[bool, str]], ranks: list[tuple[
     if blind:
         raise UserError(
             f"{folder}: not all ranks share this run folder: what rank 0 on {ranks[0][0]} ({seen[0][1]}) has written there is"
-            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder on a file"
-            " system that all hosts mount, under the same path."
+            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder that all"
+            " hosts mount, under the same path."
         )
 
 

@@ -6,10 +6,8 @@ A disk that is full stops reports, never the run: it is told when it happens and
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import os
 import sys
 import threading
 import time
@@ -156,10 +154,14 @@ class Reporter:
     def _write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
         with self._told(self._folder.metrics):
-            if (written := self._metrics.write(line)) < len(line):
+            written = self._metrics.write(line)
+            try:
+                while written < len(line):
+                    written += self._metrics.write(line[written:])
+            except OSError:
                 # Room for a part of it only: no line at all is better than a broken one.
                 self._metrics.truncate(self._metrics.tell() - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise
 
     def _plot(self, name: str, value: float, step: int) -> None:
         if self._tensorboard is not None:

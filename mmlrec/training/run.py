@@ -173,8 +173,8 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
             listed = "\n".join(f"  {reason}" for reason in reasons)
             error = CheckpointError(
                 f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
-                "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins again"
-                " at step 0, and its checkpoints are deleted."
+                "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
+                " again at step 0, and its checkpoints are deleted."
             )
         elif restart and found is not None and not reasons:
             error = UserError(

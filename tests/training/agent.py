@@ -1,7 +1,7 @@
 """What torchrun is to its ranks, for tests that start it often: their parent, which starts them and ends them together.
 
-`python agent.py NUM_RANKS PORT RANKS_FILE SCRIPT ARGUMENTS...`: process ids of the ranks go into RANKS_FILE. The ranks are forked,
-so that they need not import torch again, and know an agent by the same variables.
+`python agent.py NUM_RANKS PORT RANKS_FILE SCRIPT ARGUMENTS...`: process ids of the ranks go into RANKS_FILE. The ranks are
+forked, so that they need not import torch again, and know an agent by the same variables.
 """
 
 import json

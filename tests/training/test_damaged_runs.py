@@ -1,4 +1,4 @@
-"""Run folders that are not what the run left: another configuration, damage of any part, full disks. Nothing is lost in silence."""
+"""Run folders that are not what the run left: another configuration, damage, full disks. Nothing is lost in silence."""
 
 import functools
 import json
@@ -192,7 +192,7 @@ def test_a_limit_that_only_reports_reach_does_not_end_a_run(stopped, tmp_path):
     limit = max(sizes) + 4096
     run_dir = tmp_path / "run"
     arguments = command(
-        stopped, run_dir, "training.epochs=150", "training.patience=null", "training.checkpoint_every_steps=200"
+        stopped, run_dir, "training.epochs=160", "training.patience=null", "training.checkpoint_every_steps=200"
     )
     limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     done = processes.run([sys.executable, "-m", "apps.train", *arguments], prepare=limited)

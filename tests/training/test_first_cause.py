@@ -78,14 +78,14 @@ def the_line(errors: list[str]) -> str:
 def test_an_exception_is_the_first_cause(root, tmp_path, rank):
     codes, errors = fail(root, tmp_path, 2, rank, RAISES)
     assert codes == [1, 1]
-    assert the_line(errors) == f"error: rank {rank} on {socket.gethostname()} failed at step 3: ValueError: no such thing"
+    assert the_line(errors) == f"error: rank {rank} on {socket.gethostname()} failed at step 4: ValueError: no such thing"
     assert [text.count("Traceback (most recent call last)") for text in errors] == [int(rank == 0), int(rank == 1)]
     assert "and a second line" in errors[rank]
 
 
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [(0, "rank 0, or the host that it ran on, ended without a message"), (2, "rank 2 ended without a message")],
+    [(0, "rank 0 of this run ended without a message"), (2, "rank 2 of this run ended without a message")],
 )
 def test_a_rank_that_was_killed_is_named(root, tmp_path, rank, words):
     codes, errors = fail(root, tmp_path, 3, rank, KILLED)
@@ -101,7 +101,9 @@ def test_a_full_disk_of_one_rank_is_told_once(root, tmp_path):
     assert the_line(errors) == "error: some/file: No space left on device. Free space, or choose another folder."
 
 
-@pytest.mark.parametrize(("how", "words"), [(RAISES, "failed at step 3: ValueError: no such thing"), (KILLED, "rank 1 ended")])
+@pytest.mark.parametrize(
+    ("how", "words"), [(RAISES, "failed at step 4: ValueError: no such thing"), (KILLED, "rank 1 of this run ended")]
+)
 def test_torchrun_shows_the_same_cause(root, tmp_path, how, words):
     (tmp_path / "train.py").write_text(SCRIPT.format(rank=1, how=how))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""Default names of run folders: the same for the same configuration, different for runs that may not be resumed as each other."""
+"""Default names of run folders: equal for equal configurations, different for runs that do not continue each other."""
 
 import itertools
 import re
