@@ -212,8 +212,8 @@ def _check_shared(folder: Path, seen: list[tuple[bool, str]], ranks: list[tuple[
     if blind:
         raise UserError(
             f"{folder}: not all ranks share this run folder: what rank 0 on {ranks[0][0]} ({seen[0][1]}) has written there is"
-            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder that all"
-            " hosts mount, under the same path."
+            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder that"
+            " all hosts mount, under the same path."
         )
 
 

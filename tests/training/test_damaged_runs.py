@@ -191,8 +191,9 @@ def test_a_limit_that_only_reports_reach_does_not_end_a_run(stopped, tmp_path):
     sizes = [path.stat().st_size for path in (stopped / "whole/checkpoints").rglob("*") if path.is_file()]
     limit = max(sizes) + 4096
     run_dir = tmp_path / "run"
+    # Enough for the files, but not for the log on standard error, which goes to a file as well.
     arguments = command(
-        stopped, run_dir, "training.epochs=160", "training.patience=null", "training.checkpoint_every_steps=200"
+        stopped, run_dir, "training.epochs=130", "training.patience=null", "training.checkpoint_every_steps=200"
     )
     limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
     done = processes.run([sys.executable, "-m", "apps.train", *arguments], prepare=limited)
