@@ -134,8 +134,9 @@ _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection ref
 
 #: How long ranks that fail wait for each other.
 _ALL_NOTICE_WITHIN_S = 2.0
-#: In the store: how many ranks have said why they end; and, with a rank behind it, which have noticed that one does.
-_SAID, _NOTICED = "mmlrec/said", "mmlrec/noticed/"
+#: In the store: how many ranks have said why they end, how many need the store no more; and, with a rank behind it, which
+#: have noticed that one ends.
+_SAID, _DONE, _NOTICED = "mmlrec/said", "mmlrec/done", "mmlrec/noticed/"
 
 
 def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
@@ -151,22 +152,26 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
     def noticed() -> set[int]:
         return {other for other in range(world_size) if store.check([f"{_NOTICED}{other}"])}
 
+    told = False
     try:
-        told = not lost_another and store.add(_SAID, 1) > 1
+        if not lost_another:
+            told = store.add(_SAID, 1) > 1
         store.set(f"{_NOTICED}{rank}", "")
         _hang_up()
         _wait(lambda: len(noticed()) == world_size)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = store.add(_SAID, 1) > 1
-        if told:
-            time.sleep(1)  # for the one that tells it, whose end torchrun is to see first
-        elif rank == 0:  # which may hold the store
-            _wait(lambda: store.add(_SAID, 0) >= world_size - len(gone))
+        store.add(_DONE, 1)
+        if rank == 0:  # which may hold the store
+            _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone))
     except RuntimeError:
-        # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
-        told = lost_another and not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
         gone = [0]
+        if lost_another:
+            # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
+            told = not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
+    if told:
+        time.sleep(1)  # for the one that tells it, whose end torchrun is to see first
     failure: Any = error
     if lost_another:
         names = (
