@@ -132,8 +132,9 @@ def process_group() -> Iterator[World]:
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
 
-#: How long ranks that fail wait for each other.
-_ALL_NOTICE_WITHIN_S = 2.0
+#: How long a rank that fails waits for the others: one that knows why, until all know that it does; one that does not, for
+#: one that does.
+_NOTICED_WITHIN_S, _SAID_WITHIN_S = 10.0, 2.0
 #: In the store: how many ranks have said why they end, how many need the store no more; and, with a rank behind it, which
 #: have noticed that one ends.
 _SAID, _DONE, _NOTICED = "mmlrec/said", "mmlrec/done", "mmlrec/noticed/"
@@ -158,13 +159,13 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
             told = store.add(_SAID, 1) > 1
         store.set(f"{_NOTICED}{rank}", "")
         _hang_up()
-        _wait(lambda: len(noticed()) == world_size)
+        _wait(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = store.add(_SAID, 1) > 1
         store.add(_DONE, 1)
         if rank == 0:  # which may hold the store
-            _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone))
+            _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)
     except RuntimeError:
         gone = [0]
         if lost_another:
@@ -172,25 +173,27 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
             told = not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
     if told:
         time.sleep(1)  # for the one that tells it, whose end torchrun is to see first
-    failure: Any = error
-    if lost_another:
-        names = (
-            f"rank {gone[0]}"
-            if len(gone) == 1
-            else f"one of the ranks {', '.join(map(str, gone[:10]))}"
-            if gone
-            else "another rank"
-        )
-        failure = RankError(
-            f"{names} of this run ended without a message: killed, or out of memory."
-            " Run the same command again to continue from the newest checkpoint."
-        )
-    elif not isinstance(error, UserError | OSError | ImportError):
-        step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
-        text = (str(error).splitlines() or [""])[0]
-        failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
-        failure.__cause__ = error
+    failure: Any = _lost(gone) if lost_another else _named(error, rank)
     failure.told = told
+    return failure
+
+
+def _lost(gone: list[int]) -> RankError:
+    names = f"one of the ranks {', '.join(map(str, gone[:10]))}" if gone else "another rank"
+    return RankError(
+        f"{f'rank {gone[0]}' if len(gone) == 1 else names} of this run ended without a message: killed, or out of memory."
+        " Run the same command again to continue from the newest checkpoint."
+    )
+
+
+def _named(error: Exception, rank: int) -> Exception:
+    """The exception itself where the user can mend it, else one with the name of the rank."""
+    if isinstance(error, UserError | OSError | ImportError):
+        return error
+    step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
+    text = (str(error).splitlines() or [""])[0]
+    failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
+    failure.__cause__ = error
     return failure
 
 
@@ -208,8 +211,8 @@ def _hang_up() -> None:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-def _wait(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + _ALL_NOTICE_WITHIN_S
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
 
