@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from mmlrec.errors import RankError, UserError, discard_output
 
@@ -52,9 +53,19 @@ def _end_with_agent() -> None:
     as a shell, may end before the run.
     """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        with contextlib.suppress(OSError, AttributeError):  # not Linux
-            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() == 1 and not _is_agent(Path("/proc/1/cmdline")):
+        print("error: the torchrun that started this rank has ended already.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _is_agent(command: Path) -> bool:
+    """Whether a command line ends with the arguments of this one: a torchrun, which is process 1 in some containers."""
+    own = [argument.encode() for argument in sys.argv[1:]]
+    return not own or command.read_bytes().rstrip(b"\0").split(b"\0")[-len(own) :] == own
 
 
 def _exit_code(main: Callable[[], None]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from apps import cli
 from apps.cli import run as entry_point
 from mmlrec.run_folder import checkpoint, lock
 from tests.datasets import write_dataset
@@ -264,6 +265,37 @@ def test_ranks_end_with_a_torchrun_that_is_killed(root, tmp_path):
         until(lambda: not any(map(alive, ranks)), 5, "the end of all ranks")
     finally:
         agent.kill()
+
+
+def test_a_rank_whose_torchrun_ended_before_it_began_ends(root, tmp_path):
+    """Its parent is process 1, which did not start it."""
+    script = tmp_path / "late.py"
+    script.write_text(f"import os, sys, time\nif os.fork(): sys.exit()\nwhile os.getppid() != 1: time.sleep(0.01)\n{PLAIN}")
+    process = Command(
+        [sys.executable, str(script), *train(root, tmp_path / "run")],
+        env=environment(TORCHELASTIC_RUN_ID="test"),
+        log=tmp_path / "log",
+    )
+    assert process.wait(30) == 0
+    error = until(lambda: re.search("error: .*", (tmp_path / "log").read_text()), 30, "its end")[0]
+    if "another reaper" in error:
+        pytest.skip("orphans of this machine are adopted by another process than 1, which is not told from an agent")
+    assert error == "error: the torchrun that started this rank has ended already."
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("python\0-m\0torch.distributed.run\0-m\0apps.train\0--config\0a b.yaml\0", True),
+        ("/sbin/init\0", False),
+        ("bash\0-c\0torchrun -m apps.train --config a b.yaml\0", False),
+    ],
+)
+def test_the_command_line_of_a_torchrun_is_known(tmp_path, monkeypatch, command, expected):
+    (tmp_path / "cmdline").write_text(command)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a b.yaml"])
+    assert cli._is_agent(tmp_path / "cmdline") == expected
 
 
 MARKED = """
