@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import json
 import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from mmlrec.errors import UserError, discard_output
+from mmlrec.errors import RankError, UserError, discard_output
 from mmlrec.terminal import plain_output
 
 
@@ -16,6 +23,7 @@ def run(main: Callable[[], None]) -> None:
 
     Of several ranks that fail together one speaks.
     """
+    _end_with_agent()
     with plain_output():
         code = _exit_code(main)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -40,25 +48,76 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _end_with_agent() -> None:
+    """Have the kernel kill this rank when the torchrun that started it is killed.
+
+    Without it a rank would train on, unseen, beside the run that takes its place. Not without an agent: there a parent, such
+    as a shell, may end before the run.
+    """
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() == 1 and not _is_agent(Path("/proc/1/cmdline")):
+        print("error: the torchrun that started this rank has ended already.", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _is_agent(command: Path) -> bool:
+    """Whether a command line ends with the arguments of this one: a torchrun, which is process 1 in some containers."""
+    own = [argument.encode() for argument in sys.argv[1:]]
+    return not own or command.read_bytes().rstrip(b"\0").split(b"\0")[-len(own) :] == own
+
+
 def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        told = os.environ.get("LOCAL_RANK", "0") != "0" if error.told is None else error.told
-        if not told:
+        if not _told(error, os.environ.get("LOCAL_RANK", "0") != "0"):
+            trace = "".join(traceback.format_exception(error.__cause__)) if isinstance(error, RankError) else ""
+            if not _leave_to_agent(trace or str(error)) and error.__cause__:
+                sys.stderr.write(trace)
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         discard_output()
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder.", file=sys.stderr)
+        if not _told(error, False):
+            message = f"{error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder."
+            _leave_to_agent(message)
+            print(f"error: {message}", file=sys.stderr, flush=True)
         return 2
     except ImportError as error:
-        from mmlrec.doctor import explain
+        if not _told(error, False):
+            from mmlrec.doctor import explain
 
-        print(f"error: {error}\n{explain()}", file=sys.stderr)
+            print(f"error: {error}\n{explain()}", file=sys.stderr, flush=True)
         return 3
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(error: Exception, before_the_ranks_met: bool) -> bool:
+    """Whether another rank prints it, as `process_group` has found; the second argument where it has not seen the error."""
+    told: bool | None = getattr(error, "told", None)
+    return before_the_ranks_met if told is None else told
+
+
+def _leave_to_agent(text: str) -> bool:
+    """Write why this rank ends to where torchrun looks for it, which prints it in its summary; False without torchrun.
+
+    The form is that of torch.distributed.elastic.multiprocessing.errors, whose import takes longer than all else here.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return False
+    content = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+    except OSError:
+        return False
+    return True

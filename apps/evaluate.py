@@ -6,10 +6,10 @@ python -m apps.evaluate --run-dir DIR
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from apps.cli import add_import, run
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 
 
 def parse() -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0",
     )
-    parser.add_argument("--run-dir", required=True, help="run folder")
+    parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")
@@ -37,7 +37,7 @@ def main() -> None:
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
 
-    folder = RunFolder(Path(arguments.run_dir))
+    folder = RunFolder(arguments.run_dir)
     with process_group() as world:
         session, step = load_session(folder, world, arguments.overrides)
         report = evaluate_split(session, arguments.split)

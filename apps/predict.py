@@ -6,10 +6,10 @@ python -m apps.predict --run-dir DIR --input DATASET --output FILE.parquet
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from apps.cli import add_import, run
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 
 
 def parse() -> argparse.Namespace:
@@ -21,9 +21,11 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.predict --run-dir runs/NAME --input data/movielens-1m --output scores.parquet",
     )
-    parser.add_argument("--run-dir", required=True, help="run folder")
-    parser.add_argument("--input", required=True, help="dataset folder, encoded with the vocabularies the run was trained on")
-    parser.add_argument("--output", required=True, help="Parquet file to write")
+    parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
+    parser.add_argument(
+        "--input", type=local_path, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
+    )
+    parser.add_argument("--output", type=local_path, required=True, help="Parquet file to write")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     return parser.parse_args()
@@ -39,8 +41,8 @@ def main() -> None:
     from mmlrec.session.session import load_session
 
     with process_group() as world:
-        session, _ = load_session(RunFolder(Path(arguments.run_dir)), world, [])
-        write_predictions(session, Path(arguments.input), arguments.split, Path(arguments.output))
+        session, _ = load_session(RunFolder(arguments.run_dir), world, [])
+        write_predictions(session, arguments.input, arguments.split, arguments.output)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from apps.cli import add_import, run
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 
 
 def _seeds(text: str) -> list[int]:
@@ -33,7 +34,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
-    parser.add_argument("--run-dir", help="folder for one run folder per seed; default: as apps.train names them")
+    parser.add_argument(
+        "--run-dir", type=local_path, help="folder for one run folder per seed; default: as apps.train names them"
+    )
     add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()

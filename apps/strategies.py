@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from apps.cli import add_import, run
 from apps.listing import WIDTH, docstring, option_lines, options_of
 from mmlrec.errors import UserError
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -114,7 +114,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="strategies; all, a line each, when absent")
     add_import(parser)
-    parser.add_argument("--pages", type=Path, metavar="DIR", help="write a page for each of this package's into DIR and stop")
+    parser.add_argument(
+        "--pages", type=local_path, metavar="DIR", help="write a page for each of this package's into DIR and stop"
+    )
     return parser.parse_args()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from apps.cli import add_import, run
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 
 _EPILOG = """\
 examples:
@@ -40,8 +41,13 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file")
-    parser.add_argument("--run-dir", help="where to write; default: run_dir of the config, else a name made from it")
+    parser.add_argument(
+        "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
+    )
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
+    parser.add_argument(
+        "--restart", action="store_true", help="begin again at step 0 where all checkpoints, or the best one, are damaged"
+    )
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
     add_import(parser)
@@ -70,9 +76,9 @@ def main() -> None:
     from mmlrec.metrics.report import report_table
     from mmlrec.training.run import default_run_dir, train
 
-    run_dir = Path(arguments.run_dir) if arguments.run_dir else default_run_dir(config, Path(arguments.config))
+    run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
     with process_group() as world:
-        report = train(config, run_dir, world, resume=arguments.resume, source=arguments.config)
+        report = train(config, run_dir, world, resume=arguments.resume, restart=arguments.restart, source=arguments.config)
         if world.is_main:
             print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_table(report)}")
 

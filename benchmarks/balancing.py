@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from mmlrec.config import load_config
 from mmlrec.distributed import World, process_group
+from mmlrec.paths import local_path
 from mmlrec.registry import strategy_names
 from mmlrec.schema import DatasetManifest
 from mmlrec.training.run import train
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.balancing", description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--strategies", default=",".join(strategy_names()), help="comma list (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/balancing"), help="(default: runs/balancing)")
+    parser.add_argument("--out", type=local_path, default=Path("runs/balancing"), help="(default: runs/balancing)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     arguments = parser.parse_intermixed_args()
     data, config = arguments.out / "data", arguments.out / "config.yaml"

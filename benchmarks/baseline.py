@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from mmlrec.paths import local_path
 from mmlrec.schema import DatasetManifest, label_column
 
 
@@ -78,7 +79,7 @@ def load(folder: Path, manifest: DatasetManifest) -> TensorDataset:
 def main() -> None:
     """Train for a number of steps and print the median samples per second of the windows after the first, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True, type=Path)
+    parser.add_argument("--dataset", required=True, type=local_path)
     parser.add_argument("--dim", required=True, type=int)
     parser.add_argument("--steps", required=True, type=int, help="steps of one window")
     parser.add_argument("--windows", type=int, default=4)

@@ -29,6 +29,7 @@ from benchmarks.flops import FORWARD, Case
 from mmlrec.distributed import keep_freed_memory
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
+from mmlrec.paths import local_path
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting, Task
 
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=4096, help="batch size")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/methods.json"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/methods.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # As in training.

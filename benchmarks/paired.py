@@ -23,6 +23,7 @@ from statistics import median
 from tabulate import tabulate
 
 from benchmarks import preprocessing, throughput
+from mmlrec.paths import local_path
 
 _HERE = Path(__file__).parents[1]
 _ROWS = {"movielens": 5_000_000, "criteo": 2_000_000}
@@ -63,11 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paired", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, required=True, help="checkout to compare with")
+    parser.add_argument("--before", type=local_path, required=True, help="checkout to compare with")
     parser.add_argument("--cases", default="a,b,movielens,criteo", help="comma list (default: all)")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2, help="of training (default: 2)")
-    parser.add_argument("--work-dir", type=Path, default=Path("benchmark-paired"), help="keeps the generated data")
+    parser.add_argument("--work-dir", type=local_path, default=Path("benchmark-paired"), help="keeps the generated data")
     options = parser.parse_args()
     work = options.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)

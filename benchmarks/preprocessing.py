@@ -27,6 +27,8 @@ import pyarrow as pa
 import pyarrow.csv
 from tabulate import tabulate
 
+from mmlrec.paths import local_path
+
 _CHUNK = 500_000
 _GENRES = (
     "Action|Adventure|Animation|Children|Comedy|Crime|Drama|Fantasy|Film-Noir|Horror|Musical|Mystery|Romance|Sci-Fi|Thriller"
@@ -232,9 +234,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of each shape, instead of its own number")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the rows")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB for ours (default: 4)")
-    parser.add_argument("--work-dir", type=Path, default=Path("benchmark-preprocessing"))
+    parser.add_argument("--work-dir", type=local_path, default=Path("benchmark-preprocessing"))
     parser.add_argument("--step", choices=["pandas", "decode"], help=argparse.SUPPRESS)
-    parser.add_argument("--raw", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", type=local_path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
         pattern = options.step == "pandas"

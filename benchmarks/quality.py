@@ -26,6 +26,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from tabulate import tabulate
 
 from mmlrec.config import load_config
+from mmlrec.paths import local_path
 from mmlrec.registry import aliases, method, method_names
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import DatasetManifest, Feature, Setting, label_column
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join([*method_names(), *aliases()]))
     parser.add_argument("--dataset", default="movielens", help="configs/<setting>/<dataset>.yaml")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=local_path, default=Path("runs/quality"))
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run")
     arguments = parser.parse_intermixed_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from mmlrec.paths import local_path
 from mmlrec.schema import DatasetManifest, Feature, Table, Task
 from preprocessing.writing.parts import SplitWriter
 
@@ -93,7 +94,7 @@ def measure(folder: Path, *, batch_size: int, epochs: int) -> dict[str, float]:
 def main() -> None:
     """Measure, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, help="dataset folder; default: generate one")
+    parser.add_argument("--dataset", type=local_path, help="dataset folder; default: generate one")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--num-sparse", type=int, default=26)
     parser.add_argument("--num-multi", type=int, default=0)

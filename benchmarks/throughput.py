@@ -24,6 +24,8 @@ from tempfile import TemporaryDirectory
 import torch
 from tabulate import tabulate
 
+from mmlrec.paths import local_path
+
 BATCH = 4096
 
 
@@ -154,7 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=400_000, help="rows of the generated dataset, all splits")
-    parser.add_argument("--work-dir", type=Path, help="keep the generated data here")
+    parser.add_argument("--work-dir", type=local_path, help="keep the generated data here")
     parser.add_argument("--no-baseline", action="store_true")
     arguments = parser.parse_args()
     machine = rates(arguments.threads)

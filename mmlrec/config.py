@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mmlrec.errors import ConfigError
+from mmlrec.paths import local_path, refusal
 from mmlrec.schema import Setting
 from mmlrec.yaml_config import Loader, StrictModel, load_with_base, merge, validate_section
 
@@ -25,6 +26,11 @@ class DatasetConfig(StrictModel):
     tasks: list[str] | None = Field(
         default=None, min_length=1, description="Tasks in order; all of the manifest's when absent."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _of_this_machine(cls, path: str) -> str:
+        return _checked_path(path)
 
 
 class TableOptimizerConfig(StrictModel):
@@ -111,6 +117,12 @@ class TrainingConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+def _checked_path(path: str) -> str:
+    if message := refusal(path):
+        raise ValueError(message)
+    return path
+
+
 class RunConfig(StrictModel):
     """The whole file. `model` and `balancing` are plain: their options are those of the files that their names stand for."""
 
@@ -151,6 +163,11 @@ class RunConfig(StrictModel):
             )
         return {**content, "balancing": {**balancing, "name": strategy}}
 
+    @field_validator("run_dir")
+    @classmethod
+    def _of_this_machine(cls, path: str | None) -> str | None:
+        return None if path is None else _checked_path(path)
+
     @field_validator("balancing", mode="before")
     @classmethod
     def _strategy_has_a_name(cls, section: Any) -> Any:
@@ -174,9 +191,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Raises:
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
+        UserError: `path` is an address.
     """
     origin: dict[str, str] = {}
-    content = load_with_base(Path(path), origin)
+    content = load_with_base(local_path(path), origin)
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not all(key.split(".")):

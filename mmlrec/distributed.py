@@ -7,11 +7,14 @@ import ctypes
 import logging
 import os
 import re
+import signal
+import socket
 import sys
 import time
+import uuid
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from mmlrec.errors import UserAdvice, UserError
+from mmlrec.errors import RankError, UserAdvice, UserError
 
 logger = logging.getLogger("mmlrec")
 
@@ -35,6 +38,7 @@ class World:
 
     Attributes:
         control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
+        start: a word that no other start of a run has, the same on all ranks.
     """
 
     rank: int
@@ -42,6 +46,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    start: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def is_main(self) -> bool:
@@ -67,14 +72,16 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def raise_together(self, error: UserError | None) -> None:
         """Raise on every rank when one rank has an error, so that none is left waiting in a collective."""
-        errors: list[UserError | None] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(errors, error, group=self.control)
-        else:
-            errors = [error]
-        for found in errors:
+        for found in self.gather(error):
             if found is not None:
                 raise found
 
@@ -108,20 +115,15 @@ def process_group() -> Iterator[World]:
         assert control is not None
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         configure_logging(rank)
-        yield World(rank, world_size, local_world_size, device, control)
-    except UserError as error:
-        error.told = _told_already(store, world_size)
-        raise
-    except RuntimeError as error:
-        if world_size == 1 or not _PEER_GONE.search(str(error)):
+        start = [uuid.uuid4().hex[:12]]
+        if world_size > 1:
+            dist.broadcast_object_list(start, src=0, group=control)
+        yield World(rank, world_size, local_world_size, device, control, start[0])
+    except Exception as error:
+        if world_size == 1:
             raise
-        time.sleep(2)  # a peer that failed with a message of its own tells it first
-        lost = UserError(
-            "another rank of this run ended without a message: killed, or out of memory."
-            " Run the same command again to continue from the newest checkpoint."
-        )
-        lost.told = _told_already(store, world_size)
-        raise lost from None
+        failure = _last_words(error, store, rank, world_size)
+        raise failure from failure.__cause__
     finally:
         # Without this a finished gloo process may abort in its destructors.
         dist.destroy_process_group()
@@ -130,18 +132,89 @@ def process_group() -> Iterator[World]:
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
 
+#: How long a rank that fails waits for the others: one that knows why, until all know that it does; one that does not, for
+#: one that does.
+_NOTICED_WITHIN_S, _SAID_WITHIN_S = 10.0, 2.0
+#: In the store: how many ranks have said why they end, how many need the store no more; and, with a rank behind it, which
+#: have noticed that one ends.
+_SAID, _DONE, _NOTICED = "mmlrec/said", "mmlrec/done", "mmlrec/noticed/"
 
-def _told_already(store: dist.Store, world_size: int) -> bool:
-    """False on the first rank that fails, which tells the user; True on the others, which leave it time to."""
-    if world_size == 1:
-        return False
+
+def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
+    """What to end this rank of several with: the exception itself where the user can mend it, else a RankError.
+
+    Its `told` is False on the first rank that has anything to say, which tells it, and True on the others.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread
+        # The agent ends the other ranks as soon as one has gone; they have to find out why first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lost_another = isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
+
+    def noticed() -> set[int]:
+        return {other for other in range(world_size) if store.check([f"{_NOTICED}{other}"])}
+
+    told = False
     try:
-        told = store.add("mmlrec/failed", 1) > 1
+        if not lost_another:
+            told = store.add(_SAID, 1) > 1
+        store.set(f"{_NOTICED}{rank}", "")
+        _hang_up()
+        _wait(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
+        gone = sorted(set(range(world_size)) - noticed())
+        if lost_another:
+            told = store.add(_SAID, 1) > 1
+        store.add(_DONE, 1)
+        if rank == 0:  # which may hold the store
+            _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)
     except RuntimeError:
-        return False
+        gone = [0]
+        if lost_another:
+            # The store went with rank 0 or its host: the next rank speaks, and the first one of each other host.
+            told = not (rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0")
     if told:
-        time.sleep(2)
-    return told
+        time.sleep(1)  # for the one that tells it, whose end torchrun is to see first
+    failure: Any = _lost(gone) if lost_another else _named(error, rank)
+    failure.told = told
+    return failure
+
+
+def _lost(gone: list[int]) -> RankError:
+    names = f"one of the ranks {', '.join(map(str, gone[:10]))}" if gone else "another rank"
+    return RankError(
+        f"{f'rank {gone[0]}' if len(gone) == 1 else names} of this run ended without a message: killed, or out of memory."
+        " Run the same command again to continue from the newest checkpoint."
+    )
+
+
+def _named(error: Exception, rank: int) -> Exception:
+    """The exception itself where the user can mend it, else one with the name of the rank."""
+    if isinstance(error, UserError | OSError | ImportError):
+        return error
+    step = "".join(f" {note}" for note in getattr(error, "__notes__", []) if note.startswith("at step "))
+    text = (str(error).splitlines() or [""])[0]
+    failure = RankError(f"rank {rank} on {socket.gethostname()} failed{step}: {type(error).__name__}: {text}")
+    failure.__cause__ = error
+    return failure
+
+
+def _hang_up() -> None:
+    """Close the connections to the other ranks, which then notice at once, but not the one to the store.
+
+    They would close when this process ends, and where it is rank 0 the store ends with it: nobody could read in it any more
+    that the cause is told. The process group closes none: tables and network keep it.
+    """
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                ports = (connection.getsockname()[1], connection.getpeername()[1])
+                if int(os.environ["MASTER_PORT"]) not in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def keep_freed_memory() -> None:
@@ -183,14 +256,30 @@ def log_file(path: Path, world: World) -> Iterator[None]:
     if not world.is_main:
         yield
         return
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is told once, where the log is shown as well."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """See the base class: called while the exception is handled."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            logger.warning("note: %s: %s; the run goes on without it.", self.baseFilename, error.strerror)
 
 
 def quiet_libraries() -> None:

@@ -26,6 +26,12 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
 
 
+class RankError(UserError):
+    """One rank of several failed in a way that nobody foresaw: which one, when and why. `__cause__` is its exception."""
+
+    exit_code = 1
+
+
 class UserAdvice(UserWarning):
     """Something that works but that the user may not want. Rank 0 of a run logs its message as one line."""
 

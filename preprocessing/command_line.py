@@ -12,6 +12,7 @@ from typing import Any
 import mmlrec
 from mmlrec.errors import DataError, UserError, discard_output
 from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets
@@ -136,14 +137,14 @@ def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
             epilog=kind.examples or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--out", type=Path, required=True, help="the dataset folder to make")
+        command.add_argument("--out", type=local_path, required=True, help="the dataset folder to make")
         command.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
         command.add_argument("--seed", type=_seed, default=2024, help="of the split and of generated data (default: 2024)")
         command.add_argument("--workers", type=_positive, metavar="N", help=_WORKERS)
         command.add_argument("--memory", type=_gib, default=4.0, metavar="GIB", help=_MEMORY)
         command.add_argument("--engine", choices=["local", "spark"], default="local", help=_ENGINE)
         if kind.raw_files:
-            command.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
+            command.add_argument("--raw", type=local_path, required=True, help="folder of the raw files")
             command.add_argument("--parity", action="store_true", help=_PARITY)
         if kind.raw_files or kind.rows is not Dataset.rows:
             command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)

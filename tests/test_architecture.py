@@ -11,7 +11,17 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("mmlrec", "apps", "preprocessing", "benchmarks")
-CONTRACT = (*("mmlrec.schema", "mmlrec.registry", "mmlrec.config", "mmlrec.yaml_config", "mmlrec.extensions", "mmlrec.errors"),)
+CONTRACT = (
+    *(
+        "mmlrec.schema",
+        "mmlrec.registry",
+        "mmlrec.config",
+        "mmlrec.yaml_config",
+        "mmlrec.extensions",
+        "mmlrec.errors",
+        "mmlrec.paths",
+    ),
+)
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
 EVERYTHING = ("mmlrec", "preprocessing", *HEAVY)
 
@@ -51,7 +61,10 @@ RULES = {
 }
 # A package may import its own modules, except for methods and strategies: one file each, independent of each other.
 APART = ("mmlrec.models", "mmlrec.balancing.strategies")
-STANDARD_LIBRARY_ONLY = ("mmlrec.errors", "mmlrec.terminal", "mmlrec.extensions", "mmlrec.doctor", "mmlrec.launch.shipped")
+STANDARD_LIBRARY_ONLY = (
+    *("mmlrec.errors", "mmlrec.paths", "mmlrec.terminal", "mmlrec.extensions", "mmlrec.doctor"),
+    "mmlrec.launch.shipped",
+)
 CONTRACT_LIBRARIES = {"yaml", "pydantic"}
 
 

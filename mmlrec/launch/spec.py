@@ -18,6 +18,7 @@ from mmlrec.errors import ConfigError
 from mmlrec.extensions import import_modules
 from mmlrec.launch.presets import Preset
 from mmlrec.launch.shipped import shipped_folder
+from mmlrec.paths import local_path
 from mmlrec.registry import resolve
 
 # The agents' store is shared with the ranks by default and reused after a restart: new ranks then read the addresses of
@@ -46,9 +47,11 @@ def train_app(
 
     Raises:
         ConfigError: the config is missing or wrong.
-        UserError: a module of `imports` cannot be used.
+        UserError: a module of `imports` cannot be used, or a path is an address.
     """
-    if not Path(config).is_file():
+    if run_dir is not None:
+        local_path(run_dir)
+    if not local_path(config).is_file():
         raise ConfigError(f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}.")
     import_modules(imports)
     resolve(load_config(config, overrides), f"{config} with the command line")

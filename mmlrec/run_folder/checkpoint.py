@@ -54,7 +54,8 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    temporary = folder.with_name(folder.name + _TEMPORARY)
+    # Of this start alone: what ranks of another one may still write is never taken for a part of this checkpoint.
+    temporary = folder.with_name(f"{folder.name}.{world.start}{_TEMPORARY}")
     error: UserError | None = None
     if world.is_main:
         try:
@@ -153,6 +154,26 @@ def latest(folder: Path, world: World) -> Path | None:
             logger.warning("passing over a damaged checkpoint: %s", reason)
     found = world.from_main(str(chosen) if chosen else None)
     return Path(str(found)) if found else None
+
+
+def step_damage(folder: Path) -> list[str]:
+    """Why the step checkpoints of a run are not usable, one reason for each that is not, the newest first."""
+    reasons = [damage(path) for path in sorted(folder.glob("step_*"), reverse=True) if not path.suffix]
+    return [reason for reason in reasons if reason is not None]
+
+
+def best_damage(best: Path) -> str | None:
+    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one."""
+    reason = damage(best)
+    return None if reason is None or damage(best.with_name(best.name + _REPLACED)) is None else reason
+
+
+def discard(folder: Path, world: World) -> None:
+    """Delete all checkpoints of a run."""
+    if world.is_main:
+        for path in folder.glob("step_*"):
+            shutil.rmtree(path, ignore_errors=True)
+    world.barrier()
 
 
 def settle_best(best: Path, step: int | None, world: World) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest
+from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.yaml_config import StrictModel
 
@@ -63,9 +65,7 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written: {error}. Choose another with --run-dir."
-            ) from error
+            raise unwritable(self.path, error) from error
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
@@ -105,11 +105,9 @@ class RunFolder:
         Raises:
             ConfigError: listing each key that differs, with both values.
         """
-        before, now = _flat(self.read_config()), _flat(config)
         different = [
-            f"  {key}: {before.get(key)!r} in the run folder, {now.get(key)!r} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER)
+            f"  {key}: {before!r} in the run folder, {now!r} now"
+            for key, (before, now) in differences(self.read_config(), config).items()
         ]
         if different:
             raise ConfigError(
@@ -146,11 +144,20 @@ class RunFolder:
             )
 
     def keep_metrics_until(self, step: int) -> None:
-        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again."""
-        if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.metrics, "".join(kept))
+        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again, and broken ones."""
+        if not self.metrics.is_file():
+            return
+        kept, broken = [], []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n"), start=1):
+            try:
+                if line and json.loads(line)["step"] <= step:
+                    kept.append(line.decode() + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                broken.append(number)
+        if broken:
+            lines = f"line {broken[0]} is" if len(broken) == 1 else f"lines {', '.join(map(str, broken))} are"
+            logger.warning("%s: %s no report, as a power cut may leave it; dropped.", self.metrics, lines)
+        write_atomically(self.metrics, "".join(kept))
 
 
 def data_state(manifest: DatasetManifest) -> dict[str, Any]:
@@ -165,13 +172,27 @@ def data_state(manifest: DatasetManifest) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a small text file so that readers see the old or the new content, never a part, whoever else writes it, too."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, of the keys that differ and make another run; in order of key."""
+    old, new = _flat(before), _flat(now)
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER)
+    }
 
 
 def _flat(config: StrictModel) -> dict[str, Any]:

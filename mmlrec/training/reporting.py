@@ -1,4 +1,7 @@
-"""What a run tells while it trains: progress bar, log file, metrics.jsonl and TensorBoard. Rank 0 only."""
+"""What a run tells while it trains: progress bar, log file, metrics.jsonl and TensorBoard. Rank 0 only.
+
+A disk that is full stops reports, never the run: it is told when it happens and again at the end.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,13 +39,18 @@ class Reporter:
         self._batch_size = batch_size
         self._first_step, self._total_steps = first_step, total_steps
         self._stack = contextlib.ExitStack()
+        self._tensorboard: SummaryWriter | None = None
+        #: What could not be written: file or folder -> why.
+        self._lost: dict[Path, str] = {}
 
     def __enter__(self) -> Self:
         self._trained, self._resumed, self._window_step = 0.0, time.perf_counter(), self._first_step
         if not self._main:
             return self
-        self._metrics = self._stack.enter_context(self._folder.metrics.open("a", encoding="utf-8", buffering=1))
-        self._tensorboard = self._stack.enter_context(SummaryWriter(str(self._folder.tensorboard), purge_step=self._first_step))
+        self._metrics = self._stack.enter_context(self._folder.metrics.open("ab", buffering=0))
+        self._stack.enter_context(_quiet_writer_threads())
+        with self._told(self._folder.tensorboard):
+            self._tensorboard = SummaryWriter(str(self._folder.tensorboard), purge_step=self._first_step)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -55,7 +66,12 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._tensorboard is not None:
+            with self._told(self._folder.tensorboard):
+                self._tensorboard.close()
         self._stack.close()
+        for path, reason in self._lost.items():
+            logger.warning("note: %s lacks reports of this run: %s.", path, reason)
 
     def advance(self) -> None:
         """One step done."""
@@ -104,11 +120,11 @@ class Reporter:
             record["diagnostics"] = diagnostics
         self._write(record)
         for name, value in diagnostics.items():
-            self._tensorboard.add_scalar(f"train/{name}", value, step)
+            self._plot(f"train/{name}", value, step)
         for name, value in losses.items():
-            self._tensorboard.add_scalar(f"train/loss/{name}", value, step)
-        self._tensorboard.add_scalar("train/samples_per_second", speed, step)
-        self._tensorboard.add_scalar("train/data_wait_share", share, step)
+            self._plot(f"train/loss/{name}", value, step)
+        self._plot("train/samples_per_second", speed, step)
+        self._plot("train/data_wait_share", share, step)
 
     def validation(self, step: int, epoch: int, report: dict[str, Any], note: str) -> None:
         """Report a validation."""
@@ -124,7 +140,7 @@ class Reporter:
         for name, task in entries_of(report):
             for metric, value in task.items():
                 if isinstance(value, float):
-                    self._tensorboard.add_scalar(f"valid/{metric}/{name}", value, step)
+                    self._plot(f"valid/{metric}/{name}", value, step)
 
     def stop_clock(self) -> None:
         """Count the time since the last restart (or stop) as training."""
@@ -136,4 +152,46 @@ class Reporter:
         self._resumed = time.perf_counter()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
+        line = (json.dumps(record) + "\n").encode()
+        with self._told(self._folder.metrics):
+            written = self._metrics.write(line)
+            try:
+                while written < len(line):
+                    written += self._metrics.write(line[written:])
+            except OSError:
+                # Room for a part of it only: no line at all is better than a broken one.
+                self._metrics.truncate(self._metrics.tell() - written)
+                raise
+
+    def _plot(self, name: str, value: float, step: int) -> None:
+        if self._tensorboard is not None:
+            with self._told(self._folder.tensorboard):
+                self._tensorboard.add_scalar(name, value, step)
+            if self._folder.tensorboard in self._lost:
+                self._tensorboard = None  # its thread has ended: it takes nothing more
+
+    @contextlib.contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """What cannot be written is told once."""
+        try:
+            yield
+        except OSError as error:
+            if path not in self._lost:
+                self._lost[path] = error.strerror or str(error)
+                logger.warning("note: %s: %s; the run goes on without it.", path, self._lost[path])
+
+
+@contextlib.contextmanager
+def _quiet_writer_threads() -> Iterator[None]:
+    """Keep the traceback of TensorBoard's thread off the screen when its disk is full: its next call raises the same."""
+    shown = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard.")):
+            shown(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = shown

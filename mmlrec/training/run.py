@@ -2,59 +2,119 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
-from mmlrec.config import ALIASES, RunConfig
+from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
-from mmlrec.errors import CheckpointError, UserError
+from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
-from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.folder import RunFolder, differences
+from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
 
+#: Most differences that a name spells out, and most characters of them together.
+_SPELT_OUT, _SPELT_LENGTH = 3, 80
+
 
 def default_run_dir(config: RunConfig, source: Path) -> Path:
-    """`run_dir` of the configuration, else a name made of config file, method, strategy (if not static) and seed."""
+    """`run_dir` of the configuration, else a name: config file, method, strategy (if not static), seed, and what differs.
+
+    That is what the configuration has beyond the file with this method, strategy and seed: `key=value` where such pieces are
+    few and short, else a digest of them. Configurations between which no run may be resumed have different names.
+    """
     if config.run_dir is not None:
         return Path(config.run_dir)
     name, strategy = config.model["name"], config.balancing["name"]
     balanced = "" if strategy == "static" or name in ALIASES else f"-{strategy}"
     stem = f"{config.dataset.setting}-{source.stem}-{name}{balanced}-seed{config.training.seed}"
-    return Path("runs") / stem
+    return Path("runs") / (stem + _what_differs(config, source))
 
 
-def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = False, source: str = "config") -> dict[str, Any]:
+def _what_differs(config: RunConfig, source: Path) -> str:
+    config = resolve(config, str(source))
+    named = {
+        "dataset.path": config.dataset.path,  # of no weight: a dataset may be moved
+        "dataset.setting": str(config.dataset.setting),
+        "model.name": config.model["name"],
+        "balancing.name": config.balancing["name"],
+        "training.seed": config.training.seed,
+    }
+    try:
+        plain = resolve(load_config(source, [f"{key}={json.dumps(value)}" for key, value in named.items()]), str(source))
+    except ConfigError:  # the file alone is none, without what the command line adds
+        plain = RunConfig(dataset=config.dataset)
+    different = {key: now for key, (_, now) in differences(plain, config).items()}
+    if not different:
+        return ""
+    spelt = "".join(f"-{key}={_short(value)}" for key, value in different.items())
+    readable = len(different) <= _SPELT_OUT and len(spelt) <= _SPELT_LENGTH and None not in map(_short, different.values())
+    return spelt if readable else "-" + hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _short(value: Any) -> str | None:
+    """A value as a part of a name, which no other value of its key has; None where it is no number, word or list of numbers."""
+    if isinstance(value, list) and value and all(isinstance(item, int | float) for item in value):
+        return "_".join(map(json.dumps, value)) + ("_" if len(value) == 1 else "")
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return value if isinstance(value, str) and re.fullmatch(r"(?!(?:true|false|null)$)[A-Za-z][A-Za-z0-9_.]*", value) else None
+
+
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    source: str = "config",
+) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
     Args:
         resume: insist on a checkpoint to resume from.
+        restart: begin at step 0 where all checkpoints, or the best one, are damaged.
         source: config file, for messages.
 
     Returns:
         The test report, on every rank.
 
     Raises:
-        UserError: configuration, data, checkpoint or folder are unusable, or a signal stopped the run.
+        UserError: configuration, data, checkpoint or folder are unusable, another run writes there, or a signal stopped the
+            run.
     """
     config = resolve(config, source)
-    folder = RunFolder(run_dir)
+    with hold(run_dir, world):
+        return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, source=source)
+
+
+def _train(config: RunConfig, folder: RunFolder, world: World, *, resume: bool, restart: bool, source: str) -> dict[str, Any]:
+    run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
-    if found is None and resume:
-        raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
-    if found is not None:
+    if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
         folder.check_same_run(config)
+    if found is not None:
         folder.check_same_data(checkpoint.read_state(found), config)
-        if _complete(folder, found, config):
+        if _complete(folder, found, config) and not restart:
             report: dict[str, Any] = folder.read_result()["test"]
             logger.info(
                 "%s is complete; nothing left to train. Delete it, or choose another --run-dir, to train again.", run_dir
             )
             return report
+    _check_usable(folder, found, world, restart=restart)
+    if restart:
+        found = None
+    if found is None and resume:
+        raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
 
     session = build_session(config, world, for_training=True, source=source)
     trainer = Trainer(session, folder)
@@ -64,6 +124,8 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     doubt = check_chain(session) if found is None else None
     _create(folder, world)
     with log_file(folder.log, world):
+        if restart:
+            checkpoint.discard(folder.checkpoints, world)
         if found is not None:
             trainer.resume(found)
         checkpoint.settle_best(folder.best, None if found is None else trainer.progress.step, world)
@@ -74,7 +136,11 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
         _announce(session, trainer, run_dir, found)
         if doubt and world.is_main:
             logger.warning(doubt)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Exception as error:
+            error.add_note(f"at step {trainer.progress.step}")
+            raise
 
         best = checkpoint.read_state(folder.best)
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
@@ -91,6 +157,30 @@ def _create(folder: RunFolder, world: World) -> None:
             folder.create()
         except UserError as cause:
             error = cause
+    world.raise_together(error)
+
+
+def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restart: bool) -> None:
+    """Refuse to begin again, in silence, where a run has been trained but cannot be resumed, or not be finished."""
+    error: UserError | None = None
+    if world.is_main:
+        reasons = []
+        if found is None:
+            reasons = checkpoint.step_damage(folder.checkpoints)
+        elif json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["selection"]["best"]:
+            reasons = [reason for reason in [checkpoint.best_damage(folder.best)] if reason]
+        if reasons and not restart:
+            listed = "\n".join(f"  {reason}" for reason in reasons)
+            error = CheckpointError(
+                f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
+                "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
+                " again at step 0, and its checkpoints are deleted."
+            )
+        elif restart and found is not None and not reasons:
+            error = UserError(
+                f"{found} is whole, so there is nothing to begin again for: leave out --restart to continue from there, choose"
+                " another folder with --run-dir, or delete this one."
+            )
     world.raise_together(error)
 
 

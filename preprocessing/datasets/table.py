@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
+from mmlrec.paths import local_path
 from mmlrec.schema import Scenario, Task
 from preprocessing.dataset import Column, Dataset, EncodingRules, Hashing, bucketed, dense, multi, sparse
 from preprocessing.own_tables.config import (
@@ -112,9 +113,12 @@ class Table(Dataset):
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """`--config`, `--raw`, `--example`."""
-        parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="what the columns mean; see below")
+        parser.add_argument("--config", type=local_path, required=True, metavar="YAML", help="what the columns mean; see below")
         parser.add_argument(
-            "--raw", type=Path, default=None, help="folder of the files that the configuration names (default: where it is)"
+            "--raw",
+            type=local_path,
+            default=None,
+            help="folder of the files that the configuration names (default: where it is)",
         )
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from mmlrec.paths import local_path
 from mmlrec.schema import SPLITS
 from preprocessing.describing.description import Description, describe
 from preprocessing.describing.page import require_matplotlib, write_page
@@ -31,8 +31,8 @@ class Section:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `describe`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the dataset folder")
-    parser.add_argument("--page", type=Path, metavar="PAGE.html", help="write the tables and plots as one page, too")
+    parser.add_argument("folder", type=local_path, metavar="DIR", help="the dataset folder")
+    parser.add_argument("--page", type=local_path, metavar="PAGE.html", help="write the tables and plots as one page, too")
     parser.add_argument(
         "--rows", type=_num_examples, default=3, metavar="N", help="train rows to show as examples (default: 3)"
     )

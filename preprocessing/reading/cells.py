@@ -44,7 +44,7 @@ class Cells:
         return tuple(mark.strip(BLANKS) for mark in found) if self.strip else found
 
     def facts(self, *columns: str) -> dict[str, Any]:
-        """What of this turns cells of these columns into inputs, for the identity of the encoding; the order of texts is none."""
+        """What is done to cells of these columns, for the identity of the encoding."""
         marks = sorted({mark for column in columns for mark in self.marks(column)})
         return ({"missing": marks} if marks else {}) | ({"strip": True} if self.strip else {})
 

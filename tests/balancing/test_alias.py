@@ -33,7 +33,8 @@ def test_alias_is_listed_and_resolves(config):
     resolved = resolve(load_config(config, ["model.name=pcg", "balancing.scope=both"]), "here")
     assert (resolved.balancing["name"], resolved.balancing["scope"]) == ("pcgrad", "both")
     assert resolved.model["expert_hidden_units"] == [8]
-    assert default_run_dir(resolved, config) == Path("runs/mtl-config-pcg-seed0")
+    assert default_run_dir(resolved, config) == Path("runs/mtl-config-pcg-seed0-balancing.scope=both")
+    assert default_run_dir(load_config(config, ["model.name=pcg"]), config) == Path("runs/mtl-config-pcg-seed0")
 
 
 def test_strategies_have_run_folders_of_their_own(config):

@@ -142,7 +142,8 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     names = sorted(p.name for p in (run_dir / "checkpoints").glob("step_*"))
-    assert names == ["step_000000007", "step_000000014", "step_000000021.tmp"]
+    assert names[:2] == ["step_000000007", "step_000000014"]
+    assert [name.split(".")[::2] for name in names[2:]] == [["step_000000021", "tmp"]]
     done = run(command(root, run_dir))
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stderr

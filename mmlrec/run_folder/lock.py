@@ -1,0 +1,260 @@
+"""One writer at a time: the lock of a run folder, which ends with the processes that hold it.
+
+Rank r of a run locks byte r of the file `.lock` (fcntl, POSIX record locks). The kernel frees such a lock when its process
+ends, however it ends, so nothing is ever left to be removed by hand; and NFS hands it on to the server, so that it holds
+between hosts. (An flock is inherited by child processes, which would keep it; its bytes cannot be locked one by one.) A new
+run begins by locking all bytes: as long as any rank of a former one lives, that fails.
+
+What stands in the file is for messages, and for the ranks to see whether they share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mmlrec.distributed import World, logger
+from mmlrec.errors import UserError
+
+LOCK = ".lock"
+#: Ranks that outlive their rank 0 are about to notice it; longest wait for their end.
+_ORPHANS_END_WITHIN_S = 20.0
+#: Longest wait until another host sees what rank 0 has written.
+_SEEN_WITHIN_S = 5.0
+_TAKEN = {errno.EACCES, errno.EAGAIN}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+#: struct flock of 64-bit Linux: type, whence, start, length, process.
+_FLOCK = "hhlli0l"
+#: Options of a mount under which fcntl locks stay on this host: of nfs (two versions), lustre, cifs.
+_LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "nobrl"}
+#: Environment variable of a job's id -> its words.
+_JOBS = {"SLURM_JOB_ID": "Slurm job", "TORCHX_JOB_ID": "job"}
+
+
+@contextlib.contextmanager
+def hold(folder: Path, world: World) -> Iterator[None]:
+    """Keep every other run out of a run folder; it is made where it is absent, and removed if nothing was put in.
+
+    Every rank holds its part of the lock: the folder is free only when the last one has ended. Where the file system has no
+    locks, or keeps them to this host, a warning says so. A folder that cannot be written needs no lock.
+
+    Raises:
+        UserError: another run writes there, the folder cannot be written, or not every rank sees it.
+    """
+    lock = _Lock(folder)
+    ranks = world.gather((socket.gethostname(), os.getpid()))
+    error, writable = None, True
+    try:
+        if world.is_main:
+            try:
+                writable = lock.take({"start": world.start, "since": _now(), "job": _job(), "ranks": ranks})
+            except UserError as cause:
+                error = cause
+        world.raise_together(error)
+        if world.from_main(writable):
+            seen = world.is_main or lock.join(world.start, world.rank)
+            _check_shared(folder, world.gather((seen, str(folder.absolute()))), ranks)
+        yield
+    finally:
+        lock.leave()
+
+
+class _Lock:
+    """Part of this process in of the lock of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+        #: Folders that `take` has made, the innermost first.
+        self._made: list[Path] = []
+
+    def take(self, content: dict[str, Any]) -> bool:
+        """Lock all, write who holds it, and keep byte 0; False where nobody can write.
+
+        Raises:
+            UserError: another run holds it, or the folder cannot be made or written.
+        """
+        if self._folder.is_dir() and not os.access(self._folder, os.W_OK):
+            return False
+        try:
+            self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+            while not self._open_and_lock():
+                pass
+            assert self._descriptor is not None
+            text = json.dumps(content).encode()
+            os.pwrite(self._descriptor, text, 0)
+            os.ftruncate(self._descriptor, len(text))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise unwritable(self._folder, error) from error
+        if mount := _keeps_locks_to_itself(self._folder.resolve(), Path("/proc/self/mounts")):
+            logger.warning(
+                "note: %s: locks on its file system (%s) are not seen by other hosts: nothing tells there that it is taken.",
+                self._folder,
+                mount,
+            )
+        return True
+
+    def join(self, start: str, rank: int) -> bool:
+        """Lock the byte of a rank other than 0; False when this host does not see what rank 0 of this start has written."""
+        deadline = time.monotonic() + _SEEN_WITHIN_S
+        while True:
+            with contextlib.suppress(OSError):
+                self._descriptor = os.open(self._path, os.O_RDWR)
+                if _read(self._descriptor).get("start") == start:
+                    break
+                os.close(self._descriptor)
+            self._descriptor = None
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        return True
+
+    def leave(self) -> None:
+        """Free it; what `take` has made is removed unless there is more in it by now."""
+        if self._descriptor is None:
+            return
+        if self._made:
+            with contextlib.suppress(OSError):
+                if os.listdir(self._folder) == [LOCK]:
+                    self._path.unlink()
+                    for path in self._made:
+                        path.rmdir()
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _open_and_lock(self) -> bool:
+        """False when the file was removed by its holder before it was locked here."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._lock_all(self._descriptor)
+            if os.fstat(self._descriptor).st_ino == os.stat(self._path).st_ino:
+                return True
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise
+        os.close(self._descriptor)
+        self._descriptor = None
+        return False
+
+    def _lock_all(self, descriptor: int) -> None:
+        deadline = None
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)  # from byte 1 on: for the other ranks of this run
+                return
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    logger.warning(
+                        "note: %s: its file system has no locks (%s): nothing keeps a second run from writing there.",
+                        self._folder,
+                        error.strerror,
+                    )
+                    return
+                if error.errno not in _TAKEN:
+                    raise
+            if _is_locked(descriptor, 0):
+                raise self._taken(descriptor, [0])
+            if deadline is None:
+                deadline = time.monotonic() + _ORPHANS_END_WITHIN_S
+                logger.info("%s: waiting for the last ranks of the run before to end", self._folder)
+            if time.monotonic() > deadline:
+                ranks = range(1, len(_read(descriptor).get("ranks", [])))
+                raise self._taken(descriptor, [rank for rank in ranks if _is_locked(descriptor, rank)])
+            time.sleep(0.1)
+
+    def _taken(self, descriptor: int, ranks: list[int]) -> UserError:
+        content = _read(descriptor)
+        deadline = time.monotonic() + 1
+        while not content and time.monotonic() < deadline:  # its holder has it since a moment ago, and is about to write
+            time.sleep(0.05)
+            content = _read(descriptor)
+        who = "another run"
+        if content:
+            names = [f"{host}, process {process}" for host, process in (content["ranks"][rank] for rank in ranks)]
+            which = "" if ranks == [0] else f"rank {' and '.join(map(str, ranks))} of "
+            job = f", {content['job']}" if content["job"] else ""
+            who = f"{which}a run that was started at {content['since']} on {' and '.join(names)}{job}"
+        return UserError(
+            f"{self._folder} is taken: {who} is writing there. Wait for its end or stop it, or choose another folder with"
+            " --run-dir."
+        )
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """What to say of a run folder that cannot be made or written."""
+    return UserError(f"{folder}: the run folder cannot be written: {error}. Choose another with --run-dir.")
+
+
+def _check_shared(folder: Path, seen: list[tuple[bool, str]], ranks: list[tuple[str, int]]) -> None:
+    blind = [f"rank {rank} on {ranks[rank][0]} ({path})" for rank, (sees, path) in enumerate(seen) if not sees]
+    if blind:
+        raise UserError(
+            f"{folder}: not all ranks share this run folder: what rank 0 on {ranks[0][0]} ({seen[0][1]}) has written there is"
+            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder that"
+            " all hosts mount, under the same path."
+        )
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """What its holder has written; nothing while it is being written."""
+    try:
+        return dict(json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0)))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _is_locked(descriptor: int, byte: int) -> bool:
+    """True when another process has locked this byte."""
+    question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))[0]
+    return answer != fcntl.F_UNLCK
+
+
+def _keeps_locks_to_itself(folder: Path, mounts: Path) -> str | None:
+    """Kind and options of a mount whose locks other hosts do not see; None for others.
+
+    Args:
+        mounts: a file in the form of /proc/self/mounts.
+    """
+    try:
+        lines = mounts.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found, longest = None, -1
+    for line in lines:
+        _, encoded, kind, options, *_ = line.split(" ")
+        point = encoded.replace("\\040", " ")
+        if folder.is_relative_to(point) and len(point) >= longest:
+            local = _LOCAL_LOCKS & set(options.split(","))
+            found, longest = f"{kind}, {' '.join(sorted(local))}" if local else None, len(point)
+    return found
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def _job() -> str | None:
+    return next((f"{words} {os.environ[name]}" for name, words in _JOBS.items() if os.environ.get(name)), None)
