@@ -95,7 +95,7 @@ class Table(Dataset):
             self.scenario = Scenario(name=scenario.name or scenario.column, values=scenario.names)
         self.keys = {name: _TYPES.get(key.type, pa.int64()) for name, key in config.keys.items()}
         self.group_key = config.group_key
-        self.split = _split_rule(config)
+        self.split, self.duplicates = _split_rule(config), config.duplicates
         if scenario is not None:
             setting = "mtmsl" if len(self.tasks) > 1 else "msl"
             self.next_config = f"{Dataset.next_config} dataset.setting={setting}"

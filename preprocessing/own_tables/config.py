@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 from preprocessing.rows.expressions import Condition, parse_condition
+from preprocessing.split_rules import Duplicates
 
 FORMATS = {
     "csv": (".csv", ".tsv", ".txt", ".dat", ".log"),
@@ -51,6 +52,10 @@ class CsvConfig(StrictModel):
         return self
 
 
+#: Given at a feature, tells that it may read a label's column.
+AllowLabel = Annotated[bool, Field(description="The feature may be made of a column that a label is made of.")]
+
+
 class HashConfig(StrictModel):
     """Ids by hash: no vocabulary, a table of fixed size."""
 
@@ -68,6 +73,7 @@ class IdFeature(StrictModel):
     table: str | None = Field(default=None, description="Another feature, whose embedding table this one shares.")
     min_count: int | None = Field(default=None, ge=1, description="Values seen less often in train get id 0; 1 when absent.")
     hash: HashConfig | None = None
+    allow_label_feature: AllowLabel = False
 
     @model_validator(mode="after")
     def _one_mapping(self) -> IdFeature:
@@ -94,6 +100,7 @@ class NumberFeature(StrictModel):
         default="min_max", description="log: sign(x) log(1 + |x|), then min-max; both by the train rows."
     )
     buckets: int | None = Field(default=None, ge=2, le=1 << 16, description="Quantiles of the train rows, as ids.")
+    allow_label_feature: AllowLabel = False
 
     @model_validator(mode="after")
     def _scaled_or_in_buckets(self) -> NumberFeature:
@@ -124,6 +131,11 @@ class TaskConfig(StrictModel):
     def condition(self) -> Condition | None:
         """The condition, where the label is one."""
         return parse_condition(self.label.strip()) if _OPERATOR.search(self.label) else None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the label is made of."""
+        return list(self.condition.columns) if self.condition else [self.label]
 
 
 class ScenarioConfig(StrictModel):
@@ -233,6 +245,9 @@ class TableConfig(StrictModel):
     keys: dict[Name, KeyConfig] = {}
     group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
     split: SplitConfig = RandomRule()
+    duplicates: Duplicates = Field(
+        default="keep", description="Rows that are equal to an earlier one go where the split says, nowhere, or to its side."
+    )
     terms: str = Field(default="", description="Terms of use of the data, shown with results.")
 
     @model_validator(mode="after")
@@ -253,6 +268,8 @@ class TableConfig(StrictModel):
         for name, feature in self.features.items():
             if isinstance(feature, IdFeature) and feature.table is not None:
                 self._check_shared(name, feature)
+            if not feature.allow_label_feature:
+                self._check_no_label(name, feature.column or name)
         if self.group_key is not None:
             self._check_key("group_key", self.group_key, ("int",))
         if isinstance(self.split, GroupRule):
@@ -263,6 +280,15 @@ class TableConfig(StrictModel):
             if dates and self.keys[self.split.key].type == "int":
                 raise ValueError(f"split.cuts are dates, but key '{self.split.key}' is int: give integers, or type: datetime")
         return self
+
+    def _check_no_label(self, name: str, column: str) -> None:
+        for task in self.tasks:
+            if column in task.columns:
+                raise ValueError(
+                    f"features.{name} is made of column '{column}', and so is the label of task '{task.name}' ({task.label}): a"
+                    " model would read the answer. Leave the feature away; or, where the column is known before the label is,"
+                    f" say so: features.{name}.allow_label_feature: true"
+                )
 
     def _check_shared(self, name: str, feature: IdFeature) -> None:
         other = self.features.get(str(feature.table))
