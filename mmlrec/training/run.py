@@ -15,6 +15,7 @@ from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import Session, build_session
 from mmlrec.training.chain import check_chain
+from mmlrec.training.selection import check_selectable
 from mmlrec.training.trainer import Trainer
 
 
@@ -57,6 +58,7 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
             return report
 
     session = build_session(config, world, for_training=True, source=source)
+    check_selectable(session.manifest, session.spec.tasks, session.branches())
     trainer = Trainer(session, folder)
     for split in ("valid", "test"):
         session.reader(split)  # What is missing there is told now, not when the split is needed.
