@@ -24,8 +24,8 @@ def chance_error(positives: int, negatives: int) -> float:
 def too_good(report: dict[str, Any], split: str) -> dict[str, str]:
     """Task -> what to say of an AUC that is seldom earned."""
     return {
-        name: f"Task '{name}': AUC {entry['auc']:.4f} on {split} is seldom earned. Look for a feature that is made from the label,"
-        " or known only after it, and for rows that are in train, too."
+        name: f"Task '{name}': AUC {entry['auc']:.4f} on {split} is seldom earned. Look for a feature that is made from the"
+        " label, or known only after it, and for rows that are in train, too."
         for name, entry in report["tasks"].items()
         if (entry.get("auc") or 0) > TOO_GOOD
     }
@@ -61,13 +61,13 @@ def _like_chance(name: str, entry: dict[str, Any], split: str) -> list[str]:
     counts = f"of {entry['rows']:,} rows with {positives:,} positives"
     if abs(auc - 0.5) <= noise:
         return [
-            f"Task '{name}': AUC {auc:.4f} on {split}, {counts}, cannot be told from chance (.5 ± {noise:.4f}, {_ERRORS} standard"
-            " errors). Train longer or with other learning rates, look for features that tell of the label, or use more rows."
+            f"Task '{name}': AUC {auc:.4f} on {split}, {counts}, cannot be told from chance (.5 ± {noise:.4f}, {_ERRORS}"
+            " standard errors). Train longer or with other learning rates, look for features that tell of it, or use more rows."
         ]
     if auc < 0.5:
         return [
-            f"Task '{name}': AUC {auc:.4f} on {split}, {counts}, is below chance: rows are ranked the wrong way round. Check that"
-            " labels mean the same in train."
+            f"Task '{name}': AUC {auc:.4f} on {split}, {counts}, is below chance: rows are ranked the wrong way round. Check"
+            " that labels mean the same in train."
         ]
     return []
 

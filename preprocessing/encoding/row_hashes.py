@@ -7,7 +7,8 @@ of column c, all modulo 2^64:
     w = M(n + sum_j (2 j + 1) w_j)   of a list of n values, whose integers are mixed before; null is an empty list
 
 A function of the values alone, so that engines, memory and workers agree. Rows that differ have equal hashes by chance only,
-some 2^-64 for each pair: in 25 million rows one such pair is expected once in some 15,000 datasets (two of the bits tell the split when they are counted).
+some 2^-64 for each pair, or 2^-62 when they are counted, where two bits tell the split: of datasets of 25 million rows one in
+15,000 has such a pair.
 """
 
 from __future__ import annotations
