@@ -25,7 +25,7 @@ _LINE_BITS = 40
 def traced() -> Iterator[list[str]]:
     """Add a key that tells file and line to each row; yields the files in the order of their numbers."""
     files: list[str] = []
-    schema, identity, only = Dataset.canonical_schema, Dataset.identity.fget, Block.only
+    schema, identity, only = Dataset.canonical_schema, vars(Dataset)["identity"].fget, Block.only
     last: list[Any] = [None]
 
     def followed(self: Block, *arguments: Any) -> Block:

@@ -69,8 +69,8 @@ class Memory:
 
     @property
     def copy_bytes(self) -> int:
-        """Of the hashes of rows that are sorted at a time."""
-        return self.num_bytes // 16
+        """Of the hashes of rows that are sorted at a time, of which there are about three copies."""
+        return self.num_bytes // 64
 
 
 @dataclass(frozen=True)

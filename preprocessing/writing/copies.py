@@ -120,7 +120,8 @@ class _HashFiles:
         if len(self._paths) == 1:
             self._append(0, entries)
             return
-        places = ((hashes >> np.uint64(32)) % np.uint64(len(self._paths))).astype(np.int64)
+        places = (hashes >> np.uint64(32)) % np.uint64(len(self._paths))
+        places = places.astype(np.uint16 if len(self._paths) <= 1 << 16 else np.int64)  # numpy sorts 16 bits by radix
         order = np.argsort(places, kind="stable")
         ends = np.cumsum(np.bincount(places, minlength=len(self._paths)))
         for index, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
