@@ -80,9 +80,7 @@ def branch_metrics(report: dict[str, Any], branches: list[tuple[str, str, str | 
     return values
 
 
-def check_selectable(
-    manifest: DatasetManifest, tasks: Sequence[Task], branches: list[tuple[str, str, str | None]]
-) -> None:
+def check_selectable(manifest: DatasetManifest, tasks: Sequence[Task], branches: list[tuple[str, str, str | None]]) -> None:
     """Refuse data by which no checkpoint could be chosen, before a step is taken: the manifest has the counts.
 
     Args:

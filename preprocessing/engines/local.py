@@ -117,9 +117,7 @@ def _write_in_order(
 ) -> tuple[dict[str, Written], dict[str, Any]]:
     """The three splits, one behind the other as the rows come; and further statistics."""
     group_rows = row_group_size(borders[1], NUM_LANES)
-    writers = [
-        SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in SPLITS
-    ]
+    writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in SPLITS]
     copies, missing = CopyCounter(folder / "scratch", borders[-1], memory.copy_bytes), MissingCounter(dataset.features)
     start = 0
     with progress(f"{dataset.name}: encode, write", borders[-1]) as done:

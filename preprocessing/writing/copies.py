@@ -42,7 +42,6 @@ class Copies:
             self.test_in_train + other.test_in_train,
         )
 
-
     def statistics(self, policy: Duplicates, num_dropped: int = 0) -> dict[str, Any]:
         """For the manifest."""
         return {"policy": policy} | ({"dropped": num_dropped} if policy == "drop" else {}) | asdict(self)

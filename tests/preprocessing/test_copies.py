@@ -33,6 +33,7 @@ DIFFERENT = {
     "integers": pa.array([0, 1, -1, 2**62, None], INT),
     "texts": pa.array(["", "a", "b", "aaaaaaaa", "aaaaaaaaa", "a" * 70 + "b", "a" * 70 + "c", None], TEXT),
     "numbers": pa.array([0.0, 1.0, -1.0, 1e-38, None], FLOAT),
+    "float64": pa.array([0.0, 1.0, -1.0, 2.0, 3.0, 4.0, 0.5, 1e300, None], pa.float64()),
     "lists of integers": pa.array([[], [1], [2], [1, 2], [2, 1], [4, 1], [1, 1], [1, 1, 1], [3], [0]], pa.list_(INT)),
     "lists of texts": pa.array([[], ["a"], ["b"], ["a", "b"], ["b", "a"], ["ab"], ["a", "a"], [""]], pa.list_(TEXT)),
 }
@@ -146,7 +147,7 @@ def make(out, columns, duplicates, split=None, **options):
 def test_kept_rows_are_where_they_were_and_are_counted(tmp_path):
     columns = log()
     manifest, lines = make(tmp_path / "out", columns, "keep")
-    assert sorted(sum(lines.values(), [])) == list(range(3000))
+    assert sorted(itertools.chain(*lines.values())) == list(range(3000))
     assert [len(lines[split]) for split in SPLITS] == [2400, 300, 300]
     rows = identity(columns)
     order = [(rows[line], split) for split, name in enumerate(SPLITS) for line in lines[name]]
@@ -169,7 +170,7 @@ def test_rows_kept_together_are_on_one_side_and_none_is_lost(tmp_path):
     for split, of_split in lines.items():
         for line in of_split:
             sides.setdefault(rows[line], set()).add(split)
-    assert sorted(sum(lines.values(), [])) == list(range(3000))
+    assert sorted(itertools.chain(*lines.values())) == list(range(3000))
     assert {len(found) for found in sides.values()} == {1}
     assert len(lines["train"]) == pytest.approx(2400, abs=200)
     counts = manifest.statistics["duplicates"]
@@ -182,7 +183,7 @@ def test_of_dropped_rows_the_first_stays(tmp_path):
     manifest, lines = make(tmp_path / "out", columns, "drop")
     rows = identity(columns)
     first = {row: line for line, row in reversed(list(enumerate(rows)))}
-    assert sorted(sum(lines.values(), [])) == sorted(first.values())
+    assert sorted(itertools.chain(*lines.values())) == sorted(first.values())
     assert manifest.statistics["duplicates"] == {
         "policy": "drop",
         "dropped": 3000 - len(first),

@@ -124,9 +124,7 @@ def test_a_scenario_without_rows_and_one_without_rows_in_a_split(tmp_path, capsy
     rows = frame().assign(t=np.arange(300))
     rows.loc[:100, "device"] = "c"
     rows.loc[101:, "device"] = rows["device"][101:].replace("c", "a")
-    (note,) = make(
-        tmp_path, capsys, rows, scenario=three, split={"rule": "time", "key": "t"}, keys={"t": {"type": "int"}}
-    )
+    (note,) = make(tmp_path, capsys, rows, scenario=three, split={"rule": "time", "key": "t"}, keys={"t": {"type": "int"}})
     assert note.startswith("Scenario 'c' has no row in valid and test.")
 
 
