@@ -1,7 +1,6 @@
 """What a user may get wrong, end to end: exit code, one message that names the culprit and the remedy, nothing half-written."""
 
 import functools
-import hashlib
 import importlib
 import json
 import os
@@ -497,73 +496,6 @@ def test_tables_beyond_memory(data, app, tmp_path):
     assert "the tables with the state of 'adagrad' need 29802.3" in error  # 1e12 rows of 4 floats, twice
     assert "rowwise_adagrad" in error
     assert not (tmp_path / "run").exists()
-
-
-def relabel(folder: Path, split: str, labels: dict[str, np.ndarray]) -> None:
-    """Replace labels of a split that lies in one part, with the counts that the manifest lists; nan is missing."""
-    manifest = DatasetManifest.load(folder)
-    listed = manifest.splits[split]
-    (part,) = listed.parts
-    rows, counts = pq.read_table(folder / part.path), dict(listed.label_counts)
-    for task, label in labels.items():
-        column = f"label.{task}"
-        rows = rows.set_column(rows.column_names.index(column), column, pa.array(label.astype(np.float32), from_pandas=True))
-        counts[task] = dict.fromkeys(counts[task], (int((~np.isnan(label)).sum()), int((label > 0).sum())))
-    pq.write_table(rows, folder / part.path, row_group_size=manifest.row_group_size)
-    content = (folder / part.path).read_bytes()
-    part = part.model_copy(update={"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-    splits = {**manifest.splits, split: listed.model_copy(update={"parts": [part], "label_counts": counts})}
-    manifest.model_copy(update={"splits": splits}).save(folder)
-
-
-@pytest.mark.parametrize("labels", [{"click": 0.0, "buy": 0.0}, {"click": 1.0, "buy": np.nan}])
-def test_one_class_validation_is_refused_before_the_first_step(labels, data, train, app, tmp_path):
-    relabel(data.folder, "valid", {task: np.full(25, label) for task, label in labels.items()})
-    code, error = train()
-    assert code == 2
-    for task, label in labels.items():
-        count = "0 labelled rows" if np.isnan(label) else f"25 labelled rows, {25 if label else 0} of them positive"
-        assert f"task '{task}' has {count}" in error
-    assert "split valid" in error
-    assert not (tmp_path / "run").exists()
-    code, error = app("train", "--config", tmp_path / "config.yaml", "--show")
-    assert code == 2
-    assert "split valid: task 'click'" in error
-
-
-def test_one_task_of_one_class_in_validation_trains_with_a_note(data, train, tmp_path):
-    relabel(data.folder, "valid", {"buy": np.ones(25)})
-    code, error = train()
-    assert code == 0, error
-    assert "AUC is undefined and left out of means for buy" in error
-
-
-def test_a_run_like_chance_says_so_at_its_end_and_when_it_is_evaluated(data, train, tmp_path):
-    label = np.random.default_rng(0).permutation(np.repeat([0.0, 1.0], [15, 10]))
-    relabel(data.folder, "test", {"click": label})
-    assert train("training.max_steps=1")[0] == 0
-    run_dir = ["--run-dir", str(tmp_path / "run")]
-    again = ["apps.train", "--config", str(tmp_path / "config.yaml"), *run_dir, "training.max_steps=1"]
-    for command in (again, ["apps.evaluate", *run_dir]):
-        done = processes.run([sys.executable, "-m", *command])
-        assert done.returncode == 0, done.stderr
-        told = done.stdout.partition("Look at this:\n")[2]
-        assert "Task 'click': AUC " in told
-        assert "on test, of 25 rows with 10 positives, cannot be told from chance (.5 ± 0.2404, 2 standard errors)" in told
-
-
-def test_a_label_among_the_features_is_told_of_by_its_auc(data, train, app, tmp_path):
-    for split in ("train", "valid", "test"):
-        manifest = DatasetManifest.load(data.folder)
-        for index, part in enumerate(manifest.splits[split].parts):
-            rows = pq.read_table(data.folder / part.path)
-            leak = rows["label.click"].fill_null(0.0)
-            rewrite_part(data, rows.set_column(rows.column_names.index("d0"), "d0", leak), index, split)
-            data.manifest = DatasetManifest.load(data.folder)
-    code, error = train("training.max_steps=150", "training.patience=50", "dense.optimizer.lr=0.05")
-    assert code == 0, error
-    assert error.count("Task 'click': AUC 1.0000 on valid is seldom earned. Look for a feature that is made from") == 1
-    assert "Task 'buy'" not in error
 
 
 def limited(arguments: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess:

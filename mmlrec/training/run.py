@@ -58,10 +58,10 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
             return report
 
     session = build_session(config, world, for_training=True, source=source)
-    check_selectable(session.manifest, session.spec.tasks, session.branches())
     trainer = Trainer(session, folder)
     for split in ("valid", "test"):
         session.reader(split)  # What is missing there is told now, not when the split is needed.
+    check_selectable(session.manifest, session.spec.tasks, session.branches())
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
     _create(folder, world)

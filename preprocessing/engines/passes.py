@@ -70,7 +70,7 @@ class Memory:
     @property
     def copy_bytes(self) -> int:
         """Of the hashes of rows that are sorted at a time, of which there are about three copies."""
-        return self.num_bytes // 64
+        return max(self.num_bytes // 64, 1 << 16)
 
 
 @dataclass(frozen=True)
