@@ -317,7 +317,7 @@ def _copies(counts: dict[str, Any]) -> str:
     told = f"copies of rows (duplicates: {counts['policy']}): "
     if counts["policy"] == "drop":
         return f"{told}{counts['dropped']:,} left out"
-    sides = f"{counts['valid_in_train']:,} rows of valid and {counts['test_in_train']:,} of test are equal to a row of train"
+    sides = f"of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
     return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike; {sides}"
 
 

@@ -122,9 +122,9 @@ def _copies(manifest: DatasetManifest) -> Iterator[str]:
     counts = manifest.statistics.get("duplicates", {})
     if counts.get("policy") != "keep":
         return
-    shares = {split: counts[f"{split}_in_train"] / manifest.splits[split].num_rows for split in SPLITS[1:]}
-    if max(shares.values()) >= _COPIED:
-        told = " and ".join(f"{counts[f'{split}_in_train']:,} rows of {split} ({share:.1%})" for split, share in shares.items())
+    found = {split: (counts[f"{split}_in_train"], manifest.splits[split].num_rows) for split in SPLITS[1:]}
+    if any(copies >= _COPIED * num_rows > 0 for copies, num_rows in found.values()):
+        told = " and ".join(f"{copies:,} of {num_rows:,} rows of {split}" for split, (copies, num_rows) in found.items())
         yield (
             f"Copies on both sides: {told} are equal to a row of train in all columns, labels and keys too. Where they are"
             " copies of one event, keep them on one side or leave them out: --duplicates keep_together or drop."
