@@ -4,7 +4,7 @@ It is made of the columns of `Dataset.identity`, one after the other. With w the
 odd constant, and all arithmetic modulo 2^64:
 
     h_c = x xor (x >> 32), x = K (h_(c-1) xor w_c), h_0 = 0, and M of the last one
-    w = M(n + sum_j (2 j + 1) w_j)   of a list of n values, whose numbers are mixed before; null is an empty list
+    w = M(n + sum_j K^j w_j)         of a list of n values, whose numbers are mixed before; null is an empty list
 
 w is the bits of a number, `hash_words` of a text, MISSING of a null. A shift between the products carries high bits down: with
 sums of products alone, numbers such as 2^62, or 1.0 as float64, whose low bits are zeros, would share their hashes.
@@ -17,6 +17,7 @@ some 2^-64 for each pair, or 2^-62 when they are counted, where two bits tell th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +69,15 @@ def _words_of_lists(lists: pa.ListArray, known: UInt64Array | None) -> UInt64Arr
         words = mix64(words)
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    place = (np.arange(len(words)) - np.repeat(starts, lengths)).view(np.uint64)
-    sums = np.append(np.uint64(0), np.cumsum(words * (place + place + np.uint64(1))))
-    return mix64(sums[ends] - sums[starts] + lengths.view(np.uint64))
+    powers, inverses = _powers(len(words).bit_length())
+    sums = np.zeros(len(words) + 1, np.uint64)  # over all lists: K^(first + j) w_j
+    np.cumsum(words * powers[: len(words)], out=sums[1:])
+    return mix64((sums[ends] - sums[starts]) * inverses[starts] + lengths.view(np.uint64))
+
+
+@lru_cache(maxsize=2)
+def _powers(bits: int) -> tuple[UInt64Array, UInt64Array]:
+    """K, K^2, ... and their inverses, 2^bits of each."""
+    bases = int(_FACTOR), pow(int(_FACTOR), -1, 1 << 64)
+    powers, inverses = (np.multiply.accumulate(np.full(1 << bits, base, np.uint64)) for base in bases)
+    return powers, inverses

@@ -55,8 +55,7 @@ def marked(hashes: IntArray, splits: IntArray) -> UInt64Array:
 def count_copies(marks: UInt64Array) -> Copies:
     """Of rows in any order, from what `marked` gave; sorts it in place."""
     marks.sort()
-    hashes = marks & ~_SPLIT
-    as_before = hashes[1:] == hashes[:-1]
+    as_before = (marks[1:] ^ marks[:-1]) <= _SPLIT
     if not as_before.any():
         return Copies()
     in_set = np.append(False, as_before) | np.append(as_before, False)
