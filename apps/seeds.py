@@ -53,6 +53,7 @@ def main() -> None:
     loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
     configs = [resolve(config, source) for config in loaded]
     from mmlrec.distributed import process_group
+    from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.run import default_run_dir, train
 
@@ -67,6 +68,9 @@ def main() -> None:
             print(
                 f"\nTest over seeds {', '.join(map(str, arguments.seeds))} (mean ± standard deviation):\n{seeds_table(reports)}"
             )
+            for seed, report in zip(arguments.seeds, reports, strict=True):
+                for note in look_at(report, "test"):
+                    print(f"seed {seed}: {note}")
 
 
 if __name__ == "__main__":

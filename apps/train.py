@@ -67,20 +67,22 @@ def main() -> None:
     config = resolve(config, f"{arguments.config} with the command line")
     if arguments.show:
         if Path(config.dataset.path).is_dir():
-            from mmlrec.session.session import build_parts
+            from mmlrec.session.session import branches_of, build_parts
+            from mmlrec.training.selection import check_selectable
 
-            build_parts(config, arguments.config)
+            parts = build_parts(config, arguments.config)
+            check_selectable(parts.manifest, parts.network.spec.tasks, branches_of(parts.network, parts.manifest))
         print(config.to_yaml(), end="")
         return
     from mmlrec.distributed import process_group
-    from mmlrec.metrics.report import report_table
+    from mmlrec.metrics.notes import report_text
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
     with process_group() as world:
         report = train(config, run_dir, world, resume=arguments.resume, restart=arguments.restart, source=arguments.config)
         if world.is_main:
-            print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_table(report)}")
+            print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_text(report, 'test')}")
 
 
 if __name__ == "__main__":

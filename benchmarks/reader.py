@@ -41,7 +41,7 @@ def generate(folder: Path, *, rows: int, num_sparse: int, num_multi: int, num_de
         tasks=tasks,
         num_lanes=8,
         row_group_size=row_group_size,
-        splits={"train": writer.close()},
+        splits={"train": writer.close().split},
     ).save(folder)
 
 

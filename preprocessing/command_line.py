@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import mmlrec
 from mmlrec.errors import DataError, UserError, discard_output
@@ -17,11 +17,12 @@ from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets
 from preprocessing.describing import report as description_report
-from preprocessing.describing.marks import suspicious_ids
+from preprocessing.describing.notes import block, look_at_this
 from preprocessing.downloading.download import download
 from preprocessing.engines import spark
 from preprocessing.engines.local import build
 from preprocessing.reading.raw_files import RawFolder
+from preprocessing.split_rules import Duplicates
 from preprocessing.writing.output import check_files
 
 _EXAMPLES = """examples:
@@ -39,7 +40,7 @@ _PROGRAM = "python -m preprocessing"
 _DESCRIBE = "describe"  # the one sub-command that is no dataset
 #: Options that do not change what is written.
 _MOST_GIB = 1 << 20
-_NO_CONTENT = {"imports", "dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine"}
+_NO_CONTENT = {"imports", "dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine", "duplicates"}
 
 
 def main(arguments: list[str]) -> int:
@@ -82,8 +83,11 @@ def _run(arguments: list[str]) -> None:
         return
     kind = kinds[options.dataset]
     dataset = kind(options)
+    dataset.duplicates = options.duplicates or dataset.duplicates
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
+    if dataset.duplicates != "keep":
+        recorded["duplicates"] = dataset.duplicates
     if options.download:
         download(dataset, options.raw)
     raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
@@ -148,9 +152,10 @@ def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
             command.add_argument("--parity", action="store_true", help=_PARITY)
         if kind.raw_files or kind.rows is not Dataset.rows:
             command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)
+            command.add_argument("--duplicates", choices=get_args(Duplicates), help=_DUPLICATES)
         if kind.archive or kind.single_files:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
-        command.set_defaults(raw=Path(), download=False, max_bad_rows=0)
+        command.set_defaults(raw=Path(), download=False, max_bad_rows=0, duplicates=None)
         kind.add_options(command)
     summary = "what a dataset folder holds: label rates, ids, coverage, examples; as tables and as a page with plots"
     command = commands.add_parser(_DESCRIBE, help=summary, description=f"{_DESCRIBE}: {summary}.")
@@ -170,6 +175,12 @@ _PARITY = (
 _BAD_ROWS = (
     "pass over up to N bad rows instead of stopping at the first; the first ten are told, all are counted in the manifest"
     " (default: 0)"
+)
+
+
+_DUPLICATES = (
+    "rows that are equal in all features, labels and keys: keep them where the split puts them, drop all but the first, or keep"
+    " them together on one side of the split; counted in the manifest in any case (default: the dataset's own, see its page)"
 )
 
 
@@ -279,13 +290,22 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
         print(f"  passed over in {name}: " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()))
     names = ["all", *(manifest.scenario.values if manifest.scenario else [])]
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
-    width = max(12, *(len(task.name) + 2 for task in manifest.tasks))
+    duplicates = statistics["duplicates"]
+    if duplicates["rows"] or duplicates.get("dropped"):
+        print(f"  {_copies(duplicates)}")
+    tasks = [task.name for task in manifest.tasks if task.name in statistics["label_rates"]]
+    width = max([12, *(len(task) + 2 for task in tasks)])
     first = max(12, *(len(name) + 2 for name in names))
-    print("  label rate".ljust(first + 2) + "".join(f"{task.name:>{width}}" for task in manifest.tasks) + f"{'rows':>16}")
+    print("  label rate".ljust(first + 2) + "".join(f"{task:>{width}}" for task in tasks) + f"{'rows':>16}")
     for name in names:
-        rates = [statistics["label_rates"][task.name][name] for task in manifest.tasks]
+        rates = [statistics["label_rates"][task][name] for task in tasks]
         shown = "".join(f"{'-' if rate is None else format(rate, '.6f'):>{width}}" for rate in rates)
         print(f"  {name:<{first}}{shown}{rows[name]:>16,}")
+    for task, of_splits in statistics.get("label_values", {}).items():
+        print(f"  label {task}".ljust(first + 2) + "".join(f"{what:>14}" for what in of_splits["all"]["all"]))
+        for name in names:
+            values = of_splits["all"][name].values()
+            print(f"  {name:<{first}}" + "".join(f"{'-' if value is None else format(value, '.6g'):>14}" for value in values))
     for task, values in statistics.get("bayes_auc", {}).items():
         print(f"  best possible AUC on test, {task}: " + ", ".join(f"{n} {_shown(v)}" for n, v in values.items()))
     tables = ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables[:8])
@@ -293,12 +313,21 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
-    for line in suspicious_ids(out, manifest):
-        print(f"  note: {line}")
+    if notes := block(look_at_this(manifest, out)):
+        print(notes)
     if config:
         print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
     else:
         print(f"It is in {out}. It has one task and no scenarios, so the methods have nothing to share: training refuses it.")
+
+
+def _copies(counts: dict[str, Any]) -> str:
+    """The line about rows that are equal to others."""
+    told = f"copies of rows (duplicates: {counts['policy']}): "
+    if counts["policy"] == "drop":
+        return f"{told}{counts['dropped']:,} left out"
+    sides = f"of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
+    return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike; {sides}"
 
 
 def _shown(value: float | None) -> str:

@@ -43,7 +43,7 @@ from mmlrec import extensions
 from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
-from preprocessing.split_rules import SIDE_COLUMN, FileSplit, RandomSplit, SplitRule
+from preprocessing.split_rules import SIDE_COLUMN, Duplicates, FileSplit, RandomSplit, SplitRule, together
 
 _FOLDER = Path(__file__).parent / "datasets"
 
@@ -168,7 +168,9 @@ class Dataset:
         archive_md5: its checksum, where one is published beside it.
         package: where `--download` turns when the archive cannot be reached; None: nowhere.
         single_files: the raw files have addresses of their own for `--download`, in place of an archive.
-        split: which rows are train, valid, test: a rule of preprocessing/writing/splits.py.
+        split: which rows are train, valid, test: a rule of preprocessing/split_rules.py.
+        duplicates: what becomes of rows that are equal in all canonical columns; the command line may say otherwise.
+        numbering: keys that number the rows: two rows may be equal all the same.
         parity: encode as the reference benchmark does; set from the command line.
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
         next_config: config named in the closing line "run next", and overrides that it needs; empty: none.
@@ -186,12 +188,14 @@ class Dataset:
     package: ClassVar[PythonPackage | None] = None
     single_files: ClassVar[bool] = False
     split: SplitRule = RandomSplit()
+    duplicates: Duplicates = "keep"
     next_config: str = "configs/scaling/synthetic.yaml"
 
     features: tuple[Column, ...]
     tasks: tuple[Task, ...]
     scenario: Scenario | None = None
     keys: dict[str, pa.DataType] = {}
+    numbering: tuple[str, ...] = ()
     group_key: str | None = None
     num_rows: int = 0
 
@@ -228,6 +232,22 @@ class Dataset:
         """The canonical rows of a block; none where all its rows are bad."""
         columns, schema = self.rows(block), self.canonical_schema()
         return pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
+
+    @property
+    def identity(self) -> list[str]:
+        """Canonical columns by which rows are equal: features, labels, scenario and keys, but not where a row stood."""
+        left_out = {SIDE_COLUMN, *map(key_column, self.numbering)}
+        return [name for name in self.canonical_schema().names if name not in left_out]
+
+    @property
+    def scaled(self) -> tuple[str, ...]:
+        """Features whose numbers are scaled by the train rows."""
+        return tuple(feature.name for feature in self.features if feature.scaled)
+
+    @property
+    def placing(self) -> SplitRule:
+        """The rule of the split, equal rows together where that is asked for."""
+        return together(self.split) if self.duplicates == "keep_together" else self.split
 
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""

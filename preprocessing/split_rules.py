@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from mmlrec.schema import key_column
 
 #: Column of the canonical table that says a row's side under `FileSplit`.
 SIDE_COLUMN = "split.side"
+#: A key that the engines give to every row while they work: equal for rows that are equal. With a point, as no key's name has.
+COPY_KEY = "row.hash"
+COPY_COLUMN = key_column(COPY_KEY)
+#: What becomes of rows that are equal to an earlier one: they go where the split puts them, nowhere, or to its side.
+Duplicates = Literal["keep", "drop", "keep_together"]
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,15 @@ class TimeSplit:
 
 
 SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit
+
+
+def together(rule: SplitRule) -> SplitRule:
+    """A rule that has equal rows on one side: where `rule` draws lots for rows, it is drawn for all equal ones at once.
+
+    A rule by a key does so by itself, as equal rows have one key. Where the files say the side, they still do.
+    """
+    if isinstance(rule, RandomSplit):
+        return GroupSplit(COPY_KEY)
+    if isinstance(rule, FileSplit) and rule.valid_from and rule.group is None:
+        return replace(rule, group=COPY_KEY)
+    return rule

@@ -18,6 +18,7 @@ from my_package.blockwise import Blockwise
 from my_package.leaking import Leaking
 from my_package.mean_experts import MeanExperts
 from my_package.shop import Shop
+from my_package.telling import Telling
 from my_package.unsteady import Unsteady
 
 
@@ -54,6 +55,11 @@ class TestShop(DatasetContract):
 class TestBlockwise(DatasetContract):
     dataset = Blockwise
     fake = Fake(write_shop)
+
+
+class TestTelling(DatasetContract):
+    dataset = Telling
+    fake = Fake(write_shop)
 """
 MEAN = "mean = self.experts(x, valid).mean(dim=0)"
 PRICE = '"label.click": view["click"],'
@@ -80,6 +86,8 @@ def folder(tmp_path_factory):
             DATASET, "Blockwise", PRICE, f'{PRICE}\n            "price": pc.subtract(view["price"], pc.mean(view["price"])),'
         ).replace("import pyarrow as pa", "import pyarrow as pa\nimport pyarrow.compute as pc"),
     }
+    # A feature is the label.
+    modules["telling"] = changed(DATASET, "Telling", PRICE, f'{PRICE}\n            "price": view["click"],')
     (folder / "my_package").mkdir()
     for name, source in modules.items():
         (folder / "my_package" / f"{name}.py").write_text(source)
@@ -107,7 +115,7 @@ def failed(outcomes, name):
 
 
 def test_contracts_pass_the_examples_and_name_what_is_broken(folder):
-    tests = "features_of_other or (extreme_inputs and zeros) or equal_bytes or leave_no_trace"
+    tests = "features_of_other or (extreme_inputs and zeros) or equal_bytes or leave_no_trace or decides_a_label"
     outcomes, report = run(folder, "-k", tests)
     assert failed(outcomes, "TestMeanExperts") == failed(outcomes, "TestShop") == set()
     assert failed(outcomes, "TestLeaking") == {"test_features_of_other_scenarios_change_no_bit_of_a_scenario"}
@@ -116,11 +124,13 @@ def test_contracts_pass_the_examples_and_name_what_is_broken(folder):
         "test_equal_bytes_for_any_number_of_workers_and_size_of_pieces",
         "test_valid_and_test_rows_leave_no_trace_in_train",
     }
+    assert failed(outcomes, "TestTelling") == {"test_no_feature_decides_a_label"}
     assert len(outcomes) > 50
     # Assertions of the contracts show their values.
     assert re.search(r"assert \['manifest.js.*\] == \[\]", report)
     assert re.search(r"where False = .*equal.*\(tensor\(", report)
     assert "= tensor(nan" in report
+    assert "price tells click: 0 wrong" in report
 
 
 @pytest.mark.long

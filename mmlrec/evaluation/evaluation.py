@@ -13,7 +13,8 @@ from tqdm import tqdm
 from mmlrec.data.batch import Batch
 from mmlrec.errors import UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
-from mmlrec.metrics.report import build_report, report_table
+from mmlrec.metrics.notes import report_text
+from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
 from mmlrec.session.session import Session
@@ -91,9 +92,9 @@ def evaluate_split(session: Session, split: str) -> dict[str, Any]:
 
 
 def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> str:
-    """Put a split's report into `result.json` and return it as a table."""
+    """Put a split's report into `result.json` and return it as a table, with what to look at."""
     result = folder.read_result()
     result[split] = report
     result["step"] = step
     write_atomically(folder.result, json.dumps(result, indent=1))
-    return report_table(report)
+    return report_text(report, split)

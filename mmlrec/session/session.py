@@ -108,16 +108,8 @@ class Session:
             told = True
 
     def branches(self) -> list[tuple[str, str, str | None]]:
-        """(name, task, scenario value or None) of each branch that trains independently; empty when they train as one."""
-        if not self.network.branches:
-            return []
-        names = branch_names(self.spec.setting, self.spec.tasks, self.manifest.scenario)
-        values: list[str | None] = [None]
-        if self.spec.setting is not Setting.MTL and self.manifest.scenario is not None:
-            values = list(self.manifest.scenario.values)
-        pairs = [(task.name, value) for task in self.spec.tasks for value in values]
-        heads = [(name, task, value) for name, (task, value) in zip(names, pairs, strict=True)]
-        return [heads[branch] for branch in self.network.branches]
+        """`branches_of` its network and data."""
+        return branches_of(self.network, self.manifest)
 
     def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
         """Batches as the model wants them: with the features of each branch, when branches have tables of their own."""
@@ -127,6 +119,20 @@ class Session:
         names = [name for name, _, _ in self.branches()]
         scenarios = self.spec.num_scenarios
         return (expand_branches(b, names, scenarios, training=training, branches=heads) for b in batches)
+
+
+def branches_of(network: MultiTaskModel, manifest: DatasetManifest) -> list[tuple[str, str, str | None]]:
+    """(name, task, scenario value or None) of each branch that trains independently; empty when they train as one."""
+    if not network.branches:
+        return []
+    spec = network.spec
+    names = branch_names(spec.setting, spec.tasks, manifest.scenario)
+    values: list[str | None] = [None]
+    if spec.setting is not Setting.MTL and manifest.scenario is not None:
+        values = list(manifest.scenario.values)
+    pairs = [(task.name, value) for task in spec.tasks for value in values]
+    heads = [(name, task, value) for name, (task, value) in zip(names, pairs, strict=True)]
+    return [heads[branch] for branch in network.branches]
 
 
 def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:

@@ -27,11 +27,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
-from mmlrec.schema import SPLITS, DatasetManifest
+from mmlrec.schema import SPLITS, DatasetManifest, label_column
 from mmlrec.testing.contract import Contract, over
 from mmlrec.testing.raw_faults import Spoiled, bad_row, copied_rows, faults, unpacked
 from mmlrec.testing.raw_folders import Fake, Made, bytes_of, command, make, run
@@ -177,6 +180,27 @@ class DatasetContract(Contract):
         for task in manifest.tasks:
             labelled, positive = manifest.splits["test"].label_counts[task.name]["all"]
             assert f"{positive / labelled:.6f}" in shown
+
+    def test_no_feature_decides_a_label(self, made: Made) -> None:
+        """Of the train rows whose value of a feature stands in others, too, these others do not tell the label."""
+        manifest = DatasetManifest.load(made.out)
+        parts = [pq.read_table(made.out / part.path) for part in manifest.splits["train"].parts]
+        rows, decided = pa.concat_tables(parts), []
+        for task in manifest.tasks:
+            label = rows[label_column(task.name)].to_numpy()
+            for feature in manifest.features:
+                values, of_row = rows[feature.name].combine_chunks(), np.arange(len(rows))
+                if feature.kind == "multi":
+                    of_row, values = pc.list_parent_indices(values).to_numpy(), pc.list_flatten(values)
+                known = ~np.isnan(label[of_row])
+                codes, positive = values.dictionary_encode().indices.to_numpy()[known], label[of_row][known] > 0
+                counts, positives = (np.bincount(codes, weights) for weights in (None, positive))
+                often = counts > 1
+                wrong, num_positive = np.minimum(positives, counts - positives)[often].sum(), positives[often].sum()
+                rarer = min(num_positive, counts[often].sum() - num_positive)
+                if rarer >= 20 and counts[often].mean() >= 5 and wrong < 0.01 * rarer:
+                    decided.append(f"{feature.name} tells {task.name}: {wrong:.0f} wrong, {rarer:.0f} by the rate alone")
+        assert not decided, decided
 
     @pytest.mark.parametrize("when", ["reading", "writing"])
     def test_full_disk_is_told_and_leaves_nothing(

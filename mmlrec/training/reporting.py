@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mmlrec.distributed import World, logger
+from mmlrec.metrics.notes import too_good
 from mmlrec.metrics.report import entries_of
 from mmlrec.run_folder.folder import RunFolder
 
@@ -42,6 +43,7 @@ class Reporter:
         self._tensorboard: SummaryWriter | None = None
         #: What could not be written: file or folder -> why.
         self._lost: dict[Path, str] = {}
+        self._warned: set[str] = set()  # tasks
 
     def __enter__(self) -> Self:
         self._trained, self._resumed, self._window_step = 0.0, time.perf_counter(), self._first_step
@@ -136,6 +138,10 @@ class Reporter:
             value = task.get(metric)
             shown.append(f"{metric} {name} {'-' if value is None else format(value, '.4f')}")
         logger.info("epoch %d step %d | valid %s | %s", epoch, step, " ".join(shown), note)
+        for task_name, warning in too_good(report, "valid").items():
+            if task_name not in self._warned:
+                self._warned.add(task_name)
+                logger.warning(warning)
         self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
         for name, task in entries_of(report):
             for metric, value in task.items():

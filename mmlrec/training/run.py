@@ -19,6 +19,7 @@ from mmlrec.run_folder.folder import RunFolder, differences
 from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
 from mmlrec.training.chain import check_chain
+from mmlrec.training.selection import check_selectable
 from mmlrec.training.trainer import Trainer
 
 #: Most differences that a name spells out, and most characters of them together.
@@ -120,6 +121,7 @@ def _train(config: RunConfig, folder: RunFolder, world: World, *, resume: bool, 
     trainer = Trainer(session, folder)
     for split in ("valid", "test"):
         session.reader(split)  # What is missing there is told now, not when the split is needed.
+    check_selectable(session.manifest, session.spec.tasks, session.branches())
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
     _create(folder, world)

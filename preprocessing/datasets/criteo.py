@@ -83,6 +83,7 @@ class Criteo(Dataset):
         self.features = (*(dense(name, scaled=not self._log) for name in NUMBERS), *(self._id_column(*each) for each in ids))
         self.tasks = (Task(name="click", role="ctr"),)
         self.keys = {"line": _INT} if self._form == "kaggle" else {"day": _INT, "line": _INT}
+        self.numbering = ("line",)
         if options.scenario == "day":
             if self._form == "kaggle":
                 raise ConfigError("--scenario day: the Kaggle file has no days; leave the option away.")

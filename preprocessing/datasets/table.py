@@ -42,8 +42,20 @@ from preprocessing.rows import own_columns as to
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
-#: Options of a feature that its column, its table, or the form of the files tells.
-_TOLD = {"kind", "column", "type", "table", "min_count", "hash", "separator", "buckets", "fill", "indicator"}
+#: Options of a feature that its column, its table, or the form of the files tells, or that encode nothing.
+_TOLD = {
+    "kind",
+    "column",
+    "type",
+    "table",
+    "min_count",
+    "hash",
+    "separator",
+    "buckets",
+    "fill",
+    "indicator",
+    "allow_label_feature",
+}
 EXAMPLE = """\
 # python -m preprocessing table --config my_table.yaml --out data/my-table
 files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
@@ -103,7 +115,7 @@ class Table(Dataset):
             self.scenario = Scenario(name=scenario.name or scenario.column, values=scenario.names)
         self.keys = {name: _TYPES.get(key.type, pa.int64()) for name, key in config.keys.items()}
         self.group_key = config.group_key
-        self.split = _split_rule(config)
+        self.split, self.duplicates = _split_rule(config), config.duplicates
         if scenario is not None:
             setting = "mtmsl" if len(self.tasks) > 1 else "msl"
             self.next_config = f"{Dataset.next_config} dataset.setting={setting}"

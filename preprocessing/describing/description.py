@@ -52,6 +52,7 @@ class IdCounts:
         self.lengths = np.zeros(_MAX_LENGTH + 1, np.int64)
         self._occurrences = dict.fromkeys(SPLITS, 0)
         self._known = dict.fromkeys(SPLITS, 0)
+        self._zeros = dict.fromkeys(SPLITS, 0)
         self._rows_without = self._num_rows = 0
 
     def add(self, split: str, ids: IntArray, lengths: IntArray | None, scenario: IntArray | None) -> None:
@@ -64,6 +65,7 @@ class IdCounts:
         """
         known = ids > 0
         self._occurrences[split] += len(ids)
+        self._zeros[split] += len(ids) - int(np.count_nonzero(known))
         if split != "train":
             if not self.fitted and self.every == 1:
                 known[known] = self.counts[ids[known] - 1] > 0
@@ -111,6 +113,18 @@ class IdCounts:
             return None
         return self._known[split] / self._occurrences[split]
 
+    def unseen(self, split: str, missing: int | None) -> float | None:
+        """Share of the values in valid or test that train does not know, missing ones left out. None where it cannot be told.
+
+        Args:
+            missing: ids 0 of the split that stand for no value: one for each such row, none in lists. None: unknown.
+        """
+        coverage = self.coverage(split)
+        absent = missing if self.fitted else self._zeros[split]
+        if coverage is None or absent is None or absent >= self._occurrences[split]:
+            return None
+        return 1 - self._known[split] / (self._occurrences[split] - absent)
+
     def overlap(self, a: int, b: int) -> float | None:
         """Share of the ids of scenario `a` that occur in scenario `b` as well, in train. None when `a` has none."""
         num_ids = np.count_nonzero(self.seen[a])
@@ -130,7 +144,7 @@ class NumberCounts:
     """Values of one dense feature as they are written, float32.
 
     Attributes:
-        rows, total, zeros: split -> rows, sum of the values, rows with exactly 0.
+        rows, total, zeros: split -> rows, sum of the values, rows with exactly 0, the missing ones among them.
         low, high: least and greatest value of train.
         sample: train values; rows are shuffled on disk, so the first ones are a random sample.
     """

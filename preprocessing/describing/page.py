@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported where it is used: tables need no plots, and matplo
     from matplotlib.figure import Figure
 
 _MAX_SCENARIOS = 12  # bars and squares beyond that cannot be told apart
+_LABELS = "Share of labelled rows that are positive; of a regression task the mean of its labels."
 _COLUMNS = 4  # plots beside each other
 _STYLE = """
 body { font-family: sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
@@ -40,17 +41,22 @@ def require_matplotlib() -> None:
         raise ConfigError("--page draws with matplotlib, which is not installed. Run: pip install 'mmlrec[plots]'")
 
 
-def write_page(path: Path, description: Description, lines: list[str], tables: dict[str, tuple[str, str]]) -> None:
+def write_page(
+    path: Path, description: Description, lines: list[str], notes: list[str], tables: dict[str, tuple[str, str]]
+) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        lines: what stands at its head.
+        lines: what stands at its head. notes: what should be looked at.
         tables: title -> table as HTML, and the note below it.
 
     Raises:
         DataError: it cannot be written.
     """
     body = [f"<h1>{html.escape(lines[0])}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lines[1:])]
+    if notes:
+        listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+        body.append(f"<h2>Look at this</h2>\n<ul>{listed}</ul>")
     for title, (table, note) in tables.items():
         body.append(f'<h2>{html.escape(title)}</h2>\n<div class="wide">{table}</div>\n<p class="note">{html.escape(note)}</p>')
     for title, figure, note in _figures(description):
@@ -88,7 +94,7 @@ def _figures(description: Description) -> Iterator[tuple[str, Figure, str]]:
         fewer = ""
         if manifest.scenario and len(scenarios) < len(manifest.scenario.values):
             fewer = f"The {len(scenarios)} largest of {len(manifest.scenario.values)} scenarios. "
-        yield "Label rates", _label_rates(description, scenarios), f"{fewer}Share of labelled rows that are positive."
+        yield "Label rates", _label_rates(description, scenarios), f"{fewer}{_LABELS}"
         if description.ids:
             note = (
                 "Occurrences in train by rank, id 0 left out. A straight line is a Zipf distribution. Of a table too large to"
@@ -145,6 +151,9 @@ def _label_rates(description: Description, scenarios: list[int]) -> Figure:
         for number, (split_name, split) in enumerate(manifest.splits.items()):
             counts = [split.label_counts[task.name][name] for name in names]
             rates = [positive / labelled if labelled else 0 for labelled, positive in counts]
+            if task.kind == "regression":
+                values = manifest.statistics.get("label_values", {}).get(task.name, {}).get(split_name, {})
+                rates = [values.get(name, {}).get("mean") or 0 for name in names]
             axes.bar(np.arange(len(names)) + 0.27 * (number - 1), rates, 0.25, label=split_name)
         axes.set_xticks(range(len(names)), [_plain(name) for name in names])
         axes.set_title(_plain(task.name))

@@ -10,12 +10,14 @@ from typing import Any
 from tabulate import tabulate
 
 from mmlrec.paths import local_path
-from mmlrec.schema import SPLITS
+from mmlrec.schema import SPLITS, DatasetManifest
 from preprocessing.describing.description import Description, describe
+from preprocessing.describing.notes import block, look_at_this
 from preprocessing.describing.page import require_matplotlib, write_page
 
 _CELL = 40  # longest text of a cell
 _LISTED = 4  # values shown of a list
+_MISSING = [f"missing in {split}" for split in SPLITS]
 _NUMBER = re.compile(r"(about )?[-\d][-\d.,e+]*( %)?")
 
 
@@ -65,6 +67,9 @@ def run(options: argparse.Namespace) -> None:
     for section in found:
         table = tabulate(section.rows, section.headers, tablefmt="simple", disable_numparse=True, colalign=_align(section))
         print(f"\n{section.title}\n\n{table}" + (f"\n\n{section.note}" if section.note else ""))
+    notes = look_at_this(manifest, options.folder)
+    if notes:
+        print(f"\n{block(notes)}")
     if options.page is not None:
         tables = {
             section.title: (
@@ -73,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             )
             for section in found
         }
-        write_page(options.page, description, lines, tables)
+        write_page(options.page, description, lines, notes, tables)
         print(f"\nThe page is {options.page}.")
 
 
@@ -85,12 +90,15 @@ def _align(section: Section) -> list[str]:
 
 def sections(description: Description) -> list[Section]:
     """The tables of the report."""
-    found = [_rows(description)]
+    found, statistics = [_rows(description)], description.manifest.statistics
+    found += [_values(description, task, of_splits) for task, of_splits in statistics.get("label_values", {}).items()]
+    if duplicates := statistics.get("duplicates"):
+        found.append(_duplicates(duplicates))
     if description.groups is not None:
         found.append(_groups(description))
     if description.ids:
         found.append(_features(description))
-    if collisions := description.manifest.statistics.get("hash_collisions"):
+    if collisions := statistics.get("hash_collisions"):
         rows = [
             [table, *(f"{counts[name]:,}" for name in ("values", "collisions")), _percent(counts["rate"])]
             for table, counts in collisions.items()
@@ -119,13 +127,36 @@ def _rows(description: Description) -> Section:
             row = [name, scenario, f"{num_rows:,}", _percent(num_rows / total)]
             for task in manifest.tasks:
                 labelled, positive = split.label_counts[task.name][scenario]
-                row.append(f"{positive / labelled:.6f}" if labelled else "-")
+                if task.kind == "binary":
+                    row.append(f"{positive / labelled:.6f}" if labelled else "-")
                 row += [f"{labelled:,}"] if task.name in unlabelled else []
             rows.append(row)
     headers = ["split", manifest.scenario.name if manifest.scenario else "scenario", "rows", "share"]
     for task in manifest.tasks:
-        headers += [f"rate of {task.name}"] + ([f"labelled {task.name}"] if task.name in unlabelled else [])
+        headers += [f"rate of {task.name}"] if task.kind == "binary" else []
+        headers += [f"labelled {task.name}"] if task.name in unlabelled else []
     return Section("Rows and label rates", headers, rows)
+
+
+def _values(description: Description, task: str, of_splits: dict[str, Any]) -> Section:
+    """The labels of a regression task."""
+    manifest = description.manifest
+    rows = [
+        [split, scenario, *("-" if value is None else f"{value:.6g}" for value in values.values())]
+        for split in SPLITS
+        for scenario, values in of_splits[split].items()
+    ]
+    headers = ["split", manifest.scenario.name if manifest.scenario else "scenario", *of_splits["all"]["all"]]
+    return Section(f"Values of {task}", headers, rows)
+
+
+def _duplicates(counts: dict[str, Any]) -> Section:
+    headers = ["policy", "copies", "most alike", "valid rows that train has", "test rows that train has"]
+    names = ["rows", "most", "valid_in_train", "test_in_train"]
+    note = "copies: rows that are equal to an earlier one in all features, labels and keys."
+    if counts["policy"] == "drop":
+        headers, names, note = [*headers, "left out"], [*names, "dropped"], f"{note} They were left out."
+    return Section("Equal rows", headers, [[counts["policy"], *(f"{counts[name]:,}" for name in names)]], note)
 
 
 def _groups(description: Description) -> Section:
@@ -142,21 +173,26 @@ def _groups(description: Description) -> Section:
 def _features(description: Description) -> Section:
     manifest, rows = description.manifest, []
     for feature in manifest.sparse_features:
-        ids = description.ids[feature.name]
+        ids, missing = description.ids[feature.name], manifest.statistics.get("missing", {}).get(feature.name)
+        shares = _missing(manifest, feature.name)
+        rare = ids.missing - missing["train"] / max(manifest.splits["train"].num_rows, 1) if missing else None
+        with_id = {split: 0 if feature.kind == "multi" else missing[split] if missing else None for split in SPLITS}
         rows.append(
             [
                 *(feature.name, feature.kind, feature.table, f"{manifest.table(str(feature.table)).num_rows:,}"),
-                *(("about " if ids.every > 1 else "") + f"{ids.num_seen:,}", _percent(ids.missing)),
-                *(_percent(ids.coverage(split)) for split in SPLITS[1:]),
+                *(("about " if ids.every > 1 else "") + f"{ids.num_seen:,}", *shares, _percent(rare)),
+                *(_percent(ids.unseen(split, with_id[split])) for split in SPLITS[1:]),
                 f"{ids.mean_length:.2f}",
             ]
         )
-    headers = ["feature", "kind", "table", "table rows", "ids in train", "missing", "known in valid", "known in test"]
+    headers = ["feature", "kind", "table", "table rows", "ids in train", *_MISSING, "rare in train"]
+    headers += ["unseen in valid", "unseen in test", "mean length"]
     note = (
-        "missing: train rows with id 0 (missing or rare) or an empty list. known: share of id occurrences that train has, id 0"
-        " not among them; - where the ids are no vocabulary of train and too many to count each."
+        "missing: rows without a value. rare: train rows whose values are all rarer than the minimum count. unseen: share of"
+        " the values there are which train does not know; - where the ids are no vocabulary of train and too many to count"
+        " each, or where the folder was made before missing values were counted."
     )
-    return Section("Sparse and multi-valued features", [*headers, "mean length"], rows, note)
+    return Section("Sparse and multi-valued features", headers, rows, note)
 
 
 def _numbers(description: Description) -> Section:
@@ -166,20 +202,30 @@ def _numbers(description: Description) -> Section:
         bounds = ranges.get(name)
         raw = f"{bounds[0]:g} .. {bounds[1]:g}" if bounds else "-"
         means = [f"{counts.total[split] / max(counts.rows[split], 1):.4g}" for split in SPLITS]
-        zeros = _percent(counts.zeros["train"] / max(counts.rows["train"], 1))
-        rows.append([name, raw, f"{counts.low:g} .. {counts.high:g}", *means, zeros])
+        zeros = "-" if name in ranges else _percent(counts.zeros["train"] / max(counts.rows["train"], 1))
+        shares = _missing(description.manifest, name)
+        rows.append([name, raw, f"{counts.low:g} .. {counts.high:g}", *means, *shares, zeros])
     headers = [
         "feature",
         "train range before scaling",
         "least, greatest",
         *(f"mean, {split}" for split in SPLITS),
+        *_MISSING,
         "zero in train",
     ]
     fills = description.manifest.preprocessing.get("dense_fills", {})
     filled = ", ".join(f"{name} {value:g}" for name, value in fills.items())
-    note = f"Values as they are written; a missing one is 0{f', or before scaling: {filled}' if filled else ''}."
-    note += " Before scaling: after a logarithm, where there is one."
+    note = (
+        "Least, greatest and mean are of what is written. Before scaling: after a logarithm, where there is one. zero: of"
+        " numbers that are not scaled, the missing ones that are written as 0 among them; scaled, 0 is the least value."
+    ) + (f" A missing value became, before scaling: {filled}." if filled else "")
     return Section("Dense features", headers, rows, note)
+
+
+def _missing(manifest: DatasetManifest, feature: str) -> list[str]:
+    """Share of the rows of each split that have no value of a feature; - in folders that do not tell."""
+    counts = manifest.statistics.get("missing", {}).get(feature)
+    return [_percent(counts[split] / max(manifest.splits[split].num_rows, 1) if counts else None) for split in SPLITS]
 
 
 def _left_out(description: Description) -> Section:

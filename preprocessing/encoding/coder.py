@@ -19,7 +19,9 @@ from preprocessing.dataset import Dataset
 from preprocessing.encoding.dictionaries import ArrayStore, Dictionaries
 from preprocessing.encoding.encoder import Encoder
 from preprocessing.encoding.ranking import VocabularyFile, rank
-from preprocessing.split_rules import SIDE_COLUMN
+from preprocessing.encoding.row_hashes import MISSING, row_hashes
+from preprocessing.encoding.value_index import hash_words, spread
+from preprocessing.split_rules import COPY_COLUMN, SIDE_COLUMN
 from preprocessing.workers import in_order
 
 _LEAST_SORTED_BYTES = 1 << 16
@@ -45,7 +47,7 @@ class Coder:
     """
 
     def __init__(self, dataset: Dataset, encoder: Encoder, folder: Path, limit_bytes: int) -> None:
-        self._features, self._encoder = dataset.features, encoder
+        self._features, self._encoder, self._identity = dataset.features, encoder, dataset.identity
         self._folder, self._limit = folder, limit_bytes
         self._with_vocabulary = [f for f in dataset.features if f in encoder.fitted]
         raw_types = {str(f.table): f.raw_type for f in self._with_vocabulary}
@@ -53,18 +55,23 @@ class Coder:
         self._counts = ArrayStore(folder / "counts", limit_bytes // 4)
         self._ids = ArrayStore(folder / "ids", limit_bytes // 4)
         coded = {f.name: pa.list_(pa.int32()) if f.kind == "multi" else pa.int32() for f in self._with_vocabulary}
+        fields = [(field.name, coded.get(field.name, field.type)) for field in dataset.canonical_schema()]
         #: Of the rows that `code` gives.
-        self.schema = pa.schema([(field.name, coded.get(field.name, field.type)) for field in dataset.canonical_schema()])
+        self.schema = pa.schema([*fields, (COPY_COLUMN, pa.int64())])
 
     def code(self, rows: pa.RecordBatch) -> Coded:
-        """Canonical rows with codes; -1 for null."""
-        columns, generations = dict(zip(rows.schema.names, rows.columns, strict=True)), []
+        """Canonical rows with codes, -1 for null; and with their hashes."""
+        columns, generations, words = dict(zip(rows.schema.names, rows.columns, strict=True)), [], {}
         for feature in self._with_vocabulary:
             values = columns[feature.name]
-            flat = values.flatten() if feature.kind == "multi" else values
-            generation, codes = self._dictionaries.tables[str(feature.table)].code(flat)
+            local = (values.flatten() if feature.kind == "multi" else values).dictionary_encode()
+            hashes = hash_words(local.dictionary)
+            generation, codes = self._dictionaries.tables[str(feature.table)].code(local, hashes)
             columns[feature.name] = _like(values, codes) if feature.kind == "multi" else pa.array(codes)
             generations.append(generation)
+            if pa.types.is_string(feature.raw_type):
+                words[feature.name] = spread(hashes[0], local, MISSING)
+        columns[COPY_COLUMN] = row_hashes(rows, self._identity, words)
         return Coded(pa.RecordBatch.from_pydict(columns, schema=self.schema), tuple(generations))
 
     def begin(self) -> None:
@@ -127,7 +134,8 @@ class Coder:
             else:
                 columns[feature.name] = pa.array(ids[values.to_numpy()])
         others = {name: coded.rows.column(name) for name in coded.rows.schema.names if name not in columns}
-        others.pop(SIDE_COLUMN, None)
+        for name in (SIDE_COLUMN, COPY_COLUMN):
+            others.pop(name, None)
         return pa.RecordBatch.from_pydict(columns | others)
 
 

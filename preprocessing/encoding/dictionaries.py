@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from preprocessing.encoding.value_index import Codes, ValueIndex
+from preprocessing.encoding.value_index import Codes, Hashes, ValueIndex, spread
 
 
 class Dictionary:
@@ -30,17 +30,20 @@ class Dictionary:
         #: Number of codes of each generation that is on disk.
         self._closed: list[int] = []
 
-    def code(self, values: pa.Array) -> tuple[int, Codes]:
-        """Generation, and code of each value in it, [n] int32, -1 for null."""
-        local = values.dictionary_encode()
+    def code(self, local: pa.DictionaryArray, hashes: Hashes) -> tuple[int, Codes]:
+        """Generation, and code of each value in it, [n] int32, -1 for null.
+
+        Args:
+            local: the values, in a dictionary of their own.
+            hashes: `hash_words` of its entries.
+        """
         with self._lock:
             generation = len(self._closed)
-            codes = self._index.codes(local.dictionary)
+            codes = self._index.codes(local.dictionary, hashes)
             self.num_bytes = self._index.num_bytes
             if self._owner.too_large(self):
                 self._close()
-        indices = local.indices.fill_null(len(codes)) if local.null_count else local.indices
-        return generation, np.append(codes, np.int32(-1))[indices.to_numpy()]
+        return generation, spread(codes, local, np.int32(-1))
 
     def finish(self) -> None:
         """No value is left to code: keep the values alone, on disk where others are there already."""

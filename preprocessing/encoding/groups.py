@@ -17,6 +17,7 @@ from preprocessing.dataset import Dataset
 from preprocessing.encoding.dictionaries import Dictionaries
 from preprocessing.encoding.encoder import ValueCounter
 from preprocessing.encoding.ranking import num_distinct
+from preprocessing.encoding.value_index import hash_words
 
 _LEAST_SORTED_BYTES = 1 << 16
 
@@ -50,7 +51,8 @@ class BoundedGroups:
     def add(self, rows: pa.RecordBatch) -> None:
         """Take note of the groups of these canonical rows."""
         for dictionary, values in zip(self._dictionaries.tables.values(), self._groups.of(rows), strict=True):
-            dictionary.code(values)
+            local = values.dictionary_encode()
+            dictionary.code(local, hash_words(local.dictionary))
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """For the manifest."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mmlrec.hashing import UInt64Array, mix64
 
 Codes = NDArray[np.int32]
+Hashes = tuple[UInt64Array, NDArray[np.uint8]]
 T = TypeVar("T", bound=np.generic)
 
 _FREE = -1
@@ -23,7 +24,7 @@ _WORD_BYTES = 64  # of a string go through numpy, the rest one by one
 _MERGED = 8  # parts become one
 
 
-def hash_words(values: pa.Array) -> tuple[UInt64Array, NDArray[np.uint8]]:
+def hash_words(values: pa.Array) -> Hashes:
     """Hash of each value, 64 bits, and its length, at most 255; values are int64 or string, not null.
 
     Different integers have different hashes, and so have different strings of one length up to 8 bytes.
@@ -48,6 +49,12 @@ def hash_words(values: pa.Array) -> tuple[UInt64Array, NDArray[np.uint8]]:
         tail = data[starts[row] + _WORD_BYTES : starts[row] + lengths[row]]
         found[row] ^= np.uint64(int.from_bytes(hashlib.blake2b(tail.tobytes(), digest_size=8).digest(), "little"))
     return found, np.minimum(lengths, 255).astype(np.uint8)
+
+
+def spread(of_entries: NDArray[T], local: pa.DictionaryArray, missing: T) -> NDArray[T]:
+    """From what belongs to the entries of a dictionary to what belongs to its values, [n]; `missing` for a null."""
+    indices = local.indices.fill_null(len(of_entries)) if local.null_count else local.indices
+    return np.append(of_entries, missing)[indices.to_numpy()]
 
 
 class ValueIndex:
@@ -77,10 +84,14 @@ class ValueIndex:
         arrays = [self._slots, self._words, self._lengths, *self._parts]
         return sum(array.nbytes for array in arrays)
 
-    def codes(self, values: pa.Array) -> Codes:
-        """Codes of values, [n] int32. The values are distinct and not null; new ones get the next codes."""
+    def codes(self, values: pa.Array, hashes: Hashes | None = None) -> Codes:
+        """Codes of values, [n] int32. The values are distinct and not null; new ones get the next codes.
+
+        Args:
+            hashes: their `hash_words`, where they are at hand.
+        """
         self._reserve(len(values))
-        words, lengths = hash_words(values)
+        words, lengths = hashes or hash_words(values)
         found, newcomers = self._probe(words, len(self))
         if len(newcomers):
             self._lengths[found[newcomers]] = lengths[newcomers]

@@ -5,25 +5,27 @@ A dataset that comes shuffled and encoded (`split = InOrder()`) is written as it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from mmlrec.errors import DataError
-from mmlrec.schema import SPLITS, DatasetManifest, Feature, Split
+from mmlrec.schema import SPLITS, DatasetManifest, Feature
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.encoder import Encoder
 from preprocessing.encoding.identity import encoding_of
+from preprocessing.encoding.missing import MissingCounter
+from preprocessing.encoding.row_hashes import row_hashes
 from preprocessing.engines.passes import Memory, Passes
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.split_rules import InOrder
+from preprocessing.writing.copies import CopyCounter, marked
 from preprocessing.writing.output import new_folder
-from preprocessing.writing.parts import NUM_LANES, SplitWriter, row_group_size
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, Written, row_group_size
 from preprocessing.writing.permutation import split_ends
+from preprocessing.writing.summaries import Moments
 
 MEMORY_BYTES = 4 << 30
 
@@ -51,15 +53,15 @@ def build(
     """
     with new_folder(out) as folder:
         encoder = Encoder(dataset.features, parity)
-        statistics: dict[str, Any] = {}
+        memory = Memory(memory_bytes, raw.workers)
         if isinstance(dataset.split, InOrder):
             assert not encoder.needs_fitting, "a dataset split in order comes encoded"
             if dataset.num_rows < 10:
                 raise DataError(f"{dataset.name}: {dataset.num_rows} rows are too few to be split 8:1:1; give at least 10.")
             borders = [0, *split_ends(dataset.num_rows), dataset.num_rows]
-            splits = _write_in_order(dataset, _in_order(dataset, raw, encoder), borders, folder)
+            splits, statistics = _write_in_order(dataset, raw, encoder, borders, folder, memory)
         else:
-            passes = Passes(dataset, raw, folder, encoder, seed, parity, Memory(memory_bytes, raw.workers))
+            passes = Passes(dataset, raw, folder, encoder, seed, parity, memory)
             passes.read()
             statistics = passes.count()
             splits = passes.write()
@@ -71,14 +73,19 @@ def complete(
     raw: RawFolder,
     folder: Path,
     encoder: Encoder,
-    splits: dict[str, Split],
+    written: dict[str, Written],
     statistics: dict[str, Any],
     parity: bool,
     options: dict[str, Any],
 ) -> DatasetManifest:
-    """Add the vocabularies and the manifest to `folder`, which holds the parts of `splits`; `statistics` are further ones."""
+    """Add the vocabularies and the manifest to `folder`, which holds the parts that are `written`.
+
+    Args:
+        statistics: further ones.
+    """
     encoder.save(folder / "vocab")
-    statistics = _statistics(dataset, splits) | statistics | dataset.statistics()
+    splits = {name: of_split.split for name, of_split in written.items()}
+    statistics = _statistics(dataset, written) | statistics | dataset.statistics()
     if collisions := encoder.collisions():
         statistics["hash_collisions"] = collisions
     if raw.bad_rows.counts:
@@ -107,37 +114,54 @@ def complete(
     return manifest
 
 
-def _in_order(dataset: Dataset, raw: RawFolder, encoder: Encoder) -> Iterator[tuple[int, pa.RecordBatch]]:
-    start = 0
-    for batch in dataset.batches(raw):
-        yield start, encoder.encode(batch)
-        start += batch.num_rows
-    assert start == dataset.num_rows, f"{start} rows were generated, {dataset.num_rows} announced"
-
-
 def _write_in_order(
-    dataset: Dataset, encoded: Iterator[tuple[int, pa.RecordBatch]], borders: list[int], folder: Path
-) -> dict[str, Split]:
+    dataset: Dataset, raw: RawFolder, encoder: Encoder, borders: list[int], folder: Path, memory: Memory
+) -> tuple[dict[str, Written], dict[str, Any]]:
+    """The three splits, one behind the other as the rows come; and further statistics."""
     group_rows = row_group_size(borders[1], NUM_LANES)
-    writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario) for name in SPLITS]
+    writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in SPLITS]
+    copies, missing = CopyCounter(folder / "scratch", borders[-1], memory.copy_bytes), MissingCounter(dataset.features)
+    start = 0
     with progress(f"{dataset.name}: encode, write", borders[-1]) as done:
-        for start, batch in encoded:
+        for batch in dataset.batches(raw):
+            encoded = encoder.encode(batch)
             for writer, low, high in zip(writers, borders[:-1], borders[1:], strict=True):
                 first, last = max(low, start), min(high, start + batch.num_rows)
                 if first < last:
-                    writer.write(batch.slice(first - start, last - first))
+                    writer.write(encoded.slice(first - start, last - first))
+            splits = np.searchsorted(borders[1:-1], np.arange(start, start + batch.num_rows), side="right")
+            copies.add(marked(row_hashes(batch, dataset.identity).to_numpy(), splits))
+            missing.add(missing.counts(batch, splits))
+            start += batch.num_rows
             done.update(batch.num_rows)
-    return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
+    assert start == dataset.num_rows, f"{start} rows were generated, {dataset.num_rows} announced"
+    statistics = missing.statistics() | {"duplicates": copies.count().statistics(dataset.duplicates)}
+    (folder / "scratch").rmdir()
+    return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}, statistics
 
 
-def _statistics(dataset: Dataset, splits: dict[str, Split]) -> dict[str, Any]:
-    """Rows, rows of each scenario, and label rates over the three splits together."""
+def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]:
+    """Rows, rows of each scenario, and label rates over the three splits together; what numbers are like."""
+    splits = [of_split.split for of_split in written.values()]
     names = ["all", *(dataset.scenario.values if dataset.scenario else [])]
     rates: dict[str, dict[str, float | None]] = {}
+    values: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
     for task in dataset.tasks:
-        counts = {n: np.sum([split.label_counts[task.name][n] for split in splits.values()], axis=0) for n in names}
+        if task.kind == "regression":
+            of_splits = {split: found.labels[task.name] for split, found in written.items()}
+            together = {name: sum((found[name] for found in of_splits.values()), Moments()) for name in names}
+            values[task.name] = {
+                split: {name: found[name].statistics() for name in names}
+                for split, found in {"all": together, **of_splits}.items()
+            }
+            continue
+        counts = {n: np.sum([split.label_counts[task.name][n] for split in splits], axis=0) for n in names}
         rates[task.name] = {n: float(positive / labelled) if labelled else None for n, (labelled, positive) in counts.items()}
-    found: dict[str, Any] = {"rows": sum(split.num_rows for split in splits.values()), "label_rates": rates}
+    found: dict[str, Any] = {"rows": sum(split.num_rows for split in splits), "label_rates": rates}
+    if values:
+        found["label_values"] = values
+    if ranges := written["train"].ranges:
+        found["within_ranges"] = {name: squeeze.statistics() for name, squeeze in ranges.items()}
     if dataset.scenario:
-        found["scenario_rows"] = {n: sum(split.scenario_rows[n] for split in splits.values()) for n in names[1:]}
+        found["scenario_rows"] = {n: sum(split.scenario_rows[n] for split in splits) for n in names[1:]}
     return found

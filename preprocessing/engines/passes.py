@@ -15,25 +15,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from mmlrec.schema import SPLITS, Split
+from mmlrec.hashing import UInt64Array
+from mmlrec.schema import SPLITS
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.coder import Coded, Coder
 from preprocessing.encoding.encoder import Encoder, check_canonical, encoded_schema
 from preprocessing.encoding.groups import BoundedGroups
+from preprocessing.encoding.missing import MissingCounter
 from preprocessing.progress import progress
 from preprocessing.reading import raw_files
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.rows.batch_file import BatchFile
+from preprocessing.split_rules import COPY_COLUMN
 from preprocessing.workers import in_order
 from preprocessing.writing import shuffle
-from preprocessing.writing.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.writing.copies import CopyCounter, later_copies, marked
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, Written, join_splits, part_size, row_group_size
 from preprocessing.writing.shuffle import BucketPlan, BucketSort
-from preprocessing.writing.splits import Placement
+from preprocessing.writing.splits import IntArray, Placement
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Memory:
         """Of the text that one thread parses; rows take up to eight times as much on their way."""
         return min(raw_files.PIECE_BYTES, max(self.num_bytes // 4 // (8 * 2 * (self.workers + 2)), 1 << 16))
 
+    @property
+    def copy_bytes(self) -> int:
+        """Of the hashes of rows that are sorted at a time, of which there are about three copies."""
+        return max(self.num_bytes // 64, 1 << 16)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -81,6 +90,16 @@ class _Unit:
     start: int
 
 
+@dataclass(frozen=True)
+class _PlacedBlock:
+    """Coded rows and where they go: `positions`, `marks` of their hashes, [rows]; and their missing values, [features, 3]."""
+
+    coded: Coded
+    positions: IntArray
+    marks: UInt64Array
+    missing: IntArray
+
+
 class Passes:
     """The passes over one dataset's rows. Call them in their order."""
 
@@ -90,13 +109,14 @@ class Passes:
         self._dataset, self._raw, self._folder, self._parity, self._memory = dataset, raw, folder, parity, memory
         self._scratch = folder / "scratch"
         self._scratch.mkdir()
-        self._placement = Placement(dataset.split, seed, self._scratch)
+        self._placement = Placement(dataset.placing, seed, self._scratch)
         self._coder = Coder(dataset, encoder, self._scratch / "coder", memory.dictionary_bytes)
         self._groups = BoundedGroups(dataset, self._scratch, memory.dictionary_bytes // 8)
         self._spill = BatchFile(self._scratch / "coded.arrow", self._coder.schema)
         self._blocks: list[_Block] = []
         self._positions = self._scratch / "positions.bin"
         self._schema = encoded_schema(dataset)
+        self._num_dropped = 0
 
     def read(self) -> None:
         """Raw files to coded rows on disk."""
@@ -105,26 +125,48 @@ class Passes:
         raw.scratch.mkdir()
         raw.piece_bytes = self._memory.piece_bytes
 
-        def code(batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Coded, pa.Buffer]:
+        def code(batch: pa.RecordBatch) -> tuple[Coded, pa.Buffer]:
             check_canonical(self._dataset, batch)
             coded = self._coder.code(batch)
             self._groups.add(batch)
-            return batch, coded, coded.rows.serialize()
+            return coded, coded.rows.serialize()
 
+        drop = self._dataset.duplicates == "drop"
         with progress(f"{self._dataset.name}: read") as done:
-            for batch, coded, serialised in in_order(code, self._dataset.batches(raw), raw.workers):
-                self._placement.count(batch)
-                self._blocks.append(_Block(self._spill.append(serialised), batch.num_rows, coded.generations))
-                done.update(batch.num_rows)
+            for coded, serialised in in_order(code, self._dataset.batches(raw), raw.workers):
+                if not drop:
+                    self._placement.count(coded.rows)
+                self._blocks.append(_Block(self._spill.append(serialised), coded.rows.num_rows, coded.generations))
+                done.update(coded.rows.num_rows)
         shutil.rmtree(raw.scratch)
+        if drop and self._blocks:
+            self._drop_copies()
         self._placement.close(self._dataset.name)
 
-    def count(self) -> dict[str, dict[str, int]]:
+    def _drop_copies(self) -> None:
+        """Leave out the rows that are equal to an earlier one; count the others."""
+        spill, blocks = self._spill, self._blocks
+        num_rows = sum(block.num_rows for block in blocks)
+        hashes = (spill.at(block.offset).column(COPY_COLUMN).to_numpy() for block in blocks)
+        later = later_copies(hashes, num_rows, self._scratch / "later", self._memory.copy_bytes)
+        self._num_dropped = int(np.count_nonzero(later))
+        self._spill, self._blocks = BatchFile(self._scratch / "kept.arrow", self._coder.schema), []
+        ends = np.cumsum([block.num_rows for block in blocks])
+        for block, end in zip(blocks, ends, strict=True):
+            rows = spill.at(block.offset).filter(pa.array(~later[end - block.num_rows : end]))
+            if rows.num_rows:
+                self._placement.count(rows)
+                self._blocks.append(_Block(self._spill.add(rows), rows.num_rows, block.generations))
+        spill.remove()
+
+    def count(self) -> dict[str, Any]:
         """Positions, and the vocabularies of the train rows; gives further statistics."""
         placement = self._placement
         train_end = placement.num_rows if self._parity else placement.train_end
+        copies = CopyCounter(self._scratch / "copies", placement.num_rows, self._memory.copy_bytes)
+        missing = MissingCounter(self._dataset.features)
 
-        def load(unit: _Unit) -> tuple[list[Coded], NDArray[np.int64]]:
+        def load(unit: _Unit) -> tuple[list[Coded], IntArray]:
             coded = self._load(unit)
             return coded, sum((placement.sizes(block.rows) for block in coded), np.zeros(3, np.int64))
 
@@ -134,29 +176,40 @@ class Passes:
                 yield coded, placement.after(before)
                 before = before + sizes
 
-        def place(item: tuple[list[Coded], Placement]) -> tuple[list[Coded], list[NDArray[np.int64]]]:
+        def place(item: tuple[list[Coded], Placement]) -> list[_PlacedBlock]:
             coded, here = item
-            return coded, [here.positions(block.rows) for block in coded]
+            found = []
+            for block in coded:
+                positions = here.positions(block.rows)
+                splits = placement.splits(positions)
+                marks = marked(block.rows.column(COPY_COLUMN).to_numpy(), splits)
+                found.append(_PlacedBlock(block, positions, marks, missing.counts(block.rows, splits)))
+            return found
 
         self._coder.begin()
         with progress(f"{self._dataset.name}: count values", placement.num_rows) as done, self._positions.open("wb") as file:
-            for coded, positions in in_order(place, with_places(), self._raw.workers):
-                for block, of_block in zip(coded, positions, strict=True):
-                    self._coder.count(block, of_block < train_end)
-                    file.write(of_block.data)
-                    done.update(block.rows.num_rows)
+            for blocks in in_order(place, with_places(), self._raw.workers):
+                for block in blocks:
+                    self._coder.count(block.coded, block.positions < train_end)
+                    file.write(block.positions.data)
+                    copies.add(block.marks)
+                    missing.add(block.missing)
+                    done.update(block.coded.rows.num_rows)
             self._coder.freeze(self._folder / "vocab", self._raw.workers)
-        return self._groups.statistics()
+        duplicates = copies.count().statistics(self._dataset.duplicates, self._num_dropped)
+        return self._groups.statistics() | missing.statistics() | {"duplicates": duplicates}
 
-    def write(self) -> dict[str, Split]:
+    def write(self) -> dict[str, Written]:
         """Rows to the parts of train, valid and test."""
         group_rows = row_group_size(self._placement.train_end, NUM_LANES)
         sorter, plan = self._distribute(group_rows)
         dataset, lock = self._dataset, Lock()
 
-        def write_part(part: tuple[int, int, range]) -> tuple[int, Split]:
+        scaled = dataset.scaled
+
+        def write_part(part: tuple[int, int, range]) -> tuple[int, Written]:
             split, number, buckets = part
-            writer = SplitWriter(self._folder, SPLITS[split], group_rows, dataset.tasks, dataset.scenario, first_part=number)
+            writer = SplitWriter(self._folder, SPLITS[split], group_rows, dataset.tasks, dataset.scenario, number, scaled)
             for bucket in buckets:
                 rows = sorter.read(bucket)
                 writer.write(rows.cast(self._schema))
@@ -164,7 +217,7 @@ class Passes:
                     done.update(rows.num_rows)
             return split, writer.close()
 
-        found: list[list[Split]] = [[], [], []]
+        found: list[list[Written]] = [[], [], []]
         with progress(f"{dataset.name}: write", self._placement.num_rows) as done:
             for split, part in in_order(write_part, plan.parts, self._raw.workers):
                 found[split].append(part)

@@ -30,10 +30,11 @@ import numpy as np
 import pyarrow as pa
 
 from mmlrec.errors import ConfigError, DataError
-from mmlrec.schema import SPLITS, DatasetManifest, Split
+from mmlrec.schema import SPLITS, DatasetManifest
 from preprocessing.dataset import Dataset, datasets
 from preprocessing.encoding.encoder import Encoder, encoded_schema
 from preprocessing.encoding.groups import MergedGroups
+from preprocessing.encoding.missing import MissingCounter
 from preprocessing.engines.local import complete
 from preprocessing.engines.spark_pieces import (
     Cut,
@@ -47,10 +48,11 @@ from preprocessing.engines.spark_pieces import (
 )
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
-from preprocessing.split_rules import TimeSplit
+from preprocessing.split_rules import COPY_COLUMN, TimeSplit
 from preprocessing.writing import shuffle
+from preprocessing.writing.copies import Copies, count_copies, marked
 from preprocessing.writing.output import new_folder
-from preprocessing.writing.parts import NUM_LANES, SplitWriter, join_splits, part_size, row_group_size
+from preprocessing.writing.parts import NUM_LANES, SplitWriter, Written, join_splits, part_size, row_group_size
 from preprocessing.writing.shuffle import BucketPlan, ordered, scatter
 from preprocessing.writing.splits import IntArray, Placement, digit_counts, find_cuts, times
 
@@ -76,6 +78,8 @@ logger.jobs.level = off
 
 T = TypeVar("T")
 
+_HASHES = 1 << 22
+
 
 def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: bool, options: dict[str, Any]) -> DatasetManifest:
     """Make the dataset folder `out` as `engine.build` does, to the byte.
@@ -89,6 +93,11 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
     if not _in_blocks(type(dataset)):
         able = ", ".join(name for name, kind in datasets().items() if _in_blocks(kind))
         raise ConfigError(f"--engine spark: {dataset.name} is read in one go, not in pieces. The option works for: {able}.")
+    if dataset.duplicates == "drop":
+        raise ConfigError(
+            "--engine spark: copies of rows are dropped on one machine only. Leave --engine away, or keep them on one side with"
+            " duplicates: keep_together."
+        )
     with new_folder(out) as folder, _spark(f"mmlrec {dataset.name}", folder) as context:
         raw.scratch = folder / "scratch"
         raw.scratch.mkdir()
@@ -97,9 +106,10 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
         rows = job.read()
         placed = job.place(rows)
         encoder, statistics = job.fit(rows, placed)
-        splits = job.write(rows, placed, encoder, folder)
+        statistics["duplicates"] = job.copies(rows, placed).statistics(dataset.duplicates)
+        written = job.write(rows, placed, encoder, folder)
         shutil.rmtree(raw.scratch)
-        return complete(dataset, raw, folder, encoder, splits, statistics, parity, options)
+        return complete(dataset, raw, folder, encoder, written, statistics, parity, options)
 
 
 def _in_blocks(kind: type[Dataset]) -> bool:
@@ -130,7 +140,7 @@ class _Job:
     def __init__(self, context: SparkContext, dataset: Dataset, raw: RawFolder, seed: int, parity: bool) -> None:
         self._context, self._dataset, self._raw, self._parity = context, dataset, raw, parity
         self._shared = context.broadcast(dataset)
-        self._placement = Placement(dataset.split, seed, raw.scratch)
+        self._placement = Placement(dataset.placing, seed, raw.scratch)
         self._seed = seed
         self._sizes: list[IntArray] = []
 
@@ -177,31 +187,48 @@ class _Job:
         return _Placed(self._placement, list(before[:-1]))
 
     def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any]]:
-        """The encoder, fitted on the train rows; and counts of groups."""
+        """The encoder, fitted on the train rows; and counts of groups and of missing values."""
         shared, parity = self._shared, self._parity
         fit_end = placed.placement.num_rows if parity else placed.placement.train_end
 
         def count(pieces: Iterable[PieceRows]) -> Iterator[tuple[int, Any]]:
-            encoder, groups = Encoder(shared.value.features, parity), MergedGroups(shared.value)
+            encoder, groups, missing = _counters(shared.value, parity)
             for piece in pieces:
                 for batch, positions in piece.positions(placed.placement, placed.before[piece.index]):
                     encoder.fit(batch.filter(pa.array(positions < fit_end)))
                     groups.add(batch)
-            yield from enumerate([*encoder.counters(), *groups.counters.values()])
+                    missing.add(missing.counts(batch, placed.placement.splits(positions)))
+            yield from enumerate([*encoder.counters(), *groups.counters.values(), missing])
 
-        encoder, groups = Encoder(self._dataset.features, parity), MergedGroups(self._dataset)
-        counters = [*encoder.counters(), *groups.counters.values()]
-        if counters:
-            with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
-                num_tasks = min(len(counters), 4 * self._context.defaultParallelism)
-                counted = rows.mapPartitions(count).reduceByKey(_merged, num_tasks, _same)
-                for index, counter in counted.collect():
-                    counters[index].merge(counter)
-                done.update(placed.placement.num_rows)
+        encoder, groups, missing = _counters(self._dataset, parity)
+        counters = [*encoder.counters(), *groups.counters.values(), missing]
+        with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
+            num_tasks = min(len(counters), 4 * self._context.defaultParallelism)
+            counted = rows.mapPartitions(count).reduceByKey(_merged, num_tasks, _same)
+            for index, counter in counted.collect():
+                counters[index].merge(counter)
+            done.update(placed.placement.num_rows)
         encoder.freeze()
-        return encoder, groups.statistics()
+        return encoder, groups.statistics() | missing.statistics()
 
-    def write(self, rows: RDD[PieceRows], placed: _Placed, encoder: Encoder, folder: Path) -> dict[str, Split]:
+    def copies(self, rows: RDD[PieceRows], placed: _Placed) -> Copies:
+        """Count the rows that are equal to others. A task holds the hashes of some `_HASHES` rows."""
+        placement = placed.placement
+        num_tasks = max(4 * self._context.defaultParallelism, placement.num_rows // _HASHES)
+
+        def by_hash(piece: PieceRows) -> Iterator[tuple[int, bytes]]:
+            for batch, positions in piece.positions(placement, placed.before[piece.index]):
+                marks = marked(batch.column(COPY_COLUMN).to_numpy(), placement.splits(positions))
+                task = (marks >> np.uint64(32)) % np.uint64(num_tasks)
+                for each in np.unique(task):
+                    yield int(each), marks[task == each].tobytes()
+
+        def count(grouped: tuple[int, Iterable[bytes]]) -> Copies:
+            return count_copies(np.frombuffer(b"".join(grouped[1]), np.uint64).copy())
+
+        return sum(rows.flatMap(by_hash).groupByKey(num_tasks, _same).map(count).collect(), Copies())
+
+    def write(self, rows: RDD[PieceRows], placed: _Placed, encoder: Encoder, folder: Path) -> dict[str, Written]:
         """Parts of train, valid and test."""
         placement, dataset = placed.placement, self._dataset
         group_rows = row_group_size(placement.train_end, NUM_LANES)
@@ -218,12 +245,14 @@ class _Job:
                 for bucket, own in scatter(rows, positions, plan):
                     yield bucket, to_stream([own], own.schema)
 
-        def write(part: int, content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Path, Split] | OSError]:
+        scaled = dataset.scaled
+
+        def write(part: int, content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, Path, Written] | OSError]:
             split, number, _ = plan.parts[part]
             place = scratch / uuid4().hex  # a task may be tried twice at a time
             try:
                 place.mkdir()
-                writer = SplitWriter(place, SPLITS[split], group_rows, tasks, scenario, first_part=number)
+                writer = SplitWriter(place, SPLITS[split], group_rows, tasks, scenario, number, scaled)
                 for _, streams in groupby(content, itemgetter(0)):
                     writer.write(ordered(batch for _, stream in streams for batch in from_stream(stream)))
                 yield part, place, writer.close()
@@ -232,15 +261,15 @@ class _Job:
 
         with progress(f"{dataset.name}: encode, write", placement.num_rows) as done:
             by_part = rows.flatMap(encode).repartitionAndSortWithinPartitions(len(plan.parts), part_of_bucket.__getitem__)
-            written = by_part.mapPartitionsWithIndex(write).collect()
+            results = by_part.mapPartitionsWithIndex(write).collect()
             done.update(placement.num_rows)
-        found: list[list[Split]] = [[], [], []]
-        for result in sorted(_or_raise(written), key=itemgetter(0)):
-            part, place, split = result
+        found: list[list[Written]] = [[], [], []]
+        for result in sorted(_or_raise(results), key=itemgetter(0)):
+            part, place, written = result
             (folder / SPLITS[plan.parts[part][0]]).mkdir(exist_ok=True)
-            for file in split.parts:
+            for file in written.split.parts:
                 (place / file.path).rename(folder / file.path)
-            found[plan.parts[part][0]].append(split)
+            found[plan.parts[part][0]].append(written)
         return {name: join_splits(parts) for name, parts in zip(SPLITS, found, strict=True)}
 
     def _cut(self) -> list[_File]:
@@ -290,6 +319,10 @@ class _Job:
         """Items in tasks: one each, or several where there are very many."""
         num_tasks = max(4 * self._context.defaultParallelism, len(items) // 8)
         return self._context.parallelize(items, max(min(num_tasks, len(items)), 1))
+
+
+def _counters(dataset: Dataset, parity: bool) -> tuple[Encoder, MergedGroups, MissingCounter]:
+    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features)
 
 
 def _merged(counter: Any, other: Any) -> Any:

@@ -14,10 +14,11 @@ import pyarrow as pa
 from mmlrec.errors import DataError, UserError
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.encoder import check_canonical
+from preprocessing.encoding.row_hashes import row_hashes
 from preprocessing.reading.packed import open_unpacked, readable
 from preprocessing.reading.raw_files import LONGEST_LINE, Piece, RawFolder, Source, Work, work
 from preprocessing.reading.raw_files import PIECE_BYTES as RAW_PIECE_BYTES
-from preprocessing.split_rules import TimeSplit
+from preprocessing.split_rules import COPY_COLUMN, TimeSplit
 from preprocessing.writing.splits import IntArray, Placement, times
 
 PIECE_BYTES = 16 << 20
@@ -123,7 +124,7 @@ def stretches(file: int, source: Source, raw: RawFolder) -> list[Stretch]:
 
 @dataclass(frozen=True)
 class PieceRows:
-    """The canonical rows of a piece, or why there are none.
+    """The canonical rows of a piece, with their hashes, or why there are none.
 
     Attributes:
         index: of the piece, in the order of the files.
@@ -166,14 +167,18 @@ def canonical_rows(index: int, cut: Cut, dataset: Dataset, placement: Placement 
     try:
         found = work(dataset.canonical, cut.source, cut.piece())
         done = Work(found.num_rows, found.bad_rows[: limit + 1], found.passed_over, b"")
+        batches = []
         for batch in found.result:
             check_canonical(dataset, batch)
+            batch = batch.append_column(COPY_COLUMN, row_hashes(batch, dataset.identity))
+            batches.append(batch)
             num_rows += batch.num_rows
             if placement is not None:
                 sizes += placement.sizes(batch)
             elif isinstance(dataset.split, TimeSplit):
                 times(batch, dataset.split)
-        done = replace(done, result=to_stream(found.result, dataset.canonical_schema()))
+        schema = dataset.canonical_schema().append(pa.field(COPY_COLUMN, pa.int64()))
+        done = replace(done, result=to_stream(batches, schema))
     except (UserError, OSError) as error:
         return PieceRows(index, done, num_rows, sizes, error)
     return PieceRows(index, done, num_rows, sizes)

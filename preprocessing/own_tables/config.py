@@ -13,6 +13,7 @@ from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 from preprocessing.reading.cells import Cells
 from preprocessing.rows.expressions import Condition, parse_condition
+from preprocessing.split_rules import Duplicates
 
 FORMATS = {
     "csv": (".csv", ".tsv", ".txt", ".dat", ".log"),
@@ -56,6 +57,10 @@ class CsvConfig(StrictModel):
         return self
 
 
+#: Given at a feature, tells that it may read a label's column.
+AllowLabel = Annotated[bool, Field(description="The feature may be made of a column that a label is made of.")]
+
+
 class HashConfig(StrictModel):
     """Ids by hash: no vocabulary, a table of fixed size."""
 
@@ -73,6 +78,7 @@ class IdFeature(StrictModel):
     table: str | None = Field(default=None, description="Another feature, whose embedding table this one shares.")
     min_count: int | None = Field(default=None, ge=1, description="Values seen less often in train get id 0; 1 when absent.")
     hash: HashConfig | None = None
+    allow_label_feature: AllowLabel = False
 
     @model_validator(mode="after")
     def _one_mapping(self) -> IdFeature:
@@ -99,6 +105,7 @@ class NumberFeature(StrictModel):
         default="min_max", description="log: sign(x) log(1 + |x|), then min-max; both by the train rows."
     )
     buckets: int | None = Field(default=None, ge=2, le=1 << 16, description="Quantiles of the train rows, as ids.")
+    allow_label_feature: AllowLabel = False
     fill: float | Literal["mean"] = Field(
         default="mean", description="What a missing value becomes: the mean of the train rows, or a number before it is scaled."
     )
@@ -148,6 +155,11 @@ class TaskConfig(StrictModel):
     def condition(self) -> Condition | None:
         """The condition, where the label is one."""
         return parse_condition(self.label.strip()) if _OPERATOR.search(self.label) else None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the label is made of."""
+        return list(self.condition.columns) if self.condition else [self.label]
 
 
 class ScenarioConfig(StrictModel):
@@ -261,6 +273,9 @@ class TableConfig(StrictModel):
     keys: dict[Name, KeyConfig] = {}
     group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
     split: SplitConfig = RandomRule()
+    duplicates: Duplicates = Field(
+        default="keep", description="Rows that are equal to an earlier one go where the split says, nowhere, or to its side."
+    )
     terms: str = Field(default="", description="Terms of use of the data, shown with results.")
 
     @field_validator("missing", mode="before")
@@ -304,6 +319,8 @@ class TableConfig(StrictModel):
                 self._check_shared(name, feature)
             if isinstance(feature, NumberFeature) and feature.indicator and indicator_name(name) in self.features:
                 raise ValueError(f"features.{name}.indicator: there is a feature '{indicator_name(name)}'; rename that")
+            if not feature.allow_label_feature:
+                self._check_no_label(name, feature.column or name)
         if self.scenario is not None:
             marks = self.cells.marks(self.scenario.column)
             both = [value for value in self.scenario.values if str(value) in marks]
@@ -322,6 +339,15 @@ class TableConfig(StrictModel):
             if dates and self.keys[self.split.key].type == "int":
                 raise ValueError(f"split.cuts are dates, but key '{self.split.key}' is int: give integers, or type: datetime")
         return self
+
+    def _check_no_label(self, name: str, column: str) -> None:
+        for task in self.tasks:
+            if column in task.columns:
+                raise ValueError(
+                    f"features.{name} is made of column '{column}', and so is the label of task '{task.name}' ({task.label}): a"
+                    " model would read the answer. Leave the feature away; or, where the column is known before the label is,"
+                    f" say so: features.{name}.allow_label_feature: true"
+                )
 
     def _check_shared(self, name: str, feature: IdFeature) -> None:
         other = self.features.get(str(feature.table))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +15,9 @@ import pyarrow.parquet as pq
 
 from mmlrec.identity import file_sha256
 from mmlrec.schema import SCENARIO_COLUMN, Part, Scenario, Split, Task, label_column
+from preprocessing.writing.summaries import Moments, Squeeze
+
+T = TypeVar("T")
 
 NUM_LANES = 8
 PART_ROWS = 1 << 20  # parts are written side by side, one by each worker
@@ -49,11 +56,28 @@ def _encoding(schema: pa.Schema) -> dict[str, object]:
     return {"column_encoding": encodings, "use_dictionary": dictionaries, "compression": "none", "write_statistics": False}
 
 
+@dataclass(frozen=True)
+class Written:
+    """A split, or parts of it, and what was counted of its numbers.
+
+    Attributes:
+        labels: regression task -> "all" or scenario -> its labels.
+        ranges: scaled feature -> its values; of train only.
+    """
+
+    split: Split
+    labels: dict[str, dict[str, Moments]]
+    ranges: dict[str, Squeeze]
+
+
 class SplitWriter:
     """Writes one split, or the parts of it from `first_part` on.
 
     Every row group has exactly `group_rows` rows, across part borders, but the split's very last. What is written does not
     depend on how the rows are handed over.
+
+    Args:
+        scaled: features whose values lie in [0, 1], the range of train.
     """
 
     def __init__(
@@ -64,6 +88,7 @@ class SplitWriter:
         tasks: tuple[Task, ...],
         scenario: Scenario | None,
         first_part: int = 0,
+        scaled: tuple[str, ...] = (),
     ) -> None:
         self._folder, self._split, self._first_part = folder, split, first_part
         self._group_rows = group_rows
@@ -76,7 +101,14 @@ class SplitWriter:
         num_scenarios = len(scenario.values) if scenario else 0
         self._scenario_rows = np.zeros(num_scenarios, np.int64)
         self._counts = np.zeros((len(tasks), num_scenarios + 1, 2), np.int64)  # last scenario = all
+        self._labels = {task.name: dict.fromkeys(self._names, Moments()) for task in tasks if task.kind == "regression"}
+        self._ranges = dict.fromkeys(scaled if split == "train" else (), Squeeze())
         (folder / split).mkdir(exist_ok=True)
+
+    @property
+    def _names(self) -> list[str]:
+        """Scenarios in the order of their ids, then all of them together."""
+        return [*(self._scenario.values if self._scenario else []), "all"]
 
     def write(self, rows: pa.RecordBatch) -> None:
         """Append encoded rows."""
@@ -86,14 +118,14 @@ class SplitWriter:
         if self._num_waiting >= self._group_rows:
             self._write_groups(self._num_waiting // self._group_rows * self._group_rows)
 
-    def close(self) -> Split:
+    def close(self) -> Written:
         """Write what is left and describe the split."""
         if self._num_waiting:
             self._write_groups(self._num_waiting)
         if self._writer is not None:
             self._writer.close()
-        names = [*(self._scenario.values if self._scenario else []), "all"]
-        return Split(
+        names = self._names
+        split = Split(
             parts=[self._part(index, rows) for index, rows in enumerate(self._written)],
             num_rows=sum(self._written),
             scenario_rows=dict(zip(names, self._scenario_rows.tolist(), strict=False)),
@@ -102,6 +134,7 @@ class SplitWriter:
                 for task, counts in zip(self._tasks, self._counts, strict=True)
             },
         )
+        return Written(split, self._labels, self._ranges)
 
     def _path(self, index: int) -> str:
         return f"{self._split}/part-{self._first_part + index:05d}.parquet"
@@ -116,11 +149,26 @@ class SplitWriter:
             if self._writer is None or self._written[-1] == self._part_rows:
                 self._next_part(table.schema)
             assert self._writer is not None
-            group = table.slice(start, min(self._group_rows, num_rows - start))
-            self._writer.write_table(group.combine_chunks(), row_group_size=self._group_rows)  # pages end where chunks do
+            group = table.slice(start, min(self._group_rows, num_rows - start)).combine_chunks()
+            self._sum_up(group)
+            self._writer.write_table(group, row_group_size=self._group_rows)  # pages end where chunks do
             self._written[-1] += group.num_rows
         self._waiting = table.slice(num_rows).to_batches()
         self._num_waiting -= num_rows
+
+    def _sum_up(self, group: pa.Table) -> None:
+        """Take note of the numbers of a row group."""
+        for name, seen in self._ranges.items():
+            self._ranges[name] = seen + Squeeze.of(group[name].to_numpy())
+        for task, of_task in self._labels.items():
+            label = group[label_column(task)].to_numpy()  # nan where it is missing
+            known = ~np.isnan(label)
+            own = {"all": known}
+            if self._scenario:
+                scenario = group[SCENARIO_COLUMN].to_numpy()
+                own |= {name: known & (scenario == index) for index, name in enumerate(self._scenario.values)}
+            for name, rows in own.items():
+                of_task[name] += Moments.of(label[rows])
 
     def _next_part(self, schema: pa.Schema) -> None:
         if self._writer is not None:
@@ -143,10 +191,11 @@ class SplitWriter:
                     self._counts[t, :-1, k] += np.bincount(scenario[chosen], minlength=num_scenarios)
 
 
-def join_splits(pieces: list[Split]) -> Split:
+def join_splits(written: list[Written]) -> Written:
     """One split from the parts that several writers have made of it, in their order."""
+    pieces = [each.split for each in written]
     scenarios, tasks = pieces[0].scenario_rows, pieces[0].label_counts
-    return Split(
+    split = Split(
         parts=[part for piece in pieces for part in piece.parts],
         num_rows=sum(piece.num_rows for piece in pieces),
         scenario_rows={name: sum(piece.scenario_rows[name] for piece in pieces) for name in scenarios},
@@ -158,3 +207,12 @@ def join_splits(pieces: list[Split]) -> Split:
             for task, counts in tasks.items()
         },
     )
+    labels = {
+        task: {name: _joined([each.labels[task][name] for each in written]) for name in of_task}
+        for task, of_task in written[0].labels.items()
+    }
+    return Written(split, labels, {name: _joined([each.ranges[name] for each in written]) for name in written[0].ranges})
+
+
+def _joined(pieces: list[T]) -> T:
+    return reduce(add, pieces)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import UInt64Array, mix64
 from mmlrec.schema import SPLITS, key_column
-from preprocessing.split_rules import SIDE_COLUMN, FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
+from preprocessing.split_rules import COPY_KEY, SIDE_COLUMN, FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 from preprocessing.writing.permutation import RowPermutation, split_ends
 
 _READ_BYTES = 8 << 20
@@ -94,6 +94,10 @@ class Placement:
             self._placed[block] = stop
         return positions
 
+    def splits(self, positions: IntArray) -> IntArray:
+        """Split of each position, [rows]: 0 train, 1 valid, 2 test."""
+        return (positions >= self.train_end).astype(np.int64) + (positions >= self.valid_end)
+
     def after(self, sizes: IntArray) -> Placement:
         """A placement for rows that follow these many of each block, [3]: so that pieces can be placed apart."""
         placement = copy(self)
@@ -118,6 +122,8 @@ class Placement:
 
     def _words(self) -> str:
         rule = self._rule
+        if rule == GroupSplit(COPY_KEY):
+            return "8:1:1 at random, equal rows together"
         if isinstance(rule, GroupSplit):
             return f"8:1:1 by the values of key '{rule.key}'"
         if isinstance(rule, TimeSplit):

@@ -209,7 +209,8 @@ def test_page_is_one_file_with_tables_and_plots(movielens, tmp_path, capsys):
     assert not {"script", "link", "img", "iframe"} & set(elements.tags)
     assert "url(http" not in text
     assert "@import" not in text
-    titles = ["Rows and label rates", "Groups", "Sparse and multi-valued features", "Raw rows left out", "Examples"]
+    titles = ["Rows and label rates", "Equal rows", "Groups", "Sparse and multi-valued features"]
+    titles += ["Raw rows left out", "Examples"]
     plots = ["Label rates", "Frequency of ids", "Overlap of scenarios", "Lengths of lists"]
     assert re.findall("<h2>(.*?)</h2>", text) == titles + plots
     assert elements.tags.count("svg") == len(plots)
@@ -289,6 +290,7 @@ def test_hashed_ids(tmp_path, capsys):
     assert main(["describe", str(tmp_path / "out"), "--rows", "1"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^user +800 +800 +100\.00 %$", shown, re.MULTILINE)  # 800 values in 50 buckets: none is alone
+    assert "Task 'click' has labels of one class only in train (0 of 800 positive), valid (0 of 100" in shown
     (first,) = pq.read_table(tmp_path / "out/train/part-00000.parquet", columns=["user"])["user"].to_pylist()[:1]
     assert re.search(rf"^user +hash {first}$", shown, re.MULTILINE)
 

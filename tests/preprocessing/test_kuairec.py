@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -109,7 +110,7 @@ NATIVE = dict.fromkeys(CODES, number) | dict.fromkeys(TEXTS, str)
 def test_the_big_matrix_decodes_to_the_joined_rows(fake, tmp_path, monkeypatch, piece_bytes):
     monkeypatch.setattr("preprocessing.reading.raw_files.PIECE_BYTES", piece_bytes)
     out = tmp_path / "out"
-    assert main(["kuairec", "--raw", str(fake), "--out", str(out)]) == 0
+    assert main(["kuairec", "--raw", str(fake), "--out", str(out), "--duplicates", "keep"]) == 0
     expected = big_rows(fake / INNER)
     assert_decodes_to(out, expected, NATIVE | {"date": int})
     manifest = DatasetManifest.load(out)
@@ -133,8 +134,33 @@ def test_the_tables_may_lie_in_the_folder_itself(fake, tmp_path):
 
 
 def test_ids_are_features_on_demand(fake, tmp_path):
-    assert main(["kuairec", "--raw", str(fake), "--out", str(tmp_path / "out"), "--ids"]) == 0
+    assert main(["kuairec", "--raw", str(fake), "--out", str(tmp_path / "out"), "--ids", "--duplicates", "keep"]) == 0
     assert_decodes_to(tmp_path / "out", big_rows(fake / INNER), NATIVE | dict.fromkeys(("date", "user_id", "video_id"), int))
+
+
+def test_copies_of_a_view_are_on_one_side_unless_told_and_none_is_lost(fake, tmp_path):
+    lines = (fake / INNER / BIG).read_text().splitlines()
+    copied = lines[1:401]  # 400 views again, and one of them 300 times more
+    (fake / INNER / BIG).write_text("\n".join([*lines, *copied, *[copied[7]] * 300]) + "\n")
+    common = ["kuairec", "--raw", str(fake)]
+    assert main([*common, "--out", str(tmp_path / "together")]) == 0
+    assert main([*common, "--out", str(tmp_path / "apart"), "--duplicates", "keep"]) == 0
+    assert main([*common, "--out", str(tmp_path / "parity"), "--parity"]) == 0
+    rows = joined(fake / INNER, BIG)
+    sides = {}
+    for name in ("together", "apart"):
+        found = pd.concat([read(tmp_path / name, split).assign(split=split) for split in ("train", "valid", "test")])
+        assert len(found) == len(rows) == 2200
+        assert Counter(found["key.user_id"]) == Counter(rows["user_id"].map(int))
+        seen = found.drop(columns="feat").groupby([c for c in found if c not in ("feat", "split")])["split"]
+        sides[name] = seen.nunique().max()
+        counts = DatasetManifest.load(tmp_path / name).statistics["duplicates"]
+        assert counts["policy"] == {"together": "keep_together", "apart": "keep"}[name]
+        assert counts["rows"] >= 700
+        assert counts["most"] >= 302
+        assert (counts["test_in_train"] > 0) == (name == "apart")
+    assert sides == {"together": 1, "apart": 3}
+    assert DatasetManifest.load(tmp_path / "parity").statistics["duplicates"]["policy"] == "keep"
 
 
 def test_train_on_big_and_evaluate_on_small(fake, tmp_path):

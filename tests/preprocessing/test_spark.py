@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
 from preprocessing.dataset import dataset_class
 from preprocessing.engines import spark_pieces
@@ -68,7 +69,7 @@ def rows_of(folder, split):
     return pa.concat_tables([pq.read_table(path) for path in sorted((folder / split).glob("*.parquet"))])
 
 
-FORMS = ["movielens-1m", "census-income", "amazon-2018 time", "criteo npy"]
+FORMS = ["movielens-1m", "census-income", "amazon-2018 time", "criteo npy", "kuairec"]
 FORMS = [form for form in FORMS if form in FAKES] + [
     pytest.param(form, marks=pytest.mark.long) for form in FAKES if form not in FORMS and form.split()[0] not in IN_ONE_GO
 ]
@@ -83,6 +84,26 @@ def test_same_bytes_as_the_local_engine(form, spark, small, tmp_path, monkeypatc
     local, on_spark = both(form.split()[0], fake.arguments(raw), tmp_path)
     assert local.keys() == on_spark.keys()
     assert [name for name in local if local[name] != on_spark[name]] == []
+
+
+@pytest.mark.parametrize("policy", ["keep", "keep_together"])
+def test_equal_rows_and_missing_values_are_counted_as_locally(policy, spark, small, tmp_path):
+    (tmp_path / "raw").mkdir()
+    cells = [("" if i % 7 == 0 else i % 90, "" if i % 5 == 0 else i % 3) for i in range(3000)]
+    rows = [f"u{i % 40},{x},{tag}|{i % 2},{(i % 4) / 8}" for i, (x, tag) in enumerate(cells)]
+    (tmp_path / "raw" / "a.csv").write_text("\n".join(["user,x,tags,amount", *rows]) + "\n")
+    (tmp_path / "raw" / "t.yaml").write_text(
+        "files: [a.csv]\n"
+        "features: {user: {kind: id}, x: {kind: number}, tags: {kind: ids, separator: '|'}}\n"
+        "tasks: [{name: amount, label: amount, kind: regression}]\n"
+    )
+    arguments = ["--config", str(tmp_path / "raw" / "t.yaml"), "--duplicates", policy]
+    local, on_spark = both("table", arguments, tmp_path)
+    assert [name for name in local if local[name] != on_spark[name]] == []
+    statistics = DatasetManifest.load(tmp_path / "spark").statistics
+    assert statistics["duplicates"]["rows"] == 3000 - len(set(rows)) > 400
+    assert sum(statistics["missing"]["x"].values()) == 429
+    assert statistics["label_values"]["amount"]["all"]["all"]["greatest"] == 0.375
 
 
 @pytest.mark.parametrize("options", [["--parity"], ["--seed", "5", "--scenario", "none"]])

@@ -408,7 +408,8 @@ def test_integers_of_parquet_as_numbers_buckets_and_texts(tmp_path, kind):
     columns = {"user": values, "x": values, "y": pa.array([k % 2 for k in range(40)])}
     (tmp_path / "raw").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "raw" / "rows.parquet")
-    features = {"user": {"kind": "id"}, "x": {"kind": "number"}, "b": {"kind": "number", "column": "x", "buckets": 3}}
+    number = {"kind": "number", "column": "x", "allow_label_feature": True}
+    features = {"user": {"kind": "id"}, "x": number, "b": number | {"buckets": 3}}
     content = (tmp_path / "raw" / "rows.parquet").read_bytes()
     tasks = [{"name": "y", "label": "y"}, {"name": "z", "label": f"x > {2**61}"}]
     make(small(tmp_path, content, "rows.parquet", features=features, tasks=tasks).parent, tmp_path / "out")

@@ -17,11 +17,11 @@ BAD_CONFIGS = {
     "unknown key": ({"feature": {}}, ["my_table.yaml: feature: unknown key. Did you mean 'features'?"]),
     "unknown option": (
         {"features": {"user": {"kind": "id", "min_cout": 2}}},
-        ["features.user.min_cout: unknown key. Did you mean 'min_count'? Allowed: column, hash, kind, min_count, table, type."],
+        ["features.user.min_cout: unknown key. Did you mean 'min_count'? Allowed: allow_label_feature, column, hash, kind, "],
     ),
     "option of another kind": (
         {"features": {"user": {"kind": "number", "separator": "|"}}},
-        ["features.user.separator: unknown key. Allowed: buckets, column, fill, indicator, kind, scale."],
+        ["features.user.separator: unknown key. Allowed: allow_label_feature, buckets, column, fill, indicator, kind, scale."],
     ),
     "unknown kind": (
         {"features": {"user": {"kind": "idd"}}},
@@ -160,7 +160,7 @@ def test_bad_rows_are_named_by_line_or_counted(case, tmp_path, capsys):
 
 def test_a_chain_that_rows_contradict(tmp_path, capsys):
     tasks = [{"name": "click", "label": "x > 100", "implied_by_next": True}, {"name": "buy", "label": "y"}]
-    assert run(small(tmp_path, tasks=tasks), tmp_path / "out") == 2
+    assert run(small(tmp_path, tasks=tasks, features={"user": {"kind": "id"}}), tmp_path / "out") == 2
     assert (
         "rows.csv, line 3: task buy is positive where click is not, which implied_by_next rules out" in capsys.readouterr().err
     )

@@ -1,0 +1,138 @@
+"""What should not pass unmentioned: inputs that no model can use, told at the end of preprocessing and of `describe`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmlrec.schema import SPLITS, DatasetManifest, Feature, Task
+from preprocessing.describing.marks import suspicious_ids
+
+_SQUEEZED = 0.99  # of the values at one end of the range
+_FEW = 10  # values, of which nothing can be said
+_COPIED = 0.01  # of a split's rows
+
+
+def look_at_this(manifest: DatasetManifest, folder: Path) -> list[str]:
+    """One sentence or two for each thing: what it is about, and what to do.
+
+    Folders made before a fact was recorded get no line about it.
+
+    Args:
+        folder: where the dataset lies.
+    """
+    found = [*_tasks(manifest), *_scenarios(manifest)]
+    for feature in manifest.features:
+        found += _feature(manifest, feature)
+    return [*found, *suspicious_ids(folder, manifest), *_copies(manifest)]
+
+
+def block(notes: list[str]) -> str:
+    """The notes as they are printed; empty without any."""
+    return "\n".join(["Look at this:", *(f"  * {note}" for note in notes)]) if notes else ""
+
+
+def _tasks(manifest: DatasetManifest) -> Iterator[str]:
+    for task in manifest.tasks:
+        wrong: dict[str, list[str]] = {}
+        for name, split in manifest.splits.items():
+            labelled, positive = split.label_counts[task.name]["all"]
+            if not labelled:
+                wrong.setdefault("no label", []).append(f"{name} (0 of {split.num_rows:,} rows)")
+            elif task.kind == "regression":
+                values = _label_values(manifest, task, name)
+                if values and values["least"] == values["greatest"]:
+                    wrong.setdefault("one value only", []).append(f"{name} ({values['least']:g} in {labelled:,} labelled rows)")
+            elif positive in (0, labelled):
+                wrong.setdefault("labels of one class only", []).append(f"{name} ({positive:,} of {labelled:,} positive)")
+        for what, where in wrong.items():
+            yield (
+                f"Task '{task.name}' has {what} in {', '.join(where)}: it cannot be trained, selected or measured there. Check"
+                " how the label is made, use more rows, another --seed or another split, or leave the task away."
+            )
+
+
+def _scenarios(manifest: DatasetManifest) -> Iterator[str]:
+    if manifest.scenario is None:
+        return
+    for name in manifest.scenario.values:
+        empty = [split for split, content in manifest.splits.items() if not content.scenario_rows[name]]
+        if len(empty) == len(manifest.splits):
+            yield (
+                f"Scenario '{name}' is listed, but no row belongs to it. Check how its value is written in column"
+                f" '{manifest.scenario.name}', or take it off the list."
+            )
+        elif empty:
+            yield f"Scenario '{name}' has no row in {' and '.join(empty)}. Use more rows, or let it join another scenario."
+
+
+def _feature(manifest: DatasetManifest, feature: Feature) -> Iterator[str]:
+    name, num_rows = feature.name, manifest.splits["train"].num_rows
+    missing = manifest.statistics.get("missing", {}).get(name, {}).get("train")
+    if missing == num_rows:
+        yield (
+            f"Feature '{name}' has no value in any of the {num_rows:,} rows of train. Check the name of its column and what the"
+            " files hold there, or leave the feature away."
+        )
+        return
+    if feature.table is None:
+        yield from _number(manifest, name)
+        return
+    table = manifest.table(feature.table)
+    hashed = manifest.statistics.get("hash_collisions", {}).get(table.name)
+    num_values = table.num_rows - 1 if table.vocabulary is not None else hashed["values"] if hashed else None
+    if num_values == 0:
+        yield (
+            f"Feature '{name}' has no id but 0: no value of table '{table.name}' occurs in train as often as its minimum count"
+            " asks. Lower min_count, or leave the feature away."
+        )
+    elif num_values == 1:
+        others = f", and none in {missing:,}" if missing else ""
+        yield (
+            f"Feature '{name}' has one value in train (one id, or one bucket of numbers){others}: nothing can be learnt from it"
+            " but whether it is there. Leave it away, or check its column."
+        )
+
+
+def _number(manifest: DatasetManifest, name: str) -> Iterator[str]:
+    ranges = manifest.preprocessing.get("dense_ranges") or {}
+    bounds = ranges.get(name)
+    if bounds is None:
+        return
+    if bounds[0] == bounds[1]:
+        yield (
+            f"Feature '{name}' has one value in train, {bounds[0]:g}: it is scaled to 0 everywhere. Leave it away, or check its"
+            " column."
+        )
+        return
+    squeeze = manifest.statistics.get("within_ranges", {}).get(name)
+    if squeeze is None:
+        return
+    above, low, below, high = squeeze
+    for end, inside, at_end in (("greatest", above, low), ("least", below, high)):
+        if at_end >= _FEW and inside - at_end <= max((1 - _SQUEEZED) * inside, 1):
+            yield (
+                f"Feature '{name}' is squeezed by its {end} values: the range of train is {bounds[0]:g} to {bounds[1]:g}, and"
+                f" {at_end:,} of {inside:,} values lie in a hundredth of it. Mend or leave out rows that are wrong, or take its"
+                " logarithm or buckets (in a table, scale: log or buckets: 20)."
+            )
+
+
+def _copies(manifest: DatasetManifest) -> Iterator[str]:
+    counts = manifest.statistics.get("duplicates", {})
+    if counts.get("policy") != "keep":
+        return
+    found = {split: (counts[f"{split}_in_train"], manifest.splits[split].num_rows) for split in SPLITS[1:]}
+    if any(copies >= _COPIED * num_rows > 0 for copies, num_rows in found.values()):
+        told = " and ".join(f"{copies:,} of {num_rows:,} rows of {split}" for split, (copies, num_rows) in found.items())
+        yield (
+            f"Copies on both sides: {told} are equal to a row of train in all columns, labels and keys too. Where they are"
+            " copies of one event, keep them on one side or leave them out: --duplicates keep_together or drop."
+        )
+
+
+def _label_values(manifest: DatasetManifest, task: Task, split: str) -> dict[str, Any] | None:
+    """Mean, deviation, least and greatest label of a regression task; None in folders that do not tell."""
+    values: dict[str, Any] | None = manifest.statistics.get("label_values", {}).get(task.name, {}).get(split, {}).get("all")
+    return values
