@@ -174,24 +174,25 @@ class _Lock:
                     return
                 if error.errno not in _TAKEN:
                     raise
-            if _is_locked(descriptor, 0):
+            if _holder(descriptor, 0) is not None:
                 raise self._taken(descriptor, [0])
             if deadline is None:
                 deadline = time.monotonic() + _ORPHANS_END_WITHIN_S
                 logger.info("%s: waiting for the last ranks of the run before to end", self._folder)
             if time.monotonic() > deadline:
                 ranks = range(1, len(_read(descriptor).get("ranks", [])))
-                raise self._taken(descriptor, [rank for rank in ranks if _is_locked(descriptor, rank)])
+                raise self._taken(descriptor, [rank for rank in ranks if _holder(descriptor, rank) is not None])
             time.sleep(0.1)
 
     def _taken(self, descriptor: int, ranks: list[int]) -> UserError:
         content = _read(descriptor)
-        deadline = time.monotonic() + 1
-        while not content and time.monotonic() < deadline:  # its holder has it since a moment ago, and is about to write
+        deadline = time.monotonic() + 2
+        # Its holder may have it since a moment ago, and is about to write; what stands there is of the one before.
+        while not (current := _is_of_holder(content, descriptor)) and time.monotonic() < deadline:
             time.sleep(0.05)
             content = _read(descriptor)
         who = "another run"
-        if content:
+        if current:
             names = [f"{host}, process {process}" for host, process in (content["ranks"][rank] for rank in ranks)]
             which = "" if ranks == [0] else f"rank {' and '.join(map(str, ranks))} of "
             job = f", {content['job']}" if content["job"] else ""
@@ -225,11 +226,19 @@ def _read(descriptor: int) -> dict[str, Any]:
         return {}
 
 
-def _is_locked(descriptor: int, byte: int) -> bool:
-    """True when another process has locked this byte."""
+def _holder(descriptor: int, byte: int) -> int | None:
+    """The other process that has locked this byte, below 1 where the kernel does not know it; None where none has."""
     question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    answer: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))[0]
-    return answer != fcntl.F_UNLCK
+    kind, _, _, _, process = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+    return None if kind == fcntl.F_UNLCK else int(process)
+
+
+def _is_of_holder(content: dict[str, Any], descriptor: int) -> bool:
+    """False where the file is still empty, or was written on this host by another process than has locked its first byte."""
+    if not content:
+        return False
+    (host, process), holder = content["ranks"][0], _holder(descriptor, 0)
+    return host != socket.gethostname() or holder is None or holder < 1 or holder == process
 
 
 def _keeps_locks_to_itself(folder: Path, mounts: Path) -> str | None:
