@@ -1,5 +1,6 @@
 """The identity of an encoding against facts worked out by hand: what counts, what does not, and that it stays what it is."""
 
+import argparse
 import hashlib
 import json
 import struct
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,9 +16,11 @@ from mmlrec.errors import DataError
 from mmlrec.identity import check_vocabulary, encoding_differences, vocabulary_digest
 from mmlrec.schema import DatasetManifest, Encoding, Feature, Table, Task
 from preprocessing.dataset import Column
+from preprocessing.datasets.table import Table as TableDataset
 from preprocessing.encoding import identity
-from preprocessing.encoding.encoder import DenseRange
+from preprocessing.encoding.encoder import DenseRange, Encoder
 from preprocessing.own_tables.config import TaskConfig
+from preprocessing.reading.raw_files import RawFolder
 from tests.preprocessing.table_fake import WRITERS, run, small, write_table
 
 LINES = "user,item,x,z,age,page,d,y,r\n" + "".join(
@@ -330,3 +334,28 @@ def test_a_changed_record_is_no_record(usual, tmp_path):
     assert not later.comparable(usual)
     assert not usual.comparable(None)
     assert usual.comparable(usual)
+
+
+def test_counters_that_are_merged_as_spark_merges_them_give_the_same_identity(tmp_path):
+    split = {"rule": "file", "train": ["rows.csv"], "valid": ["valid.csv"], "test": ["valid2.csv"]}
+    for name in ("valid", "valid2"):
+        small(tmp_path, LINES.replace(",10.5,", ",99,"), f"{name}.csv")
+    config = small(tmp_path, LINES, **(CONFIG | {"files": [], "split": split}))
+    assert run(config, tmp_path / "local") == 0
+    options = argparse.Namespace(config=config, raw=None)
+    dataset = TableDataset(options)
+    raw = RawFolder(options.raw, dataset.raw_files, "")
+    parts = [Encoder(dataset.features, False) for _ in range(3)]
+    for number, batch in enumerate(dataset.batches(raw)):
+        train = batch.filter(pc.equal(batch.column("split.side"), 0))
+        for start in range(0, train.num_rows, 7):
+            parts[(number + start) % 3].fit(train.slice(start, 7))
+    merged = Encoder(dataset.features, False)
+    for part in parts:
+        for counter, other in zip(merged.counters(), part.counters(), strict=True):
+            counter.merge(other)
+    merged.freeze()
+    merged.save(tmp_path / "vocab")
+    found = identity.encoding_of(dataset, merged, tmp_path, 1)
+    assert found == DatasetManifest.load(tmp_path / "local").encoding
+    assert found.features["x"]["range"] == [0.5, 10.5]
