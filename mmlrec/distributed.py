@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.errors import UserAdvice, UserError
+from mmlrec.heartbeat import Heartbeat, LostRank
 
 logger = logging.getLogger("mmlrec")
 
-#: Longest wait in a collective. A rank that is stuck longer is taken for dead.
-_TIMEOUT = timedelta(minutes=10)
+#: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class World:
 
     Attributes:
         control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
+        heartbeat: tells the other ranks how far this one is.
     """
 
     rank: int
@@ -42,6 +45,7 @@ class World:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -52,13 +56,22 @@ class World:
         """Wait for all ranks."""
         dist.barrier(group=self.control)
 
+    def at(self, doing: str, step: int | None = None) -> None:
+        """Tell the other ranks what this one does now (see `Heartbeat.at`)."""
+        if self.heartbeat is not None:
+            self.heartbeat.at(doing, step)
+
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on at least one."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, number: int) -> int:
+        """The largest of the numbers of all ranks, on every rank."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor([int(flag)])
+            return number
+        tensor = torch.tensor([number])
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return bool(tensor.item())
+        return int(tensor.item())
 
     def from_main(self, value: object) -> object:
         """Rank 0's value, on every rank."""
@@ -67,23 +80,31 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def raise_together(self, error: UserError | None) -> None:
         """Raise on every rank when one rank has an error, so that none is left waiting in a collective."""
-        errors: list[UserError | None] = [None] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(errors, error, group=self.control)
-        else:
-            errors = [error]
-        for found in errors:
+        for found in self.gather(error):
             if found is not None:
                 raise found
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[World]:
+def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     NCCL when there is a GPU, gloo otherwise.
+
+    Args:
+        timeout: longest wait in a collective of this group and of every other, in seconds (`training.timeout`).
+
+    Raises:
+        LostRank: a rank did not come to a collective in time.
     """
     quiet_libraries()
     keep_freed_memory()
@@ -100,19 +121,28 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(device)
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
-        store, rank, world_size = next(rendezvous("env://"))
+        with _joining(rank, world_size, timeout):
+            store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    heartbeat = Heartbeat(store, rank, world_size, timeout, partial(_told_already, world_size=world_size))
+    before = _set_default_timeouts(timedelta(seconds=timeout), timedelta(seconds=timeout))
+    with _joining(rank, world_size, timeout):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    hangs = False
     try:
-        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         assert control is not None
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         configure_logging(rank)
-        yield World(rank, world_size, local_world_size, device, control)
+        heartbeat.start()
+        yield World(rank, world_size, local_world_size, device, control, heartbeat)
     except UserError as error:
         error.told = _told_already(store, world_size)
         raise
     except RuntimeError as error:
+        if world_size > 1 and _TIMED_OUT.search(str(error)):
+            hangs = True
+            raise heartbeat.lost() from None
         if world_size == 1 or not _PEER_GONE.search(str(error)):
             raise
         time.sleep(2)  # a peer that failed with a message of its own tells it first
@@ -123,9 +153,37 @@ def process_group() -> Iterator[World]:
         lost.told = _told_already(store, world_size)
         raise lost from None
     finally:
-        # Without this a finished gloo process may abort in its destructors.
-        dist.destroy_process_group()
+        heartbeat.stop()
+        _set_default_timeouts(*before)
+        # Without this a finished gloo process may abort in its destructors. With a rank that hangs it would wait once more.
+        if not hangs:
+            dist.destroy_process_group()
 
+
+@contextlib.contextmanager
+def _joining(rank: int, world_size: int, timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _TIMED_OUT.search(str(error)):
+            raise
+        lost = LostRank(
+            f"not all of {world_size} ranks have joined within {timeout:g} s (training.timeout); rank {rank} waited for them."
+            " Look for the process that did not start, and run the same command again."
+        )
+        lost.told = rank != 0
+        raise lost from None
+
+
+def _set_default_timeouts(cpu: timedelta, gpu: timedelta | None) -> tuple[timedelta, timedelta | None]:
+    """Set the timeouts of groups that are made without one, as TorchRec makes those of a node; returns the former ones."""
+    before = distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout
+    distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = cpu, gpu
+    return before
+
+
+#: What gloo and the store say when a rank did not come in time.
+_TIMED_OUT = re.compile("tim(ed|e) ?out", re.IGNORECASE)
 
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)

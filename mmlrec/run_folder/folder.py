@@ -32,6 +32,17 @@ _MAY_DIFFER = (
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.timeout",
+)
+
+#: Keys that may differ, too, when a run goes back to an earlier checkpoint: what a run that diverged is mended with.
+REMEDIES = (
+    "dense.optimizer.lr",
+    "dense.optimizer.eps",
+    "dense.clip_norm",
+    "embeddings.optimizer.lr",
+    "embeddings.optimizer.eps",
+    "schedule",
 )
 
 
@@ -97,8 +108,11 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
-    def check_same_run(self, config: RunConfig) -> None:
+    def check_same_run(self, config: RunConfig, also: tuple[str, ...] = ()) -> None:
         """Refuse to resume, or to evaluate, under a configuration that trains something else.
+
+        Args:
+            also: keys that may differ besides those of any resume.
 
         Raises:
             ConfigError: listing each key that differs, with both values.
@@ -107,7 +121,7 @@ class RunFolder:
         different = [
             f"  {key}: {before.get(key)!r} in the run folder, {now.get(key)!r} now"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER)
+            if before.get(key) != now.get(key) and not any(key == k or key.startswith(f"{k}.") for k in (*_MAY_DIFFER, *also))
         ]
         if different:
             raise ConfigError(
@@ -130,11 +144,17 @@ class RunFolder:
                 " Choose another folder with --run-dir, or delete this one."
             )
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again."""
+    def keep_metrics_until(self, step: int, *, validated: bool = True) -> None:
+        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again.
+
+        Args:
+            validated: False drops the validation of `step`, too.
+        """
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            last = {"train": step, "valid": step if validated else step - 1}
+            records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            kept = [line for line, record in records if record["step"] <= last[record["split"]]]
             write_atomically(self.metrics, "".join(kept))
 
 

@@ -8,12 +8,14 @@ from typing import Any
 from mmlrec.config import ALIASES, RunConfig
 from mmlrec.distributed import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
-from mmlrec.errors import CheckpointError, UserError
+from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
-from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.folder import REMEDIES, RunFolder
 from mmlrec.session.session import Session, build_session
+from mmlrec.stopping import StopSignal
+from mmlrec.training.advice import advise_on_speed
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
 
@@ -28,11 +30,21 @@ def default_run_dir(config: RunConfig, source: Path) -> Path:
     return Path("runs") / stem
 
 
-def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = False, source: str = "config") -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    run_dir: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    source: str = "config",
+) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
     Args:
         resume: insist on a checkpoint to resume from.
+        from_step: go back to the checkpoint of this step, with other learning rates perhaps; later ones are deleted. Given
+            again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
 
     Returns:
@@ -46,7 +58,13 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     found = checkpoint.latest(folder.checkpoints, world)
     if found is None and resume:
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
-    if found is not None:
+    if from_step is not None and found is None:
+        raise CheckpointError(f"{run_dir}: no whole checkpoint to go back to. Leave out --from-step to start the run.")
+    if found is not None and from_step is not None and not _went_back(folder, found, from_step, config):
+        folder.check_same_run(config, REMEDIES)
+        folder.check_same_data(checkpoint.read_state(found)["dataset"], config)
+        found = checkpoint.go_back(folder.checkpoints, from_step, folder.best, world)
+    elif found is not None:
         folder.check_same_run(config)
         folder.check_same_data(checkpoint.read_state(found)["dataset"], config)
         if _complete(folder, found, config):
@@ -66,19 +84,23 @@ def train(config: RunConfig, run_dir: Path, world: World, *, resume: bool = Fals
     with log_file(folder.log, world):
         if found is not None:
             trainer.resume(found)
-        checkpoint.settle_best(folder.best, None if found is None else trainer.progress.step, world)
+        checkpoint.settle_best(folder.best, trainer.best_known_until, world)
         if world.is_main:
             folder.result.unlink(missing_ok=True)  # a result belongs to a finished run; this one trains on
             folder.write_description(config, world, session.plan)
-            folder.keep_metrics_until(trainer.progress.step)
+            folder.keep_metrics_until(trainer.progress.step, validated=not trainer.validation_due)
         _announce(session, trainer, run_dir, found)
+        advise_on_speed(
+            config.training.precision, -(-config.training.batch_size // world.world_size), trainer.reader.num_batches, world
+        )
         if doubt and world.is_main:
             logger.warning(doubt)
-        trainer.fit()
-
-        best = checkpoint.read_state(folder.best)
-        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
-        report = evaluate_split(session, "test")
+        with StopSignal(world) as stop:
+            trainer.fit(stop)
+            checkpoint.verify(folder.best, world)
+            best = checkpoint.read_state(folder.best)
+            checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+            report = evaluate_split(session, "test", stop)
         if world.is_main:
             logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
     return report
@@ -92,6 +114,15 @@ def _create(folder: RunFolder, world: World) -> None:
         except UserError as cause:
             error = cause
     world.raise_together(error)
+
+
+def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> bool:
+    """Whether the run went back to this step under this configuration already: a scheduler that repeats the command goes on."""
+    try:
+        folder.check_same_run(config)
+    except ConfigError:
+        return False
+    return checkpoint.read_state(found).get("went_back_to") == step
 
 
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
