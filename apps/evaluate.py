@@ -36,11 +36,14 @@ def main() -> None:
     from mmlrec.evaluation.evaluation import evaluate_split, write_result
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
+    from mmlrec.stopping import StopSignal
 
     folder = RunFolder(arguments.run_dir)
-    with process_group() as world:
+    timeout = folder.read_config(arguments.overrides).training.timeout
+    with process_group(timeout) as world:
         session, step = load_session(folder, world, arguments.overrides)
-        report = evaluate_split(session, arguments.split)
+        with StopSignal(world) as stop:
+            report = evaluate_split(session, arguments.split, stop)
         if world.is_main:
             print(write_result(folder, arguments.split, report, step=step))
 

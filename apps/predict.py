@@ -39,10 +39,13 @@ def main() -> None:
     from mmlrec.evaluation.prediction import write_predictions
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
+    from mmlrec.stopping import StopSignal
 
-    with process_group() as world:
-        session, _ = load_session(RunFolder(arguments.run_dir), world, [])
-        write_predictions(session, arguments.input, arguments.split, arguments.output)
+    folder = RunFolder(arguments.run_dir)
+    with process_group(folder.read_config().training.timeout) as world:
+        session, _ = load_session(folder, world, [])
+        with StopSignal(world) as stop:
+            write_predictions(session, arguments.input, arguments.split, arguments.output, stop)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.run import default_run_dir, train
 
-    with process_group() as world:
+    with process_group(configs[0].training.timeout) as world:
         reports = []
         for config in configs:
             base = arguments.run_dir or config.run_dir

@@ -45,8 +45,16 @@ def parse() -> argparse.Namespace:
         "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
     )
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
-    parser.add_argument(
+    backwards = parser.add_mutually_exclusive_group()
+    backwards.add_argument(
         "--restart", action="store_true", help="begin again at step 0 where all checkpoints, or the best one, are damaged"
+    )
+    backwards.add_argument(
+        "--from-step",
+        type=int,
+        metavar="N",
+        help="go back to the checkpoint of step N, for a run that diverged: learning rates, dense.clip_norm and schedule may"
+        " differ; later checkpoints are deleted",
     )
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
@@ -79,8 +87,16 @@ def main() -> None:
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
-    with process_group() as world:
-        report = train(config, run_dir, world, resume=arguments.resume, restart=arguments.restart, source=arguments.config)
+    with process_group(config.training.timeout) as world:
+        report = train(
+            config,
+            run_dir,
+            world,
+            resume=arguments.resume,
+            restart=arguments.restart,
+            from_step=arguments.from_step,
+            source=arguments.config,
+        )
         if world.is_main:
             print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_text(report, 'test')}")
 

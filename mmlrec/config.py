@@ -114,6 +114,7 @@ class TrainingConfig(StrictModel):
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every_steps: int = Field(default=50, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
+    timeout: float = Field(default=600.0, ge=1, le=86400, description="Longest wait for another rank, in seconds.")
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 

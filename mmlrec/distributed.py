@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.errors import RankError, UserAdvice, UserError
+from mmlrec.heartbeat import Heartbeat
 
 logger = logging.getLogger("mmlrec")
 
-#: Longest wait in a collective. A rank that is stuck longer is taken for dead.
-_TIMEOUT = timedelta(minutes=10)
+#: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class World:
     Attributes:
         control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
         start: a word that no other start of a run has, the same on all ranks.
+        heartbeat: tells the other ranks how far this one is.
     """
 
     rank: int
@@ -47,6 +50,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     start: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -57,13 +61,22 @@ class World:
         """Wait for all ranks."""
         dist.barrier(group=self.control)
 
+    def at(self, doing: str, step: int | None = None) -> None:
+        """Tell the other ranks what this one does now (see `Heartbeat.at`)."""
+        if self.heartbeat is not None:
+            self.heartbeat.at(doing, step)
+
     def any(self, flag: bool) -> bool:
         """True on every rank when `flag` is true on at least one."""
+        return bool(self.highest(int(flag)))
+
+    def highest(self, number: int) -> int:
+        """The largest of the numbers of all ranks, on every rank."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor([int(flag)])
+            return number
+        tensor = torch.tensor([number])
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return bool(tensor.item())
+        return int(tensor.item())
 
     def from_main(self, value: object) -> object:
         """Rank 0's value, on every rank."""
@@ -87,10 +100,16 @@ class World:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[World]:
+def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     NCCL when there is a GPU, gloo otherwise.
+
+    Args:
+        timeout: longest wait in a collective of this group and of every other, in seconds (`training.timeout`).
+
+    Raises:
+        RankError: a rank failed or was lost, or did not come to a collective in time.
     """
     quiet_libraries()
     keep_freed_memory()
@@ -107,27 +126,65 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(device)
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
-        store, rank, world_size = next(rendezvous("env://"))
+        with _joining(rank, world_size, timeout):
+            store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    heartbeat = Heartbeat(store, rank, world_size, timeout, _said_before)
+    before = _set_default_timeouts(timedelta(seconds=timeout), timedelta(seconds=timeout))
+    with _joining(rank, world_size, timeout):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    hangs = False
     try:
-        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         assert control is not None
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         configure_logging(rank)
         start = [uuid.uuid4().hex[:12]]
         if world_size > 1:
             dist.broadcast_object_list(start, src=0, group=control)
-        yield World(rank, world_size, local_world_size, device, control, start[0])
+        heartbeat.start()
+        yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat)
     except Exception as error:
         if world_size == 1:
+            raise
+        if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
+            hangs = True
+            raise heartbeat.lost() from None
             raise
         failure = _last_words(error, store, rank, world_size)
         raise failure from failure.__cause__
     finally:
-        # Without this a finished gloo process may abort in its destructors.
-        dist.destroy_process_group()
+        heartbeat.stop()
+        _set_default_timeouts(*before)
+        # Without this a finished gloo process may abort in its destructors. With a rank that hangs it would wait once more.
+        if not hangs:
+            dist.destroy_process_group()
 
+
+@contextlib.contextmanager
+def _joining(rank: int, world_size: int, timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _TIMED_OUT.search(str(error)):
+            raise
+        lost = RankError(
+            f"not all of {world_size} ranks have joined within {timeout:g} s (training.timeout); rank {rank} waited for them."
+            " Look for the process that did not start, and run the same command again."
+        )
+        lost.told = rank != 0
+        raise lost from None
+
+
+def _set_default_timeouts(cpu: timedelta, gpu: timedelta | None) -> tuple[timedelta, timedelta | None]:
+    """Set the timeouts of groups that are made without one, as TorchRec makes those of a node; returns the former ones."""
+    before = distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout
+    distributed_c10d.default_pg_timeout, distributed_c10d.default_pg_nccl_timeout = cpu, gpu
+    return before
+
+
+#: What gloo and the store say when a rank did not come in time.
+_TIMED_OUT = re.compile("tim(ed|e) ?out", re.IGNORECASE)
 
 #: What gloo and NCCL say when the process on the other side of a collective is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
@@ -138,6 +195,11 @@ _NOTICED_WITHIN_S, _SAID_WITHIN_S = 10.0, 2.0
 #: In the store: how many ranks have said why they end, how many need the store no more; and, with a rank behind it, which
 #: have noticed that one ends.
 _SAID, _DONE, _NOTICED = "mmlrec/said", "mmlrec/done", "mmlrec/noticed/"
+
+
+def _said_before(store: dist.Store) -> bool:
+    """Whether another rank has said already why it ends; counts this one."""
+    return store.add(_SAID, 1) > 1
 
 
 def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
@@ -156,13 +218,13 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
     told = False
     try:
         if not lost_another:
-            told = store.add(_SAID, 1) > 1
+            told = _said_before(store)
         store.set(f"{_NOTICED}{rank}", "")
         _hang_up()
         _wait(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
-            told = store.add(_SAID, 1) > 1
+            told = _said_before(store)
         store.add(_DONE, 1)
         if rank == 0:  # which may hold the store
             _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)

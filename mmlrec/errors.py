@@ -27,7 +27,10 @@ class CheckpointError(UserError):
 
 
 class RankError(UserError):
-    """One rank of several failed in a way that nobody foresaw: which one, when and why. `__cause__` is its exception."""
+    """One rank of several failed in a way that nobody foresaw, or is lost: which one, when and why.
+
+    `__cause__` is its exception, where there is one.
+    """
 
     exit_code = 1
 

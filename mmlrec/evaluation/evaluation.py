@@ -7,34 +7,52 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
-from mmlrec.errors import UserError
+from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.notes import report_text
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
 from mmlrec.session.session import Session
+from mmlrec.stopping import StopSignal
 
 
 def predict_split(
-    session: Session, batches: Iterator[Batch], *, total: int | None = None, title: str = ""
+    session: Session,
+    batches: Iterator[Batch],
+    *,
+    stop: StopSignal | None = None,
+    total: int | None = None,
+    title: str = "",
 ) -> PredictionRows | None:
     """Run the model over batches and gather rows and logits on rank 0, in the order of the rows on disk.
 
     The train pipeline must be empty. Every rank must have the same number of batches.
 
+    Args:
+        stop: read between batches.
+        title: what is done, for the bar and for messages.
+
     Returns:
         The rows on rank 0, None elsewhere.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+        DataError: a logit is not finite.
     """
     waiting: deque[Batch] = deque()
 
     def remember() -> Iterator[Batch]:
         # The pipeline returns predictions without their batch, in the order in which it took the batches.
-        for batch in session.prepare(batches, training=False):
+        for index, batch in enumerate(session.prepare(batches, training=False)):
+            if stop is not None and stop.before(index):
+                return
+            session.world.at(title)
             waiting.append(batch)
             yield batch
 
@@ -64,17 +82,37 @@ def predict_split(
             )
             bar.update()
     session.model.train(was_training)
-    return gather_rows(collected, rank=session.world.rank, world_size=session.world.world_size, group=session.world.control)
+    world = session.world
+    if stop is not None and stop.agreed():
+        raise stop.interrupted(
+            f"{title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
+        )
+    rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
+    world.raise_together(None if rows is None else _not_finite(rows))
+    return rows
 
 
-def evaluate_split(session: Session, split: str) -> dict[str, Any]:
+def _not_finite(rows: PredictionRows) -> DataError | None:
+    bad = np.flatnonzero(~np.isfinite(rows.logits).all(axis=1))
+    if not len(bad):
+        return None
+    return DataError(
+        f"the model gives no finite score to {len(bad)} of {len(rows.row)} rows (the first: row {rows.row[bad[0]]}): weights or"
+        " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning rates,"
+        " from the start or from an earlier checkpoint of the run (--from-step)."
+    )
+
+
+def evaluate_split(session: Session, split: str, stop: StopSignal | None = None) -> dict[str, Any]:
     """The task x scenario report of a split, on every rank.
 
     Raises:
-        DataError: the split is empty or damaged.
+        DataError: the split is empty or damaged, or a score is not finite.
+        Interrupted: a signal asked to stop.
     """
     reader = session.reader(split)
-    rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=split)
+    title = f"evaluating {split}"
+    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     session.check_parts()
     report, error = None, None
     if rows is not None:

@@ -16,11 +16,12 @@ from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
 from mmlrec.session.session import Session
+from mmlrec.stopping import Interrupted, StopSignal
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
 
-def write_predictions(session: Session, dataset: Path, split: str, output: Path) -> None:
+def write_predictions(session: Session, dataset: Path, split: str, output: Path, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
 
     A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first. Where branches have been
@@ -29,19 +30,23 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path)
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
         UserError: the output has the name of another format, or cannot be written; no part of it is left.
+        Interrupted: a signal asked to stop; no part of the output is left.
     """
     if output.suffix != ".parquet":
         raise UserError(f"{output}: scores are written as Parquet only: give --output a name that ends in .parquet.")
     manifest = DatasetManifest.load(dataset)
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
-    rows = predict_split(session, reader.sequential(), total=reader.num_batches, title=f"scoring {split}")
+    title = f"scoring {split}"
+    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     session.check_parts()
     error: UserError | None = None
     if rows is not None:
         try:
-            _write(session, manifest, dataset, split, rows.logits, output)
+            _write(session, manifest, dataset, split, rows.logits, output, stop)
             logger.info("%s: %d rows", output, len(rows.logits))
+        except Interrupted as cause:
+            error = cause
         except OSError as cause:
             error = UserError(f"{output}: cannot be written: {cause}. Free space or choose another --output.")
     session.world.raise_together(error)
@@ -120,7 +125,15 @@ def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:
         raise DataError(f"{given}: not the vocabulary the run was trained with ({trained}): {_OTHER_IDS}")
 
 
-def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: str, logits: np.ndarray, output: Path) -> None:
+def _write(
+    session: Session,
+    manifest: DatasetManifest,
+    dataset: Path,
+    split: str,
+    logits: np.ndarray,
+    output: Path,
+    stop: StopSignal | None,
+) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     temporary = output.with_name(output.name + ".tmp")
     chain = session.network.chain
@@ -133,6 +146,8 @@ def _write(session: Session, manifest: DatasetManifest, dataset: Path, split: st
         for part in manifest.splits[split].parts:
             with pq.ParquetFile(dataset / part.path) as file:
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
+                    if stop is not None and stop.received:  # of this rank, which alone writes
+                        raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")
                     scores = logits[start : start + batch.num_rows]
                     arrays, names = list(batch.columns), list(columns)
                     scenario = np.zeros(len(scores), np.int64)

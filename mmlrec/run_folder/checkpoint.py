@@ -2,7 +2,11 @@
 
 A checkpoint is a folder `step_NNNNNNNNN` of the files of torch.distributed.checkpoint, `state.json` (progress, selection,
 configuration) and, written last inside a temporary folder that is then renamed, `COMPLETE.json` with size and checksum of
-every file. What has no such marker, or does not match it, is no checkpoint.
+every file. What has no such marker, or does not match it, is no checkpoint. Each rank takes the checksum of its files while it
+writes them; where they are checked, the ranks share them out.
+
+`amended.json` holds what became known after the checkpoint was sealed: the validation of its step, or that the run went back
+to it. It is no part of the whole: without it that is found out again.
 """
 
 from __future__ import annotations
@@ -13,21 +17,23 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.distributed import World, logger
 from mmlrec.errors import CheckpointError, UserError
+from mmlrec.run_folder.folder import write_atomically
 from mmlrec.run_folder.index import Reader
+from mmlrec.run_folder.summed_files import Writer
 
 MARKER = "COMPLETE.json"
 STATE = "state.json"
+AMENDED = "amended.json"
 _TEMPORARY = ".tmp"
 _REPLACED = ".old"
 
@@ -65,10 +71,13 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
             error = _unwritable(folder, cause)
     world.raise_together(error)
     try:
-        dcp.save(dict(tensors), storage_writer=FileSystemWriter(temporary), process_group=world.control, no_dist=False)
+        writer = Writer(temporary)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=world.control, no_dist=False)
+        files = {name: sums for written in world.gather(writer.written) for name, sums in written.items()}
         if world.is_main:
-            (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            _seal(temporary)
+            text = json.dumps(state, indent=1).encode()
+            (temporary / STATE).write_bytes(text)
+            _seal(temporary, {**files, STATE: _sums(text)})
     except (CheckpointException, OSError) as cause:
         error = _unwritable(folder, cause)
     try:
@@ -95,10 +104,13 @@ def _unwritable(folder: Path, cause: CheckpointException | OSError) -> Checkpoin
     return CheckpointError(f"{folder}: cannot write a checkpoint: {'; '.join(reasons)}. Free space or choose another run_dir.")
 
 
-def _seal(folder: Path) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(folder.iterdir()) if p.is_file()}
+def _seal(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
+    for name, sums in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != sums["bytes"]:
+            raise OSError(f"{path} was written by another rank and is not here, or not whole: all ranks must see one folder")
     marker = folder / MARKER
-    marker.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    marker.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
     for path in (folder / STATE, marker, folder):
         _sync(path)
 
@@ -111,6 +123,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sums(content: bytes) -> dict[str, int]:
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
 def _crc32(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
@@ -119,41 +135,72 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def damage(folder: Path) -> str | None:
-    """Why a folder is no usable checkpoint, naming the file, or None when it is whole."""
+def damage(folder: Path, world: World | None = None) -> str | None:
+    """Why a folder is no usable checkpoint, naming the file, or None when it is whole.
+
+    Args:
+        world: of the ranks that share the checksums out; all call it, and get one answer. Without it this process does all.
+    """
+    main = world is None or world.is_main
+    found = _listed(folder) if main else None
+    if world is not None:
+        world.at(f"checking {folder.name}")
+        found = cast("str | dict[str, tuple[int, int]]", world.from_main(found))
+    assert found is not None
+    if isinstance(found, str):
+        return found
+    # The largest first, so that the shares are about equal.
+    names = sorted(found, key=lambda name: (-found[name][0], name))
+    own = names if world is None else names[world.rank :: world.world_size]
+    reasons = {name: reason for name in own if (reason := _file_damage(folder / name, *found[name])) is not None}
+    if world is not None:
+        reasons = {name: reason for some in world.gather(reasons) for name, reason in some.items()}
+    return next((reasons[name] for name in found if name in reasons), None)
+
+
+def _listed(folder: Path) -> str | dict[str, tuple[int, int]]:
+    """Bytes and checksum of each file by its name, or why there are none."""
     marker = folder / MARKER
     if not marker.is_file():
         return f"{folder} has no {MARKER}: it was not written to the end"
     try:
         listed = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
-        files = {name: (expected["bytes"], expected["crc32"]) for name, expected in listed}
+        return {name: (int(expected["bytes"]), int(expected["crc32"])) for name, expected in listed}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{marker} cannot be read: {error}"
-    for name, (num_bytes, crc32) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != num_bytes:
-            return f"{path} has {path.stat().st_size} bytes instead of {num_bytes}: it is truncated or was changed"
-        if _crc32(path) != crc32:
-            return f"{path} does not match its checksum: it is corrupt"
+
+
+def _file_damage(path: Path, num_bytes: int, crc32: int) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != num_bytes:
+        return f"{path} has {path.stat().st_size} bytes instead of {num_bytes}: it is truncated or was changed"
+    if _crc32(path) != crc32:
+        return f"{path} does not match its checksum: it is corrupt"
     return None
+
+
+def verify(folder: Path, world: World) -> None:
+    """Check every file of a checkpoint once, the ranks together.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    reason = damage(folder, world)
+    if reason is not None:
+        raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
 
 
 def latest(folder: Path, world: World) -> Path | None:
     """The newest whole checkpoint of a run, the same on every rank; damaged ones are named in a warning and passed over."""
-    chosen = None
-    if world.is_main and folder.is_dir():
-        for candidate in sorted(folder.glob("step_*"), reverse=True):
-            if candidate.suffix:
-                continue
-            reason = damage(candidate)
-            if reason is None:
-                chosen = candidate
-                break
+    names = [p.name for p in sorted(folder.glob("step_*"), reverse=True) if not p.suffix] if world.is_main else []
+    for name in cast("list[str]", world.from_main(names)):
+        reason = damage(folder / name, world)
+        if reason is None:
+            return folder / name
+        if world.is_main:
             logger.warning("passing over a damaged checkpoint: %s", reason)
-    found = world.from_main(str(chosen) if chosen else None)
-    return Path(str(found)) if found else None
+    return None
 
 
 def step_damage(folder: Path) -> list[str]:
@@ -162,10 +209,10 @@ def step_damage(folder: Path) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
-def best_damage(best: Path) -> str | None:
-    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one."""
-    reason = damage(best)
-    return None if reason is None or damage(best.with_name(best.name + _REPLACED)) is None else reason
+def best_damage(best: Path, world: World) -> str | None:
+    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it."""
+    reason = damage(best, world)
+    return None if reason is None or damage(best.with_name(best.name + _REPLACED), world) is None else reason
 
 
 def discard(folder: Path, world: World) -> None:
@@ -180,17 +227,54 @@ def settle_best(best: Path, step: int | None, world: World) -> None:
     """Make `best` the one that the step checkpoint to resume from knows, after a death during or since its replacement.
 
     Args:
-        step: of that checkpoint; None for a new run.
+        step: of that checkpoint; None where no validation has chosen one yet.
     """
+    chosen = None if step is None else _settled(best, step, world)
     if world.is_main:
         old = best.with_name(best.name + _REPLACED)
         if step is None:
             shutil.rmtree(best, ignore_errors=True)
-        elif damage(old) is None and (damage(best) is not None or read_state(best)["step"] > step):
+        elif chosen == old:
             shutil.rmtree(best, ignore_errors=True)
             old.rename(best)
         shutil.rmtree(old, ignore_errors=True)
     world.barrier()
+
+
+def _settled(best: Path, step: int, world: World) -> Path:
+    """Which of best and the one it replaced a checkpoint of `step` knows."""
+    old = best.with_name(best.name + _REPLACED)
+    if damage(old, world) is None and (damage(best, world) is not None or read_state(best)["step"] > step):
+        return old
+    return best
+
+
+def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
+    """Make the checkpoint of `step` the newest of a run; those after it are deleted.
+
+    Where no best checkpoint of that time is left, the choice begins anew, with a validation of this step. A death on the way
+    leaves the run as it was, or gone back; in between, some of the later checkpoints are deleted.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    path = step_folder(folder, step)
+    reason = damage(path, world)
+    if reason is not None:
+        left = ", ".join(str(int(p.name.removeprefix("step_"))) for p in _marked(folder))
+        raise CheckpointError(f"--from-step {step}: {reason}. There are checkpoints of steps {left or 'none'}.")
+    state = read_state(path)
+    changes: dict[str, Any] = {"went_back_to": step, "finished": False}
+    chosen = _settled(best, step, world)
+    if state["selection"]["best"] and (damage(chosen, world) is not None or read_state(chosen)["step"] > step):
+        changes |= {"selection": {"best": {}, "stale": {}, "best_step": {}}, "validation_due": True}
+    amend(path, changes, world)
+    if world.is_main:
+        for later in reversed([p for p in _marked(folder) if p > path]):
+            _delete(later)
+        _sync(folder)
+    world.barrier()
+    return path
 
 
 def prune(folder: Path, keep: int, world: World, *, step: int) -> None:
@@ -203,12 +287,20 @@ def prune(folder: Path, keep: int, world: World, *, step: int) -> None:
         return
     for leftover in [*folder.glob(f"*{_TEMPORARY}"), *folder.glob(f"*{_REPLACED}")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    marked = sorted(p for p in folder.glob("step_*") if (p / MARKER).is_file())
+    marked = _marked(folder)
     kept = [p for p in marked if p <= step_folder(folder, step)][-keep:]
     for path in set(marked) - set(kept):
-        # The marker goes first: a deletion that is cut short leaves no folder that passes for a checkpoint.
-        (path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        _delete(path)
+
+
+def _marked(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step_*") if not p.suffix and (p / MARKER).is_file())
+
+
+def _delete(path: Path) -> None:
+    # The marker goes first: a deletion that is cut short leaves no folder that passes for a checkpoint.
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -216,16 +308,46 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:09d}"
 
 
+def amend(folder: Path, changes: dict[str, Any], world: World) -> None:
+    """Note what became known of a checkpoint after it was written: keys that take the place of those of its state.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            text = json.dumps(_amendments(folder) | changes)
+            write_atomically(folder / AMENDED, json.dumps({**_sums(text.encode()), "state": text}, indent=1))
+        except OSError as cause:
+            error = _unwritable(folder, cause)
+    world.raise_together(error)
+
+
+def _amendments(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / AMENDED).read_text(encoding="utf-8"))
+        text = content["state"]
+        return dict(json.loads(text)) if _sums(text.encode())["crc32"] == content["crc32"] else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint.
+    """The `state.json` of a checkpoint, with its amendments. The other files are not looked at: see `verify`.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    reason = damage(folder)
+    listed = _listed(folder)
+    path = folder / STATE
+    if isinstance(listed, str):
+        reason: str | None = listed
+    else:
+        reason = _file_damage(path, *listed[STATE]) if STATE in listed else f"{path} is missing"
     if reason is not None:
         raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return dict(json.loads(path.read_text(encoding="utf-8"))) | _amendments(folder)
 
 
 def load(folder: Path, tensors: dict[str, Any], world: World) -> None:

@@ -34,6 +34,17 @@ _MAY_DIFFER = (
     "training.log_every_steps",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.timeout",
+)
+
+#: Keys that may differ, too, when a run goes back to an earlier checkpoint: what a run that diverged is mended with.
+REMEDIES = (
+    "dense.optimizer.lr",
+    "dense.optimizer.eps",
+    "dense.clip_norm",
+    "embeddings.optimizer.lr",
+    "embeddings.optimizer.eps",
+    "schedule",
 )
 
 
@@ -99,15 +110,18 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
-    def check_same_run(self, config: RunConfig) -> None:
+    def check_same_run(self, config: RunConfig, also: tuple[str, ...] = ()) -> None:
         """Refuse to resume, or to evaluate, under a configuration that trains something else.
+
+        Args:
+            also: keys that may differ besides those of any resume.
 
         Raises:
             ConfigError: listing each key that differs, with both values.
         """
         different = [
             f"  {key}: {before!r} in the run folder, {now!r} now"
-            for key, (before, now) in differences(self.read_config(), config).items()
+            for key, (before, now) in differences(self.read_config(), config, also).items()
         ]
         if different:
             raise ConfigError(
@@ -143,14 +157,19 @@ class RunFolder:
                 "Choose another folder with --run-dir, delete this one, or undo the change."
             )
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again, and broken ones."""
+    def keep_metrics_until(self, step: int, *, validated: bool = True) -> None:
+        """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again, and broken ones.
+
+        Args:
+            validated: False drops the validation of `step`, too.
+        """
         if not self.metrics.is_file():
             return
         kept, broken = [], []
+        last = {"train": step, "valid": step if validated else step - 1}
         for number, line in enumerate(self.metrics.read_bytes().split(b"\n"), start=1):
             try:
-                if line and json.loads(line)["step"] <= step:
+                if line and (record := json.loads(line))["step"] <= last[record["split"]]:
                     kept.append(line.decode() + "\n")
             except (ValueError, KeyError, TypeError, RecursionError):
                 broken.append(number)
@@ -185,13 +204,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, of the keys that differ and make another run; in order of key."""
+def differences(before: RunConfig, now: RunConfig, also: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, of the keys that differ and make another run; in order of key.
+
+    Args:
+        also: keys that may differ beside the usual ones.
+    """
     old, new = _flat(before), _flat(now)
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in _MAY_DIFFER)
+        if old.get(key) != new.get(key) and not any(key == k or key.startswith(f"{k}.") for k in (*_MAY_DIFFER, *also))
     }
 
 

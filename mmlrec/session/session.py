@@ -287,6 +287,7 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     config = folder.read_config(overrides)
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config)
+    checkpoint.verify(folder.best, world)
     state = checkpoint.read_state(folder.best)
     folder.check_same_data(state, config)
     session = build_session(config, world, for_training=False, source=str(folder.config))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed import World, log_file, logger
@@ -15,9 +15,11 @@ from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
-from mmlrec.run_folder.folder import RunFolder, differences
+from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
 from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
+from mmlrec.stopping import StopSignal
+from mmlrec.training.advice import advise_on_speed
 from mmlrec.training.chain import check_chain
 from mmlrec.training.selection import check_selectable
 from mmlrec.training.trainer import Trainer
@@ -77,6 +79,7 @@ def train(
     *,
     resume: bool = False,
     restart: bool = False,
+    from_step: int | None = None,
     source: str = "config",
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
@@ -84,6 +87,8 @@ def train(
     Args:
         resume: insist on a checkpoint to resume from.
         restart: begin at step 0 where all checkpoints, or the best one, are damaged.
+        from_step: go back to the checkpoint of this step, with other learning rates perhaps; later ones are deleted. Given
+            again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
 
     Returns:
@@ -95,17 +100,31 @@ def train(
     """
     config = resolve(config, source)
     with hold(run_dir, world):
-        return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, source=source)
+        return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, from_step=from_step, source=source)
 
 
-def _train(config: RunConfig, folder: RunFolder, world: World, *, resume: bool, restart: bool, source: str) -> dict[str, Any]:
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    world: World,
+    *,
+    resume: bool,
+    restart: bool,
+    from_step: int | None,
+    source: str,
+) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
+    if from_step is not None and found is None:
+        raise CheckpointError(f"{run_dir}: no whole checkpoint to go back to. Leave out --from-step to start the run.")
+    goes_back = from_step is not None and found is not None and not _went_back(folder, found, from_step, config)
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
-        folder.check_same_run(config)
+        folder.check_same_run(config, REMEDIES if goes_back else ())
     if found is not None:
         folder.check_same_data(checkpoint.read_state(found), config)
-        if _complete(folder, found, config) and not restart:
+        if goes_back and from_step is not None:
+            found = checkpoint.go_back(folder.checkpoints, from_step, folder.best, world)
+        elif _complete(folder, found, config) and not restart:
             report: dict[str, Any] = folder.read_result()["test"]
             logger.info(
                 "%s is complete; nothing left to train. Delete it, or choose another --run-dir, to train again.", run_dir
@@ -130,23 +149,27 @@ def _train(config: RunConfig, folder: RunFolder, world: World, *, resume: bool, 
             checkpoint.discard(folder.checkpoints, world)
         if found is not None:
             trainer.resume(found)
-        checkpoint.settle_best(folder.best, None if found is None else trainer.progress.step, world)
+        checkpoint.settle_best(folder.best, trainer.best_known_until, world)
         if world.is_main:
             folder.result.unlink(missing_ok=True)  # a result belongs to a finished run; this one trains on
             folder.write_description(config, world, session.plan, session.manifest)
-            folder.keep_metrics_until(trainer.progress.step)
+            folder.keep_metrics_until(trainer.progress.step, validated=not trainer.validation_due)
         _announce(session, trainer, run_dir, found)
+        advise_on_speed(
+            config.training.precision, -(-config.training.batch_size // world.world_size), trainer.reader.num_batches, world
+        )
         if doubt and world.is_main:
             logger.warning(doubt)
-        try:
-            trainer.fit()
-        except Exception as error:
-            error.add_note(f"at step {trainer.progress.step}")
-            raise
-
-        best = checkpoint.read_state(folder.best)
-        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
-        report = evaluate_split(session, "test")
+        with StopSignal(world) as stop:
+            try:
+                trainer.fit(stop)
+            except Exception as error:
+                error.add_note(f"at step {trainer.progress.step}")
+                raise
+            checkpoint.verify(folder.best, world)
+            best = checkpoint.read_state(folder.best)
+            checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+            report = evaluate_split(session, "test", stop)
         if world.is_main:
             logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
     return report
@@ -164,26 +187,33 @@ def _create(folder: RunFolder, world: World) -> None:
 
 def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restart: bool) -> None:
     """Refuse to begin again, in silence, where a run has been trained but cannot be resumed, or not be finished."""
-    error: UserError | None = None
-    if world.is_main:
-        reasons = []
-        if found is None:
-            reasons = checkpoint.step_damage(folder.checkpoints)
-        elif json.loads((found / checkpoint.STATE).read_text(encoding="utf-8"))["selection"]["best"]:
-            reasons = [reason for reason in [checkpoint.best_damage(folder.best)] if reason]
-        if reasons and not restart:
-            listed = "\n".join(f"  {reason}" for reason in reasons)
-            error = CheckpointError(
-                f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
-                "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
-                " again at step 0, and its checkpoints are deleted."
-            )
-        elif restart and found is not None and not reasons:
-            error = UserError(
-                f"{found} is whole, so there is nothing to begin again for: leave out --restart to continue from there, choose"
-                " another folder with --run-dir, or delete this one."
-            )
-    world.raise_together(error)
+    reasons: list[str] = []
+    if found is None:
+        reasons = cast("list[str]", world.from_main(checkpoint.step_damage(folder.checkpoints) if world.is_main else []))
+    elif checkpoint.read_state(found)["selection"]["best"]:
+        reason = checkpoint.best_damage(folder.best, world)
+        reasons = [reason] if reason else []
+    if reasons and not restart:
+        listed = "\n".join(f"  {reason}" for reason in reasons)
+        raise CheckpointError(
+            f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
+            "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
+            " again at step 0, and its checkpoints are deleted."
+        )
+    if restart and found is not None and not reasons:
+        raise UserError(
+            f"{found} is whole, so there is nothing to begin again for: leave out --restart to continue from there, choose"
+            " another folder with --run-dir, or delete this one."
+        )
+
+
+def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> bool:
+    """Whether the run went back to this step under this configuration already: a scheduler that repeats the command goes on."""
+    try:
+        folder.check_same_run(config)
+    except ConfigError:
+        return False
+    return checkpoint.read_state(found).get("went_back_to") == step
 
 
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:

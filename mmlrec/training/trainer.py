@@ -6,13 +6,10 @@ at its end rows read = rows trained, and the position that a checkpoint holds is
 
 from __future__ import annotations
 
-import math
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,26 +17,17 @@ import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
 from mmlrec.distributed import World, logger
-from mmlrec.errors import UserError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder, data_state
 from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
+from mmlrec.stopping import Interrupted, StopSignal
+from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
+from mmlrec.training.guard import check_finite, check_losses
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.selection import Selection, branch_metrics, joint_metric
-
-#: Steps between agreements of all ranks whether one of them was asked to stop.
-_AGREE_EVERY = 10
-
-
-class Interrupted(UserError):
-    """The run was asked to stop by a signal; its state is saved."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass
@@ -49,35 +37,6 @@ class Progress:
     step: int = 0
     epoch: int = 0
     rows: int = 0
-
-
-class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that the loop reads between steps. A second SIGINT kills."""
-
-    #: Exit code for a run that a scheduler stopped and should start again.
-    PREEMPTED = 85
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
-        self.received = number
-
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, as shells do; PREEMPTED otherwise."""
-        return 130 if self.received in (signal.SIGINT, None) else self.PREEMPTED
 
 
 class Trainer:
@@ -93,7 +52,15 @@ class Trainer:
         self.selection = Selection(self.config.patience)
         self.progress = Progress()
         self.waited = 0.0
-        self._saved_step = -1
+        self._saved_step: int | None = None
+        self._checked_step: int | None = None
+        #: True from the end of a segment with a validation until that is done; a checkpoint is saved in between.
+        self.validation_due = False
+        self._went_back_to: int | None = None
+        self._saving_time = SavingTime()
+        self._started = time.perf_counter()
+        self._first: torch.Tensor | None = None
+        self._first_losses: dict[str, float] | None = None
         self._losses = torch.zeros(len(session.objectives), device=self.world.device)
         self._loss_steps = 0
 
@@ -119,44 +86,61 @@ class Trainer:
         if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one
             self._losses.copy_(torch.tensor(state["window"]["losses"]) * self.world.world_size)
         self._loss_steps = state["window"]["steps"]
-        if self.progress.rows >= self.reader.num_rows:
-            self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
+        # Keys that checkpoints of earlier versions lack. These were saved after the validation.
+        self.validation_due = state.get("validation_due", False)
+        self._first_losses = state.get("first_losses")
+        self._went_back_to = state.get("went_back_to")
 
-    def fit(self) -> None:
+    @property
+    def best_known_until(self) -> int | None:
+        """The step up to which validations have chosen the best checkpoint; None where none has."""
+        if not self.selection.best:
+            return None
+        return self.progress.step - self.validation_due
+
+    def fit(self, stop: StopSignal) -> None:
         """Train until finished.
 
         Raises:
             Interrupted: a signal asked to stop; the state is saved.
-            UserError: the loss is no longer finite, or data or disk fail.
+            UserError: losses, weights or tables are no longer finite, or data or disk fail.
         """
         self.session.model.train()
-        with (
-            StopSignal() as stop,
-            Reporter(
-                self.folder,
-                self.world,
-                first_step=self.progress.step,
-                total_steps=self.total_steps,
-                batch_size=self.config.batch_size,
-            ) as reporter,
-        ):
+        with Reporter(
+            self.folder,
+            self.world,
+            first_step=self.progress.step,
+            total_steps=self.total_steps,
+            batch_size=self.config.batch_size,
+        ) as reporter:
+            if self.validation_due:
+                self._validate(reporter, stop)
             while not self.finished:
                 stopped = self._train_segment(stop, reporter)
                 reporter.stop_clock()
                 if stopped:
                     self.session.check_parts(wait=False)
                     self._save()
-                    raise Interrupted(
-                        f"stopped at step {self.progress.step}; {self.folder.path} holds the checkpoint."
-                        " Run the same command again to continue.",
-                        stop.exit_code,
-                    )
-                if self._due(self.config.validate_every_steps):
-                    self._validate(reporter)
-                if self._due(self.config.checkpoint_every_steps) or self.finished:
+                    raise self._interrupted(stop)
+                self.validation_due = self._due(self.config.validate_every_steps)
+                if self.validation_due and self._loss_steps:
+                    self._report(reporter)
+                # Before the validation: what kills the process while that takes its time, kills no epoch.
+                if self._due(self.config.checkpoint_every_steps):
+                    self.session.check_parts()
+                    self._save()
+                if self.validation_due:
+                    self._validate(reporter, stop)
+                if self.finished:
                     self.session.check_parts()
                     self._save()
                 reporter.restart_clock()
+
+    def _interrupted(self, stop: StopSignal) -> Interrupted:
+        return stop.interrupted(
+            f"stopped at step {self.progress.step}; {self.folder.path} holds the checkpoint."
+            " Run the same command again to continue."
+        )
 
     def _due(self, every: int | None) -> bool:
         step, end_of_epoch = self.progress.step, self.progress.rows >= self.reader.num_rows
@@ -186,6 +170,9 @@ class Trainer:
             except StopIteration:
                 break
             self.progress.step += 1
+            self.world.at("training", self.progress.step)
+            if self._first is None:
+                self._first = predictions.objectives
             self.progress.rows = min(self.progress.rows + self.config.batch_size, self.reader.num_rows)
             self._losses += predictions.objectives
             self._loss_steps += 1
@@ -197,25 +184,17 @@ class Trainer:
 
     def _feed(self, batches: Iterator[Batch], count: int, stop: StopSignal) -> Iterator[Batch]:
         for index in range(count):
-            end = stop.received is not None or self.session.verification.failure is not None
-            if (self.world.world_size == 1 or index % _AGREE_EVERY == 0) and self.world.any(end):
+            if stop.before(index, also=self.session.verification.failure is not None):
                 return
+            self.world.at("reading a batch")
             before = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - before
+            self.world.at("training")
             yield batch
 
     def _report(self, reporter: Reporter) -> None:
-        mean = self._losses / (self._loss_steps * self.world.world_size)
-        if self.world.world_size > 1:
-            dist.all_reduce(mean)
-        values = dict(zip(self.session.objectives, mean.tolist(), strict=True))
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"loss '{name}' is not finite ({value}) near step {self.progress.step}."
-                    " Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm."
-                )
+        values = self._mean_losses()
         reporter.train_metrics(
             self.progress.step,
             self.progress.epoch,
@@ -227,10 +206,32 @@ class Trainer:
         self._losses.zero_()
         self._loss_steps, self.waited = 0, 0.0
 
-    def _validate(self, reporter: Reporter) -> None:
-        if self._loss_steps:
-            self._report(reporter)
-        report = evaluate_split(self.session, "valid")
+    def _mean_losses(self) -> dict[str, float]:
+        """Of the steps since the last report, over all ranks; checked."""
+        mean = self._losses / (self._loss_steps * self.world.world_size)
+        if self.world.world_size > 1:
+            dist.all_reduce(mean)
+        values = self._by_name(mean)
+        if self._first_losses is None:
+            assert self._first is not None
+            first = self._first / self.world.world_size
+            if self.world.world_size > 1:
+                dist.all_reduce(first)
+            self._first_losses = self._by_name(first)
+        check_losses(values, self._first_losses, self.progress.step, self._saved_step)
+        return values
+
+    def _by_name(self, losses: torch.Tensor) -> dict[str, float]:
+        return dict(zip(self.session.objectives, losses.tolist(), strict=True))
+
+    def _validate(self, reporter: Reporter, stop: StopSignal) -> None:
+        self._check()
+        try:
+            report = evaluate_split(self.session, "valid", stop)
+        except Interrupted:
+            self.session.check_parts(wait=False)
+            self._save()
+            raise self._interrupted(stop) from None
         branches = self.session.branches()
         values = branch_metrics(report, branches) if branches else joint_metric(report)
         improved = self.selection.update(values, self.progress.step)
@@ -247,30 +248,54 @@ class Trainer:
             else f"no better for {min(self.selection.stale.values())} of {self.config.patience or '-'}"
         )
         reporter.validation(self.progress.step, self.progress.epoch, report, note)
+        self.validation_due = False
+        if self._saved_step == self.progress.step:
+            folder = self.folder.checkpoints
+            checkpoint.amend(checkpoint.step_folder(folder, self.progress.step), self._validated(), self.world)
+            checkpoint.prune(folder, self.config.keep_checkpoints, self.world, step=self.progress.step)
+
+    def _validated(self) -> dict[str, Any]:
+        """What a validation changes in the state."""
+        return {
+            "selection": self.selection.state(),
+            "validation_due": self.validation_due,
+            "finished": self.finished and not self.validation_due,
+        }
+
+    def _check(self) -> dict[str, Any]:
+        """All tensors of the training state, once known to be finite at this step."""
+        tensors = checkpoint.training_tensors(self.session.model, self.session.optimizer, self.world.rank)
+        if self._checked_step != self.progress.step:
+            if self._loss_steps:
+                self._mean_losses()
+            check_finite(tensors, self.progress.step, self._saved_step, self.world)
+            self._checked_step = self.progress.step
+        return tensors
 
     def _save(self) -> None:
         if self._saved_step == self.progress.step:
             return
+        before = time.perf_counter()
+        tensors = self._check()
         window = self._losses.clone()
         if self.world.world_size > 1:
             dist.all_reduce(window)
-        parameters = [p.detach() for p in self.session.network.parameters()]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in [window, *parameters]):
-            raise UserError(
-                f"loss or weights are not finite at step {self.progress.step}; not saved. Lower dense.optimizer.lr or"
-                " embeddings.optimizer.lr, or set dense.clip_norm, and resume from the checkpoint before."
-            )
         state: dict[str, Any] = {
             "progress": asdict(self.progress),
             "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
-            "selection": self.selection.state(),
-            "finished": self.finished,
+            "first_losses": self._first_losses,
+            "went_back_to": self._went_back_to,
+            **self._validated(),
             "world_size": self.world.world_size,
             "config": self.session.config.model_dump(mode="json"),
             **data_state(self.session.manifest),
         }
-        tensors = checkpoint.training_tensors(self.session.model, self.session.optimizer, self.world.rank)
-        checkpoint.save(checkpoint.step_folder(self.folder.checkpoints, self.progress.step), tensors, state, self.world)
+        folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
+        checkpoint.save(folder, tensors, state, self.world)
         checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
         self._saved_step = self.progress.step
         logger.debug("saved step %d", self.progress.step)
+        if self.world.is_main:
+            num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+            now = time.perf_counter()
+            self._saving_time.add(now - before, now - self._started, num_bytes)

@@ -24,25 +24,31 @@ def free_port() -> int:
             return port
 
 
+def start_ranks(arguments: list[str], logs: list[Path]) -> list[Command]:
+    """A command as the ranks of one process group, one for each log, without torchrun: rank 0 hosts the store."""
+    port = str(free_port())
+    ranks: list[Command] = []
+    for rank, log in enumerate(logs):
+        variables = environment(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(len(logs)),
+            LOCAL_WORLD_SIZE=str(len(logs)),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        ranks.append(Command(arguments, env=variables, log=log))
+    return ranks
+
+
 def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900) -> None:
     """Run actions on `world_size` ranks; raise with their output when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"actions-{world_size}.json"
     file.write_text(json.dumps(actions))
-    port = str(free_port())
     logs = [folder / f"rank-{world_size}-{rank}.log" for rank in range(world_size)]
-    ranks: list[Command] = []
+    ranks = start_ranks([sys.executable, str(WORKER), str(file)], logs)
     try:
-        for rank, log in enumerate(logs):
-            variables = environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world_size),
-                LOCAL_WORLD_SIZE=str(world_size),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            )
-            ranks.append(Command([sys.executable, str(WORKER), str(file)], env=variables, log=log))
         failed = [rank for rank, command in enumerate(ranks) if command.wait(timeout) != 0]
     finally:
         for command in ranks:
@@ -54,6 +60,12 @@ def losses(run_dir: Path) -> dict[int, dict[str, float]]:
     """Step -> losses, as the run logged them."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def validations(run_dir: Path) -> list[dict]:
+    """The validations, as the run logged them, in order."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "valid"]
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from mmlrec.config import load_config
 from mmlrec.distributed import process_group
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session
+from mmlrec.stopping import StopSignal
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
 
@@ -33,13 +34,14 @@ def test_statistics_move_in_every_epoch_and_not_in_evaluation(tmp_path, monkeypa
         seen = [statistics()]
         validate = trainer._validate
 
-        def noted(reporter):
+        def noted(reporter, stop):
             seen.append(statistics())
-            validate(reporter)
+            validate(reporter, stop)
             seen.append(statistics())
 
         monkeypatch.setattr(trainer, "_validate", noted)
-        trainer.fit()
+        with StopSignal(world) as stop:
+            trainer.fit(stop)
     assert len(seen) == 1 + 2 * EPOCHS
     assert {key.split(".")[0] for key in seen[0]} == {"experts", "gates", "towers"}
     for epoch in range(EPOCHS):

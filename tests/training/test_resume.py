@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from mmlrec.run_folder import checkpoint
 from tests.datasets import write_dataset
 from tests.processes import Command, run
-from tests.training.launch import launch, losses, rows_of_steps, tensors
+from tests.training.launch import launch, losses, rows_of_steps, start_ranks, tensors, validations
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -20,7 +21,8 @@ model: {{name: mmoe, dropout: 0.2, use_bn: true, expert_hidden_units: [12, 8], g
 embeddings: {{dim: 4}}
 dense: {{clip_norm: 1.0}}
 schedule: {{name: linear, warmup_steps: 5, total_steps: 100}}
-training: {{batch_size: 50, epochs: 3, log_every_steps: 1, checkpoint_every_steps: 7, keep_checkpoints: 20}}
+training: {{batch_size: 50, epochs: 3, eval_batch_size: 10, log_every_steps: 1, checkpoint_every_steps: 7,
+  keep_checkpoints: 20}}
 """
 
 
@@ -57,6 +59,9 @@ def assert_same_end(root: Path, run_dir: Path, world_size: int = 1) -> None:
     assert [key for key in expected if not expected[key].equal(found[key])] == []
     assert tensors(whole / "checkpoints/best").keys() == tensors(run_dir / "checkpoints/best").keys()
     assert losses(run_dir) == losses(whole)
+    assert validations(run_dir) == validations(whole)
+    states = [checkpoint.read_state(path / "checkpoints/step_000000042") for path in (whole, run_dir)]
+    assert states[0]["selection"] == states[1]["selection"]
     assert (run_dir / "result.json").read_text() == (whole / "result.json").read_text()
 
 
@@ -107,14 +112,14 @@ import sys, time
 from pathlib import Path
 from mmlrec.run_folder import checkpoint
 plain, saves, flag = checkpoint._seal, [], Path(sys.argv[-1])
-def seal(folder):
+def seal(folder, files):
     if folder.name.startswith("step_"):
         saves.append(folder)
     if len(saves) == 3:
         {how}
         flag.touch()
         time.sleep(600)
-    plain(folder)
+    plain(folder, files)
 checkpoint._seal = seal
 sys.argv = ["train", *sys.argv[1:-1]]
 from apps.cli import run
@@ -125,7 +130,7 @@ run(main)
 
 @pytest.mark.parametrize(
     "how",
-    ["pass", "plain(folder)"],
+    ["pass", "plain(folder, files)"],
     ids=["before-the-marker", "after-the-marker"],
 )
 def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
@@ -194,3 +199,113 @@ def test_kill_between_the_two_renames_of_best(root, tmp_path):
     best.rename(best.with_name("best.old"))
     launch(1, [train(root, run_dir)], tmp_path)
     assert_same_end(root, run_dir)
+
+
+SLOW = str(Path(__file__).with_name("slow_evaluation.py"))
+
+
+def wait_for(flag: Path, process: Command) -> None:
+    deadline = time.monotonic() + 120
+    while not flag.exists():
+        assert process.poll() is None, process.arguments
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "number", "step"),
+    [
+        pytest.param(("evaluating valid", 1), signal.SIGTERM, 14, marks=pytest.mark.long),
+        (("evaluating valid", 1), signal.SIGKILL, 14),
+        (("evaluating valid", 3), signal.SIGTERM, 42),
+        pytest.param(("evaluating valid", 3), signal.SIGKILL, 42, marks=pytest.mark.long),
+        pytest.param(("evaluating test", 1), signal.SIGINT, 42, marks=pytest.mark.long),
+    ],
+    ids=lambda value: str(value).replace(" ", "-"),
+)
+def test_a_signal_in_an_evaluation_loses_no_step(root, tmp_path, evaluation, number, step):
+    """18 batches of validation take nine seconds here. Ended in between, the run has saved its epoch, and validates again."""
+    run_dir, flag = tmp_path / "run", tmp_path / "evaluating"
+    title, count = evaluation
+    process = Command([sys.executable, SLOW, "apps.train", title, str(count), str(flag), *command(root, run_dir)[3:]])
+    wait_for(flag, process)
+    process.send_signal(number)
+    _, output = process.communicate(timeout=5)
+    assert process.returncode == {signal.SIGTERM: 85, signal.SIGINT: 130, signal.SIGKILL: -9}[number], output
+    assert "Traceback" not in output
+    assert max(p.name for p in (run_dir / "checkpoints").glob("step_*")) == f"step_{step:09d}"
+    assert not (run_dir / "result.json").exists()
+    done = run(command(root, run_dir, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert f"at step {step} of" in done.stderr
+    assert_same_end(root, run_dir)
+
+
+def test_a_signal_of_one_rank_in_a_validation_stops_all(root, tmp_path):
+    run_dir, flag = tmp_path / "run", tmp_path / "evaluating"
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    arguments = [sys.executable, SLOW, "apps.train", "evaluating valid", "1", str(flag), *command(root, run_dir)[3:]]
+    ranks = start_ranks(arguments, logs)
+    try:
+        wait_for(flag, ranks[0])
+        ranks[1].send_signal(signal.SIGTERM)
+        assert [rank.wait(20) for rank in ranks] == [85, 85], [log.read_text() for log in logs]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    launch(2, [train(root, run_dir)], tmp_path / "rest")
+    assert_same_end(root, run_dir, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_evaluate_and_predict_stop_at_a_signal_and_leave_nothing(root, tmp_path, number):
+    run_dir, output = root / "whole-1", tmp_path / "scores.parquet"
+    before = (run_dir / "result.json").read_text()
+    scored = ["--input", str(root / "data"), "--output", str(output)]
+    for module, title, more in (("apps.evaluate", "evaluating test", []), ("apps.predict", "scoring test", scored)):
+        flag = tmp_path / module
+        process = Command([sys.executable, SLOW, module, title, "1", str(flag), "--run-dir", str(run_dir), *more])
+        wait_for(flag, process)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=5)
+        assert process.returncode == {signal.SIGTERM: 85, signal.SIGINT: 130}[number], error
+        assert [line for line in error.splitlines() if line.startswith("error:")] == [
+            f"error: {title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
+        ]
+    assert (run_dir / "result.json").read_text() == before
+    assert not list(tmp_path.glob("scores*"))
+
+
+def as_written_before(path: Path) -> None:
+    """Make of a checkpoint what earlier versions wrote: after the validation, with its outcome in the state."""
+    state = checkpoint.read_state(path)
+    for key in ("validation_due", "first_losses", "went_back_to"):
+        del state[key]
+    (path / checkpoint.AMENDED).unlink()
+    text = json.dumps(state, indent=1).encode()
+    (path / checkpoint.STATE).write_bytes(text)
+    marker = json.loads((path / checkpoint.MARKER).read_text())
+    marker["files"][checkpoint.STATE] = {"bytes": len(text), "crc32": zlib.crc32(text)}
+    (path / checkpoint.MARKER).write_text(json.dumps(marker))
+
+
+def test_checkpoints_of_earlier_versions_are_resumed(root, tmp_path):
+    run_dir = tmp_path / "run"
+    launch(1, [train(root, run_dir, "training.max_steps=28")], tmp_path)
+    as_written_before(run_dir / "checkpoints/step_000000028")
+    done = run(command(root, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert "step_000000028 at step 28" in done.stderr
+    assert_same_end(root, run_dir)
+
+
+def test_a_checkpoint_is_saved_before_its_validation(root):
+    """Its state holds the choice as it was before; what the validation found stands beside it."""
+    folder = root / "whole-1/checkpoints"
+    plain = {step: json.loads((folder / f"step_{step:09d}" / checkpoint.STATE).read_text()) for step in (7, 14, 28)}
+    found = {step: checkpoint.read_state(folder / f"step_{step:09d}") for step in (7, 14, 28)}
+    assert [plain[step]["validation_due"] for step in plain] == [False, True, True]
+    assert plain[14]["selection"]["best"] == {}
+    assert plain[28]["selection"] == found[14]["selection"]
+    assert [found[step]["validation_due"] for step in found] == [False, False, False]
+    assert found[14]["selection"]["best_step"] == {"all": 14}

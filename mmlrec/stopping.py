@@ -1,0 +1,74 @@
+"""Signals that ask a process to stop, read at places where it can, and by all ranks at the same one."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from mmlrec.distributed import World
+from mmlrec.errors import UserError
+
+#: Steps between agreements of all ranks whether one of them was asked to stop.
+_AGREE_EVERY = 10
+
+
+class Interrupted(UserError):
+    """The process was asked to stop by a signal; nothing is half-written."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code)
+
+
+class StopSignal:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops read between steps. A second SIGINT kills."""
+
+    #: Exit code for a run that a scheduler stopped and should start again.
+    PREEMPTED = 85
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._received: int | None = None
+
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop; other ranks may not have been."""
+        return self._received is not None
+
+    def __enter__(self) -> StopSignal:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received == signal.SIGINT == number:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        self._received = number
+
+    def before(self, index: int, *, also: bool = False) -> bool:
+        """Whether to stop before step `index` (0, 1, ...) of a loop in which all ranks take the same steps.
+
+        Args:
+            also: this rank has a reason of its own.
+        """
+        if self._world.world_size == 1:
+            return self.received or also
+        return index % _AGREE_EVERY == 0 and self.agreed(also)
+
+    def agreed(self, also: bool = False) -> bool:
+        """Whether a rank was asked to stop, or has a reason of its own, the same on all; each calls it."""
+        found = self._world.highest(2 * (self._received or 0) + also)
+        if found > 1 and self._received is None:
+            self._received = found // 2
+        return found > 0
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The error to raise: exit code 130 after SIGINT, as shells do; PREEMPTED otherwise."""
+        return Interrupted(message, 130 if self._received == signal.SIGINT else self.PREEMPTED)

@@ -1,0 +1,87 @@
+"""A run that diverges ends before it is saved or chosen: losses that left all bounds, tensors that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmlrec.distributed import World
+from mmlrec.embeddings.tables import local_shards
+from mmlrec.errors import UserError
+
+#: A mean loss so many times that of the first step, or of 1 where that is smaller, comes from scores in the thousands: the run
+#: diverges, though nothing has overflowed yet. What trains well stays below ten times.
+_MOST_GROWTH = 1e4
+
+_LOWER = "Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm"
+
+
+def remedy(saved_step: int | None) -> str:
+    """What to do about a run that diverged.
+
+    Args:
+        saved_step: of its newest checkpoint, None without one.
+    """
+    if saved_step is None:
+        return f"{_LOWER}, and start again with another --run-dir."
+    return (
+        f"{_LOWER}, and give the command again with --from-step {saved_step},"
+        " or an earlier step of RUN/checkpoints if that one is spoilt already."
+    )
+
+
+def check_losses(losses: Mapping[str, float], first: Mapping[str, float], step: int, saved_step: int | None) -> None:
+    """Refuse mean losses that are not finite or have grown beyond sense.
+
+    Args:
+        losses: mean of each objective over the newest steps.
+        first: of the first step.
+        step: the newest one, for the message.
+        saved_step: see `remedy`.
+
+    Raises:
+        UserError: naming the objective.
+    """
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise UserError(f"loss '{name}' is not finite ({value}) near step {step}. {remedy(saved_step)}")
+        if value > _MOST_GROWTH * max(1.0, first[name]):
+            raise UserError(
+                f"loss '{name}' has grown to {value:.3g} near step {step}, from {first[name]:.3g} at the first step: the run"
+                f" diverges. {remedy(saved_step)}"
+            )
+
+
+@torch.no_grad()
+def check_finite(tensors: Mapping[str, Any], step: int, saved_step: int | None, world: World) -> None:
+    """Refuse tensors, plain or sharded, that hold anything not finite; all ranks call it, and raise together.
+
+    One pass over this rank's shards, a small part of what writing them takes.
+
+    Args:
+        step: for the message.
+        saved_step: see `remedy`.
+
+    Raises:
+        UserError: naming tensor and rows.
+    """
+    world.at("checking that weights are finite")
+    error: UserError | None = None
+    for key, value in tensors.items():
+        for piece, offsets in local_shards(value):
+            # A sum is finite only where all terms are, and needs no memory; it may also overflow.
+            if error is None and piece.is_floating_point() and not bool(piece.sum().isfinite()):
+                bad = _bad_rows(piece, offsets[0] if offsets else 0)
+                if bad:
+                    error = UserError(f"'{key}' is not finite in {bad} at step {step}; not saved. {remedy(saved_step)}")
+    world.raise_together(error)
+
+
+def _bad_rows(piece: Tensor, first_row: int) -> str:
+    bad = (~piece.isfinite()).reshape(piece.shape[0] if piece.dim() else 1, -1).any(dim=1).nonzero().flatten()
+    count = len(bad)
+    return f"{count} row{'s' if count > 1 else ''} (the first: {first_row + int(bad[0])})" if count else ""
