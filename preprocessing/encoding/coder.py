@@ -61,7 +61,8 @@ class Coder:
 
     def code(self, rows: pa.RecordBatch) -> Coded:
         """Canonical rows with codes, -1 for null; and with their hashes."""
-        columns, generations, words = dict(zip(rows.schema.names, rows.columns, strict=True)), [], {}
+        columns, generations = dict(zip(rows.schema.names, rows.columns, strict=True)), []
+        to_hash = dict(columns)
         for feature in self._with_vocabulary:
             values = columns[feature.name]
             local = (values.flatten() if feature.kind == "multi" else values).dictionary_encode()
@@ -70,8 +71,9 @@ class Coder:
             columns[feature.name] = _like(values, codes) if feature.kind == "multi" else pa.array(codes)
             generations.append(generation)
             if pa.types.is_string(feature.raw_type):
-                words[feature.name] = spread(hashes[0], local, MISSING)
-        columns[COPY_COLUMN] = row_hashes(rows, self._identity, words)
+                words = spread(hashes[0], local, MISSING)
+                to_hash[feature.name] = _like(values, words) if feature.kind == "multi" else pa.array(words)
+        columns[COPY_COLUMN] = row_hashes(pa.RecordBatch.from_pydict(to_hash), self._identity)
         return Coded(pa.RecordBatch.from_pydict(columns, schema=self.schema), tuple(generations))
 
     def begin(self) -> None:
@@ -139,7 +141,7 @@ class Coder:
         return pa.RecordBatch.from_pydict(columns | others)
 
 
-def _like(lists: pa.ListArray, values: NDArray[np.signedinteger]) -> pa.ListArray:
+def _like(lists: pa.ListArray, values: NDArray[np.integer]) -> pa.ListArray:
     """The same lists of other values; null becomes an empty list."""
     lengths = lists.value_lengths().fill_null(0).to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)

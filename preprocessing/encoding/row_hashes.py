@@ -16,7 +16,7 @@ some 2^-64 for each pair, or 2^-62 when they are counted, where two bits tell th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,30 +29,37 @@ from preprocessing.encoding.value_index import hash_words, spread
 MISSING = np.uint64(0x6A09E667F3BCC909)
 _NO_INTEGER = int(MISSING)  # below 2^63, so an int64, too
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_CHUNK = 1 << 14  # rows at a time: what is computed of them stays in the cache
 
 
-def row_hashes(rows: pa.RecordBatch, names: Sequence[str], words: Mapping[str, UInt64Array] | None = None) -> pa.Array:
+def row_hashes(rows: pa.RecordBatch, names: Sequence[str]) -> pa.Array:
     """Hashes of canonical rows, [rows] int64.
 
     Args:
+        rows: in place of texts, which cost most, there may be their words, uint64, where these are at hand.
         names: of the columns that are hashed.
-        words: column of texts, or of lists of texts -> the word of each value, one list behind the other, where these are at
-            hand; they cost most.
     """
+    found = np.empty(rows.num_rows, np.uint64)
+    for start in range(0, rows.num_rows, _CHUNK):
+        found[start : start + _CHUNK] = _hashes(rows.slice(start, _CHUNK), names)
+    return pa.array(found.view(np.int64))
+
+
+def _hashes(rows: pa.RecordBatch, names: Sequence[str]) -> UInt64Array:
     found = np.zeros(rows.num_rows, np.uint64)
     for name in names:
-        found ^= _words(rows.column(name), (words or {}).get(name))
+        found ^= _words(rows.column(name))
         found *= _FACTOR
         found ^= found >> np.uint64(32)
-    return pa.array(mix64(found).view(np.int64))
+    return mix64(found)
 
 
-def _words(values: pa.Array, known: UInt64Array | None) -> UInt64Array:
+def _words(values: pa.Array) -> UInt64Array:
     """Word of each value, [n]."""
     if pa.types.is_list(values.type):
-        return _words_of_lists(values, known)
-    if known is not None:
-        return known
+        return _words_of_lists(values)
+    if pa.types.is_uint64(values.type):
+        return values.to_numpy()
     if pa.types.is_integer(values.type):
         return values.fill_null(_NO_INTEGER).to_numpy().view(np.uint64)
     if pa.types.is_floating(values.type):
@@ -62,10 +69,10 @@ def _words(values: pa.Array, known: UInt64Array | None) -> UInt64Array:
     return spread(hash_words(local.dictionary)[0], local, MISSING)
 
 
-def _words_of_lists(lists: pa.ListArray, known: UInt64Array | None) -> UInt64Array:
+def _words_of_lists(lists: pa.ListArray) -> UInt64Array:
     flat, lengths = lists.flatten(), lists.value_lengths().fill_null(0).to_numpy().astype(np.int64)
-    words = _words(flat, known)
-    if not pa.types.is_string(flat.type):
+    words = _words(flat)
+    if not (pa.types.is_string(flat.type) or pa.types.is_uint64(flat.type)):  # texts are mixed already
         words = mix64(words)
     ends = np.cumsum(lengths)
     starts = ends - lengths
