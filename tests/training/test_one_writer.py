@@ -402,7 +402,10 @@ def one_round(draw: random.Random, pace: float, root: Path, run_dir: Path, folde
     ends = [start.agent.poll() for start in starts]
     for start in starts:
         start.agent.kill()
-    until(lambda: not any(map(alive, processes)), 10, "the end of all ranks")
+    for process in processes:  # one that was stopped before its first line cannot know of its agent yet
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
+    until(lambda: not any(map(alive, processes)), 60, "the end of all ranks")
     rank_0 = {start.number: start.ranks[0] for start in starts}
     for start, end in zip(starts, ends, strict=True):
         text = start.log.read_text()
