@@ -75,6 +75,10 @@ class RunFolder:
             probe = self.path / ".writable"
             probe.write_text("", encoding="utf-8")
             probe.unlink()
+            # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
+            for path in (self.config, self.environment, self.plan, self.metrics):
+                for leftover in self.path.glob(f"{path.name}.*.tmp"):
+                    leftover.unlink()
         except OSError as error:
             raise unwritable(self.path, error) from error
 

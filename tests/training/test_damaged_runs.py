@@ -102,8 +102,10 @@ def test_another_configuration_is_refused_before_there_is_a_checkpoint(stopped, 
     assert "dense.optimizer.lr: 0.001 in the run folder, 0.1 now" in error
     assert names(half) == before
     if left == "no checkpoint":  # killed before the first one: the same command begins
+        (half / "plan.json.0123456789ab.tmp").write_text("{")  # of a start that was killed
         assert app(*command(stopped, half))[0] == 0
         assert_same_end(stopped, half)
+        assert not list(half.glob("*.tmp"))
 
 
 def test_all_checkpoints_damaged_are_named_and_kept_until_told(stopped, half, app):
