@@ -1,0 +1,1 @@
+"""Ranks that work together: the process group, who hangs, who was asked to stop."""
