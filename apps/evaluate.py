@@ -32,11 +32,11 @@ def main() -> None:
     """Load, evaluate, report."""
     arguments = parse()
     import_modules(arguments.imports)
-    from mmlrec.distributed import process_group
+    from mmlrec.distributed.stopping import StopSignal
+    from mmlrec.distributed.world import process_group
     from mmlrec.evaluation.evaluation import evaluate_split, write_result
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
-    from mmlrec.stopping import StopSignal
 
     folder = RunFolder(arguments.run_dir)
     timeout = folder.read_config(arguments.overrides).training.timeout

@@ -35,11 +35,11 @@ def main() -> None:
     """Load, score, write."""
     arguments = parse()
     import_modules(arguments.imports)
-    from mmlrec.distributed import process_group
+    from mmlrec.distributed.stopping import StopSignal
+    from mmlrec.distributed.world import process_group
     from mmlrec.evaluation.prediction import write_predictions
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
-    from mmlrec.stopping import StopSignal
 
     folder = RunFolder(arguments.run_dir)
     with process_group(folder.read_config().training.timeout) as world:

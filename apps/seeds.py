@@ -52,7 +52,7 @@ def main() -> None:
     source = f"{arguments.config} with the command line"
     loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
     configs = [resolve(config, source) for config in loaded]
-    from mmlrec.distributed import process_group
+    from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.run import default_run_dir, train

@@ -82,7 +82,7 @@ def main() -> None:
             check_selectable(parts.manifest, parts.network.spec.tasks, branches_of(parts.network, parts.manifest))
         print(config.to_yaml(), end="")
         return
-    from mmlrec.distributed import process_group
+    from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import report_text
     from mmlrec.training.run import default_run_dir, train
 

@@ -19,7 +19,7 @@ from statistics import mean, stdev
 from tabulate import tabulate
 
 from mmlrec.config import load_config
-from mmlrec.distributed import World, process_group
+from mmlrec.distributed.world import World, process_group
 from mmlrec.paths import local_path
 from mmlrec.registry import strategy_names
 from mmlrec.schema import DatasetManifest

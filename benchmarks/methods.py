@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from benchmarks import throughput
 from benchmarks.flops import FORWARD, Case
-from mmlrec.distributed import keep_freed_memory
+from mmlrec.distributed.world import keep_freed_memory
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.paths import local_path

@@ -40,9 +40,7 @@ RULES = {
     "mmlrec.metrics": ("torch",),
     "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing", "mmlrec.identity"),
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
-    "mmlrec.heartbeat": ("torch",),
-    "mmlrec.distributed": ("torch", "mmlrec.hashing", "mmlrec.heartbeat"),
-    "mmlrec.stopping": ("mmlrec.distributed",),
+    "mmlrec.distributed": ("torch", "mmlrec.hashing"),
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
@@ -50,11 +48,11 @@ RULES = {
     ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
-        *("mmlrec.models.base", "mmlrec.identity", "mmlrec.stopping"),
+        *("mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.training": (
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
-        *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base", "mmlrec.stopping"),
+        *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
     "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "preprocessing"),

@@ -35,7 +35,7 @@ TABLE = {
     "features": {
         "user": {"kind": "id", "hash": {"num_buckets": 50}},
         "item": {"kind": "id"},
-        "price": {"kind": "number"},
+        "price": {"kind": "number", "fill": 0},
     },
     "tasks": [{"name": "click", "label": "click"}, {"name": "buy", "label": "buy"}],
     "keys": {"user": {"type": "string"}},
@@ -160,7 +160,7 @@ def test_predict_refuses_another_range_and_names_both(table, app, tmp_path):
 @pytest.mark.parametrize(
     ("features", "words"),
     [
-        ({"price": {"kind": "number", "scale": "log"}}, "feature 'price', scale: \"log\" here, null in the run"),
+        ({"price": {"kind": "number", "scale": "log", "fill": 0}}, "feature 'price', scale: \"log\" here, null in the run"),
         ({"user": {"kind": "id", "hash": {"num_buckets": 50, "seed": 3}}}, "table 'user', seed: 3 here, 0 in the run"),
     ],
     ids=["conversion", "hash"],

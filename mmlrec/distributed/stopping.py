@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from mmlrec.distributed import World
+from mmlrec.distributed.world import World
 from mmlrec.errors import UserError
 
 #: Steps between agreements of all ranks whether one of them was asked to stop.

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from mmlrec.distributed.heartbeat import Heartbeat
 from mmlrec.errors import RankError, UserAdvice, UserError
-from mmlrec.heartbeat import Heartbeat
 
 logger = logging.getLogger("mmlrec")
 

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
+from mmlrec.distributed.stopping import StopSignal
 from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.notes import report_text
@@ -19,7 +20,6 @@ from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
 from mmlrec.session.session import Session
-from mmlrec.stopping import StopSignal
 
 
 def predict_split(

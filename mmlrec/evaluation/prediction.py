@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlrec.distributed import logger
+from mmlrec.distributed.stopping import Interrupted, StopSignal
+from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split
 from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
 from mmlrec.session.session import Session
-from mmlrec.stopping import Interrupted, StopSignal
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.world import World, logger
 from mmlrec.errors import CheckpointError, UserError
 from mmlrec.run_folder.folder import write_atomically
 from mmlrec.run_folder.index import Reader

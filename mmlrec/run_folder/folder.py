@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from mmlrec.config import RunConfig, load_config
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest
 from mmlrec.run_folder.lock import unwritable

@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.world import World, logger
 from mmlrec.errors import UserError
 
 LOCK = ".lock"

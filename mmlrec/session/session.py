@@ -20,7 +20,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import DataError, did_you_mean

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmlrec.distributed import World
+from mmlrec.distributed.world import World
 from mmlrec.errors import UserAdvice
 
 #: Rows per rank below which the fixed cost of a step is most of it, by device.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmlrec.distributed import World
+from mmlrec.distributed.world import World
 from mmlrec.embeddings.tables import local_shards
 from mmlrec.errors import UserError
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmlrec.config import ALIASES, RunConfig, load_config
-from mmlrec.distributed import World, log_file, logger
+from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.world import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
@@ -18,7 +19,6 @@ from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
 from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
-from mmlrec.stopping import StopSignal
 from mmlrec.training.advice import advise_on_speed
 from mmlrec.training.chain import check_chain
 from mmlrec.training.selection import check_selectable

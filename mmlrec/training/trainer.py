@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.stopping import Interrupted, StopSignal
+from mmlrec.distributed.world import World, logger
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder, data_state
 from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
-from mmlrec.stopping import Interrupted, StopSignal
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmlrec.config import ConfigError, load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import aliases, method, method_names, resolve
 from mmlrec.training.run import default_run_dir, train

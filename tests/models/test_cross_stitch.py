@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.registry import method
 from mmlrec.session.session import build_session
 from mmlrec.training.run import train

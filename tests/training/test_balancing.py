@@ -12,7 +12,7 @@ import torch
 from mmlrec.balancing.hull import shortest_in_hull
 from mmlrec.balancing.strategies.pcgrad import pcgrad
 from mmlrec.config import load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.losses import LossOptions
 from mmlrec.registry import strategy_names
 from mmlrec.run_folder.checkpoint import model_tensors

@@ -3,10 +3,10 @@
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.world import process_group
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session
-from mmlrec.stopping import StopSignal
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from mmlrec.config import load_config
 from mmlrec.data.chain import count_violations
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.errors import DataError
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.metrics.report import report_table

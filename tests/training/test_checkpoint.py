@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.errors import CheckpointError
 from mmlrec.run_folder import checkpoint
 

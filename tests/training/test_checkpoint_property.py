@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.run_folder import checkpoint
 
 STEPS = (1, 2, 3, 4, 5)

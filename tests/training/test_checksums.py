@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.run_folder import checkpoint
 from tests.processes import spawn
 from tests.training.launch import free_port

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.tables import local_shards
 from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split
@@ -18,7 +19,6 @@ from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
-from mmlrec.stopping import StopSignal
 from mmlrec.training.guard import check_losses
 from mmlrec.training.run import train
 from mmlrec.training.trainer import Trainer

@@ -11,7 +11,7 @@ from tests.processes import run
 def test_advice_is_one_line_of_rank_0_and_other_warnings_stay(rank, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import warnings; from mmlrec.errors import UserAdvice; from mmlrec.distributed import configure_logging\n"
+        "import warnings; from mmlrec.errors import UserAdvice; from mmlrec.distributed.world import configure_logging\n"
         f"configure_logging({rank})\n"
         "warnings.warn('fewer experts would do', UserAdvice)\n"
         "warnings.warn('a library speaks')\n"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed import comm
 
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from tests.datasets import write_dataset
 from tests.processes import ROOT, environment
 from tests.training.launch import start_ranks

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from mmlrec.distributed import World, logger
+from mmlrec.distributed.world import World, logger
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.training import reporting
 from mmlrec.training.reporting import Reporter

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmlrec.config import load_config
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import load_session

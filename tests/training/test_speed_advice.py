@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from mmlrec.distributed import World
+from mmlrec.distributed.world import World
 from mmlrec.errors import UserAdvice
 from mmlrec.training import advice
 from mmlrec.training.advice import SavingTime, advise_on_speed

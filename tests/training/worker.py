@@ -19,7 +19,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from apps.cli import run as entry_point
 from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
-from mmlrec.distributed import process_group
+from mmlrec.distributed.world import process_group
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
