@@ -165,9 +165,12 @@ def _listed(folder: Path) -> str | dict[str, tuple[int, int]]:
         return f"{folder} has no {MARKER}: it was not written to the end"
     try:
         listed = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
-        return {name: (int(expected["bytes"]), int(expected["crc32"])) for name, expected in listed}
+        files = {name: (expected["bytes"], expected["crc32"]) for name, expected in listed}
+        if not all(type(number) is int for sums in files.values() for number in sums):
+            raise ValueError("sizes and checksums are integers")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"{marker} cannot be read: {error}"
+    return files
 
 
 def _file_damage(path: Path, num_bytes: int, crc32: int) -> str | None:

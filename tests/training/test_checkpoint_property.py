@@ -133,6 +133,14 @@ def test_damage_names_the_file(saved, step, fault):
             assert str(checkpoint.step_folder(folder, step) / fault.file) in reason
 
 
+@pytest.mark.parametrize("number", ["1e999", "1.0", "true", "null", '"1"', "[]"])
+def test_sizes_and_checksums_that_are_no_integers_are_damage(saved, number):
+    with run_folder(saved, {1: None}) as folder:
+        marker = checkpoint.step_folder(folder, 1) / checkpoint.MARKER
+        marker.write_text('{"files": {"state.json": {"bytes": %s, "crc32": 1}}}' % number)
+        assert str(marker) in (checkpoint.damage(checkpoint.step_folder(folder, 1)) or "")
+
+
 @settings(quick, max_examples=300)
 @given(share=shares, bits=st.integers(1, 255))
 def test_a_flipped_byte_of_the_marker_is_damage_or_changes_no_meaning(saved, share, bits):

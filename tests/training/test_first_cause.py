@@ -103,11 +103,9 @@ def test_a_full_disk_of_one_rank_is_told_once(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [
-        (RAISES, "failed at step 4: ValueError: no such thing"),
-        pytest.param(KILLED, "rank 1 of this run ended", marks=pytest.mark.long),
-    ],
+    [(RAISES, "failed at step 4: ValueError: no such thing"), (KILLED, "rank 1 of this run ended")],
 )
+@pytest.mark.long
 def test_torchrun_shows_the_same_cause(root, tmp_path, how, words):
     (tmp_path / "train.py").write_text(SCRIPT.format(rank=1, how=how))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -271,6 +271,7 @@ def test_mounts_that_keep_locks_to_their_host_are_known(folder, expected, tmp_pa
     assert lock._keeps_locks_to_itself(Path(folder), tmp_path / "mounts") == expected
 
 
+@pytest.mark.long
 def test_ranks_end_with_a_torchrun_that_is_killed(root, tmp_path):
     run_dir = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

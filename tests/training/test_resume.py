@@ -241,6 +241,7 @@ def test_a_signal_in_an_evaluation_loses_no_step(root, tmp_path, evaluation, num
     assert_same_end(root, run_dir)
 
 
+@pytest.mark.long
 def test_a_signal_of_one_rank_in_a_validation_stops_all(root, tmp_path):
     run_dir, flag = tmp_path / "run", tmp_path / "evaluating"
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
