@@ -451,10 +451,6 @@ def kills_and_starts(root: Path, folder: Path, rounds: int, seed: int, pace: flo
     assert sorted(path.name for path in run_dir.iterdir() if path.suffix == ".tmp") == []
 
 
-def test_kills_and_starts_in_pairs_never_mix_two_runs(root, tmp_path):
-    kills_and_starts(root, tmp_path, rounds=3, seed=2, pace=0.3)
-
-
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_and_starts_in_pairs_never_mix_two_runs(root, tmp_path):
