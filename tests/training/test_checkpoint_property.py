@@ -137,9 +137,7 @@ def test_damage_names_the_file(saved, step, fault):
 def test_sizes_and_checksums_that_are_no_integers_are_damage(saved, number):
     with run_folder(saved, {1: None}) as folder:
         marker = checkpoint.step_folder(folder, 1) / checkpoint.MARKER
-        marker.write_text(
-            json.dumps({"files": {"state.json": {"bytes": "N", "crc32": 1}}}).replace(chr(34) + "N" + chr(34), number)
-        )
+        marker.write_text(f'{{"files": {{"state.json": {{"bytes": {number}, "crc32": 1}}}}}}')
         assert str(marker) in (checkpoint.damage(checkpoint.step_folder(folder, 1)) or "")
 
 
