@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -195,8 +196,10 @@ class Passes:
                     copies.add(block.marks)
                     missing.add(block.missing)
                     done.update(block.coded.rows.num_rows)
-            self._coder.freeze(self._folder / "vocab", self._raw.workers)
-        duplicates = copies.count().statistics(self._dataset.duplicates, self._num_dropped)
+            with ThreadPoolExecutor(1) as beside:  # both leave cores idle
+                counted = beside.submit(copies.count)
+                self._coder.freeze(self._folder / "vocab", self._raw.workers)
+        duplicates = counted.result().statistics(self._dataset.duplicates, self._num_dropped)
         return self._groups.statistics() | missing.statistics() | {"duplicates": duplicates}
 
     def write(self) -> dict[str, Written]:

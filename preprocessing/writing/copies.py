@@ -16,6 +16,7 @@ from preprocessing.split_rules import Duplicates
 IntArray = NDArray[np.int64]
 
 _SPLIT = np.uint64(3)  # the bits of a hash that make room for a split
+_CHUNK = 1 << 16  # hashes compared at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ def marked(hashes: IntArray, splits: IntArray) -> UInt64Array:
 def count_copies(marks: UInt64Array) -> Copies:
     """Of rows in any order, from what `marked` gave; sorts it in place."""
     marks.sort()
-    as_before = (marks[1:] ^ marks[:-1]) <= _SPLIT
-    if not as_before.any():
+    found = []
+    for start in range(0, len(marks) - 1, _CHUNK):
+        some = marks[start : start + _CHUNK + 1]
+        found.append(np.flatnonzero((some[1:] ^ some[:-1]) <= _SPLIT) + start + 1)
+    later = np.concatenate(found) if found else np.empty(0, np.int64)  # equal to the one before
+    if not len(later):
         return Copies()
-    in_set = np.append(False, as_before) | np.append(as_before, False)
-    starts = np.flatnonzero(~np.append(False, as_before)[in_set])
-    splits = marks[in_set] & _SPLIT  # ascending within each set
+    first = later[np.append(True, np.diff(later) > 1)] - 1
+    members = np.sort(np.concatenate([first, later]))
+    splits = marks[members] & _SPLIT  # ascending within each set
+    starts = np.searchsorted(members, first)
     sizes = np.diff(np.append(starts, len(splits)))
     known = np.repeat(splits[starts] == 0, sizes)
     valid, test = (int(np.count_nonzero(known & (splits == split))) for split in (1, 2))
