@@ -10,6 +10,7 @@ from typing import Any, TextIO, cast
 
 #: Control characters but tab and line end, marks that turn the direction of writing, and halves of surrogate pairs.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOVES_UP = re.compile("(?:\x1b\\[A)+")
 
 
 def plain(text: str) -> str:
@@ -35,7 +36,13 @@ class _PlainStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text, plainly. A carriage return that begins it stays: so do progress bars come back to their line."""
+        """Write the text, plainly.
+
+        How progress bars come back to their line stays: a carriage return that begins it, or a write of nothing but moves up,
+        as a bar below another one makes.
+        """
+        if _MOVES_UP.fullmatch(text):
+            return self._stream.write(text)
         start = "\r" if text.startswith("\r") else ""
         encoding = self._stream.encoding or "utf-8"
         shown = plain(text.removeprefix("\r")).encode(encoding, "backslashreplace").decode(encoding)

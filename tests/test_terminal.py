@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest
@@ -39,6 +40,25 @@ def test_streams_are_plain_within_and_themselves_again_after(capsys):
         print(1 / 0)
     assert (sys.stdout, sys.stderr) == before
     assert tuple(capsys.readouterr()) == (f"a {SHOWN}\n", f"\r 50 %\n{SHOWN}")
+
+
+def test_a_bar_below_another_one_comes_back_to_its_line(monkeypatch):
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    written = []
+    for context in (contextlib.nullcontext, plain_output):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with context(), tqdm(total=1, ncols=60, bar_format="{desc}{n_fmt}", desc="above") as above:
+            with tqdm(total=1, ncols=60, bar_format="{desc}{n_fmt}", desc="below", leave=False) as below:
+                below.update()
+            above.update()
+        written.append(sys.stderr.getvalue())
+    assert "\x1b[A" in written[0]
+    assert written[1] == written[0]
 
 
 def test_what_an_encoding_lacks_is_written_otherwise(monkeypatch):
