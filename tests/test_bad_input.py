@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from apps.cli import run
 from mmlrec.config import load_config
 from mmlrec.run_folder import checkpoint
 from mmlrec.schema import DatasetManifest
@@ -45,18 +44,11 @@ def data(written, tmp_path):
 
 
 @pytest.fixture
-def app(monkeypatch, capfd):
+def app(run_app):
     """Runs an entry point in this process; returns exit code and standard error."""
 
     def call(name: str, *arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        code = 0
-        capfd.readouterr()
-        try:
-            run(importlib.import_module(f"apps.{name}").main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        error = capfd.readouterr().err
+        code, error = run_app(name, *arguments)
         assert "Traceback" not in error
         return code, error
 

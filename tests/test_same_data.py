@@ -1,6 +1,5 @@
 """A model meets data encoded as those it was trained on, a run goes on with its rows, and parts are what was written."""
 
-import importlib
 import json
 import random
 import shutil
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from apps.cli import run
 from mmlrec.data import verification
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.identity import data_facts, parts_digest
@@ -98,18 +96,11 @@ def copy(source: Path, target: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def app(monkeypatch, capfd):
+def app(run_app):
     """Runs an entry point in this process; returns exit code and standard error."""
 
     def call(name: str, *arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            run(importlib.import_module(f"apps.{name}").main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        error = capfd.readouterr().err
+        code, error = run_app(name, *arguments)
         assert "Traceback" not in error
         return code, error
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from apps.cli import run as entry_point
 from tests import processes
 from tests.datasets import write_dataset
 from tests.training.launch import losses, tensors
@@ -26,18 +25,9 @@ END = "step_000000012"
 
 
 @pytest.fixture
-def app(monkeypatch, capfd):
+def app(run_app):
     def call(*arguments: object) -> tuple[int, str]:
-        from apps.train import main
-
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            entry_point(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        error = capfd.readouterr().err
+        code, error = run_app("train", *arguments)
         assert "Traceback" not in error
         assert error.count("error: ") == (code != 0)
         return code, error

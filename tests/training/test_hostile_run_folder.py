@@ -1,11 +1,9 @@
 """A run folder from elsewhere runs no code: not when it is evaluated, predicted with, or resumed."""
 
-import importlib
 import io
 import json
 import pickle
 import re
-import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from apps.cli import run
 from mmlrec.errors import CheckpointError
 from mmlrec.run_folder.index import Reader
 from tests.datasets import write_dataset
@@ -46,41 +43,27 @@ def seal(checkpoint):
 
 
 @pytest.fixture
-def app(monkeypatch, capfd):
-    def call(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            run(importlib.import_module(f"apps.{name}").main)
-        except SystemExit as stop:
-            return int(stop.code or 0), capfd.readouterr().err
-        return 0, capfd.readouterr().err
-
-    return call
-
-
-@pytest.fixture
-def trained(tmp_path, app):
+def trained(tmp_path, run_app):
     write_dataset(tmp_path / "data", rows=100)
     (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
-    assert app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")[0] == 0
+    assert run_app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")[0] == 0
     return tmp_path / "run"
 
 
-def test_a_planted_program_is_refused_by_name_and_does_not_run(trained, tmp_path, app):
+def test_a_planted_program_is_refused_by_name_and_does_not_run(trained, tmp_path, run_app):
     output = tmp_path / "scores.parquet"
     commands = {
         "evaluate": ["--run-dir", trained],
         "predict": ["--run-dir", trained, "--input", tmp_path / "data", "--output", output],
         "train": ["--config", tmp_path / "config.yaml", "--run-dir", trained, "training.max_steps=8"],
     }
-    assert app("evaluate", *commands["evaluate"])[0] == 0
+    assert run_app("evaluate", *commands["evaluate"])[0] == 0
     target = tmp_path / "planted"
     for checkpoint in (trained / "checkpoints").iterdir():
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Payload(target)))
         seal(checkpoint)
     for name, arguments in commands.items():
-        code, error = app(name, *arguments)
+        code, error = run_app(name, *arguments)
         assert code == 2, (name, error)
         assert re.search(r"error: \S+\.metadata is not the index of a checkpoint: it names (io|_io)\.open", error), (
             name,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from apps import cli
-from apps.cli import run as entry_point
 from mmlrec.run_folder import checkpoint, lock
 from tests.datasets import write_dataset
 from tests.processes import ROOT, Command, environment, run
@@ -88,22 +88,9 @@ def started(root: Path, run_dir: Path, *overrides: str) -> Command:
 
 
 @pytest.fixture
-def app(monkeypatch, capfd):
+def app(run_app):
     """apps.train in this process; its exit code and standard error."""
-
-    def call(*arguments: object) -> tuple[int, str]:
-        from apps.train import main
-
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            entry_point(main)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, capfd.readouterr().err
-
-    return call
+    return functools.partial(run_app, "train")
 
 
 def test_a_second_start_is_refused_and_changes_nothing_and_a_dead_holder_is_succeeded(root, tmp_path, app):
