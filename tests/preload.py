@@ -8,9 +8,9 @@ import gc
 
 import pandas  # noqa: F401
 import torch.distributed.optim
-import torch.utils.tensorboard
+import torch.utils.tensorboard  # noqa: F401
 
-import apps.cli
+import apps.cli  # noqa: F401
 import mmlrec.evaluation.prediction
 import mmlrec.session.recommender
 import mmlrec.training.run  # noqa: F401

@@ -32,6 +32,47 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+class _AllGather(torch.autograd.Function):
+    """The values of all ranks, [W, ...]. The gradient of what every rank reads is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gathered = x.new_empty(dist.get_world_size() * x.numel())
+        dist.all_gather_into_tensor(gathered, x.flatten())
+        return gathered.view(-1, *x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
+
+
+def moments_over_ranks(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and variance of the rows of all ranks, in one exchange: Chan, Golub and LeVeque (1979), equation 2.1.
+
+    Sums are centred on the mean of their rank, since E[x^2] - E[x]^2 would cancel where the mean is large.
+
+    Args:
+        count: [..., 1], how many rows this rank has; no gradient flows through it.
+        total: [..., d], their sum.
+        squares: [..., d], the sum of the squares of their distances from their own mean, `total / max(count, 1)`.
+
+    Returns:
+        count [..., 1], mean [..., d] and biased variance [..., d]; mean and variance are 0 where there is no row at all.
+    """
+    own = torch.cat([count, total, squares], dim=-1)
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ranks: Tensor = _AllGather.apply(own) if several else own.unsqueeze(0)
+    counts, totals, squares = ranks.split([1, total.shape[-1], total.shape[-1]], dim=-1)
+    counts = counts.detach()
+    count = counts.sum(dim=0)
+    some = count.clamp(min=1.0)
+    mean = totals.sum(dim=0) / some
+    apart = totals / counts.clamp(min=1.0) - mean
+    return count, mean, (squares + counts * apart.square()).sum(dim=0) / some
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) of a stack of N layer outputs [N, B, o], or of one [B, o].
 
@@ -74,12 +115,13 @@ class BatchNorm(nn.Module):
         keep = torch.ones(x.shape[-2], dtype=torch.bool, device=x.device) if rows is None else rows
         keep = keep.unsqueeze(-1)
         weight = keep.to(x.dtype)
-        count = sum_over_ranks(weight.sum(dim=-2, keepdim=True))
-        some = count.clamp(min=1.0)
-        batch_mean = sum_over_ranks((x * weight).sum(dim=-2, keepdim=True)) / some
-        batch_var = sum_over_ranks(((x - batch_mean).square() * weight).sum(dim=-2, keepdim=True)) / some
+        total = (x * weight).sum(dim=-2, keepdim=True)
+        own = weight.sum(dim=-2, keepdim=True).expand(*total.shape[:-1], 1)
+        squares = ((x - total / own.clamp(min=1.0)).square() * weight).sum(dim=-2, keepdim=True)
+        count, batch_mean, batch_var = moments_over_ranks(own, total, squares)
         enough = count >= 2
         with torch.no_grad():
+            some = count.clamp(min=1.0)
             unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
             step = enough.to(x.dtype) * self.momentum
             self.running_mean.copy_((mean + step * (batch_mean - mean)).flatten())
