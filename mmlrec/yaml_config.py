@@ -98,7 +98,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        quotes = ". Put a text that begins with it in quotes." if "cannot start any token" in str(error) else ""
+        raise ConfigError(f"{path}: not valid YAML: {error}{quotes}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
