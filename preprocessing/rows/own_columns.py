@@ -55,7 +55,7 @@ def label(values: pa.Array, column: str) -> Converted:
     """0, 1 or null, float32."""
     result = values.cast(pa.float32(), safe=False)
     good = _bools(pc.or_(pc.equal(values, 0), pc.equal(values, 1)).fill_null(True))
-    remedy = f"Mend the line, or make the label a condition such as '{column} > 0'."
+    remedy = f"Mend the line, or make the label a condition such as '{in_condition(column)} > 0'."
     return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{FOUND}. {remedy}", column)]
 
 
