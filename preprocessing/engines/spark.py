@@ -315,7 +315,7 @@ class _Job:
                 return every.map(lambda t: digit_counts(t, shift, prefix)).reduce(np.add)
 
             cuts = find_cuts(num_rows, counts, rule.fractions)
-            placement = self._placement = Placement(replace(rule, cuts=cuts), self._seed, self._raw.scratch)
+            placement = self._placement = Placement(rule, self._seed, self._raw.scratch, cuts)
             self._sizes = rows.map(lambda piece: sum(map(placement.sizes, piece.batches()), np.zeros(3, np.int64))).collect()
         every.unpersist()
 

@@ -49,9 +49,10 @@ class Placement:
     train_end: int
     valid_end: int
 
-    def __init__(self, rule: SplitRule, seed: int, folder: Path) -> None:
+    def __init__(self, rule: SplitRule, seed: int, folder: Path, cuts: tuple[int, int] | None = None) -> None:
+        """`cuts`: those of a `TimeSplit` that has none of its own, where they were found elsewhere."""
         self._rule, self._seed = rule, seed
-        self._cuts = rule.cuts if isinstance(rule, TimeSplit) else None
+        self._cuts = rule.cuts or cuts if isinstance(rule, TimeSplit) else None
         self._times = folder / "times.bin"
         self._sizes = np.zeros(3, np.int64)
 

@@ -12,6 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from preprocessing.reading.cells import Cells
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import RawFile, RawFolder
 from preprocessing.split_rules import GroupSplit, TimeSplit
 from tests.preprocessing.movielens_fake import folder_bytes
 from tests.preprocessing.table_fake import SMALL, run, small
@@ -242,6 +245,36 @@ def test_integers_of_json_where_text_is_wanted(tmp_path):
     rows = "".join(json.dumps({"user": user, "x": k, "y": k % 2, "n": {"user": 7}}) + "\n" for k, user in enumerate(users))
     make(small(tmp_path, rows, "rows.jsonl").parent, tmp_path / "out")
     assert set(vocabulary(tmp_path / "out", "user")[0]) == set("01234")
+
+
+CELLS = ["true", "false", "7", "7.0", "-7", '"7"', '"true"', "null", '"NA"', "[true]", "1e3", "{}", "7.5", "tru", "true7"]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.int64(), pa.string(), pa.bool_()], ids=str)
+@pytest.mark.parametrize("ending", ["}", ' , "b": 1}', ', "n": {"a": true}}'])
+def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending, tmp_path, capsys):
+    """Lines are read as they stand, or mended, as the piece demands."""
+
+    def found(cells, piece_bytes):
+        path = tmp_path / "rows.json"
+        path.write_text("".join(f'{{"a": {cell}{ending}\n' for cell in cells))
+        raw = RawFolder(tmp_path, (RawFile("rows.json"),), "", 999)
+        source = JsonLines("rows.json", {"a": kind}, Cells(("NA",)))
+        blocks = raw.blocks(source, piece_bytes)
+        return {line: row["a"] for block in blocks for line, row in zip(block.lines, block.table.to_pylist(), strict=True)}
+
+    alone = found(CELLS, 1)
+    assert found(CELLS, 1 << 20) == alone
+    good = [cell for line, cell in enumerate(CELLS, 1) if line in alone]
+    assert [*found(good, 1 << 20).values()] == [*alone.values()]
+    expected = {
+        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None, "1e3": 1000, "7.5": 7.5},
+        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None},
+        pa.string(): {"true": "true", "false": "false", "7": "7", "-7": "-7", '"7"': "7", '"true"': "true", "null": None}
+        | {'"NA"': None},
+        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None},
+    }
+    assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
 
 
 # Times.
@@ -499,3 +532,13 @@ def test_a_feature_called_on_is_told_its_quotes(tmp_path, capsys):
     assert "YAML reads the key on as true: put it in quotes" in message
     config.write_text(config.read_text().replace("  on:\n", "  'on':\n    column: user\n"))
     assert [feature.name for feature in make(config.parent, tmp_path / "out").features] == ["on", "x"]
+
+
+def test_whole_numbers_of_the_command_line_may_be_1e3(tmp_path, capsys):
+    config = small(tmp_path, SMALL + "u1,one,1\n")
+    manifest = make(config.parent, tmp_path / "out", "--max-bad-rows", "1e3", "--seed", "2e3", "--workers", "1.0")
+    assert manifest.preprocessing["seed"] == 2000
+    for option in ("--max-bad-rows", "--seed", "--workers"):
+        with pytest.raises(SystemExit):
+            run(config, tmp_path / "none", option, "1.5")
+        assert f"{option}: a whole number of 0 or more is needed, such as 1000 or 1e6, found '1.5'" in capsys.readouterr().err
