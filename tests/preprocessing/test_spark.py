@@ -139,7 +139,7 @@ def test_blank_lines_comments_marks_and_means_of_a_table(packed, spark, tmp_path
         assert make("table", ["--config", str(bad)], tmp_path / "bad", engine) == 2
 
 
-@pytest.mark.parametrize("rule", ["random", "group", "time"])
+@pytest.mark.parametrize("rule", ["time", *(pytest.param(rule, marks=pytest.mark.long) for rule in ("random", "group"))])
 def test_tables_of_other_shares_with_booleans_and_times_since_1970(rule, spark, small, tmp_path):
     text = "user\tmy flag\tts\ty\n" + "".join(
         f"u{k % 9}\t{k % 3 == 0}\t{1_704_164_645_000 + 7000 * k}\t{k % 2}\n" for k in range(2000)
