@@ -80,9 +80,9 @@ scenario:
   others: drop                      # or error, or the name of a scenario
 keys:
   user: {type: int}
-  time: {type: datetime}
+  time: {type: datetime}            # ISO 8601; for others a format: seconds, milliseconds, or "%d.%m.%Y %H:%M"
 group_key: user                     # whose rows GAUC ranks among themselves
-split: {rule: time, key: time}      # or random; group and key; file and train, valid, test
+split: {rule: time, key: time}      # or random, group (key), with fractions: [0.9, 0.05, 0.05]; file (train, valid, test)
 """
 
 

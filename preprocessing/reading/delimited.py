@@ -75,7 +75,8 @@ class DelimitedText(Source):
             return replace(self, fields=self.fields or tuple(self.columns))
         found = self._first_row(text)
         if found is None:
-            raise DataError(f"{path}: there is no header: its lines are blank or begin with {self.comment!r}. Fetch it again.")
+            remedy = "Fetch it again." if self.cells is None else "Name the columns in its first line, or in csv.columns."
+            raise DataError(f"{path}: there is no header: its lines are blank or begin with {self.comment!r}. {remedy}")
         number, line = found
         return replace(self, fields=_header(path, number, line, self), header_line=number)
 
@@ -293,7 +294,8 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
     try:
         fields = _fields(raw.decode(form.encoding), form)
     except UnicodeDecodeError as error:
-        return f"bytes that are not {form.encoding}: {error.reason}. Fetch the file again."
+        remedy = "Fetch the file again." if form.cells is None else "Set its encoding, such as csv: {encoding: cp1252}."
+        return f"bytes that are not {form.encoding}: {error.reason}. {remedy}"
     except ValueError as error:
         return f"{error}. {_remedy(form)}"
     if len(form.separator.encode()) > 1 and _SEPARATOR.encode() in raw:

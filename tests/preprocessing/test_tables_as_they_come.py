@@ -106,6 +106,15 @@ def test_lines_of_another_separator_without_a_header(tmp_path, capsys):
     assert "csv: {separator: ...}" in message
 
 
+def test_bytes_of_another_encoding_are_told_its_key(tmp_path, capsys):
+    text = SMALL.replace("u0", "größe").encode("cp1252")
+    message = told(capsys, small(tmp_path, text), tmp_path / "out")
+    assert "line 2: bytes that are not utf-8" in message
+    assert "Set its encoding, such as csv: {encoding: cp1252}." in message
+    make(small(tmp_path, text, csv={"encoding": "cp1252"}).parent, tmp_path / "out")
+    assert "größe" in vocabulary(tmp_path / "out", "user")[0]
+
+
 # Names.
 
 
