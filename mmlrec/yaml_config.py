@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import UnionType
@@ -20,6 +21,8 @@ _HINTS = {
     "momentum": "Fused table kernels ignore momentum on some devices, so it is not offered.",
 }
 
+_QUOTED = "put it in quotes where text is meant, as words such as yes, no, on, off and null are"
+
 
 class StrictModel(BaseModel):
     """Base of every config section: unknown keys are errors, types are not coerced, instances do not change."""
@@ -28,7 +31,15 @@ class StrictModel(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key given twice, and what is no text."""
+    """SafeLoader that reads 1e-3 as a number, and one without a fraction, as 1e6, as an integer, which a float may be, too.
+
+    It refuses a key given twice, a key that is a boolean or nothing, an alias within what it names, and what is no text.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # so that an alias within what it names is refused
+        self._own_keys_checked: set[yaml.MappingNode] = set()
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """As the base class, but no half of a surrogate pair, which an escape can write and no file can hold."""
@@ -37,15 +48,32 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
         return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class, but every key once."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """As the base class, but an integer where there is no fraction."""
+        value = super().construct_yaml_float(node)
+        return int(value) if value.is_integer() else value
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """As the base class, which puts what `<<:` names before the keys of a mapping; but each of these once, and a text."""
+        if node not in self._own_keys_checked:
+            self._own_keys_checked.add(node)
+            self._check_keys([key for key, _ in node.value])
+        super().flatten_mapping(node)
+
+    def _check_keys(self, nodes: list[yaml.Node]) -> None:
+        seen = []
+        for node in nodes:
+            key = "<<" if node.tag == "tag:yaml.org,2002:merge" else self.construct_object(node)
+            if key is None or isinstance(key, bool):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"YAML reads the key {node.value} as {json.dumps(key)}: {_QUOTED}", node.start_mark
+                )
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            seen.append(key)
 
 
+Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -56,7 +84,7 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping strictly.
+    """Read one YAML mapping strictly. Its keys that begin with `x-` hold what other keys repeat by anchors, and are left out.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
@@ -70,12 +98,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        quotes = ". Put a text that begins with it in quotes." if "cannot start any token" in str(error) else ""
+        raise ConfigError(f"{path}: not valid YAML: {error}{quotes}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: the top level must be a mapping of sections, found {type(content).__name__}.")
-    return content
+    return {key: value for key, value in content.items() if not str(key).startswith("x-")}
 
 
 def load_with_base(path: Path, origin: dict[str, str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -105,12 +134,12 @@ def merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin:
         where = f"{prefix}{key}"
         if source is not None:
             origin[where] = source
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            # A section of its own, as that of `new` may stand under another key, too, by an anchor.
+            into[key] = into[key] if isinstance(into.get(key), dict) else {}
             merge(into[key], value, source, origin, f"{where}.")
         else:
             into[key] = value
-            if isinstance(value, dict) and source is not None:
-                merge({}, value, source, origin, f"{where}.")
 
 
 def validate_section(
@@ -141,6 +170,9 @@ def validate_section(
             if problem["type"] == "extra_forbidden":
                 message = f"unknown key.{did_you_mean(path[-1], allowed)} {_HINTS.get(path[-1], '')}".rstrip()
                 message += f" Allowed: {', '.join(sorted(allowed))}."
+                section_of_a_file = isinstance(problem["input"], dict | list) and where != "command line"
+                if key == path[-1] and section_of_a_file and not did_you_mean(key, allowed):
+                    message += f" A section that only holds anchors for others begins with x-: x-{key}."
             elif problem["type"] == "union_tag_invalid":
                 known = context["expected_tags"].replace("'", "")
                 message = f"'{context['tag']}' is none of {known}.{did_you_mean(context['tag'], known.split(', '))}"
@@ -154,6 +186,8 @@ def validate_section(
                 message = f"must be a section of keys and values{example}; found {given!r}."
             else:
                 message = f"{problem['msg']}; found {problem['input']!r}."
+                if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list):
+                    message = f"{message[:-1]}: {_QUOTED}."
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
 
