@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from types import UnionType
@@ -19,6 +20,9 @@ _HINTS = {
     "loss_weights": "Weights of tasks and scenarios stand in balancing.loss_weights.",
     "momentum": "Fused table kernels ignore momentum on some devices, so it is not offered.",
 }
+
+
+_LARGEST_WHOLE = 2**53  # floats beyond it are rounded
 
 
 class StrictModel(BaseModel):
@@ -116,7 +120,7 @@ def merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin:
 def validate_section(
     section: type[Section], content: dict[str, Any], *, prefix: str, source: str, origin: dict[str, str] | None = None
 ) -> Section:
-    """Check `content` against a section's schema.
+    """Check `content` against a section's schema. A float without a fraction, such as 1e6, is an integer where one is wanted.
 
     Args:
         prefix: dotted path of the section, with its trailing dot, for messages.
@@ -127,7 +131,7 @@ def validate_section(
         ConfigError: with one line for each problem.
     """
     try:
-        return section.model_validate(content)
+        return section.model_validate(_with_integers(section, content))
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -156,6 +160,37 @@ def validate_section(
                 message = f"{problem['msg']}; found {problem['input']!r}."
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _with_integers(section: type[BaseModel], content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with integers for the floats that a schema wants as such and that have no fraction."""
+    try:
+        section.model_validate(content)
+    except ValidationError as error:
+        found = [problem for problem in error.errors() if problem["type"] == "int_type" and _is_whole(problem["input"])]
+    else:
+        found = []
+    content = copy.deepcopy(content) if found else content
+    for problem in found:
+        path, _ = _written(section, [str(part) for part in problem["loc"]], False)
+        holder: Any = content
+        for part in path[:-1]:
+            holder = _items(holder).get(part)
+        if path[-1] in _items(holder):
+            holder[int(path[-1]) if isinstance(holder, list) else path[-1]] = int(problem["input"])
+    return content
+
+
+def _items(holder: Any) -> dict[Any, Any]:
+    """What stands below a key: of a list by number, as it is written in the place of a problem; nothing for a value."""
+    if isinstance(holder, list):
+        return {str(index): value for index, value in enumerate(holder)}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a float stands for one integer, and no other one for which it would have been rounded."""
+    return isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_WHOLE
 
 
 def origin_of(key: str, origin: dict[str, str], source: str) -> str:
