@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 
-from apps.cli import add_import, run
+from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
 
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.evaluate",
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
         " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from apps.cli import add_import, run
+from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
@@ -37,7 +37,7 @@ class _ListMethods(argparse.Action):
 
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file")
@@ -67,12 +67,9 @@ def main() -> None:
     """Check the configuration, then train."""
     arguments = parse()
     import_modules(arguments.imports)
-    from mmlrec.config import load_config
+    from mmlrec.registry import load
 
-    config = load_config(arguments.config, arguments.overrides)
-    from mmlrec.registry import resolve
-
-    config = resolve(config, f"{arguments.config} with the command line")
+    config = load(arguments.config, arguments.overrides)
     if arguments.show:
         if Path(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
