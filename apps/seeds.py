@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
     )
-    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
     parser.add_argument(
         "--run-dir", type=local_path, help="folder for one run folder per seed; default: as apps.train names them"

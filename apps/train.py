@@ -6,6 +6,7 @@ python -m apps.train --config FILE [key.path=value ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(
         prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument(
         "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
     )
@@ -77,6 +78,12 @@ def main() -> None:
 
             parts = build_parts(config, arguments.config)
             check_selectable(parts.manifest, parts.network.spec.tasks, branches_of(parts.network, parts.manifest))
+        else:
+            print(
+                f"note: there is no dataset folder {config.dataset.path}: training would be refused. Tasks, scenarios, fields"
+                " and objectives have not been checked. Make it first, python -m preprocessing; or give dataset.path=FOLDER.",
+                file=sys.stderr,
+            )
         print(config.to_yaml(), end="")
         return
     from mmlrec.distributed.world import process_group

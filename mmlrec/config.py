@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from mmlrec.errors import ConfigError
-from mmlrec.paths import local_path, refusal
+from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.paths import config_file, refusal, shipped_configs
 from mmlrec.schema import Setting
-from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, validate_section
+from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, missing, validate_section
 
 
 class DatasetConfig(StrictModel):
@@ -220,6 +220,15 @@ class RunConfig(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _found(path: str | Path) -> Path:
+    file = config_file(path)
+    if not file.exists():
+        names = shipped_configs()
+        wanted = Path(path).with_suffix("").as_posix().removeprefix("configs/")
+        raise ConfigError(f"{missing(file)} Shipped ones, by name:{did_you_mean(wanted, names)} {', '.join(names)}.")
+    return file
+
+
 def load_config(
     path: str | Path, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
 ) -> RunConfig:
@@ -228,6 +237,7 @@ def load_config(
     Those of method and strategy stand in the files of these: `registry.load` checks them, too.
 
     Args:
+        path: of the file, or the name of a shipped one: see `paths.config_file`.
         options: gives the dotted keys of such options, for hints about an unknown key.
 
     Raises:
@@ -235,7 +245,7 @@ def load_config(
         UserError: `path` is an address.
     """
     origin: dict[str, str] = {}
-    content = load_with_base(local_path(path), origin)
+    content = load_with_base(_found(path), origin)
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not all(part.strip() == part != "" for part in key.split(".")):

@@ -69,9 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        beside = f" Beside it: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}") from None
+        raise ConfigError(missing(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
     try:
@@ -84,6 +82,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = type(content).__name__
         raise ConfigError(f"{path}: the top level must be a mapping of sections, found {found}.{_as_key(content)}")
     return content
+
+
+def missing(path: Path) -> str:
+    """What to say of a file that is not there."""
+    near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    beside = f" Beside it: {', '.join(near)}." if near else ""
+    return f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}"
 
 
 def load_with_base(path: Path, origin: dict[str, str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
