@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import re
@@ -23,7 +22,8 @@ _MOST_KEYS = 3
 _LEAST_LIKE = 0.75  # of two names, by difflib, where one stands in another section
 _NUMBER = r"[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
 _NOTHING = ("none", "nil", "nan", "no", "off", "false")
-_LARGEST_WHOLE = 2**53  # floats beyond it are rounded
+
+_QUOTED = "put it in quotes where text is meant, as words such as yes, no, on, off and null are"
 
 
 class StrictModel(BaseModel):
@@ -33,7 +33,15 @@ class StrictModel(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number and refuses a key given twice, and what is no text."""
+    """SafeLoader that reads 1e-3 as a number, and one without a fraction, as 1e6, as an integer, which a float may be, too.
+
+    It refuses a key given twice, a key that is a boolean or nothing, an alias within what it names, and what is no text.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # so that an alias within what it names is refused
+        self._own_keys_checked: set[yaml.MappingNode] = set()
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """As the base class, but no half of a surrogate pair, which an escape can write and no file can hold."""
@@ -42,15 +50,32 @@ class Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
         return value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As the base class, but every key once."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """As the base class, but an integer where there is no fraction."""
+        value = super().construct_yaml_float(node)
+        return int(value) if value.is_integer() else value
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """As the base class, which puts what `<<:` names before the keys of a mapping; but each of these once, and a text."""
+        if node not in self._own_keys_checked:
+            self._own_keys_checked.add(node)
+            self._check_keys([key for key, _ in node.value])
+        super().flatten_mapping(node)
+
+    def _check_keys(self, nodes: list[yaml.Node]) -> None:
+        seen = []
+        for node in nodes:
+            key = "<<" if node.tag == "tag:yaml.org,2002:merge" else self.construct_object(node)
+            if key is None or isinstance(key, bool):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"YAML reads the key {node.value} as {json.dumps(key)}: {_QUOTED}", node.start_mark
+                )
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            seen.append(key)
 
 
+Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -61,7 +86,7 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping strictly.
+    """Read one YAML mapping strictly. Its keys that begin with `x-` hold what other keys repeat by anchors, and are left out.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
@@ -81,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = type(content).__name__
         raise ConfigError(f"{path}: the top level must be a mapping of sections, found {found}.{_as_key(content)}")
-    return content
+    return {key: value for key, value in content.items() if not str(key).startswith("x-")}
 
 
 def missing(path: Path) -> str:
@@ -118,12 +143,12 @@ def merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin:
         where = f"{prefix}{key}"
         if source is not None:
             origin[where] = source
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict):
+            # A section of its own, as that of `new` may stand under another key, too, by an anchor.
+            into[key] = into[key] if isinstance(into.get(key), dict) else {}
             merge(into[key], value, source, origin, f"{where}.")
         else:
             into[key] = value
-            if isinstance(value, dict) and source is not None:
-                merge({}, value, source, origin, f"{where}.")
 
 
 def validate_section(
@@ -136,7 +161,7 @@ def validate_section(
     everywhere: Callable[[], Iterator[Iterable[str]]] | None = None,
     other_names: Mapping[str, str] | None = None,
 ) -> Section:
-    """Check `content` against a section's schema. A float without a fraction, such as 1e6, is an integer where one is wanted.
+    """Check `content` against a section's schema.
 
     Args:
         prefix: dotted path of the section, with its trailing dot, for messages.
@@ -150,7 +175,7 @@ def validate_section(
         ConfigError: with one line for each problem.
     """
     try:
-        return section.model_validate(_with_integers(section, content))
+        return section.model_validate(content)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -168,8 +193,11 @@ def validate_section(
                 message = f"a key in a file has no dots; its sections are nested: {nested}."
             elif problem["type"] == "extra_forbidden":
                 own = partial(iter, [[prefix + known for known in keys_of(section)]])
-                message = f"unknown key.{_meant(key, allowed, everywhere or own, other_names or {})}"
-                message += f" Allowed: {', '.join(sorted(allowed))}."
+                meant = _meant(key, allowed, everywhere or own, other_names or {})
+                message = f"unknown key.{meant} Allowed: {', '.join(sorted(allowed))}."
+                section_of_a_file = isinstance(given, dict | list) and where != "command line"
+                if key == path[-1] and section_of_a_file and not meant:
+                    message += f" A section that only holds anchors for others begins with x-: x-{key}."
             elif problem["type"] == "union_tag_invalid":
                 known = context["expected_tags"].replace("'", "")
                 message = f"'{context['tag']}' is none of {known}.{did_you_mean(context['tag'], known.split(', '))}"
@@ -183,40 +211,11 @@ def validate_section(
                 example = f", such as {key}.name={given}" if named and not hint else ""
                 message = f"must be a section of keys and values{example}; found {given!r}.{hint}"
             else:
-                message = f"{problem['msg']}; found {given!r}.{_value_hint(problem['type'], given, context, field)}"
+                quotes = problem["type"] == "string_type" and not isinstance(given, dict | list)
+                message = f"{problem['msg']}; found {given!r}{f': {_QUOTED}' if quotes else ''}."
+                message += _value_hint(problem["type"], given, context, field)
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
-
-
-def _with_integers(section: type[BaseModel], content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with integers for the floats that a schema wants as such and that have no fraction."""
-    try:
-        section.model_validate(content)
-    except ValidationError as error:
-        found = [problem for problem in error.errors() if problem["type"] == "int_type" and _is_whole(problem["input"])]
-    else:
-        found = []
-    content = copy.deepcopy(content) if found else content
-    for problem in found:
-        path, *_ = _written(section, [str(part) for part in problem["loc"]], False)
-        holder: Any = content
-        for part in path[:-1]:
-            holder = _items(holder).get(part)
-        if path[-1] in _items(holder):
-            holder[int(path[-1]) if isinstance(holder, list) else path[-1]] = int(problem["input"])
-    return content
-
-
-def _items(holder: Any) -> dict[Any, Any]:
-    """What stands below a key: of a list by number, as it is written in the place of a problem; nothing for a value."""
-    if isinstance(holder, list):
-        return {str(index): value for index, value in enumerate(holder)}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a float stands for one integer, and no other one for which it would have been rounded."""
-    return isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_WHOLE
 
 
 def origin_of(key: str, origin: dict[str, str], source: str) -> str:
@@ -322,13 +321,14 @@ def _slip(text: str, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return ""
+    quotes = ". Put a text that begins with it in quotes." if "cannot start any token" in str(error) else ""
     lines = text.splitlines()[: mark.line + 1]
     if lines and "\t" in lines[-1][: len(lines[-1]) - len(lines[-1].lstrip())]:
         return f"\nLine {len(lines)} is indented by a tab: YAML takes blanks only."
     for number in range(len(lines), max(0, len(lines) - 2), -1):
         if colon := _without_blank(lines[number - 1]):
             return f"\nLine {number} lacks a blank behind the colon: write {colon}."
-    return ""
+    return quotes
 
 
 def _value_hint(problem: str, given: Any, context: dict[str, Any], field: FieldInfo | None) -> str:
@@ -344,10 +344,6 @@ def _value_hint(problem: str, given: Any, context: dict[str, Any], field: FieldI
     elif kind in ("list", "tuple") and isinstance(given, str | int | float):
         members = re.split(r"[,\s]+", text.strip("()")) if text else [json.dumps(given)]
         hint = f" Write a list: [{', '.join(members)}]."
-    elif kind == "string" and isinstance(given, bool):
-        hint = " YAML reads yes, no, on and off as true and false: write the word in quotes."
-    elif kind == "string" and given is not None and not isinstance(given, list | dict):
-        hint = f" Write it in quotes: '{given}'."
     elif problem in ("literal_error", "enum"):
         hint = did_you_mean(str(given), re.findall(r"'([^']*)'", context.get("expected", "")))
     meaning = (field.description or "") if field is not None else ""

@@ -16,7 +16,7 @@ from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
 from mmlrec.terminal import plain_output
-from preprocessing.dataset import Dataset, dataset_class, datasets
+from preprocessing.dataset import Dataset, dataset_class, datasets, natural
 from preprocessing.describing import report as description_report
 from preprocessing.describing.notes import block, look_at_this
 from preprocessing.downloading.download import download
@@ -152,7 +152,7 @@ def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
             command.add_argument("--raw", type=local_path, required=True, help="folder of the raw files")
             command.add_argument("--parity", action="store_true", help=_PARITY)
         if kind.raw_files or kind.rows is not Dataset.rows:
-            command.add_argument("--max-bad-rows", type=_count, metavar="N", help=_BAD_ROWS)
+            command.add_argument("--max-bad-rows", type=natural, metavar="N", help=_BAD_ROWS)
             command.add_argument("--duplicates", choices=get_args(Duplicates), help=_DUPLICATES)
         if kind.archive or kind.single_files:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
@@ -211,21 +211,15 @@ def _gib(text: str) -> float:
 
 
 def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
+    if not natural(text):
         raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, found '{text}'")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed, found '{text}'")
-    return int(text)
+    return natural(text)
 
 
 def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+    if natural(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"a whole number from 0 to 2^63 - 1 is needed, found '{text}'")
-    return int(text)
+    return natural(text)
 
 
 def _description(kind: type[Dataset]) -> str:

@@ -48,6 +48,19 @@ from preprocessing.split_rules import SIDE_COLUMN, Duplicates, FileSplit, Random
 _FOLDER = Path(__file__).parent / "datasets"
 
 
+def natural(text: str) -> int:
+    """The type of an option: a whole number of 0 or more, also written as 1e6. Raises ArgumentTypeError."""
+    if text.isascii() and text.isdigit():
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 2**53 or number != int(number):
+        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed, such as 1000 or 1e6, found '{text}'")
+    return int(number)
+
+
 @dataclass(frozen=True)
 class Hashing:
     """Ids by hash instead of a vocabulary: see mmlrec.hashing. Several hashes give a `multi` feature that many ids a value."""

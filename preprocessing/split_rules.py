@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
 from mmlrec.schema import key_column
@@ -16,9 +17,16 @@ COPY_COLUMN = key_column(COPY_KEY)
 Duplicates = Literal["keep", "drop", "keep_together"]
 
 
+#: Shares of train, valid and test, unless a rule has others.
+EIGHT_ONE_ONE = (0.8, 0.1, 0.1)
+Fractions = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class RandomSplit:
-    """Each row by itself, exactly 8:1:1, by a seeded permutation."""
+    """Each row by itself, exactly by the fractions, by a seeded permutation."""
+
+    fractions: Fractions = EIGHT_ONE_ONE
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,10 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class GroupSplit:
-    """All rows with one value of a key on one side: 8:1:1 of the groups in expectation, by a seeded hash of the key."""
+    """All rows with one value of a key on one side: the fractions of the groups in expectation, by a seeded hash of the key."""
 
     key: str
+    fractions: Fractions = EIGHT_ONE_ONE
 
 
 @dataclass(frozen=True)
@@ -54,14 +63,22 @@ class TimeSplit:
     """Cut by an int64 key: train is before the first cut, test from the second on.
 
     Attributes:
-        cuts: the two cuts. None: the values at 80 % and 90 % of the rows in order of time; rows of equal time stay together.
+        cuts: the two cuts. None: by the fractions of the rows in order of time, the values at 80 % and 90 % of them; rows of
+            equal time stay together.
     """
 
     key: str
     cuts: tuple[int, int] | None = None
+    fractions: Fractions = EIGHT_ONE_ONE
 
 
 SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit
+
+
+def ends(fractions: Fractions) -> tuple[Fraction, Fraction]:
+    """The shares of rows at which train and valid end, exact for fractions as they are written: .29 of 100 rows are 29."""
+    train, valid, _ = (Fraction(str(fraction)) for fraction in fractions)
+    return train, train + valid
 
 
 def together(rule: SplitRule) -> SplitRule:
@@ -70,7 +87,7 @@ def together(rule: SplitRule) -> SplitRule:
     A rule by a key does so by itself, as equal rows have one key. Where the files say the side, they still do.
     """
     if isinstance(rule, RandomSplit):
-        return GroupSplit(COPY_KEY)
+        return GroupSplit(COPY_KEY, rule.fractions)
     if isinstance(rule, FileSplit) and rule.valid_from and rule.group is None:
         return replace(rule, group=COPY_KEY)
     return rule

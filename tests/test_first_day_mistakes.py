@@ -50,7 +50,7 @@ COMMAND_LINE = {
     "a number for a list": (["model.expert_hidden_units=64"], ["model.expert_hidden_units", "Write a list: [64]."]),
     "text for a switch": (["model.use_bn='yes'"], ["model.use_bn", "Write true or false, without quotes."]),
     "a word that YAML reads as false": (["dataset.tasks=[click, no]"], ["dataset.tasks.1", "in quotes"]),
-    "a number for a text": (["run_dir=2024"], ["run_dir", "Write it in quotes: '2024'."]),
+    "a number for a text": (["run_dir=2024"], ["run_dir", "put it in quotes"]),
     "no blank behind a colon": (["balancing.loss_weights={buy:2}"], ["loss_weights", "a blank is missing", "buy: 2"]),
     "a name for a section": (["model=ple"], ["model: must be a section", "such as model.name=ple"]),
     "a name for an optimizer": (["dense.optimizer=sgd"], ["dense.optimizer", "such as dense.optimizer.name=sgd"]),

@@ -119,7 +119,7 @@ def test_a_printed_default_is_the_default(name):
 
 
 def test_mlp_tells_that_its_tasks_share_one_ranking(recwarn):
-    """In the listing, and when it is built for several tasks; with one task, or an output for each, there is nothing to tell."""
+    """In the listing, and when it is built for several tasks; not with one task, nor with an output for each."""
     line = next(line for line in overview().splitlines() if line.startswith("mlp "))
     assert "one ranking, for all tasks" in line
     build(method("mlp"), spec_of("msl"))

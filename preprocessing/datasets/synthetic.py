@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import ConfigError
 from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, dense, multi, sparse
+from preprocessing.dataset import Column, Dataset, dense, multi, natural, sparse
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.rows.zipf import Zipf
 from preprocessing.split_rules import InOrder
@@ -96,8 +96,8 @@ class Synthetic(Dataset):
             help="distinct ids of each feature: one number, LOW:HIGH (log-spaced over the features), or a comma list, sparse"
             " features first, then multi (default: 1000)",
         )
-        add("--dense-features", type=_natural, default=4, help="numbers, uniform in [0, 1) (default: 4)")
-        add("--multi-features", type=_natural, default=0, help="features with a list of ids a row (default: 0)")
+        add("--dense-features", type=natural, default=4, help="numbers, uniform in [0, 1) (default: 4)")
+        add("--multi-features", type=natural, default=0, help="features with a list of ids a row (default: 0)")
         add("--multi-length", type=float, default=5.0, help="mean length of the lists, Poisson; some are empty (default: 5)")
         add("--tasks", type=_count, default=2, help="(default: 2)")
         add("--scenarios", type=_count, default=1, help="of geometrically falling share; 1 = none (default: 1)")
@@ -277,20 +277,10 @@ def _ids_of_features(text: str, num_features: int) -> list[int]:
     return parts * num_features if len(parts) == 1 else parts
 
 
-def _natural(text: str) -> int:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 2**53 or number != int(number):
-        raise argparse.ArgumentTypeError(f"a whole number of 0 or more is needed, such as 1000 or 1e6, found '{text}'")
-    return int(number)
-
-
 def _count(text: str) -> int:
-    if _natural(text) < 1:
+    if natural(text) < 1:
         raise argparse.ArgumentTypeError("1 or more is needed, found 0")
-    return _natural(text)
+    return natural(text)
 
 
 DATASETS = (Synthetic,)

@@ -27,13 +27,14 @@ from preprocessing.own_tables.config import (
     GroupRule,
     IdFeature,
     IdsFeature,
+    KeyConfig,
     NumberFeature,
     TableConfig,
     TimeRule,
     indicator_name,
     read_table_config,
 )
-from preprocessing.own_tables.files import file_format, matching_files
+from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
@@ -42,6 +43,8 @@ from preprocessing.rows import own_columns as to
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
+#: Types of numbers: where a column is read as two of them, the later one serves both.
+_NUMBERS = (pa.bool_(), pa.float64(), pa.int64())
 #: Options of a feature that its column, its table, or the form of the files tells, or that encode nothing.
 _TOLD = {
     "kind",
@@ -59,7 +62,7 @@ _TOLD = {
 EXAMPLE = """\
 # python -m preprocessing table --config my_table.yaml --out data/my-table
 files: [views/*.csv.gz]             # patterns, files or folders, below --raw DIR (default: where this file is)
-csv: {separator: ","}               # also quoted, header, columns, encoding, comment; JSON lines and Parquet need no section
+csv: {separator: ","}               # absent: a tab in .tsv, else a comma; also quoted, header, columns, encoding, comment
 missing: ["NULL", "NA", "?"]        # texts that mean a missing value, besides an empty cell; strip: true drops blanks around
 features:
   user: {kind: id, type: int}       # one id a row; a vocabulary of the train rows
@@ -169,13 +172,14 @@ class Table(Dataset):
                 yield ParquetRows(name, self._reads, self._cells)
             else:
                 csv = self._config.csv
+                separator = csv.separator or separator_of(name)
                 yield DelimitedText(
                     name,
-                    csv.separator,
+                    separator,
                     self._reads,
                     csv.encoding,
                     csv.header,
-                    quoted=csv.quoted and len(csv.separator.encode()) == 1,
+                    quoted=csv.quoted and len(separator.encode()) == 1,
                     comment=csv.comment,
                     skip_blank=True,
                     cells=self._cells,
@@ -215,8 +219,8 @@ class Table(Dataset):
                 features[indicator_name(name)] = {"indicator": name} | missing
         labels: dict[str, dict[str, Any]] = {}
         for task in self._config.tasks:
-            label: dict[str, Any] = {"rule": task.condition.facts()} if task.condition else {"column": task.label}
-            labels[task.name] = label | self._cells.facts(*(task.condition.columns if task.condition else [task.label]))
+            label: dict[str, Any] = {"rule": task.condition.facts()} if task.condition else {"column": task.column}
+            labels[task.name] = label | self._cells.facts(*task.columns)
         rule: dict[str, Any] = {}
         if scenario := self._config.scenario:
             rule = {"map": sorted(map(list, scenario.values.items()))} | self._cells.facts(scenario.column)
@@ -249,10 +253,10 @@ class Table(Dataset):
             uses.append((feature.column or name, kind, f"features.{name}"))
         for task in self._config.tasks:
             where = f"the label of task {task.name}"
-            read = task.condition.columns if task.condition else {task.label: pa.float64()}
+            read = task.condition.columns if task.condition else {task.column: pa.float64()}
             uses += [(column, kind, where) for column, kind in read.items()]
         for name, key in self._config.keys.items():
-            uses.append((key.column or name, _TYPES.get(key.type, pa.string()), f"keys.{name}"))
+            uses.append((key.column or name, _key_type(key), f"keys.{name}"))
         scenario = self._config.scenario
         if scenario is not None:
             kind = pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
@@ -263,12 +267,12 @@ class Table(Dataset):
             if names and column not in names:
                 raise ConfigError(f"{self._where}: {where}: csv.columns has no '{column}'.{did_you_mean(column, names)}")
             before, other = reads.get(column, (kind, where))
-            if before != kind and {before, kind} != {pa.int64(), pa.float64()}:
+            if before != kind and not {before, kind} <= {*_NUMBERS}:
                 raise ConfigError(
                     f"{self._where}: column '{column}' is read as {before} by {other}, but as {kind} by {where}."
                     " Declare both alike, e.g. by type: int, or by text in quotes."
                 )
-            reads[column] = (before if before == kind else pa.int64(), other)
+            reads[column] = (before if before == kind else max(before, kind, key=_NUMBERS.index), other)
         for column in self._config.missing if isinstance(self._config.missing, dict) else ():
             if column not in reads:
                 raise ConfigError(
@@ -330,10 +334,10 @@ class Table(Dataset):
             if task.condition is not None:
                 values = task.condition.evaluate(table).cast(pa.float32())
             elif task.kind == "regression":
-                values, more = to.number(table[task.label].combine_chunks(), task.label, pa.float32())
+                values, more = to.number(table[task.column].combine_chunks(), task.column, pa.float32())
                 faults += more
             else:
-                values, more = to.label(table[task.label].combine_chunks(), task.label)
+                values, more = to.label(table[task.column].combine_chunks(), task.column)
                 faults += more
             columns[f"label.{task.name}"] = values
         for task, following in zip(self._config.tasks[:-1], self._config.tasks[1:], strict=True):
@@ -350,7 +354,7 @@ class Table(Dataset):
             source = key.column or name
             values = to.present(table[source].combine_chunks())
             if key.type == "datetime":
-                values, more = to.seconds(values, source)
+                values, more = to.seconds(values, source, key.format)
                 faults += more
             if name in needed:
                 good = values.is_valid().to_numpy(zero_copy_only=False)
@@ -392,15 +396,22 @@ class _Example(argparse.Action):
         parser.exit()
 
 
+def _key_type(key: KeyConfig) -> pa.DataType:
+    """The type in which the source gives a key."""
+    if key.format in to.TIME_UNITS:  # as float64 a nanosecond of today is wrong by a hundred
+        return pa.int64() if key.format == "nanoseconds" else pa.float64()
+    return _TYPES.get(key.type, pa.string())
+
+
 def _split_rule(config: TableConfig) -> SplitRule:
     split = config.split
     if isinstance(split, GroupRule):
-        return GroupSplit(split.key)
+        return GroupSplit(split.key, split.fractions)
     if isinstance(split, TimeRule):
-        return TimeSplit(split.key, split.seconds)
+        return TimeSplit(split.key, split.seconds, split.fractions)
     if isinstance(split, FileRule):
         return FileSplit() if split.valid else FileSplit(split.valid_from or "train", split.one_in or 10)
-    return RandomSplit()
+    return RandomSplit(split.fractions)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:

@@ -310,8 +310,12 @@ class _Job:
         every = rows.map(moments).persist(StorageLevel.DISK_ONLY)
         num_rows = every.map(len).sum()
         if num_rows:
-            cuts = find_cuts(num_rows, lambda shift, prefix: every.map(lambda t: digit_counts(t, shift, prefix)).reduce(np.add))
-            placement = self._placement = Placement(replace(rule, cuts=cuts), self._seed, self._raw.scratch)
+
+            def counts(shift: int, prefix: int) -> IntArray:
+                return every.map(lambda t: digit_counts(t, shift, prefix)).reduce(np.add)
+
+            cuts = find_cuts(num_rows, counts, rule.fractions)
+            placement = self._placement = Placement(rule, self._seed, self._raw.scratch, cuts)
             self._sizes = rows.map(lambda piece: sum(map(placement.sizes, piece.batches()), np.zeros(3, np.int64))).collect()
         every.unpersist()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, date, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 from preprocessing.reading.cells import Cells
-from preprocessing.rows.expressions import Condition, parse_condition
-from preprocessing.split_rules import Duplicates
+from preprocessing.rows.expressions import Condition, has_operator, parse_condition, quoted_column
+from preprocessing.rows.own_columns import TIME_UNITS
+from preprocessing.split_rules import EIGHT_ONE_ONE, Duplicates
 
 FORMATS = {
     "csv": (".csv", ".tsv", ".txt", ".dat", ".log"),
@@ -22,14 +23,15 @@ FORMATS = {
 }
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
 Files = Annotated[list[str], Field(min_length=1)]
-_OPERATOR = re.compile(r"[<>=]| in ")
 _LARGEST = 3.4e38
 
 
 class CsvConfig(StrictModel):
     """How delimited text is written."""
 
-    separator: str = Field(default=",", min_length=1, description="One or more characters between fields.")
+    separator: str | None = Field(
+        default=None, min_length=1, description="One or more characters between fields; a tab in .tsv and a comma elsewhere."
+    )
     quoted: bool = Field(default=True, description="A field may stand in double quotes (RFC 4180).")
     header: bool = Field(default=True, description="The first line names the columns.")
     columns: list[str] = Field(default=[], description="Names of all columns in order, where no header names them.")
@@ -40,11 +42,12 @@ class CsvConfig(StrictModel):
     def _names_once(self) -> CsvConfig:
         if self.header == bool(self.columns):
             raise ValueError("give either a header or columns: names of all columns, for `header: false`")
-        if any(mark in self.separator for mark in '\0\n\r"'):
+        separator = self.separator or ","
+        if any(mark in separator for mark in '\0\n\r"'):
             raise ValueError("a separator has neither a quote nor a line end nor a zero byte")
         if self.comment and (not self.comment.strip() or len(self.comment.splitlines()) > 1):
             raise ValueError("comment: give what begins a line of comment, such as '#'")
-        if self.quoted and len(self.separator.encode()) > 1 and "quoted" in self.model_fields_set:
+        if self.quoted and len(separator.encode()) > 1 and "quoted" in self.model_fields_set:
             raise ValueError("quoted fields need a separator of one ASCII character")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"two columns have one name: {', '.join(self.columns)}")
@@ -140,7 +143,7 @@ class TaskConfig(StrictModel):
     """A label: a column, or a condition on columns."""
 
     name: Name
-    label: str = Field(min_length=1, description="A column of 0 and 1, or a condition such as `rating > 3`.")
+    label: str = Field(min_length=1, description="A column of 0 and 1 or booleans, or a condition such as rating > 3.")
     kind: Literal["binary", "regression"] = "binary"
     role: str | None = None
     implied_by_next: bool = False
@@ -154,12 +157,17 @@ class TaskConfig(StrictModel):
     @property
     def condition(self) -> Condition | None:
         """The condition, where the label is one."""
-        return parse_condition(self.label.strip()) if _OPERATOR.search(self.label) else None
+        return parse_condition(self.label.strip()) if has_operator(self.label) else None
+
+    @property
+    def column(self) -> str:
+        """The column, where the label is one; in backquotes it may have any name."""
+        return quoted_column(self.label) or self.label
 
     @property
     def columns(self) -> list[str]:
         """The columns that the label is made of."""
-        return list(self.condition.columns) if self.condition else [self.label]
+        return list(self.condition.columns) if self.condition else [self.column]
 
 
 class ScenarioConfig(StrictModel):
@@ -198,25 +206,60 @@ class ScenarioConfig(StrictModel):
 class KeyConfig(StrictModel):
     """A column that names, groups or dates rows; no feature."""
 
-    type: Literal["int", "string", "datetime"] = Field(description="datetime: ISO 8601; kept as seconds since 1970, UTC.")
+    type: Literal["int", "string", "datetime"] = Field(description="datetime: kept as seconds since 1970, UTC.")
     column: str | None = None
+    format: str | None = Field(
+        default=None, description="Of a datetime: ISO 8601 when absent; a unit since 1970, such as milliseconds, or %d.%m.%Y."
+    )
+
+    @model_validator(mode="after")
+    def _format_of_times(self) -> KeyConfig:
+        if self.format is None:
+            return self
+        if self.type != "datetime":
+            raise ValueError(f"format is for type: datetime, not for {self.type}")
+        if self.format not in TIME_UNITS and not _dates_rows(self.format):
+            raise ValueError(
+                f"format: {self.format!r} is no form of a time.{did_you_mean(self.format, TIME_UNITS)} Give seconds,"
+                " milliseconds, microseconds or nanoseconds since 1970, or a pattern of strptime with year, month and day, as"
+                " '%d.%m.%Y %H:%M:%S'; ISO 8601 needs none"
+            )
+        return self
 
 
-class RandomRule(StrictModel):
-    """8:1:1 of the rows."""
+class _Shares(StrictModel):
+    """Rules that give each side a share."""
+
+    fractions: tuple[float, float, float] = Field(
+        default=EIGHT_ONE_ONE, strict=False, description="Shares of train, valid and test; together 1."
+    )
+
+    @field_validator("fractions", mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        numbers = isinstance(given, list | tuple) and all(type(each) in (int, float) and abs(each) <= 1 for each in given)
+        whole = sum(Fraction(str(each)) for each in given) if numbers else 0  # as they are written, in decimals
+        if not numbers or len(given) != 3 or whole != 1 or min(given) <= 0:
+            found = f"{given!r}" + (f", together {float(whole):g}" if numbers else "")
+            raise ValueError(f"give shares of train, valid and test, together 1, such as [0.9, 0.05, 0.05]; found {found}")
+        return given
+
+
+class RandomRule(_Shares):
+    """Shares of the rows."""
 
     rule: Literal["random"] = "random"
 
 
-class GroupRule(StrictModel):
-    """8:1:1 of the values of a key; all rows with one value on one side."""
+class GroupRule(_Shares):
+    """Shares of the values of a key; all rows with one value on one side."""
 
     rule: Literal["group"]
     key: str
 
 
-class TimeRule(StrictModel):
-    """Train before the first cut, test from the second on; without cuts at 80 % and 90 % of the rows."""
+class TimeRule(_Shares):
+    """Train before the first cut, test from the second on; without cuts by shares of the rows in order of time."""
 
     rule: Literal["time"]
     key: str
@@ -232,6 +275,8 @@ class TimeRule(StrictModel):
 
     @model_validator(mode="after")
     def _ascending(self) -> TimeRule:
+        if self.cuts is not None and "fractions" in self.model_fields_set:
+            raise ValueError("cuts and fractions exclude each other: both say where train and valid end")
         if self.seconds is not None and self.seconds[0] >= self.seconds[1]:
             raise ValueError("the second cut must be after the first")
         return self
@@ -370,6 +415,15 @@ class TableConfig(StrictModel):
 def read_table_config(path: Path) -> TableConfig:
     """Raises ConfigError naming file, key, what is allowed, and the nearest valid key."""
     return validate_section(TableConfig, read_yaml(path), prefix="", source=str(path))
+
+
+def _dates_rows(pattern: str) -> bool:
+    """Whether strptime can read by the pattern, and finds a whole date."""
+    some_day = datetime(2023, 11, 30, 13, 45, 7, tzinfo=UTC)
+    try:
+        return datetime.strptime(some_day.strftime(pattern), pattern).date() == some_day.date()
+    except ValueError:
+        return False
 
 
 def _seconds(cut: date) -> int:

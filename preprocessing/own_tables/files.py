@@ -58,6 +58,17 @@ def _found(folder: Path, pattern: str) -> list[Path]:
     return [path for path in sorted(found) if path.is_file() and not hidden(path)]
 
 
+def suffix_of(name: str) -> str:
+    """What the name of a file ends with, in small letters, whether it is packed or not."""
+    path = PurePosixPath(name)
+    return (path.with_suffix("") if path.suffix.lower() in _PACKED else path).suffix.lower()
+
+
+def separator_of(name: str) -> str:
+    """What stands between the fields of delimited text, by the file's name."""
+    return "\t" if suffix_of(name) == ".tsv" else ","
+
+
 def file_format(names: list[str], config: str) -> str:
     """csv, json or parquet, by the names' suffixes.
 
@@ -66,8 +77,7 @@ def file_format(names: list[str], config: str) -> str:
     """
     formats: dict[str | None, str] = {}
     for name in names:
-        path = PurePosixPath(name)
-        suffix = (path.with_suffix("") if path.suffix.lower() in _PACKED else path).suffix.lower()
+        suffix = suffix_of(name)
         formats.setdefault(next((kind for kind, suffixes in FORMATS.items() if suffix in suffixes), None), name)
     if len(formats) == 1 and None not in formats:
         (found,) = formats

@@ -15,6 +15,8 @@ TYPICAL_MARKS = (
     *("null", "(null)", "\\n", "na", "n/a", "#n/a", "<na>", "n.a.", "nan", "nat", "none", "nil", "undefined"),
     *("?", "-", "--"),
 )
+#: What can be done with a list of numbers.
+VECTORS = "A vector is not read yet: give its components as columns of numbers, such as e_0, e_1, e_2."
 INTEGER = "^-?[0-9]+$"
 #: An integer with a point: so does pandas write those of a column in which others are missing.
 WHOLE = r"^(-?[0-9]+)\.0*$"

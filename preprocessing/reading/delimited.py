@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mmlrec.errors import ConfigError, DataError
-from preprocessing.reading.cells import BLANKS, INTEGER, TYPICAL_MARKS, WHOLE, Cells
+from mmlrec.errors import ConfigError, DataError, did_you_mean
+from preprocessing.reading.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
+_OWN_REMEDY = "Mend the line."
+_SEPARATORS = ("\t", ";", "|", ",", "::", " ")  # those that are usual
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
+_WORDS = tuple(word for word in _BOOLEANS if word.isalpha())
 _HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
 _BLANK_LINE = re.compile(rb"(?:\A|\n)[ \t]*\r?\n")
 
@@ -40,8 +44,8 @@ class DelimitedText(Source):
             what follows the closing quote belongs to the field, and a quote that does not begin a field is a quote.
         comment: lines that are blank or start with it are passed over and counted. Empty: there are none.
         skip_blank: blank lines are passed over and counted; in a file of one field they hold a missing value.
-        cells: what is done to a cell first; integers may then stand as 7.0, and the header's names lose blanks as cells do.
-            None: cells are taken as they stand.
+        cells: what is done to a cell first; integers may then stand as 7.0, numbers as true and false, which are 1 and 0, and
+            the header's names lose blanks as cells do. None: cells are taken as they stand.
         fields: names of all fields in their order; from the header, where there is one, and else `columns` when absent.
         header_line: number of the line that is the header.
     """
@@ -152,23 +156,39 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
     try:
         names = tuple(_fields(first, form))
     except ValueError as error:
-        raise DataError(f"{path}, line {number}: {error}. {_REMEDY}") from error
+        raise DataError(f"{path}, line {number}: {error}. {_remedy(form)}") from error
     if form.cells is not None and form.cells.strip:
         names = tuple(name.strip(BLANKS) for name in names)
     twice = [name for name in form.columns if names.count(name) > 1]
     if twice:
-        raise DataError(
-            f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. Fetch the file again, or rename one."
-        )
+        remedy = "Fetch the file again, or rename one." if form.cells is None else "Rename one."
+        raise DataError(f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. {remedy}")
     missing = [name for name in form.columns if name not in names]
     if missing:
-        comment = first.startswith("#") and form.cells is not None
-        remedy = "With csv: {comment: '#'} such lines are passed over" if comment else "Fetch the file again"
-        raise DataError(
-            f"{path}, line {number}: the header lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''};"
-            f" it is {first[:80]!r}. {remedy}, or name its columns in the first line."
-        )
+        lacks = f"lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is {first[:80]!r}"
+        remedy = "Fetch the file again, or name its columns in the first line."
+        if form.cells is not None:
+            remedy = _header_remedy(first, names, missing, form)
+        raise DataError(f"{path}, line {number}: the header {lacks}. {remedy}")
     return names
+
+
+def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form: DelimitedText) -> str:
+    """What to set so that the header of a table of one's own has the names that it lacks."""
+    if first.startswith("#"):
+        return "With csv: {comment: '#'} such lines are passed over."
+    read = f"The separator {form.separator!r} makes {len(names)} column{'s' if len(names) > 1 else ''} of it."
+    wanted = {*form.columns}
+    found = {other: {name.strip(f'{BLANKS}"') for name in first.split(other)} & wanted for other in _SEPARATORS}
+    best = max(found, key=lambda other: len(found[other]))
+    if best != form.separator and len(found[best]) > len({*names} & wanted):
+        return f"{read} Set another: csv: {{separator: {json.dumps(best)}}}."
+    if any(name.strip(BLANKS) in missing for name in names):
+        return "Blanks stand around its names: strip: true drops them."
+    return (
+        f"{read}{did_you_mean(missing[0], names)} Name the columns as the header does; or set the separator, csv: {{separator:"
+        " ...}; or, where this line is a row, name the columns, csv: {header: false, columns: [...]}."
+    )
 
 
 def _parse(text: bytes, form: DelimitedText) -> pa.Table:
@@ -203,7 +223,7 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
         except pa.ArrowInvalid:
             if form.cells is None:
                 raise
-            as_text = True  # an integer may stand as 7.0
+            as_text = True  # an integer may stand as 7.0, a number as true
     if as_text:
         table = read(dict.fromkeys(form.columns, pa.string()))
     if len(table) != text.count(b"\n"):
@@ -240,6 +260,9 @@ def _taken(texts: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.Ar
         values = pc.replace_substring_regex(values, pattern=WHOLE, replacement=r"\1")
         if pc.all(pc.match_substring_regex(values, INTEGER)).as_py() is False:
             raise pa.ArrowInvalid("no integer")
+    elif pa.types.is_floating(kind):
+        place = pc.index_in(values, value_set=pa.array(_WORDS))
+        values = pc.if_else(place.is_valid(), pc.if_else(pc.less(place, _WORDS.index("false")), "1", "0"), values)
     return cells.take(name, values.cast(kind))
 
 
@@ -259,29 +282,44 @@ def _fields(line: str, form: DelimitedText) -> list[str]:
     return fields
 
 
+def _remedy(form: DelimitedText) -> str:
+    return _REMEDY if form.cells is None else _OWN_REMEDY
+
+
 def _complaint(raw: bytes, form: DelimitedText) -> str:
     """What is wrong with a line; empty when nothing is. Only for blocks that did not parse."""
     if b"\r" in raw:
-        return f"a carriage return stands within the line: {raw[:80]!r}. {_REMEDY}"
+        return f"a carriage return stands within the line: {raw[:80]!r}. {_remedy(form)}"
     try:
         fields = _fields(raw.decode(form.encoding), form)
     except UnicodeDecodeError as error:
         return f"bytes that are not {form.encoding}: {error.reason}. Fetch the file again."
     except ValueError as error:
-        return f"{error}. {_REMEDY}"
+        return f"{error}. {_remedy(form)}"
     if len(form.separator.encode()) > 1 and _SEPARATOR.encode() in raw:
-        return f"the byte 0x01 stands in the line: {raw[:80]!r}. {_REMEDY}"
+        return f"the byte 0x01 stands in the line: {raw[:80]!r}. {_remedy(form)}"
     if len(fields) != len(form.fields):
         names = form.separator.join(form.fields if len(form.fields) <= 20 else [*form.fields[:19], "..."])
         shape = f"{len(form.fields)} fields ({names})".replace("\t", "<tab>")
-        return f"{shape} expected, {len(fields)} found: {raw[:80]!r}. {_REMEDY}"
+        remedy = _remedy(form)
+        if form.cells is not None and len(fields) == 1:
+            remedy = f"Fields are divided by {form.separator!r}; if these are not, set csv: {{separator: ...}}."
+        return f"{shape} expected, {len(fields)} found: {raw[:80]!r}. {remedy}"
     for name, field in zip(form.fields, fields, strict=True):
         kind = form.columns.get(name)
         if kind is not None and (why := _mismatch(name, field, kind, form.cells)):
-            mark = form.cells is not None and field.strip(BLANKS).lower() in TYPICAL_MARKS
-            remedy = f"If it means a missing value, say so: missing: ['{field.strip(BLANKS)}']." if mark else _REMEDY
-            return f"{why}. {remedy}"
+            return f"{why}. {_cell_remedy(name, field.strip(BLANKS), kind, form)}"
     return ""
+
+
+def _cell_remedy(name: str, cell: str, kind: pa.DataType, form: DelimitedText) -> str:
+    if form.cells is not None and cell.lower() in TYPICAL_MARKS:
+        return f"If it means a missing value, say so: missing: ['{cell}']."
+    if form.cells is not None and pa.types.is_floating(kind) and cell.startswith("["):
+        return VECTORS
+    if form.cells is not None and pa.types.is_floating(kind) and cell.isalpha():
+        return f"{_OWN_REMEDY} A label of words is a condition, such as {name} == '{cell[:20]}'."
+    return _remedy(form)
 
 
 def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> str:
@@ -299,6 +337,6 @@ def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> 
             return f"{name} = {value[:80]} does not fit into 64 bits"
     if pa.types.is_boolean(kind) and field not in _BOOLEANS:
         return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
-    if pa.types.is_floating(kind) and not _NUMBER.fullmatch(value):
+    if pa.types.is_floating(kind) and not (_NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
         return f"{name} must be a number, found {value[:80]!r}"
     return ""

@@ -16,7 +16,7 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
-from preprocessing.reading.cells import BLANKS, Cells
+from preprocessing.reading.cells import BLANKS, VECTORS, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
@@ -39,8 +39,9 @@ class JsonLines(Source):
     Attributes:
         columns: wanted key -> int64, float32, float64, string or bool; a list of one of these; or `pa.json_()` for an object,
             which is given as its JSON text in a column of strings.
-        cells: what is done to a value first; integers may then stand as 7.0, and where a number is wanted, texts that mean a
-            missing value. None: values are taken as they stand.
+        cells: what is done to a value first; integers may then stand as 7.0, where a number is wanted texts that mean a missing
+            value, and booleans, which are 1 and 0, and where text is wanted integers and booleans. None: values are taken as
+            they stand.
     """
 
     columns: dict[str, pa.DataType]
@@ -65,7 +66,9 @@ class JsonLines(Source):
         except (pa.ArrowInvalid, UnicodeDecodeError):
             text = text if self.cells is None else _mended(text, self.columns, self.cells)
             stripped = [(number, line.strip(b" \t\r")) for number, line in enumerate(text.split(b"\n"), piece.first_line)]
-            runs = list(_good_runs([(number, line) for number, line in stripped if line], self.columns, piece.path, bad_rows))
+            remedy = _REMEDY if self.cells is None else "Mend the line."
+            filled = [(number, line) for number, line in stripped if line]
+            runs = list(_good_runs(filled, self.columns, piece.path, remedy, bad_rows))
             bad_rows.sort(key=lambda row: row.line)
             lines = np.array([number for numbers, _ in runs for number in numbers], np.int64)
             empty = _schema(self.columns).empty_table()
@@ -82,7 +85,7 @@ class JsonLines(Source):
 
 
 def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes:
-    """The lines with null for a text that means a missing number, and 7 for 7.0 where an integer is wanted.
+    """The lines with values as they are wanted: see `JsonLines.cells`.
 
     A quotation mark within a JSON string has a backslash before it, so a quoted name with a colon behind it is a key.
     """
@@ -90,6 +93,11 @@ def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes
         key = rb"(" + re.escape(json.dumps(name, ensure_ascii=False).encode()) + rb"[ \t]*:[ \t]*"
         if pa.types.is_integer(kind):
             text = re.sub(key + rb"-?[0-9]+)\.0+(?=[ \t]*[,}])", rb"\1", text)
+        elif pa.types.is_floating(kind):
+            for word, number in ((b"true", b"1"), (b"false", b"0")):
+                text = re.sub(key + rb")" + word + rb"(?=[ \t]*[,}])", rb"\g<1>" + number, text)
+        elif pa.types.is_string(kind):
+            text = re.sub(key + rb")(-?[0-9]+|true|false)(?=[ \t]*[,}])", rb'\1"\2"', text)
         marks = [re.escape(json.dumps(mark, ensure_ascii=False)[1:-1].encode()) for mark in cells.marks(name)]
         if marks and not (pa.types.is_string(kind) or pa.types.is_list(kind)):
             blanks = f"[{BLANKS}]*".encode() if cells.strip else b""
@@ -159,7 +167,7 @@ def _objects(name: str, lines: pa.LargeStringArray, present: pa.BooleanArray) ->
 
 
 def _good_runs(
-    lines: Lines, columns: dict[str, pa.DataType], path: Path, bad_rows: list[BadRow]
+    lines: Lines, columns: dict[str, pa.DataType], path: Path, remedy: str, bad_rows: list[BadRow]
 ) -> Iterator[tuple[list[int], pa.Table]]:
     """Numbers and rows of the good lines, in runs.
 
@@ -175,11 +183,11 @@ def _good_runs(
         words = [_complaint(line, columns) for _, line in lines]
         if len(lines) == 1:
             words = [words[0] or f"{error}."]
-    bad_rows += [BadRow(path, number, f"{why} {_REMEDY}") for (number, _), why in zip(lines, words, strict=True) if why]
+    bad_rows += [BadRow(path, number, f"{why} {remedy}") for (number, _), why in zip(lines, words, strict=True) if why]
     rest = [line for line, why in zip(lines, words, strict=True) if not why]
     middle = len(rest) // 2 if len(rest) == len(lines) else len(rest)
-    yield from _good_runs(rest[:middle], columns, path, bad_rows)
-    yield from _good_runs(rest[middle:], columns, path, bad_rows)
+    yield from _good_runs(rest[:middle], columns, path, remedy, bad_rows)
+    yield from _good_runs(rest[middle:], columns, path, remedy, bad_rows)
 
 
 class _Object(list[tuple[str, Any]]):
@@ -204,7 +212,8 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> str:
         if names.count(name) > 1:
             return f"the key {name} stands twice in the line."
         if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
-            return f"{name} {why}."
+            numbers = isinstance(value, list) and any(isinstance(item, float) for item in value)
+            return f"{name} {why}." + (f" {VECTORS}" if numbers else "")
     return ""
 
 

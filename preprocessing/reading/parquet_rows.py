@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError, did_you_mean
-from preprocessing.reading.cells import Cells
+from preprocessing.reading.cells import VECTORS, Cells
 from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import FOUND, Block, Piece, RawFolder, Source
 
@@ -29,8 +29,8 @@ class ParquetRows(Source):
     float), or with a number that is nan, infinite or too large for the wanted type.
 
     Attributes:
-        columns: name -> int64, float32, float64, bool or string, or a list of one of these. Times and dates are given as
-            strings in ISO 8601.
+        columns: name -> int64, float32, float64, bool or string, or a list of one of these. As strings, times and dates are
+            given in ISO 8601, integers in digits, and booleans as `true` and `false`.
         cells: what is done to a value first. None: values are taken as they stand.
     """
 
@@ -93,10 +93,9 @@ class ParquetRows(Source):
             if schema.names.count(name) > 1:
                 raise DataError(f"{path}: two columns have the name '{name}'. Write the file anew with one of them renamed.")
             found = schema.field(name).type
-            if not _is_list(kind) == _is_list(found) or not _usable(_element(found), _element(kind)):
-                raise DataError(
-                    f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. Declare it so, or write it anew."
-                )
+            if _is_list(kind) != _is_list(found) or not _usable(_element(found), _element(kind)):
+                remedy = _remedy(found, kind)
+                raise DataError(f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. {remedy}")
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -142,7 +141,7 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_floating(wanted):
         return number or pa.types.is_boolean(found) or pa.types.is_decimal(found)
     if pa.types.is_string(wanted):
-        return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found)
+        return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
     return pa.types.is_boolean(found)
 
 
@@ -150,6 +149,21 @@ def _word(kind: pa.DataType) -> str:
     words = {"int64": "integer", "float": "number", "double": "number", "bool": "boolean"}
     word = words.get(str(_element(kind)), "string")
     return f"list of {word}s" if _is_list(kind) else word
+
+
+def _remedy(found: pa.DataType, wanted: pa.DataType) -> str:
+    """What can be done with a column of another type than the wanted one."""
+    if _is_list(found) and pa.types.is_floating(_element(found)):
+        return VECTORS
+    if _is_list(found) and not _is_list(wanted):
+        return "A list of ids is a feature of kind: ids."
+    if pa.types.is_floating(found) and pa.types.is_string(wanted):
+        return "Whole numbers are ids with type: int, and times with a format, such as format: seconds."
+    if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
+        return "Booleans are ids with type: string, 'true' and 'false'."
+    if pa.types.is_boolean(wanted):
+        return "Compare it with what it holds, such as 1 or 'true'."
+    return "Declare it so, or write it anew."
 
 
 def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:

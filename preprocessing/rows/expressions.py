@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +32,12 @@ _SIGNS: dict[type[ast.cmpop], str] = {
 _WORDS = {"true": True, "false": False}
 _GRAMMAR = (
     "a condition compares columns with constants, COLUMN > 3, COLUMN == 'yes', COLUMN in [1, 2], and may join several with"
-    " and, or, not"
+    " and, or, not; a column whose name is no plain word stands in backquotes"
 )
+_OPERATOR = re.compile(r"[<>=]| in ")
+#: A string, or a column in backquotes, which are doubled within.
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`(?P<column>(?:[^`]|``)+)`""")
+_FIRST_COLUMN = re.compile(r"([^<>=!'\"`]*?[^<>=!'\"`\s])(\s*(?:[<>]=?|[=!]=)|\s+(?:not\s+)?in\s)(.*)")
 _EXACT = 2**53  # below it float64 holds every integer
 _KINDS = {bool: pa.bool_(), int: pa.float64(), float: pa.float64(), str: pa.string()}
 
@@ -51,17 +57,25 @@ class Condition:
 
     def evaluate(self, table: pa.Table) -> pa.Array:
         """[rows] bool; null where a missing value leaves it open: `a and b` is false when one of them is."""
-        return _evaluate(ast.parse(self.text, mode="eval").body, table)
+        return _evaluate(_tree(self.text), table)
 
     def facts(self) -> list[Any]:
         """What it says as nested lists, equal for texts that differ in blanks, sides or order only."""
-        return _facts(ast.parse(self.text, mode="eval").body)
+        return _facts(_tree(self.text))
 
 
 def parse_condition(text: str) -> Condition:
-    """Raises ValueError where the text is no condition."""
+    """Raises ValueError where the text is no condition, with what may be meant."""
     try:
-        tree = ast.parse(text, mode="eval").body
+        return _parsed(text)
+    except ValueError as error:
+        likely = _likely(text)
+        raise ValueError(f"{error}.{likely}" if likely else str(error)) from None
+
+
+def _parsed(text: str) -> Condition:
+    try:
+        tree = _tree(text)
     except (SyntaxError, ValueError):
         raise ValueError(f"{text!r} cannot be read: {_GRAMMAR}") from None
     columns: dict[str, pa.DataType] = {}
@@ -72,6 +86,63 @@ def parse_condition(text: str) -> Condition:
         elif before != kind:
             raise ValueError(f"{text!r} compares {column} with constants of two kinds")
     return Condition(text, columns)
+
+
+def _likely(text: str) -> str:
+    """A sentence that puts a column into backquotes, where that makes a condition of the text, or a column; else empty."""
+    found = _FIRST_COLUMN.fullmatch(text)
+    if found is not None:
+        meant = f"`{found[1]}`{found[2]}{found[3]}"
+        with contextlib.suppress(ValueError):
+            _parsed(meant)
+            return f' Perhaps "{meant}" is meant'
+    return "" if re.search("[<>=`]", text) else f' Where it is the name of a column, write "`{text}`"'
+
+
+def quoted_column(text: str) -> str | None:
+    """The column, where the whole text is one in backquotes."""
+    found = _QUOTED.fullmatch(text.strip())
+    return _unquoted(found) if found and found["column"] is not None else None
+
+
+def has_operator(text: str) -> bool:
+    """Whether anything is compared in a text, outside of quotes."""
+    return _OPERATOR.search(_QUOTED.sub("''", text)) is not None
+
+
+class _Names(ast.NodeTransformer):
+    """Names as they are meant: columns in backquotes by what stands in these, `true` and `false` as constants."""
+
+    def __init__(self, quoted: dict[str, str]) -> None:
+        self._quoted = quoted
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in self._quoted:
+            return ast.Name(self._quoted[node.id], node.ctx)
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
+
+
+def _tree(text: str) -> ast.expr:
+    """What Python makes of a text, with words of its own for columns in backquotes. Raises SyntaxError or ValueError."""
+    word = "_"
+    while word in text:
+        word += "_"
+    quoted: dict[str, str] = {}
+
+    def stand_in(found: re.Match[str]) -> str:
+        if found["column"] is None:  # a string
+            return found[0]
+        name = f"{word}{len(quoted)}"
+        quoted[name] = _unquoted(found)
+        return f" {name} "
+
+    tree = ast.parse(_QUOTED.sub(stand_in, text).strip(), mode="eval").body
+    meant: ast.expr = _Names(quoted).visit(tree)
+    return meant
+
+
+def _unquoted(found: re.Match[str]) -> str:
+    return found["column"].replace("``", "`")
 
 
 def _compared(node: ast.expr, text: str) -> list[tuple[str, pa.DataType]]:
@@ -90,12 +161,12 @@ def _compared(node: ast.expr, text: str) -> list[tuple[str, pa.DataType]]:
 def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr, text: str) -> tuple[type[ast.cmpop], str, pa.DataType, Any]:
     """Operator, column, type and constant of `column op constant`; `constant op column` is turned round."""
     kind = type(op)
-    if not _is_column(left) and _is_column(right) and not isinstance(op, ast.In | ast.NotIn):
+    if not isinstance(left, ast.Name) and isinstance(right, ast.Name) and not isinstance(op, ast.In | ast.NotIn):
         left, right, kind = right, left, _TURNED.get(kind, kind)
-    if not (isinstance(left, ast.Name) and _is_column(left)) or kind not in (*_COMPARISONS, ast.In, ast.NotIn):
+    if not isinstance(left, ast.Name) or kind not in (*_COMPARISONS, ast.In, ast.NotIn):
         raise ValueError(f"{text!r}: {_GRAMMAR}")
     try:
-        value = _WORDS[right.id] if isinstance(right, ast.Name) and right.id in _WORDS else ast.literal_eval(right)
+        value = ast.literal_eval(right)
     except (ValueError, SyntaxError):
         raise ValueError(f"{text!r}: {_GRAMMAR}") from None
     several = isinstance(op, ast.In | ast.NotIn)
@@ -110,10 +181,6 @@ def _comparison(left: ast.expr, op: ast.cmpop, right: ast.expr, text: str) -> tu
     if any(isinstance(each, int) and abs(each) >= _EXACT for each in constants):
         return kind, left.id, pa.int64(), value
     return kind, left.id, kinds.pop(), value
-
-
-def _is_column(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id not in _WORDS
 
 
 def _evaluate(node: ast.expr, table: pa.Table) -> pa.Array:
@@ -150,6 +217,8 @@ def _among(column: pa.Array, values: list[Any]) -> pa.Array:
 
 def _compare(function: Callable[[Any, Any], pa.Array], column: pa.Array, value: Any) -> pa.Array:
     """Arrow refuses to compare integers beyond 2^53 with floats; as floats they are rounded."""
+    if isinstance(value, bool) and not pa.types.is_boolean(column.type):
+        value = int(value)  # a column that is read as numbers for another use, too
     if isinstance(value, float) and pa.types.is_integer(column.type):
         column = column.cast(pa.float64(), safe=False)
     elif isinstance(value, int) and pa.types.is_floating(column.type):

@@ -7,7 +7,9 @@ faulty row may hold anything in the new column.
 from __future__ import annotations
 
 import json
+import keyword
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import numpy as np
@@ -22,12 +24,22 @@ from preprocessing.reading.raw_files import FOUND
 Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]
 
+#: Unit of times since 1970 -> how many are a second.
+TIME_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+_DIGITS = {"seconds": "9,10", "milliseconds": "12,13", "microseconds": "15,16", "nanoseconds": "18,19"}  # from 1973 to 2286
+_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 _REMEDY = "Mend the line."
 
 
 def present(values: pa.Array) -> pa.Array:
     """An empty string is a missing value."""
     return pc.if_else(pc.equal(values, ""), None, values) if pa.types.is_string(values.type) else values
+
+
+def in_condition(column: str) -> str:
+    """A column's name as it stands in a condition: in backquotes where it is no plain word."""
+    plain = column.isidentifier() and column.isascii() and not keyword.iskeyword(column) and column not in ("true", "false")
+    return column if plain else f"`{column.replace('`', '``')}`"
 
 
 def number(values: pa.Array, column: str, kind: pa.DataType, *, log: bool = False) -> Converted:
@@ -43,7 +55,7 @@ def label(values: pa.Array, column: str) -> Converted:
     """0, 1 or null, float32."""
     result = values.cast(pa.float32(), safe=False)
     good = _bools(pc.or_(pc.equal(values, 0), pc.equal(values, 1)).fill_null(True))
-    remedy = f"Mend the line, or make the label a condition such as '{column} > 0'."
+    remedy = f"Mend the line, or make the label a condition such as '{in_condition(column)} > 0'."
     return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{FOUND}. {remedy}", column)]
 
 
@@ -92,18 +104,55 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -
     return listed(lists, column, cells), [(good, complaint, column)]
 
 
-def seconds(values: pa.Array, column: str) -> Converted:
-    """Seconds since 1970 of ISO 8601 text, int64, rounded down; without a zone it is UTC. Null stays null."""
-    text = present(values)
+def seconds(values: pa.Array, column: str, form: str | None) -> Converted:
+    """Seconds since 1970, int64, rounded down; without a zone a time is UTC. Null stays null.
+
+    Args:
+        values: strings; numbers where the form is a unit of `TIME_UNITS`.
+        form: ISO 8601 where None, a unit since 1970, or a pattern of strptime.
+    """
+    if form is None:
+        return _iso_seconds(present(values), column)
+    if form in TIME_UNITS:
+        return _unit_seconds(values, column, form)
+    complaint = f"{column} must be a time of the form {form}{FOUND}. {_REMEDY}"
+    return _each_once(present(values), lambda text: datetime.strptime(text, form), complaint, column)
+
+
+def _iso_seconds(text: pa.Array, column: str) -> Converted:
     for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
         try:
             return pc.floor(pc.divide(text.cast(kind).cast(pa.int64()).cast(pa.float64()), 1e6)).cast(pa.int64()), []
         except pa.ArrowInvalid:
             continue
-    moments = [None if moment is None else _moment(moment) for moment in text.to_pylist()]
-    good = np.array([moment is not False for moment in moments], bool)
-    complaint = f"{column} must be a time in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z{FOUND}. {_REMEDY}"
-    return pa.array([None if moment is False else moment for moment in moments], pa.int64()), [(good, complaint, column)]
+    need = f"{column} must be a time in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z{FOUND}."
+    remedy = "Mend the line; or give the key the format of its times: format: seconds (or milliseconds, microseconds,"
+    complaint = f"{need} {remedy} nanoseconds) since 1970, or a pattern such as format: '%d.%m.%Y %H:%M'."
+    moments, faults = _each_once(text, datetime.fromisoformat, complaint, column)
+    good = faults[0][0]
+    for unit, digits in _DIGITS.items():
+        here = _bools(pc.match_substring_regex(text, rf"^[0-9]{{{digits}}}(\.[0-9]*)?$").fill_null(False)) & ~good
+        told = f"{need} It looks like {unit} since 1970: say so at the key, format: {unit}."
+        faults.insert(0, (~here, told, column))
+    return moments, faults
+
+
+def _unit_seconds(numbers: pa.Array, column: str, unit: str) -> Converted:
+    known = _bools(numbers.is_valid())
+    values = numbers.fill_null(0).to_numpy(zero_copy_only=False)
+    whole = np.floor(values / TIME_UNITS[unit]) if values.dtype.kind == "f" else values // TIME_UNITS[unit]
+    good = (whole >= _FIRST_SECOND) & (whole <= _LAST_SECOND)
+    seconds = pa.array(np.where(good, whole, 0).astype(np.int64), mask=~known)
+    complaint = f"{column} in {unit} since 1970 is no time from year 1 to 9999{FOUND}. Mend the line, or give another format."
+    return seconds, [(good, complaint, column)]
+
+
+def _each_once(texts: pa.Array, read: Callable[[str], datetime], complaint: str, column: str) -> Converted:
+    """Seconds of each text as Python reads it; of equal ones once, as times are read slowly."""
+    distinct = texts.dictionary_encode()
+    moments = [_moment(text, read) for text in distinct.dictionary.to_pylist()]
+    found = pa.array(moments, pa.int64()).take(distinct.indices)
+    return found, [(_bools(pc.or_(found.is_valid(), texts.is_null())), complaint, column)]
 
 
 def places(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
@@ -153,10 +202,10 @@ def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[
     return ids if all(isinstance(each, str) for each in ids) else None
 
 
-def _moment(text: str) -> int | bool:
-    """Seconds, or False where the text is no time."""
+def _moment(text: str, read: Callable[[str], datetime]) -> int | None:
+    """Seconds, or None where the text is no time."""
     try:
-        moment = datetime.fromisoformat(text)
+        moment = read(text)
     except ValueError:
-        return False
+        return None
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() // 1)

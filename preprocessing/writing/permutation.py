@@ -1,4 +1,4 @@
-"""A seeded permutation of row numbers in constant memory and the exact 8:1:1 split."""
+"""A seeded permutation of row numbers in constant memory and the exact split by fractions."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmlrec.hashing import UInt64Array, mix64
+from preprocessing.split_rules import EIGHT_ONE_ONE, Fractions, ends
 
 _ROUNDS = 8  # even, so that the two halves end with the widths they began with
 
 
-def split_ends(num_rows: int) -> tuple[int, int]:
-    """Positions where train and valid end: train takes floor(.8 N), valid half of the rest.
+def split_ends(num_rows: int, fractions: Fractions = EIGHT_ONE_ONE) -> tuple[int, int]:
+    """Positions where train and valid end: floor(.8 N) and floor(.9 N), or so by other fractions.
 
     1,000,209 rows give 800,167 / 100,021 / 100,021.
     """
-    train = num_rows * 8 // 10
-    return train, train + (num_rows - train) // 2
+    train, valid = ends(fractions)
+    return int(train * num_rows), int(valid * num_rows)
 
 
 class RowPermutation:

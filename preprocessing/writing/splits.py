@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from copy import copy
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,18 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import UInt64Array, mix64
 from mmlrec.schema import SPLITS, key_column
-from preprocessing.split_rules import COPY_KEY, SIDE_COLUMN, FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
+from preprocessing.split_rules import (
+    COPY_KEY,
+    EIGHT_ONE_ONE,
+    SIDE_COLUMN,
+    FileSplit,
+    Fractions,
+    GroupSplit,
+    RandomSplit,
+    SplitRule,
+    TimeSplit,
+    ends,
+)
 from preprocessing.writing.permutation import RowPermutation, split_ends
 
 _READ_BYTES = 8 << 20
@@ -37,9 +49,10 @@ class Placement:
     train_end: int
     valid_end: int
 
-    def __init__(self, rule: SplitRule, seed: int, folder: Path) -> None:
+    def __init__(self, rule: SplitRule, seed: int, folder: Path, cuts: tuple[int, int] | None = None) -> None:
+        """`cuts`: those of a `TimeSplit` that has none of its own, where they were found elsewhere."""
         self._rule, self._seed = rule, seed
-        self._cuts = rule.cuts if isinstance(rule, TimeSplit) else None
+        self._cuts = rule.cuts or cuts if isinstance(rule, TimeSplit) else None
         self._times = folder / "times.bin"
         self._sizes = np.zeros(3, np.int64)
 
@@ -65,14 +78,14 @@ class Placement:
         if isinstance(rule, TimeSplit) and self._cuts is None:
             num_rows = self._times.stat().st_size // 8 if self._times.exists() else 0
             if num_rows:
-                self._cuts = find_cuts(num_rows, self._digit_counts)
+                self._cuts = find_cuts(num_rows, self._digit_counts, rule.fractions)
                 for chunk in _chunks(self._times):
                     self._sizes += np.bincount(_sides(chunk, self._cuts), minlength=3)
         train, valid, test = map(int, self._sizes)
         self.num_rows = train + valid + test
         self.train_end, self.valid_end = train, train + valid
         if isinstance(rule, RandomSplit):
-            self.train_end, self.valid_end = split_ends(self.num_rows)
+            self.train_end, self.valid_end = split_ends(self.num_rows, rule.fractions)
         elif isinstance(rule, FileSplit) and rule.group is None:
             if rule.valid_from == "train":
                 self.train_end -= train // rule.one_in
@@ -113,31 +126,50 @@ class Placement:
     def _check(self, name: str) -> None:
         sizes = self.train_end, self.valid_end - self.train_end, self.num_rows - self.valid_end
         if isinstance(self._rule, RandomSplit) and self.num_rows < 10:
-            raise DataError(f"{name}: {self.num_rows} rows are too few to be split 8:1:1; give at least 10.")
+            shares = _ratio(self._rule.fractions)
+            raise DataError(f"{name}: {self.num_rows} rows are too few to be split {shares}; give at least 10.")
         for split, size in zip(SPLITS, sizes, strict=True):
             if size == 0:
                 raise DataError(
-                    f"{name}: no row of {self.num_rows:,} falls to {split}: they are divided {self._words()}. Give more rows."
+                    f"{name}: no row of {self.num_rows:,} falls to {split}: they are divided {self._words()}. {self._remedy()}"
                 )
 
     def _words(self) -> str:
         rule = self._rule
-        if rule == GroupSplit(COPY_KEY):
-            return "8:1:1 at random, equal rows together"
         if isinstance(rule, GroupSplit):
-            return f"8:1:1 by the values of key '{rule.key}'"
+            shares = _ratio(rule.fractions)
+            if rule.key == COPY_KEY:
+                return f"{shares} at random, equal rows together"
+            return f"{shares} by the values of key '{rule.key}'"
         if isinstance(rule, TimeSplit):
-            return f"by key '{rule.key}' at {self._cuts[0]} and {self._cuts[1]}" if self._cuts else f"by key '{rule.key}'"
+            return f"by key '{rule.key}'" + (f" at {self._cuts[0]} and {self._cuts[1]}" if self._cuts else "")
         if isinstance(rule, FileSplit):
             return "by file" + (f", and one in {rule.one_in} rows of {rule.valid_from} is valid" if rule.valid_from else "")
-        return "8:1:1 at random"
+        return f"{_ratio(rule.fractions)} at random" if isinstance(rule, RandomSplit) else "in order"
+
+    def _remedy(self) -> str:
+        """What helps where a side is empty."""
+        rule = self._rule
+        if isinstance(rule, GroupSplit) and rule.key != COPY_KEY:
+            return "Rows of one value stay together: divide by a key of more values, or give rows of more values."
+        if not isinstance(rule, TimeSplit) or not self._cuts:
+            return "Give more rows."
+        if rule.cuts is not None:
+            return "Give cuts before, between and after which there are rows."
+        train, valid = (f"{100 * float(end):g} %" for end in ends(rule.fractions))
+        value = _moment(self._cuts[0])
+        if self.train_end == 0:
+            why = f"More than {valid if self._cuts[0] == self._cuts[1] else train} of them have the least value, {value}"
+        else:
+            why = f"Those at {train} and at {valid} in order of time have one value, {value}"
+        return f"{why}; rows of one value stay together. Divide by a key that tells more times apart, or by another rule."
 
     def _blocks(self, rows: pa.RecordBatch) -> IntArray:
         """Block of each row: 0, 1, 2 = the sides; 0 for all under RandomSplit."""
         rule = self._rule
         if isinstance(rule, GroupSplit):
-            chance = _chance(_key(rows, rule.key), self._seed)
-            return (chance >= 0.8).astype(np.int64) + (chance >= 0.9)
+            chance, (train, valid) = _chance(_key(rows, rule.key), self._seed), map(float, ends(rule.fractions))
+            return (chance >= train).astype(np.int64) + (chance >= valid)
         if isinstance(rule, TimeSplit):
             assert self._cuts is not None
             return _sides(_key(rows, rule.key).to_numpy(), self._cuts)
@@ -184,10 +216,20 @@ def times(rows: pa.RecordBatch, rule: TimeSplit) -> IntArray:
     return _key(rows, rule.key).to_numpy()
 
 
-def find_cuts(num_rows: int, counts: Callable[[int, int], IntArray]) -> tuple[int, int]:
-    """The times at 80 % and 90 % of the rows in order of time. `counts` are the `digit_counts` of all of them."""
-    first, second = (_value_at(end, counts) for end in split_ends(num_rows))
+def find_cuts(num_rows: int, counts: Callable[[int, int], IntArray], fractions: Fractions) -> tuple[int, int]:
+    """The times at which the fractions of the rows in order of time end. `counts` are the `digit_counts` of all of them."""
+    first, second = (_value_at(end, counts) for end in split_ends(num_rows, fractions))
     return first, second
+
+
+def _ratio(fractions: Fractions) -> str:
+    return "8:1:1" if fractions == EIGHT_ONE_ONE else ":".join(f"{fraction:g}" for fraction in fractions)
+
+
+def _moment(value: int) -> str:
+    """A value of a key, with its time where it may be seconds since 1970."""
+    time = f" ({datetime.fromtimestamp(value, UTC):%Y-%m-%dT%H:%M:%SZ})" if 10**8 <= value < 10**11 else ""
+    return f"{value}{time}"
 
 
 def digit_counts(values: IntArray, shift: int, prefix: int) -> IntArray:

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import re
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -184,6 +186,25 @@ def test_parity_form_has_the_references_29_and_11_features_encoded_on_all_rows(k
     for feature in manifest.dense_features:
         column = expected[[feature.name]].astype(float).to_numpy()
         assert np.allclose(found[feature.name], MinMaxScaler().fit_transform(column)[:, 0], rtol=0, atol=1e-6)
+
+
+def test_adult_as_a_table_of_ones_own_is_the_same_to_the_byte(adult, tmp_path):
+    """By the configuration that the page shows: rows in their order, ids, labels, numbers, vocabularies."""
+    page = (Path(__file__).parents[2] / "docs/datasets/table.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", page.partition("\n## Adult")[2].partition("\n## ")[0], re.DOTALL)
+    (tmp_path / "adult.yaml").write_text(config)
+    table, own = tmp_path / "table", tmp_path / "own"
+    assert main(["table", "--config", str(tmp_path / "adult.yaml"), "--raw", str(adult), "--out", str(table)]) == 0
+    assert main(["adult-income", "--raw", str(adult), "--out", str(own)]) == 0
+    found, expected = folder_bytes(table), folder_bytes(own)
+    assert sorted(found) == sorted(expected)
+    assert [name for name in found if found[name] != expected[name]] == ["manifest.json"]
+    found, expected = DatasetManifest.load(table), DatasetManifest.load(own)
+    for part in ("features", "tables", "tasks", "splits"):
+        assert getattr(found, part) == getattr(expected, part)
+    assert "bad_rows" not in found.statistics
+    for part in ("rows", "label_rates", "passed_over", "missing", "duplicates"):
+        assert found.statistics[part] == expected.statistics[part]
 
 
 def test_adult_decodes_to_the_raw_rows_of_both_forms(adult, tmp_path):

@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from preprocessing.rows.expressions import parse_condition
+from preprocessing.rows.expressions import has_operator, parse_condition, quoted_column
+from preprocessing.rows.own_columns import in_condition
 
 ROWS = [
     {"a": a, "b": b, "s": s, "on": on}
@@ -30,7 +31,7 @@ TABLE = pa.Table.from_pylist(ROWS)
             's in ["y z", "yes"]',
         ),
         *("a > 0 and b < 1", "a > 0 or b < 1 and s == 'x'", "not (a > 0 or b < 1)", "0 < a <= 4", "a == 9007199254740993"),
-        *("on == True", "a>3", " a > 3 "),
+        *("on == True", "a>3", " a > 3 ", "on in [True]", "on in [False, True]"),
     ],
 )
 def test_equals_python(text):
@@ -66,6 +67,55 @@ def test_integers_that_float64_does_not_tell_apart_are_compared_as_integers():
 def test_columns_are_known_with_their_types():
     condition = parse_condition("a > 3 and s in ['x'] or on == true")
     assert condition.columns == {"a": pa.float64(), "s": pa.string(), "on": pa.bool_()}
+
+
+ODD_NAMES = ["my label", "click-rate", "it's", 'say "x"', "a`b", "true", "clicked in app", "a > 1", "1st", "größe", "in", "_"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_columns_of_any_name_stand_in_backquotes(name):
+    quoted = f"`{name.replace('`', '``')}`"
+    table = pa.table({name: [1, 3, None], "other one": ["it's `x`", "y", "y"]})
+    for text, expected in (
+        (f"{quoted} > 1", [False, True, None]),
+        (f"2 > {quoted}", [True, False, None]),
+        (f'{quoted} in [3] or `other one` == "it\'s `x`"', [True, True, None]),
+        (f"not {quoted} == 1 and {quoted} < 5", [False, True, None]),
+    ):
+        condition = parse_condition(text)
+        assert set(condition.columns) <= {name, "other one"}
+        assert condition.evaluate(table).to_pylist() == expected
+    assert has_operator(f"{quoted} > 1")
+    assert not has_operator(quoted)
+    assert quoted_column(f" {quoted} ") == name
+    assert quoted_column(f"{quoted} > 1") is None
+    assert in_condition(name) == (name if name in ("_",) else quoted)
+
+
+def test_a_name_in_backquotes_is_the_same_column():
+    assert parse_condition("`a` > 3 and on == true").facts() == parse_condition("a > 3 and `on` == true").facts()
+    assert parse_condition("`true` == true").columns == {"true": pa.bool_()}
+
+
+@pytest.mark.parametrize(
+    ("text", "likely"),
+    [
+        ("my label > 0", "`my label` > 0"),
+        ("click-rate>=0.5 and b < 1", "`click-rate`>=0.5 and b < 1"),
+        ("2nd choice not in [1, 2]", "`2nd choice` not in [1, 2]"),
+        ("clicked in app", "`clicked in app`"),
+    ],
+)
+def test_a_name_without_its_backquotes_is_told(text, likely):
+    with pytest.raises(ValueError, match=r"backquotes\. ") as error:
+        parse_condition(text)
+    assert f'"{likely}"' in str(error.value)
+
+
+def test_booleans_are_compared_with_columns_that_are_read_as_numbers():
+    table = pa.table({"a": pa.array([1.0, 0.0, None]), "b": pa.array([0, 1, 2])})
+    assert parse_condition("a == true").evaluate(table).to_pylist() == [True, False, None]
+    assert parse_condition("b == false or b in [true]").evaluate(table).to_pylist() == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,24 @@ def test_blank_lines_comments_marks_and_means_of_a_table(packed, spark, tmp_path
         assert make("table", ["--config", str(bad)], tmp_path / "bad", engine) == 2
 
 
+@pytest.mark.parametrize("rule", ["random", "group", "time"])
+def test_tables_of_other_shares_with_booleans_and_times_since_1970(rule, spark, small, tmp_path):
+    text = "user\tmy flag\tts\ty\n" + "".join(
+        f"u{k % 9}\t{k % 3 == 0}\t{1_704_164_645_000 + 7000 * k}\t{k % 2}\n" for k in range(2000)
+    )
+    config = small_table(
+        tmp_path,
+        text,
+        "rows.tsv",
+        features={"user": {"kind": "id"}, "flag": {"kind": "number", "column": "my flag", "allow_label_feature": True}},
+        tasks=[{"name": "y", "label": "y"}, {"name": "z", "label": "`my flag` == true"}],
+        keys={"ts": {"type": "datetime", "format": "milliseconds"}},
+        split={"rule": rule, "fractions": [0.6, 0.3, 0.1]} | ({} if rule == "random" else {"key": "ts"}),
+    )
+    local, on_spark = both("table", ["--config", str(config)], tmp_path)
+    assert local == on_spark
+
+
 @pytest.mark.parametrize("ending", [b"", b"\r\n"])
 def test_last_line_without_line_end_and_windows_line_ends(ending, spark, small, raw, tmp_path):
     text = (raw / "ratings.dat").read_bytes().rstrip(b"\n")

@@ -360,9 +360,10 @@ def test_the_page_can_be_pasted(tmp_path):
         ["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert DatasetManifest.load(tmp_path / "data/shop").statistics["rows"] == 5000
+    assert DatasetManifest.load(tmp_path / "data/shop").statistics["rows"] == 20_000
     report = json.loads((tmp_path / "runs/shop/result.json").read_text())["test"]
     assert list(report["tasks"]) == ["liked", "bought"]
+    assert min(task["auc"] for task in report["tasks"].values()) > 0.9
 
 
 def test_an_empty_text_leaves_a_condition_open(tmp_path):

@@ -121,7 +121,12 @@ BAD_LINES = {
     "missing column": (0, "user,x,z,t,d,tags,list", "line 1: the header lacks y"),
     "no integer": (7, "u,1,1,2024-01-01,a,1,[1]", "line 8: user must be an integer, found 'u'"),
     "beyond 64 bits": (7, f"{2**63},1,1,2024-01-01,a,1,[1]", "line 8: user = 9223372036854775808 does not fit into 64 bits"),
-    "no number": (7, "1,one,1,2024-01-01,a,1,[1]", "line 8: x must be a number, found 'one'"),
+    "no number": (
+        7,
+        "1,one,1,2024-01-01,a,1,[1]",
+        "line 8: x must be a number, found 'one'. Mend the line. A label of words is a condition, such as x == 'one'.",
+    ),
+    "vector": (7, '1,"[1, 2]",1,2024-01-01,a,1,[1]', "line 8: x must be a number, found '[1, 2]'. A vector is not read yet"),
     "nan": (7, "1,nan,1,2024-01-01,a,1,[1]", "line 8: x is nan or infinite"),
     "infinite": (7, "1,-inf,1,2024-01-01,a,1,[1]", "line 8: x is nan or infinite"),
     "too large": (7, "1,1e39,1,2024-01-01,a,1,[1]", "line 8: x must be a finite number that float32 can hold, found 1e+39"),
@@ -140,6 +145,7 @@ BAD_LINES = {
     "JSON list of text": (7, '1,1,1,2024-01-01,a,1,"[""a""]"', "line 8: list must be a JSON list of integers"),
     "number for a JSON list": (7, "1,1,1,2024-01-01,a,1,5", "line 8: list must be a JSON list"),
     "one field less": (7, "1,1,1,2024-01-01,a,1", "line 8: 7 fields"),
+    "another separator": (7, "1;1;1;2024-01-01;a;1;[1]", "line 8: 7 fields (user,x,y,t,d,tags,list) expected, 1 found"),
 }
 
 
@@ -168,8 +174,19 @@ def test_a_chain_that_rows_contradict(tmp_path, capsys):
 
 BAD_PARQUET = {
     "missing column": ({"z": [1.0] * 20}, "there is no column 'x'. Columns: user, y, z."),
-    "id of another type": ({"user": [True] * 20}, "column 'user' is of type bool; string is needed"),
-    "list for one id": ({"user": [["a"]] * 20}, "column 'user' is of type list<element: string>; string is needed"),
+    "id of another type": (
+        {"user": [1.5] * 20},
+        "column 'user' is of type double; string is needed. Whole numbers are ids with type: int, and times with a format",
+    ),
+    "list for one id": (
+        {"user": [["a"]] * 20},
+        "column 'user' is of type list<element: string>; string is needed. A list of ids is a feature of kind: ids.",
+    ),
+    "vector for a number": (
+        {"x": [[0.5, 1.5]] * 20},
+        "column 'x' is of type list<element: double>; number is needed. A vector is not read yet: give its components as",
+    ),
+    "vector for ids": ({"user": [[0.5]] * 20}, "string is needed. A vector is not read yet"),
     "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
     "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x is no number that can be used, found nan"),
     "label": ({"y": [0] * 4 + [7] + [1] * 15}, "line 5: y must be 0 or 1"),

@@ -1,0 +1,544 @@
+"""Tables of one's own as others write them: tabs, names with blanks, booleans, times since 1970, other shares of the split."""
+
+import gzip
+import json
+import math
+import zipfile
+from datetime import UTC, datetime, timedelta, timezone
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preprocessing.reading.cells import Cells
+from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import RawFile, RawFolder
+from preprocessing.split_rules import GroupSplit, TimeSplit
+from tests.preprocessing.movielens_fake import folder_bytes
+from tests.preprocessing.table_fake import SMALL, run, small
+from tests.preprocessing.test_splits import chance, rows_of, toy_columns
+from tests.preprocessing.test_splits import run as run_toy
+from tests.preprocessing.test_table import make, read, vocabulary
+
+FORMS = ["csv", "json", "parquet"]
+
+
+def write(folder, form, columns, **config):
+    """A table of these columns, and its configuration; None is an empty cell, null, or an absent key."""
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if form == "csv":
+        lines = [",".join("" if cell is None else str(cell) for cell in row.values()) for row in rows]
+        return small(folder, "\n".join([",".join(columns), *lines]) + "\n", **config)
+    if form == "json":
+        lines = [json.dumps({name: cell for name, cell in row.items() if cell is not None}) for row in rows]
+        return small(folder, "\n".join(lines) + "\n", "rows.jsonl", **config)
+    config = small(folder, b"", "rows.parquet", **config)
+    pq.write_table(pa.table(columns), config.parent / "rows.parquet")
+    return config
+
+
+def told(capsys, config, out):
+    assert run(config, out) == 2
+    assert not out.exists()
+    return capsys.readouterr().err
+
+
+# Separators.
+
+
+TABS = SMALL.replace(",", "\t")
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.TSV", "rows.tsv.gz", "rows.tsv.zip"])
+def test_tsv_has_tabs(name, tmp_path):
+    config = small(tmp_path, TABS, name)
+    path = config.parent / name
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(TABS.encode()))
+    elif name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("rows.tsv", TABS)
+    make(config.parent, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    make(small(tmp_path / "other", SMALL).parent, tmp_path / "csv")
+    found, expected = folder_bytes(tmp_path / "out"), folder_bytes(tmp_path / "csv")
+    assert [part for part in expected if found[part] != expected[part]] == ["manifest.json"]
+
+
+def test_each_file_has_the_separator_of_its_name_unless_one_is_told(tmp_path, capsys):
+    config = small(tmp_path, TABS, "a.tsv", files=["a.tsv", "b.csv"])
+    (config.parent / "b.csv").write_text(SMALL)
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 40
+    config = small(tmp_path, TABS, "a.tsv", csv={"separator": ","})
+    message = told(capsys, config, tmp_path / "none")
+    assert (
+        "a.tsv, line 1: the header lacks user, x, y; it is 'user\\tx\\ty'. The separator ',' makes 1 column of it." in message
+    )
+    assert 'Set another: csv: {separator: "\\t"}.' in message
+
+
+@pytest.mark.parametrize("separator", [";", "|", "::", " ", "\t"])
+def test_a_header_of_another_separator_is_told_the_key_that_can_be_pasted(separator, tmp_path, capsys):
+    text = SMALL.replace(",", separator)
+    message = told(capsys, small(tmp_path, text), tmp_path / "out")
+    assert "The separator ',' makes 1 column of it." in message
+    assert "again" not in message
+    (line,) = [line for line in message.splitlines() if "Set another: " in line]
+    config = small(tmp_path, text)
+    config.write_text(config.read_text() + line.partition("Set another: ")[2].removesuffix(".") + "\n")
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("usr,x,y", "The separator ',' makes 3 columns of it. Did you mean 'usr'? Name the columns as the header does;"),
+        ("u1,3,1", "where this line is a row, name the columns, csv: {header: false, columns: [...]}"),
+        ("user , x,y", "Blanks stand around its names: strip: true drops them."),
+        ("user,x,y,user", "the header names user twice. Rename one."),
+    ],
+)
+def test_other_headers_that_lack_a_column(header, words, tmp_path, capsys):
+    message = told(capsys, small(tmp_path, SMALL.replace("user,x,y", header)), tmp_path / "out")
+    assert words in message
+    assert "again" not in message
+
+
+def test_lines_of_another_separator_without_a_header(tmp_path, capsys):
+    config = small(tmp_path, SMALL.replace(",", ";").partition("\n")[2], csv={"header": False, "columns": ["user", "x", "y"]})
+    message = told(capsys, config, tmp_path / "out")
+    assert "line 1: 3 fields (user,x,y) expected, 1 found: b'u0;0;0'. Fields are divided by ','" in message
+    assert "csv: {separator: ...}" in message
+
+
+# Names.
+
+
+@pytest.mark.parametrize("name", ["my label", "clicked in app", "a > 1", "it's"])
+def test_labels_of_columns_of_any_name(name, tmp_path):
+    columns = {"user": [f"u{k % 7}" for k in range(60)], "x": list(range(60)), name: [k % 2 for k in range(60)]}
+    made = []
+    for label in (f"`{name}`", f"`{name}` > 0", f"`{name}` == 1 and x >= 0"):
+        tasks = [{"name": "y", "label": label}]
+        config = write(tmp_path, "csv", columns, tasks=tasks, features={"user": {"kind": "id"}})
+        make(config.parent, tmp_path / f"out{len(made)}")
+        made.append(sorted((row["user"], row["label.y"]) for row in read(tmp_path / f"out{len(made)}")))
+    assert made[0] == made[1] == made[2]
+    assert sum(label for _, label in made[0]) == 30
+
+
+def test_a_label_that_is_no_condition_is_told_its_backquotes(tmp_path, capsys):
+    tasks = [{"name": "y", "label": "clicked in app"}]
+    message = told(capsys, small(tmp_path, SMALL, tasks=tasks), tmp_path / "out")
+    assert """Where it is the name of a column, write "`clicked in app`".""" in message
+    config = small(tmp_path, SMALL)
+    config.write_text(config.read_text().replace("label: y", "label: `y` > 0"))
+    assert "Put a text that begins with it in quotes." in told(capsys, config, tmp_path / "out")
+    tasks = [{"name": "y", "label": "`my label`"}]
+    config = small(tmp_path, SMALL.replace("y\n", "my label\n", 1).replace(",1\n", ",2\n"), tasks=tasks)
+    assert "make the label a condition such as '`my label` > 0'" in told(capsys, config, tmp_path / "out")
+
+
+def test_a_label_in_backquotes_is_no_feature(tmp_path, capsys):
+    features = {"user": {"kind": "id"}, "x": {"kind": "number", "column": "y"}}
+    message = told(capsys, small(tmp_path, SMALL, tasks=[{"name": "y", "label": "`y`"}], features=features), tmp_path / "out")
+    assert "features.x is made of column 'y', and so is the label of task 'y'" in message
+
+
+# Booleans.
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_booleans_are_labels_numbers_ids_and_scenarios(form, tmp_path):
+    """With missing values, beside a condition on the same column."""
+    rows = 300
+    clicked = [None if k % 7 == 0 else k % 3 == 0 for k in range(rows)]
+    member = [None if k % 11 == 0 else k % 2 == 0 for k in range(rows)]
+    fresh = [k % 5 < 2 for k in range(rows)]
+    columns = {"row": list(range(rows)), "clicked": clicked, "member": member, "fresh": fresh}
+    words = {True: "true", False: "false"}
+    if form == "csv":
+        columns |= {name: [words.get(each) for each in columns[name]] for name in ("member", "fresh")}
+        # As Python and others write them.
+        spelt = [(str(each), words.get(each), words.get(each, "").upper()) for each in clicked]
+        columns["clicked"] = [None if each is None else spelt[k][k % 3] for k, each in enumerate(clicked)]
+    number = {"kind": "number", "column": "clicked", "scale": "none", "fill": -1, "allow_label_feature": True}
+    config = write(
+        tmp_path,
+        form,
+        columns,
+        features={"member": {"kind": "id"}, "as_number": number},
+        tasks=[
+            {"name": "y", "label": "clicked"},
+            {"name": "z", "label": "clicked == true and row > 10"},
+            {"name": "m", "label": "clicked == false"},
+        ],
+        scenario={"column": "fresh", "values": {"true": "new", "false": "old"}},
+        keys={"row": {"type": "int"}},
+    )
+    make(config.parent, tmp_path / "out")
+    ids, _ = vocabulary(tmp_path / "out", "member")
+    assert set(ids) == {"true", "false"}
+    found = read(tmp_path / "out")
+    assert len(found) == rows
+    for row in found:
+        k = row["key.row"]
+        label = None if clicked[k] is None else float(clicked[k])
+        assert row["label.y"] == label
+        assert row["label.m"] == (None if label is None else 1 - label)
+        assert row["label.z"] == (0 if k <= 10 else label)
+        assert row["as_number"] == (-1 if label is None else label)
+        assert row["member"] == (0 if member[k] is None else ids[words[member[k]]])
+        assert row["sample.scenario"] == (0 if fresh[k] else 1)
+
+
+def test_booleans_of_three_formats_are_the_same_dataset(tmp_path):
+    rows, made = range(200), []
+    columns = {"user": [f"u{k % 9}" for k in rows], "x": [k % 4 == 0 for k in rows], "y": [k % 3 == 0 for k in rows]}
+    for form in FORMS:
+        (tmp_path / form).mkdir()
+        make(write(tmp_path / form, form, columns).parent, tmp_path / form / "out")
+        content = folder_bytes(tmp_path / form / "out")
+        made.append({name: content[name] for name in content if name != "manifest.json"})
+    assert made[0] == made[1] == made[2]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "words"),
+    [
+        ("csv", "yes", "y must be a number, found 'yes'. Mend the line. A label of words is a condition, such as y == 'yes'."),
+        ("csv", "t", "A label of words is a condition, such as y == 't'."),
+        ("csv", "truee", "y must be a number, found 'truee'"),
+        ("json", "true", "y must be a number, found 'true'. Mend the line."),
+        ("json", [0.5], "y must be a number, found [0.5]. A vector is not read yet"),
+    ],
+)
+def test_what_is_no_boolean(form, value, words, tmp_path, capsys):
+    columns = {"user": ["u"] * 20, "x": list(range(20)), "y": [True] * 19 + [value]}
+    assert words in told(capsys, write(tmp_path, form, columns), tmp_path / "out")
+
+
+def test_a_boolean_is_no_integer(tmp_path, capsys):
+    columns = {"user": [True, False] * 10, "x": list(range(20)), "y": [0, 1] * 10}
+    features = {"user": {"kind": "id", "type": "int"}}
+    for form, words in (
+        ("csv", "user must be an integer, found 'True'"),
+        ("json", "user must be an integer, found True"),
+        (
+            "parquet",
+            "column 'user' is of type bool; integer is needed. Booleans are ids with type: string, 'true' and 'false'.",
+        ),
+    ):
+        assert words in told(capsys, write(tmp_path, form, columns, features=features), tmp_path / "out")
+    tasks = [{"name": "y", "label": "y == true"}]
+    message = told(
+        capsys, write(tmp_path, "parquet", columns, features={"user": {"kind": "id"}}, tasks=tasks), tmp_path / "out"
+    )
+    assert "column 'y' is of type int64; boolean is needed. Compare it with what it holds, such as 1 or 'true'." in message
+
+
+def test_integers_of_json_where_text_is_wanted(tmp_path):
+    """As those of Parquet; a text of the same digits is the same id."""
+    users = [k % 5 if k % 2 else str(k % 5) for k in range(60)]
+    rows = "".join(json.dumps({"user": user, "x": k, "y": k % 2, "n": {"user": 7}}) + "\n" for k, user in enumerate(users))
+    make(small(tmp_path, rows, "rows.jsonl").parent, tmp_path / "out")
+    assert set(vocabulary(tmp_path / "out", "user")[0]) == set("01234")
+
+
+CELLS = ["true", "false", "7", "7.0", "-7", '"7"', '"true"', "null", '"NA"', "[true]", "1e3", "{}", "7.5", "tru", "true7"]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.int64(), pa.string(), pa.bool_()], ids=str)
+@pytest.mark.parametrize("ending", ["}", ' , "b": 1}', ', "n": {"a": true}}'])
+def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending, tmp_path, capsys):
+    """Lines are read as they stand, or mended, as the piece demands."""
+
+    def found(cells, piece_bytes):
+        path = tmp_path / "rows.json"
+        path.write_text("".join(f'{{"a": {cell}{ending}\n' for cell in cells))
+        raw = RawFolder(tmp_path, (RawFile("rows.json"),), "", 999)
+        source = JsonLines("rows.json", {"a": kind}, Cells(("NA",)))
+        blocks = raw.blocks(source, piece_bytes)
+        return {line: row["a"] for block in blocks for line, row in zip(block.lines, block.table.to_pylist(), strict=True)}
+
+    alone = found(CELLS, 1)
+    assert found(CELLS, 1 << 20) == alone
+    good = [cell for line, cell in enumerate(CELLS, 1) if line in alone]
+    assert [*found(good, 1 << 20).values()] == [*alone.values()]
+    expected = {
+        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None, "1e3": 1000, "7.5": 7.5},
+        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None},
+        pa.string(): {"true": "true", "false": "false", "7": "7", "-7": "-7", '"7"': "7", '"true"': "true", "null": None}
+        | {'"NA"': None},
+        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None},
+    }
+    assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
+
+
+# Times.
+
+
+START = 1_704_164_645
+UNITS = {"seconds": 1, "milliseconds": 1000, "microseconds": 10**6, "nanoseconds": 10**9}
+
+
+def timed(folder, form, times, key):
+    rows = range(len(times))
+    columns = {"row": [*rows], "user": [f"u{k % 5}" for k in rows], "ts": times, "y": [k % 2 for k in rows]}
+    keys = {"row": {"type": "int"}, "ts": {"type": "datetime"} | key}
+    split = {"rule": "time", "key": "ts"}
+    return write(folder, form, columns, features={"user": {"kind": "id"}}, keys=keys, split=split)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_times_since_1970_in_any_unit(form, tmp_path):
+    """The last of a second, before 1970, and missing."""
+    times = [START + 60 * k for k in range(100)] + [-5, 0, None]
+    columns = {"user": [f"u{k % 5}" for k in range(103)], "x": list(range(103)), "y": [k % 2 for k in range(103)]}
+    for unit, scale in UNITS.items():
+        columns[unit] = [None if time is None else time * scale + (scale - 1) for time in times]
+    keys = {"x": {"type": "int"}} | {unit: {"type": "datetime", "format": unit} for unit in UNITS}
+    make(write(tmp_path, form, columns, keys=keys).parent, tmp_path / "out")
+    for unit in UNITS:
+        assert {row["key.x"]: row[f"key.{unit}"] for row in read(tmp_path / "out")} == dict(enumerate(times))
+
+
+def test_seconds_with_a_fraction_are_rounded_down(tmp_path):
+    times = [k + 0.75 for k in range(40)] + [-0.25]
+    for form in FORMS:
+        make(timed(tmp_path, form, times, {"format": "seconds"}).parent, tmp_path / form)
+        assert {row["key.row"]: row["key.ts"] for row in read(tmp_path / form)} == {
+            k: math.floor(t) for k, t in enumerate(times)
+        }
+
+
+PATTERNS = {
+    "%d.%m.%Y %H:%M": timedelta(minutes=1),
+    "%m/%d/%Y": timedelta(days=1),
+    "%d %b %Y %H:%M:%S %z": timedelta(seconds=1),
+    "%Y-%m-%d %I:%M:%S.%f %p": timedelta(seconds=1),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_times_by_a_pattern(pattern, tmp_path):
+    zone = timezone(timedelta(hours=3)) if "%z" in pattern else UTC
+    start = datetime(2024, 1, 1, tzinfo=zone)
+    moments = [start + PATTERNS[pattern] * 7 * k for k in range(100)]
+    make(timed(tmp_path, "csv", [moment.strftime(pattern) for moment in moments], {"format": pattern}).parent, tmp_path / "out")
+    assert {row["key.row"]: row["key.ts"] for row in read(tmp_path / "out")} == {
+        k: int(moment.timestamp()) for k, moment in enumerate(moments)
+    }
+
+
+def test_days_that_are_numbers(tmp_path):
+    """20240131 is an integer in JSON and Parquet, and a time by its pattern there, too."""
+    days = [int((datetime(2024, 1, 1) + timedelta(days=k)).strftime("%Y%m%d")) for k in range(60)]
+    for form in FORMS:
+        make(timed(tmp_path, form, days, {"format": "%Y%m%d"}).parent, tmp_path / form)
+        found = {row["key.row"]: row["key.ts"] for row in read(tmp_path / form)}
+        assert found == {k: datetime(2024, 1, 1, tzinfo=UTC).timestamp() + 86400 * k for k in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("form", "unit"), [*(("csv", unit) for unit in UNITS), ("json", "seconds"), ("parquet", "milliseconds")]
+)
+def test_times_since_1970_without_a_format_are_told_which_one(form, unit, tmp_path, capsys):
+    times = [(START + k) * UNITS[unit] for k in range(40)]
+    message = told(capsys, timed(tmp_path, form, times, {}), tmp_path / "out")
+    assert f"line {2 if form == 'csv' else 1}: ts must be a time in ISO 8601" in message
+    assert f", found {times[0]}. It looks like {unit} since 1970: say so at the key, format: {unit}." in message
+
+
+@pytest.mark.parametrize(
+    ("key", "time", "words"),
+    [
+        ({}, "31.05.2024", "Mend the line; or give the key the format of its times: format: seconds (or "),
+        (
+            {"format": "seconds"},
+            START * 1000,
+            "ts in seconds since 1970 is no time from year 1 to 9999, found 1704164645000.0.",
+        ),
+        ({"format": "%d.%m.%Y"}, "05/31/2024", "ts must be a time of the form %d.%m.%Y, found 05/31/2024. Mend the line."),
+        ({"format": "%d.%m.%Y"}, "31.06.2024", "ts must be a time of the form %d.%m.%Y, found 31.06.2024. Mend the line."),
+        ({"format": "milliseconds"}, "2024-05-31", "ts must be a number, found '2024-05-31'"),
+        ({"format": "seconds"}, "", "ts, by which rows are divided or grouped, is missing"),
+    ],
+)
+def test_times_of_another_form_than_the_told_one(key, time, words, tmp_path, capsys):
+    given = key.get("format")
+    good = "01.01.2024" if given == "%d.%m.%Y" else str(START) if given else "2024-01-01"
+    config = timed(tmp_path, "csv", [good] * 5 + [time], key)
+    message = told(capsys, config, tmp_path / "out")
+    assert "rows.csv, line 7: " in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ({"type": "datetime", "format": "second"}, "keys.ts: format: 'second' is no form of a time. Did you mean 'seconds'?"),
+        ({"type": "datetime", "format": "%d/%m"}, "'%d/%m' is no form of a time. Give seconds, milliseconds, microseconds or"),
+        ({"type": "datetime", "format": "%s"}, "is no form of a time"),
+        ({"type": "datetime", "format": "YYYY-MM-DD"}, "a pattern of strptime with year, month and day"),
+        ({"type": "int", "format": "seconds"}, "keys.ts: format is for type: datetime, not for int"),
+    ],
+)
+def test_formats_that_are_none(key, words, tmp_path, capsys):
+    assert words in told(capsys, small(tmp_path, SMALL, keys={"ts": key}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        (
+            ["2024-01-01"] * 60,
+            "More than 90 % of them have the least value, 1704067200 (2024-01-01T00:00:00Z); rows of one value",
+        ),
+        (["2024-01-01"] * 50 + ["2024-01-02"] * 3 + ["2024-01-03"] * 7, "More than 80 % of them have the least value"),
+        (["2024-01-01"] * 40 + ["2024-01-02"] * 20, "Those at 80 % and at 90 % in order of time have one value, 1704153600"),
+    ],
+)
+def test_rows_of_one_time_are_told(times, words, tmp_path, capsys):
+    message = told(capsys, timed(tmp_path, "csv", times, {}), tmp_path / "out")
+    assert words in message
+    assert "Give more rows" not in message
+
+
+# Shares of the split.
+
+
+SHARES = [(0.9, 0.05, 0.05), (0.29, 0.7, 0.01)]
+
+
+def ends_of(fractions, num_rows):
+    train, valid, _ = (Fraction(str(fraction)) for fraction in fractions)
+    return math.floor(train * num_rows), math.floor((train + valid) * num_rows)
+
+
+@pytest.mark.parametrize("fractions", SHARES)
+def test_rows_at_random_by_any_shares(fractions, tmp_path):
+    for num_rows in (100, 117):
+        text = "user,x,y\n" + "".join(f"u{k % 3},{k},{k % 2}\n" for k in range(num_rows))
+        config = small(tmp_path, text, split={"rule": "random", "fractions": list(fractions)})
+        manifest = make(config.parent, tmp_path / str(num_rows))
+        first, second = ends_of(fractions, num_rows)
+        assert [split.num_rows for split in manifest.splits.values()] == [first, second - first, num_rows - second]
+
+
+@pytest.mark.parametrize("fractions", SHARES)
+def test_groups_and_times_by_any_shares(fractions, tmp_path):
+    columns = toy_columns()
+    users, times = columns["key.user"], columns["key.time"]
+    first, second = map(float, (Fraction(str(fractions[0])), Fraction(str(fractions[0])) + Fraction(str(fractions[1]))))
+    found = rows_of(run_toy(tmp_path / "group", GroupSplit("user", fractions), columns))
+    assert found["train"] == [r for r in range(len(users)) if chance(users[r], 5) < first]
+    assert found["test"] == [r for r in range(len(users)) if chance(users[r], 5) >= second]
+    found = rows_of(run_toy(tmp_path / "time", TimeSplit("time", fractions=fractions), columns))
+    ordered, places = sorted(times), ends_of(fractions, len(times))
+    assert found["train"] == [r for r in range(len(times)) if times[r] < ordered[places[0]]]
+    assert found["test"] == [r for r in range(len(times)) if times[r] >= ordered[places[1]]]
+
+
+@pytest.mark.parametrize("rule", ["random", "group", "time"])
+def test_the_shares_of_a_configuration_reach_the_rule(rule, tmp_path):
+    num_rows = 2000
+    text = "user,x,y,t\n" + "".join(f"u{k % 3},{k},{k % 2},{k}\n" for k in range(num_rows))
+    split = {"rule": rule, "fractions": [0.5, 0.25, 0.25]} | ({} if rule == "random" else {"key": "t"})
+    for duplicates in ("keep", "keep_together"):
+        config = small(tmp_path, text, split=split, keys={"t": {"type": "int"}}, duplicates=duplicates)
+        sizes = [split.num_rows for split in make(config.parent, tmp_path / f"{rule}-{duplicates}").splits.values()]
+        if rule == "time" or (rule == "random" and duplicates == "keep"):
+            assert sizes == [1000, 500, 500]
+        else:
+            assert np.allclose(sizes, [1000, 500, 500], atol=4 * (num_rows / 4) ** 0.5)
+            assert sizes[0] < 1200  # not four fifths
+
+
+@pytest.mark.parametrize("rule", ["random", "group", "time"])
+def test_the_usual_shares_are_8_1_1_to_the_byte(rule, tmp_path):
+    split = {"rule": rule} | ({} if rule == "random" else {"key": "x"})
+    for name, more in (("absent", {}), ("given", {"fractions": [0.8, 0.1, 0.1]})):
+        config = small(tmp_path, SMALL, split=split | more, keys={"x": {"type": "int"}})
+        make(config.parent, tmp_path / name, "--seed", "3")
+    assert folder_bytes(tmp_path / "absent") == folder_bytes(tmp_path / "given")
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ({"rule": "random", "fractions": [0.9, 0.05]}, "give shares of train, valid and test, together 1, such as [0.9, 0.05"),
+        ({"rule": "random", "fractions": [0.9, 0.1, 0.1]}, "found [0.9, 0.1, 0.1], together 1.1"),
+        ({"rule": "random", "fractions": [8, 1, 1]}, "found [8, 1, 1]"),
+        ({"rule": "group", "key": "x", "fractions": [1.0, 0.0, 0.0]}, "split.fractions: give shares"),
+        ({"rule": "random", "fractions": 0.9}, "found 0.9"),
+        ({"rule": "random", "fractions": [".8", ".1", ".1"]}, "found ['.8', '.1', '.1']"),
+        ({"rule": "random", "fraction": [0.8, 0.1, 0.1]}, "split.fraction: unknown key. Did you mean 'fractions'?"),
+        ({"rule": "time", "key": "x", "cuts": [1, 2], "fractions": [0.8, 0.1, 0.1]}, "cuts and fractions exclude each other"),
+        ({"rule": "file", "train": ["a"], "test": ["b"], "fractions": [0.8, 0.1, 0.1]}, "split.fractions: unknown key"),
+    ],
+)
+def test_shares_that_are_none(split, words, tmp_path, capsys):
+    assert words in told(capsys, small(tmp_path, SMALL, split=split, keys={"x": {"type": "int"}}), tmp_path / "out")
+
+
+def test_an_empty_side_is_told_its_reason(tmp_path, capsys):
+    keys = {"x": {"type": "int"}, "user": {"type": "string"}}
+    for split, words in (
+        (
+            {"rule": "group", "key": "user"},
+            "8:1:1 by the values of key 'user'. Rows of one value stay together: divide by a key of",
+        ),
+        ({"rule": "time", "key": "x", "cuts": [50, 60]}, "by key 'x' at 50 and 60. Give cuts before, between and after which"),
+        (
+            {"rule": "random", "fractions": [0.98, 0.01, 0.01]},
+            "no row of 20 falls to valid: they are divided 0.98:0.01:0.01 at",
+        ),
+    ):
+        assert words in told(capsys, small(tmp_path, SMALL, split=split, keys=keys), tmp_path / "out")
+
+
+# What YAML makes of a text.
+
+
+def test_anchors_merges_and_1e6_in_a_configuration(tmp_path):
+    text = """
+    x-number: &number {kind: number, scale: log}
+    files: [rows.csv]
+    features:
+      user: {kind: id, hash: {num_buckets: 1e3, seed: 2.0}}
+      x: *number
+      x_plain: {<<: *number, column: x, scale: none}
+    tasks: [{name: y, label: y}]
+    """.replace("\n    ", "\n")
+    config = small(tmp_path, SMALL)
+    config.write_text(text)
+    manifest = make(config.parent, tmp_path / "out")
+    assert manifest.preprocessing["config"]["features"] == {
+        "user": {"kind": "id", "hash": {"num_buckets": 1000, "seed": 2}},
+        "x": {"kind": "number", "scale": "log"},
+        "x_plain": {"kind": "number", "column": "x", "scale": "none"},
+    }
+    assert {table.name: table.num_rows for table in manifest.tables}["user"] == 1001
+
+
+def test_a_feature_called_on_is_told_its_quotes(tmp_path, capsys):
+    config = small(tmp_path, SMALL)
+    config.write_text(config.read_text().replace("  user:", "  on:"))
+    message = told(capsys, config, tmp_path / "out")
+    assert "my_table.yaml" in message
+    assert "YAML reads the key on as true: put it in quotes" in message
+    config.write_text(config.read_text().replace("  on:\n", "  'on':\n    column: user\n"))
+    assert [feature.name for feature in make(config.parent, tmp_path / "out").features] == ["on", "x"]
+
+
+def test_whole_numbers_of_the_command_line_may_be_1e3(tmp_path, capsys):
+    config = small(tmp_path, SMALL + "u1,one,1\n")
+    manifest = make(config.parent, tmp_path / "out", "--max-bad-rows", "1e3", "--seed", "2e3", "--workers", "1.0")
+    assert manifest.preprocessing["seed"] == 2000
+    for option in ("--max-bad-rows", "--seed", "--workers"):
+        with pytest.raises(SystemExit):
+            run(config, tmp_path / "none", option, "1.5")
+        assert f"{option}: a whole number of 0 or more is needed, such as 1000 or 1e6, found '1.5'" in capsys.readouterr().err
