@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -21,6 +22,7 @@ from mmlrec.errors import ConfigError, did_you_mean
 _MOST_KEYS = 3
 _LEAST_LIKE = 0.75  # of two names, by difflib, where one stands in another section
 _NUMBER = r"[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
+_LARGEST_WHOLE = 2**53  # floats beyond it are rounded
 _NOTHING = ("none", "nil", "nan", "no", "off", "false")
 
 _QUOTED = "put it in quotes where text is meant, as words such as yes, no, on, off and null are"
@@ -33,7 +35,7 @@ class StrictModel(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, and one without a fraction, as 1e6, as an integer, which a float may be, too.
+    """SafeLoader that reads 1e-3 and 1e6 as numbers.
 
     It refuses a key given twice, a key that is a boolean or nothing, an alias within what it names, and what is no text.
     """
@@ -49,11 +51,6 @@ class Loader(yaml.SafeLoader):
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
         return value
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        """As the base class, but an integer where there is no fraction."""
-        value = super().construct_yaml_float(node)
-        return int(value) if value.is_integer() else value
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """As the base class, which puts what `<<:` names before the keys of a mapping; but each of these once, and a text."""
@@ -75,7 +72,6 @@ class Loader(yaml.SafeLoader):
             seen.append(key)
 
 
-Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -161,7 +157,7 @@ def validate_section(
     everywhere: Callable[[], Iterator[Iterable[str]]] | None = None,
     other_names: Mapping[str, str] | None = None,
 ) -> Section:
-    """Check `content` against a section's schema.
+    """Check `content` against a section's schema. A float without a fraction, such as 1e6, is an integer where one is wanted.
 
     Args:
         prefix: dotted path of the section, with its trailing dot, for messages.
@@ -175,7 +171,7 @@ def validate_section(
         ConfigError: with one line for each problem.
     """
     try:
-        return section.model_validate(content)
+        return section.model_validate(_with_integers(section, content))
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -216,6 +212,37 @@ def validate_section(
                 message += _value_hint(problem["type"], given, context, field)
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _with_integers(section: type[BaseModel], content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with integers for the floats that a schema wants as such and that have no fraction."""
+    try:
+        section.model_validate(content)
+    except ValidationError as error:
+        found = [problem for problem in error.errors() if problem["type"] == "int_type" and _is_whole(problem["input"])]
+    else:
+        found = []
+    content = copy.deepcopy(content) if found else content
+    for problem in found:
+        path, *_ = _written(section, [str(part) for part in problem["loc"]], False)
+        holder: Any = content
+        for part in path[:-1]:
+            holder = _items(holder).get(part)
+        if path[-1] in _items(holder):
+            holder[int(path[-1]) if isinstance(holder, list) else path[-1]] = int(problem["input"])
+    return content
+
+
+def _items(holder: Any) -> dict[Any, Any]:
+    """What stands below a key: of a list by number, as it is written in the place of a problem; nothing for a value."""
+    if isinstance(holder, list):
+        return {str(index): value for index, value in enumerate(holder)}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a float stands for one integer, and no other one for which it would have been rounded."""
+    return isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_WHOLE
 
 
 def origin_of(key: str, origin: dict[str, str], source: str) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from mmlrec.config import load_config
 from mmlrec.run_folder import checkpoint
-from mmlrec.schema import DatasetManifest, Encoding
+from mmlrec.schema import DatasetManifest
 from tests import processes
 from tests.datasets import rewrite_part, write_dataset
 
@@ -392,97 +391,6 @@ def test_evaluate_as_another_model_or_on_other_data(data, train, app, tmp_path):
         assert words in error
     assert (tmp_path / "run/result.json").read_text() == result
     assert app("evaluate", "--run-dir", tmp_path / "run", "training.eval_batch_size=7")[0] == 0
-
-
-def with_encoding(folder: Path, **changes: dict) -> None:
-    """Write down how the ids and numbers of a dataset came about, as preprocessing does."""
-    manifest = DatasetManifest.load(folder)
-    features = {feature.name: {"kind": feature.kind} for feature in manifest.features} | changes
-    tables = {table.name: {"ids": "hash", "buckets": table.num_rows - 1} for table in manifest.tables}
-    labels = {task.name: {"kind": "binary"} for task in manifest.tasks}
-    encoding = Encoding.of(features, tables, {"values": manifest.scenario.values}, labels)
-    manifest.model_copy(update={"encoding": encoding}).save(folder)
-
-
-def test_evaluate_other_rows_that_are_encoded_alike(data, train, app, tmp_path, monkeypatch, capfd):
-    from sklearn.metrics import roc_auc_score
-
-    with_encoding(data.folder)
-    assert train()[0] == 0
-    other = write_dataset(tmp_path / "other", rows=90, seed=5, num_lanes=2)
-    with_encoding(other.folder)
-    result = (tmp_path / "run/result.json").read_text()
-    assert app("evaluate", "--run-dir", tmp_path / "run", "training.precision=bf16")[0] == 0
-    arguments = ["evaluate", "--run-dir", str(tmp_path / "run"), "--split", "train", f"dataset.path={other.folder}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    importlib.import_module("apps.evaluate").main()
-    shown = capfd.readouterr().out
-    assert (tmp_path / "run/result.json").read_text() == result  # it is about the run's own rows
-    scores = tmp_path / "scores.parquet"
-    assert app("predict", "--run", tmp_path / "run", "--input", other.folder, "--split", "train", "--output", scores)[0] == 0
-    label = other.tables["train"]["label.click"].to_numpy()
-    known = ~np.isnan(label)
-    wanted = roc_auc_score(label[known], pq.read_table(scores)["score.click"].to_numpy()[known])
-    assert f"Measured with dataset.path={other.folder}" in shown
-    (line,) = [line.split() for line in shown.splitlines() if line.split()[:2] == ["click", "all"]]
-    columns = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["task", "scenario"])
-    assert float(line[columns.index("auc")]) == pytest.approx(wanted, abs=1e-4)
-
-
-def test_rows_that_are_encoded_otherwise_are_not_evaluated(data, train, app, tmp_path):
-    with_encoding(data.folder)
-    assert train()[0] == 0
-    for name, change, words in (
-        ("other range", {"d0": {"kind": "dense", "range": [0, 2]}}, "feature 'd0', range: [0, 2] here, null in the run"),
-        ("no record", None, f"apps.predict --run-dir {tmp_path / 'run'} --input '{tmp_path / 'no record'}' --output"),
-    ):
-        other = write_dataset(tmp_path / name, rows=90, seed=5).folder
-        if change is not None:
-            with_encoding(other, **change)
-        code, error = app("evaluate", "--run-dir", tmp_path / "run", f"dataset.path={other}")
-        assert code == 2
-        assert words in error
-        assert "elete" not in error
-
-
-def test_what_an_evaluation_and_a_resume_cannot_change_is_told_with_what_can(data, train, app, tmp_path):
-    assert train()[0] == 0
-    code, error = app("evaluate", "--run-dir", tmp_path / "run", "training.batch_size=7")
-    assert code == 2
-    assert "training.batch_size: 32 in the run folder, 7 now" in error
-    assert "training.eval_batch_size" in error
-    assert "elete" not in error
-    start = ("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
-    for override, goes_back in (("dense.optimizer.lr=0.5", True), ("model.num_experts=3", False)):
-        code, error = app(*start, override)
-        assert code == 2
-        assert "another folder with --run-dir" in error
-        assert ("--from-step" in error) is goes_back
-        assert "elete" not in error
-
-
-def test_a_run_that_ended_before_its_first_validation(data, app, tmp_path, monkeypatch):
-    from mmlrec.training.reporting import Reporter
-
-    start = ("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
-    advance = Reporter.advance
-
-    def stop_after_one_step(reporter: Reporter) -> None:
-        advance(reporter)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Reporter, "advance", stop_after_one_step)
-        assert app(*start)[0] == 85
-    output = tmp_path / "scores.parquet"
-    for words in (("evaluate",), ("predict", "--input", data.folder, "--output", output)):
-        code, error = app(*words, "--run-dir", tmp_path / "run")
-        assert code == 2
-        assert "before its first validation" in error
-        assert "step_00000000" in error
-        (command,) = [line for line in error.splitlines() if "python -m apps.train " in line]
-    assert app("train", *command.partition("python -m apps.train ")[2].split())[0] == 0
-    assert app("evaluate", "--run-dir", tmp_path / "run")[0] == 0
 
 
 def test_damaged_result(data, train, app, tmp_path):

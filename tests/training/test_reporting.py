@@ -28,6 +28,18 @@ def reporter(tmp_path, clock):
         yield reporter
 
 
+@pytest.fixture
+def heard():
+    """What is logged."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+
+
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
@@ -46,20 +58,10 @@ def test_what_happens_between_segments_is_no_training_time(reporter, clock, tmp_
     assert lines(tmp_path)[0]["data_wait_share"] == 0.25
 
 
-def test_a_validation_names_the_metric_that_selects(reporter):
-    heard = []
-    handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        report = {
-            "tasks": {"click": {"auc": 0.75, "mse": None}, "price": {"mse": 1.5}, "buy": {"auc": None}},
-            "mean": {"auc": 0.75},
-        }
-        reporter.validation(7, 0, report, "best so far")
-    finally:
-        logger.removeHandler(handler)
+def test_a_validation_names_the_metric_that_selects(reporter, heard):
+    tasks = {"click": {"auc": 0.75, "mse": None}, "price": {"mse": 1.5}, "buy": {"auc": None}}
+    report = {"tasks": tasks, "mean": {"auc": 0.75}}
+    reporter.validation(7, 0, report, "best so far")
     assert heard == ["epoch 0 step 7 | valid auc click 0.7500 mse price 1.5000 auc buy - | best so far"]
 
 
@@ -94,9 +96,7 @@ def test_curves_of_tasks_scenarios_and_their_means(tmp_path):
     }
 
 
-def test_of_many_scenarios_those_with_most_rows_have_curves(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.INFO, logger.name)
+def test_of_many_scenarios_those_with_most_rows_have_curves(tmp_path, heard):
     world = World(0, 1, 1, torch.device("cpu"), None)
     scenarios = {f"s{index}": entry(0.5, index) for index in range(100)}
     click = entry(0.25, 40, scenarios=scenarios, scenario_mean={"auc": 0.5}, scenario_weighted_mean={"auc": 0.5})
@@ -105,7 +105,7 @@ def test_of_many_scenarios_those_with_most_rows_have_curves(tmp_path, caplog, mo
             reporter.validation(step, 0, {"tasks": {"click": click}, "mean": {"auc": 0.25}}, "")
     shown = [tag for tag in curves(tmp_path) if tag.startswith("valid_scenarios/auc/click/s") and "mean" not in tag]
     assert {int(tag.rpartition("/s")[2]) for tag in shown} == set(range(68, 100))
-    assert len([line for line in caplog.messages if "32 scenarios with most rows" in line and "all 100" in line]) == 1
+    assert len([line for line in heard if "32 scenarios with most rows" in line and "all 100" in line]) == 1
     assert (
         len(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["report"]["tasks"]["click"]["scenarios"])
         == 100
