@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import ChainLoss, Loss, LossOptions
+from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
 from mmlrec.models.base.chain import ChainConfig, ChainModel
 from mmlrec.models.base.model import ModelSpec, Owner, Width
 from mmlrec.output import Output
@@ -93,6 +93,10 @@ class AITM(ChainModel):
     @property
     def _tower_units(self) -> list[int]:
         return self.config.tower_hidden_units if self.config.use_tower else []
+
+    def label_logits(self, counts: Tensor) -> Tensor:
+        """Of reaching each step, over all rows: the products of the steps' rates."""
+        return chain_products(super().label_logits(counts).unsqueeze(0), self.chain)[0]
 
     def make_loss(self, options: LossOptions) -> Loss:
         """Task losses and the calibrator."""

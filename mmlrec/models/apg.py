@@ -152,6 +152,10 @@ class APG(MultiTaskModel):
             width = out_features
         self.heads = Towers(spec.num_heads, width, [], config.hidden, generator)
 
+    def output_biases(self) -> Tensor:
+        """Those of the heads."""
+        return self.heads.bias
+
     def _condition(self) -> Condition:
         config, setting = self.config, self.spec.setting
         self.check_fields("condition_fields", config.condition_fields)

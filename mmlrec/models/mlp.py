@@ -50,6 +50,10 @@ class MLP(MultiTaskModel):
             self.weight = config.hidden.output_weight(width, 1, generator=generator)
             self.bias = nn.Parameter(torch.zeros(spec.num_heads))
 
+    def output_biases(self) -> Tensor:
+        """beta, or the outputs' own."""
+        return self.outputs.bias if self.config.per_head_output else self.bias
+
     def forward(
         self,
         x: Tensor,

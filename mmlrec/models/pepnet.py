@@ -120,6 +120,10 @@ class PEPNet(MultiTaskModel):
             return "task" if self.config.head_scope == "per_task" else "head"
         return "scenario" if parameter.startswith("scenario_embedding.") else None
 
+    def output_biases(self) -> Tensor:
+        """Those of the towers' last layers."""
+        return self.outputs.bias
+
     def _with_epnet(self) -> bool:
         config = self.config
         possible = self.spec.setting is not Setting.MTL or bool(config.scenario_fields)

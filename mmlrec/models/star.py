@@ -161,6 +161,11 @@ class STAR(MultiTaskModel):
             return self.config.star_axis
         return "scenario" if parameter.startswith(("norm.scenario_", "scenario_embedding.")) else None
 
+    def output_biases(self) -> Tensor:
+        """b_u of the last layer, [H, 1]; by scenario [T, S]."""
+        own: Tensor = self.star.own_biases[-1]
+        return own.t() if self.config.star_axis == "scenario" else own
+
     def forward(
         self,
         x: Tensor,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -95,6 +97,17 @@ class ChainModel(MultiTaskModel):
         if self.replicas > 1:
             return owner
         return "task" if owner == "head" else None
+
+    def label_logits(self, counts: Tensor) -> Tensor:
+        """Of each step, given the one before: the rows it can follow on are the positive ones of that step.
+
+        Where fewer rows than these are labelled, the labelled ones are those that count; see the base class.
+        """
+        steps = counts.clone()
+        for before, this in pairwise(self.chain):
+            labelled, positive = counts[this].unbind(-1)
+            steps[this, :, 0] = torch.maximum(torch.minimum(counts[before, :, 1], labelled), positive)
+        return super().label_logits(steps)
 
     @property
     def last_step(self) -> tuple[bool, ...]:
