@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.mlp import MLP
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
+from mmlrec.losses import ChainLoss, Loss, LossOptions
 from mmlrec.models.base.chain import ChainConfig, ChainModel
 from mmlrec.models.base.model import ModelSpec, Owner, Width
 from mmlrec.output import Output
@@ -70,6 +70,8 @@ class AITM(ChainModel):
         aitm_constraint_weight: float = Field(default=0.6, ge=0, description="Weight of the calibrator.")
 
     owners: ClassVar[dict[str, Owner]] = {"bottoms": "scenario", "towers": "head"}
+    decays: ClassVar[dict[str, float]] = {"maps": 0.0}
+    conditional = False
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
@@ -93,10 +95,6 @@ class AITM(ChainModel):
     @property
     def _tower_units(self) -> list[int]:
         return self.config.tower_hidden_units if self.config.use_tower else []
-
-    def label_logits(self, counts: Tensor) -> Tensor:
-        """Of reaching each step, over all rows: the products of the steps' rates."""
-        return chain_products(super().label_logits(counts).unsqueeze(0), self.chain)[0]
 
     def make_loss(self, options: LossOptions) -> Loss:
         """Task losses and the calibrator."""

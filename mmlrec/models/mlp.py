@@ -34,6 +34,7 @@ class MLP(MultiTaskModel):
         per_head_output: bool = Field(default=False, description="A linear output of its own for each head.")
 
     owners: ClassVar[dict[str, Owner]] = {"bias": "head", "outputs": "head"}
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0}
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from mmlrec.schema import Setting
 
 class _GateUnits(nn.Module):
     """Gate units that read the same input, their first layers in one GEMM."""
+
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0, "out_weights": 0.0}
 
     def __init__(
         self, in_features: int, hidden: Sequence[int], out: Sequence[int], config: PEPNet.Config, generator: torch.Generator

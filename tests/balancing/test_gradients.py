@@ -297,7 +297,7 @@ def test_metabalance_equals_a_loop():
 
 
 def test_scale_is_that_of_a_sum():
-    """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge a_t^2, a_t the share."""
+    """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge a_t^2."""
     gram = random_grams(1, 3, seed=4)[0]
     losses = np.ones(3)
     rules = [make(name, 3).rule for name in ("imtl_g", "mgda")]

@@ -6,8 +6,8 @@ Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-task Lear
     c_{2..K}   = K g_1 U^T (D U^T)^-1
     c_1        = K - sum of the others
 
-K times, because the weights of a sum of K losses add up to K; coefficients may be negative. Gradients of one direction have equal
-projections whatever c is: then c = 1. Of several solutions the one whose shares c_t |g_t| are least is taken.
+K times, because the weights of a sum of K losses add up to K; coefficients may be negative. Gradients of one direction have
+equal projections whatever c is: then c = 1. Of several solutions the one whose shares c_t |g_t| are least is taken.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya, "Multi-Task Learni
     c_t = sqrt(|Q|) a_t / |g_t|          |Q| the Frobenius norm
 
 Without the ridge this is Q / |Q| c = 1 / c, the published rule, and gradients that cancel have no solution. The ridge stands on
-the cosines, so that an objective's share a_t of the update does not depend on the scale of its loss: on Q / |Q| it would outweigh
-the diagonal of short gradients and silence them. The paper's clipping of the gradient's norm to 1 is
+the cosines, so that an objective's share a_t of the update does not depend on the scale of its loss: on Q / |Q| it would
+outweigh the diagonal of short gradients and silence them. The paper's clipping of the gradient's norm to 1 is
 `dense.clip_norm: 1`, off by default.
 """
 

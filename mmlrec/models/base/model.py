@@ -92,6 +92,9 @@ class MultiTaskModel(nn.Module):
     branches: tuple[int, ...] = ()
     #: Module (or parameter) name -> who owns its parameters; what is not listed is shared by all. See `owner`.
     owners: ClassVar[dict[str, Owner]] = {}
+    #: Attribute with weights of linear layers -> what `dense.l2` pulls them to; of the network itself, whose layers have their
+    #: own. See `mmlrec.layers.decay`.
+    decays: ClassVar[dict[str, float]] = {}
     #: Tasks of a chain, first step first, in which each label implies the one before; empty for other methods.
     chain: tuple[int, ...] = ()
     #: Uniform random numbers in (0, 1) that one training step takes, for random gates.
@@ -142,11 +145,14 @@ class MultiTaskModel(nn.Module):
     def output_biases(self) -> Tensor | None:
         """What is added to the logits last; None where no part of the network is that. Writing to it changes the network.
 
+        Here the biases of `towers`, if there is one for each output; a method with other outputs overrides it.
+
         Returns:
             [H] or [T, S] of heads, [T] of towers that scenarios share, or one for each of the `branches`.
         """
         towers = getattr(self, "towers", None)
-        return towers.bias if isinstance(towers, Towers) else None
+        outputs = (len(self.branches),) if self.branches else (self.spec.num_heads, self.spec.num_tasks)
+        return towers.bias if isinstance(towers, Towers) and len(towers.bias) in outputs else None
 
     def label_logits(self, counts: Tensor) -> Tensor:
         """What logits would be if all rows of a task and scenario had the same: those of the label rates.
