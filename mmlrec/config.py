@@ -71,7 +71,10 @@ class DenseConfig(StrictModel):
 
     optimizer: DenseOptimizerConfig = DenseOptimizerConfig()
     clip_norm: float | None = Field(default=None, gt=0, description="Largest norm of the dense gradient.")
-    l2: float = Field(default=0.0, ge=0, description="Penalty on the squares of all parameters, gates and norms included.")
+    l2: float = Field(default=0.0, ge=0, description="Penalty on the squares of the weights of linear layers.")
+    start_at_label_rates: bool = Field(
+        default=True, description="Start output biases at the label rates of train, by task and scenario; false: at 0."
+    )
 
 
 class ScheduleConfig(StrictModel):

@@ -85,6 +85,8 @@ class Balancing(nn.Module):
 
     Config: ClassVar[type[BalancingConfig]] = BalancingConfig
     config: BalancingConfig
+    #: Steps at the start in which it does not weigh as it is meant to; a run of no more than these never used it.
+    warmup_steps: int = 0
 
     def __init__(self, spec: BalancingSpec, config: BalancingConfig) -> None:
         super().__init__()

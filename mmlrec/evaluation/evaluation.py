@@ -118,7 +118,10 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     if rows is not None:
         try:
             network, scenario = session.network, session.manifest.scenario
-            report = build_report(rows, tasks=session.spec.tasks, scenario=scenario, chain=network.chain)
+            conditional = not isinstance(network, ChainModel) or network.conditional
+            report = build_report(
+                rows, tasks=session.spec.tasks, scenario=scenario, chain=network.chain, conditional=conditional
+            )
             if isinstance(network, ChainModel) and network.config.allow_non_chain:
                 report["allow_non_chain"] = True
         except UserError as cause:

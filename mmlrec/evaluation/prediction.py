@@ -14,7 +14,8 @@ from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split
 from mmlrec.identity import encoding_differences
-from mmlrec.metrics.exact import conditional_logit
+from mmlrec.metrics.exact import conditional_logit, log_ratio
+from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
 from mmlrec.session.session import Session
 
@@ -24,8 +25,9 @@ _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularie
 def write_predictions(session: Session, dataset: Path, split: str, output: Path, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
 
-    A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first. Where branches have been
-    left out (`model.branches`), a task without any has no column, and rows of a scenario without one have no score.
+    A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first; of one whose steps are not
+    `conditional` it is the ratio of their probabilities, which may be above 1. Where branches have
+    been left out (`model.branches`), a task without any has no column, and rows of a scenario without one have no score.
 
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
@@ -136,7 +138,7 @@ def _write(
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     temporary = output.with_name(output.name + ".tmp")
-    chain = session.network.chain
+    network = session.network
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
     writer = None
@@ -159,8 +161,11 @@ def _write(
                         values = _probability(scores[:, index]) if task.kind == "binary" else scores[:, index]
                         arrays.append(pa.array(values, mask=~trained[index][scenario]))
                         names.append(f"score.{task.name}")
-                    if chain and "score.cvr" not in names:
-                        arrays.append(pa.array(_probability(conditional_logit(scores[:, chain[0]], scores[:, chain[-1]]))))
+                    if isinstance(network, ChainModel) and "score.cvr" not in names:
+                        chain = network.chain
+                        steps = scores[:, chain[0]], scores[:, chain[-1]]
+                        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
+                        arrays.append(pa.array(rate.astype(np.float32)))
                         names.append("score.cvr")
                     table = pa.table(arrays, names=names)
                     writer = writer or pq.ParquetWriter(temporary, table.schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ class StackedMLP(nn.Module):
 
     Weights are [U, i, o] and biases [U, o], so that member u is `weight[u]` everywhere; fan-in is per member.
     """
+
+    decays: ClassVar[dict[str, float]] = {"weights": 0.0}
 
     def __init__(
         self, stack: int, in_features: int, hidden: Sequence[int], options: HiddenOptions, generator: torch.Generator

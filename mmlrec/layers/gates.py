@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from mmlrec.layers.scenario import Dispatch
 
 class Gates(nn.Module):
     """H gates: an MLP (may be empty: the papers' linear gate), a bias-free linear layer to E logits, softmax over E."""
+
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0}
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class GatedConnections(nn.Module):
     Args:
         cells: one gate for each of the `width` elements of v_i in each connection, instead of one for the connection.
     """
+
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0}
 
     def __init__(
         self,

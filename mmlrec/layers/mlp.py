@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ class MLP(nn.Module):
 
     Weights are [i, o] and biases [o], drawn from `generator`.
     """
+
+    decays: ClassVar[dict[str, float]] = {"weights": 0.0}
 
     def __init__(self, in_features: int, hidden: Sequence[int], options: HiddenOptions, generator: torch.Generator) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ class Towers(nn.Module):
 
     Logits are float32 (or wider), also under autocast: the last layer is a product and a sum outside of any bf16 GEMM.
     """
+
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0}
 
     def __init__(
         self, num_heads: int, in_features: int, hidden: Sequence[int], options: HiddenOptions, generator: torch.Generator

@@ -88,12 +88,19 @@ def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64]) -> float:
     return float((aucs * sizes).sum() / sizes.sum())
 
 
+def log_ratio(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
+    """log(sigmoid(last) / sigmoid(first)), [N]."""
+    return np.logaddexp(0.0, -first.astype(np.float64)) - np.logaddexp(0.0, -last.astype(np.float64))
+
+
 def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
-    """Logit of min(1, sigmoid(last) / sigmoid(first)): of a chain's last step given its first, [N]."""
-    log_ratio = np.logaddexp(0.0, -first.astype(np.float64)) - np.logaddexp(0.0, -last.astype(np.float64))
-    # Below 0, where the logit is infinite; 1e-12 is less than what float32 logits can tell apart.
-    log_ratio = np.minimum(log_ratio, -1e-12)
-    return log_ratio - np.log(-np.expm1(log_ratio))
+    """Logit of sigmoid(last) / sigmoid(first): of a chain's last step given its first, [N], where last is at most first.
+
+    The ratio is at most 1 - 1e-7, the most that float32 logits can tell from 1: above that it is their rounding, which would
+    be worth any loss.
+    """
+    ratio = np.minimum(log_ratio(first, last), -1e-7)
+    return ratio - np.log(-np.expm1(ratio))
 
 
 def mse(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from mmlrec.errors import DataError, UserAdvice
-from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, log_ratio, logloss, mse, normalized_entropy
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.schema import Scenario, Task
 
@@ -23,7 +23,12 @@ _COUNTS = ("rows", "positives")
 
 
 def build_report(
-    rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scenario | None, chain: Sequence[int] = ()
+    rows: PredictionRows,
+    *,
+    tasks: Sequence[Task],
+    scenario: Scenario | None,
+    chain: Sequence[int] = (),
+    conditional: bool = True,
 ) -> dict[str, Any]:
     """All metrics of each task, over all rows and for each scenario.
 
@@ -34,6 +39,9 @@ def build_report(
         tasks: the T tasks, in the order of the columns.
         chain: columns of a chain of tasks, first step first. Then there is also "cvr", an entry like a task's: the last step
             given the first, on rows that are positive in the first.
+        conditional: no step's probability is above that of the one before, so that the last over the first is a probability.
+            Otherwise cvr is ranked by that ratio, has no metrics of probabilities, and `above_one` counts the rows in which
+            the ratio is none.
 
     Returns:
         `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
@@ -47,7 +55,11 @@ def build_report(
     entries = {task.name: _task_entry(rows, column, task, scenario, undefined) for column, task in enumerate(tasks)}
     report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
     if chain:
-        report["cvr"] = _task_entry(_clicked(rows, chain), 0, Task(name="cvr"), scenario, undefined)
+        clicked = _clicked(rows, chain, conditional)
+        report["cvr"] = _task_entry(clicked, 0, Task(name="cvr"), scenario, undefined)
+        if not conditional:
+            _rank_only(report["cvr"])
+            report["cvr"]["above_one"] = int((clicked.logits[clicked.mask] > 0).sum())
     if undefined:
         text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
         warnings.warn(f"{text} {', '.join(undefined)}.", UserAdvice, stacklevel=2)
@@ -87,15 +99,25 @@ def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
     return _table(columns, cells)
 
 
-def _clicked(rows: PredictionRows, chain: Sequence[int]) -> PredictionRows:
-    """The rows that are positive in the chain's first step, with one column: the last step given the first."""
+def _clicked(rows: PredictionRows, chain: Sequence[int], conditional: bool) -> PredictionRows:
+    """The rows that are positive in the chain's first step, with one column: the last given the first, or their log ratio."""
     first, last = chain[0], chain[-1]
     chosen = rows.mask[:, first] & (rows.labels[:, first] > 0)
     own = {field.name: getattr(rows, field.name)[chosen] for field in fields(rows)}
-    logits = conditional_logit(own["logits"][:, first], own["logits"][:, last])
+    score = conditional_logit if conditional else log_ratio
+    logits = score(own["logits"][:, first], own["logits"][:, last])
     return PredictionRows(
         **own | {"logits": logits[:, None], "labels": own["labels"][:, [last]], "mask": own["mask"][:, [last]]}
     )
+
+
+def _rank_only(entry: dict[str, Any]) -> None:
+    """Blank what needs probabilities, in an entry and its parts: its scores only rank."""
+    parts = [entry, *entry.get("scenarios", {}).values(), entry.get("scenario_mean"), entry.get("scenario_weighted_mean")]
+    for part in parts:
+        for name in ("logloss", "normalized_entropy", "calibration"):
+            if part and name in part:
+                part[name] = None
 
 
 def _task_entry(

@@ -70,6 +70,8 @@ class AITM(ChainModel):
         aitm_constraint_weight: float = Field(default=0.6, ge=0, description="Weight of the calibrator.")
 
     owners: ClassVar[dict[str, Owner]] = {"bottoms": "scenario", "towers": "head"}
+    decays: ClassVar[dict[str, float]] = {"maps": 0.0}
+    conditional = False
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:

@@ -42,6 +42,8 @@ Condition = Literal["group", "mix", "self"]
 class _Factor(nn.Module):
     """A matrix [i, o], stored as the product of one or two matrices."""
 
+    decays: ClassVar[dict[str, float]] = {"parts": 0.0}
+
     def __init__(self, widths: Sequence[int], config: APG.Config, generator: torch.Generator) -> None:
         super().__init__()
         weight = config.hidden.output_weight
@@ -54,6 +56,8 @@ class _Factor(nn.Module):
 
 class _Layer(nn.Module):
     """One generated layer."""
+
+    decays: ClassVar[dict[str, float]] = {"core_weight": 0.0, "core_bias_weight": 0.0}
 
     def __init__(
         self,
@@ -151,6 +155,10 @@ class APG(MultiTaskModel):
             self.layers.append(_Layer(width, self.inner_widths[-1], out_features, condition_width, config, generator))
             width = out_features
         self.heads = Towers(spec.num_heads, width, [], config.hidden, generator)
+
+    def output_biases(self) -> Tensor:
+        """Those of the heads."""
+        return self.heads.bias
 
     def _condition(self) -> Condition:
         config, setting = self.config, self.spec.setting

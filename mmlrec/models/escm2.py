@@ -42,7 +42,7 @@ class ESCM2Config(ChainConfig):
     expert_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Widths of each tower.")
     lambda_c: float = Field(default=0.1, ge=0, description="Weight of the counterfactual risk.")
     lambda_g: float = Field(default=1.0, ge=0, description="Weight of the product's loss.")
-    propensity_weight_max: float = Field(default=15.0, ge=1, description="Largest inverse propensity.")
+    propensity_weight_max: float = Field(default=1000.0, ge=1, description="Largest inverse propensity.")
     ips_norm: Literal["exposure", "click", "snips"] = Field(
         default="exposure", description="Divide clicked rows' sums by the rows, the clicks, or the inverse propensities' sum."
     )
@@ -56,6 +56,7 @@ class CounterfactualLoss(ChainLoss):
         # o r is 0 without a click, whether or not the labels are a chain.
         super().__init__(network.spec.tasks, network.spec.num_scenarios, options, network.chain, implied=True)
         (self.ctr, self.ctcvr), self.config = network.chain, network.config
+        self.network = network
 
     def known(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Labels with o r in place of r, and the mask in which a conversion needs the click label, too."""
@@ -75,8 +76,12 @@ class CounterfactualLoss(ChainLoss):
         share = share[:, self.ctcvr]
         labels = torch.where(share.unsqueeze(1) > 0, labels, 0.0).to(output.logits.dtype)
         error = F.binary_cross_entropy_with_logits(output.named["cvr"], labels[:, self.ctcvr], reduction="none")
-        inverse = (1.0 + torch.exp(-output.named["ctr"].detach())).clamp(max=self.config.propensity_weight_max)
+        inverse = 1.0 + torch.exp(-output.named["ctr"].detach())
         clicked = share * labels[:, self.ctr]
+        if self.network.training:
+            above = (inverse > self.config.propensity_weight_max) & (clicked > 0)
+            self.network.clipped = torch.stack([above.sum(), (clicked > 0).sum()])
+        inverse = inverse.clamp(max=self.config.propensity_weight_max)
         weight = clicked * inverse / self._norm(clicked, inverse)
         if self.config.variant == "ips":
             return {"counterfactual": self.config.lambda_c * (weight * error).sum()}
@@ -103,6 +108,8 @@ class ESCM2(ChainModel):
     owners: ClassVar[dict[str, Owner]] = {"towers": "scenario", "imputation": "scenario"}
     two_steps = True
     config: ESCM2Config
+    #: Clicked rows of the newest training batch whose inverse propensity was clipped, and all clicked ones; set by the loss.
+    clipped: Tensor | None = None
 
     def __init__(self, spec: ModelSpec, config: ESCM2Config) -> None:
         super().__init__(spec, config)
@@ -115,6 +122,11 @@ class ESCM2(ChainModel):
     def sole(self, parameter: str) -> tuple[bool, ...]:
         """The tower of cvr: that of ctr is part of the product, too."""
         return self.last_step if parameter.startswith("towers.") else ()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Share of the clicked rows of the newest training batch whose inverse propensity was clipped."""
+        clipped, clicked = (0, 0) if self.clipped is None else self.clipped.tolist()
+        return {"clipped_share": clipped / clicked} if clicked else {}
 
     def make_loss(self, options: LossOptions) -> Loss:
         """Losses of ctr and of the product, and the counterfactual risk."""

@@ -35,6 +35,7 @@ class MLP(MultiTaskModel):
         per_head_output: bool = Field(default=False, description="A linear output of its own for each head.")
 
     owners: ClassVar[dict[str, Owner]] = {"bias": "head", "outputs": "head"}
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0}
     config: Config
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
@@ -58,6 +59,10 @@ class MLP(MultiTaskModel):
         else:
             self.weight = config.hidden.output_weight(width, 1, generator=generator)
             self.bias = nn.Parameter(torch.zeros(spec.num_heads))
+
+    def output_biases(self) -> Tensor:
+        """beta, or the outputs' own."""
+        return self.outputs.bias if self.config.per_head_output else self.bias
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ from mmlrec.schema import Setting
 
 class _GateUnits(nn.Module):
     """Gate units that read the same input, their first layers in one GEMM."""
+
+    decays: ClassVar[dict[str, float]] = {"weight": 0.0, "out_weights": 0.0}
 
     def __init__(
         self, in_features: int, hidden: Sequence[int], out: Sequence[int], config: PEPNet.Config, generator: torch.Generator
@@ -119,6 +121,10 @@ class PEPNet(MultiTaskModel):
         if parameter.startswith(("networks.", "outputs.")):
             return "task" if self.config.head_scope == "per_task" else "head"
         return "scenario" if parameter.startswith("scenario_embedding.") else None
+
+    def output_biases(self) -> Tensor:
+        """Those of the towers' last layers."""
+        return self.outputs.bias
 
     def _with_epnet(self) -> bool:
         config = self.config

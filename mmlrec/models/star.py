@@ -20,7 +20,7 @@ scenario.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ Axis = Literal["head", "scenario", "task"]
 
 class _Star(nn.Module):
     """U networks of the same widths; weights of member u are shared ones times, biases plus, those of member u."""
+
+    decays: ClassVar[dict[str, float]] = {"weights": 0.0, "own_weights": 1.0}
 
     def __init__(
         self,
@@ -160,6 +162,11 @@ class STAR(MultiTaskModel):
         if parameter.startswith(("star.own_", "star.norms.")):
             return self.config.star_axis
         return "scenario" if parameter.startswith(("norm.scenario_", "scenario_embedding.")) else None
+
+    def output_biases(self) -> Tensor:
+        """b_u of the last layer, [H, 1]; by scenario [T, S]."""
+        own: Tensor = self.star.own_biases[-1]
+        return own.t() if self.config.star_axis == "scenario" else own
 
     def forward(
         self,

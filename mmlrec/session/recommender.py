@@ -12,6 +12,7 @@ from torchrec import EmbeddingBagCollection, KeyedTensor
 from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
+from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import Setting
@@ -54,6 +55,7 @@ class Head(nn.Module):
         self.multi_scenario = config.dataset.setting is not Setting.MTL
         self.l2_tables = config.embeddings.l2
         self.l2_dense = config.dense.l2
+        self.decays = decay_targets(network)
         self.bf16 = config.training.precision == "bf16"
         self.seed = config.training.seed
         #: Training steps taken; the trainer sets it at a resume.
@@ -90,7 +92,9 @@ class Head(nn.Module):
             looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
             total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
         if self.l2_dense:
-            total = total + self.l2_dense * torch.stack([p.square().sum() for p in self.network.parameters()]).sum()
+            named = dict(self.network.named_parameters())
+            away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
+            total = total + self.l2_dense * torch.stack(away).sum()
         return total, Predictions(output.logits.detach(), objectives.detach())
 
     def diagnostics(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -176,6 +177,14 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     return [by_name[name] for name in names]
 
 
+def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
+    """Labelled and positive train rows of each task and scenario, [T, S, 2]; 0 where the manifest does not tell."""
+    names = manifest.scenario.values if manifest.scenario and spec.setting is not Setting.MTL else ["all"]
+    counts = manifest.splits["train"].label_counts
+    rows = [[counts.get(task.name, {}).get(name, (0, 0)) for name in names] for task in spec.tasks]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def _loss(config: RunConfig, options: BalancingConfig, network: MultiTaskModel, manifest: DatasetManifest) -> Loss:
     """The network's loss, with the objectives that the options of the strategy ask for."""
     setting = config.dataset.setting
@@ -231,6 +240,8 @@ def build_parts(config: RunConfig, source: str = "config") -> Parts:
     network_class = method(config.model["name"])
     network_class.check_setting(spec)
     network = network_class(spec, options)
+    if config.dense.start_at_label_rates:
+        network.start_at_label_rates(_label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
     loss = _loss(config, balancing_options, network, manifest)
     return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest))

@@ -33,6 +33,22 @@ def advise_on_speed(precision: str, rows_per_rank: int, steps_per_epoch: int, wo
             warnings.warn(note, UserAdvice, stacklevel=2)
 
 
+def advise_on_warmup(strategy: str, warmup_steps: int, steps: int, *, ended: bool) -> str | None:
+    """What to say of a run that has no more steps than a strategy's warm-up; None where it has.
+
+    Args:
+        steps: that it took (`ended`), or will take at most.
+    """
+    if steps > warmup_steps or not warmup_steps:
+        return None
+    what = f"ended at step {steps}" if ended else f"has {steps} steps at most"
+    return (
+        f"balancing.name={strategy}: the run {what}, and the strategy's warm-up takes {warmup_steps}:"
+        f" {'it never weighed' if ended else 'it will never weigh'} the objectives as it is meant to. Train longer, or set a"
+        " smaller balancing.window_steps (steps; an epoch when absent)."
+    )
+
+
 def _precision(precision: str, device: str) -> str | None:
     if precision != "bf16":
         return None

@@ -19,7 +19,7 @@ from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
 from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
-from mmlrec.training.advice import advise_on_speed
+from mmlrec.training.advice import advise_on_speed, advise_on_warmup
 from mmlrec.training.chain import check_chain
 from mmlrec.training.selection import check_selectable
 from mmlrec.training.trainer import Trainer
@@ -160,12 +160,17 @@ def _train(
         )
         if doubt and world.is_main:
             logger.warning(doubt)
+        balancing = (config.balancing["name"], session.head.balancing.warmup_steps)
+        if short := advise_on_warmup(*balancing, trainer.total_steps, ended=False):
+            logger.warning(short)
         with StopSignal(world) as stop:
             try:
                 trainer.fit(stop)
             except Exception as error:
                 error.add_note(f"at step {trainer.progress.step}")
                 raise
+            if not short and (short := advise_on_warmup(*balancing, trainer.progress.step, ended=True)):
+                logger.warning(short)
             checkpoint.verify(folder.best, world)
             best = checkpoint.read_state(folder.best)
             checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)

@@ -297,7 +297,7 @@ def test_metabalance_equals_a_loop():
 
 
 def test_scale_is_that_of_a_sum():
-    """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge c_t^2."""
+    """CAGrad without radius is the sum; IMTL-G's and MGDA's coefficients add up to K; Nash: c_t (Q c)_t = 1 - ridge a_t^2."""
     gram = random_grams(1, 3, seed=4)[0]
     losses = np.ones(3)
     rules = [make(name, 3).rule for name in ("imtl_g", "mgda")]
@@ -306,7 +306,8 @@ def test_scale_is_that_of_a_sum():
         assert rule(gram, losses, 1).sum() == pytest.approx(3, rel=1e-9)
     for ridge in (0.01, 0.3):
         c = make("nash", 3, ridge=ridge).rule(gram, losses, 1)
-        assert c * (gram / np.linalg.norm(gram) @ c) == pytest.approx(1 - ridge * c**2, rel=1e-8)
+        size = np.linalg.norm(gram)
+        assert c * (gram / size @ c) == pytest.approx(1 - ridge * c**2 * np.diag(gram) / size, rel=1e-8)
 
 
 def test_report_names_cosines_norms_and_coefficients():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from tests.balancing.hostile import ABSENT, DEPENDENT, HOSTILE, ORDINARY, SCALED, UNEVEN
 from tests.balancing.support import GRADIENT_LEVEL, make
@@ -43,9 +44,8 @@ def test_an_objective_without_a_gradient_counts_once_and_changes_nothing_for_oth
         np.testing.assert_allclose(found[~absent], coefficients(name, gram[np.ix_(~absent, ~absent)]), rtol=1e-12)
 
 
-#: Where the squares of lengths differ by more than float64 holds. IMTL-G's matrix is of differences of gradients, in which the
-#: short ones are lost from a factor of 1e7 between lengths on.
-LOST = [("imtl_g", "one times 1e+15"), ("imtl_g", "each of another length"), ("mgda", "each of another length")]
+#: Where the squares of lengths differ by more than float64 holds, and the method wants the shortest vector.
+LOST = [("mgda", "each of another length")]
 ORDERED = [
     (name, case)
     for name in RULES
@@ -84,17 +84,41 @@ def test_mgda_is_the_shortest_vector_of_the_hull(case):
     assert (gram @ weights >= weights @ gram @ weights - 1e-9 * np.abs(gram).max()).all()
 
 
-@pytest.mark.parametrize("case", [*ORDINARY, *DEPENDENT, *SCALED])
+@pytest.mark.parametrize("case", [*ORDINARY, *DEPENDENT, *SCALED, *UNEVEN])
 def test_nash_solves_its_equation(case):
-    gram = HOSTILE[case] / np.linalg.norm(HOSTILE[case])
-    found = coefficients("nash", HOSTILE[case])
-    np.testing.assert_allclose((gram + 0.01 * np.eye(len(gram))) @ found, 1 / found, rtol=1e-8)
+    norms = np.sqrt(np.diag(HOSTILE[case]))
+    cosines = HOSTILE[case] / norms / norms[:, None]
+    shares = coefficients("nash", HOSTILE[case]) * norms / np.sqrt(np.linalg.norm(HOSTILE[case]))
+    np.testing.assert_allclose((cosines + 0.01 * np.eye(len(norms))) @ shares, 1 / shares, rtol=1e-8)
 
 
-@pytest.mark.parametrize("case", [*ORDINARY, *SCALED])
+@pytest.mark.parametrize("factor", [1e-4, 1e-2, 1e2, 1e4])
+@pytest.mark.parametrize("case", ["random 2", "random 5", "opposite", "nearly opposite, 0.001", "rank two of six"])
+def test_nash_gives_an_objective_its_share_whatever_the_scale_of_its_loss(case, factor):
+    gram = HOSTILE[case]
+    scales = np.array([factor, *[1.0] * (len(gram) - 1)])
+    cosines = gram / np.sqrt(np.outer(np.diag(gram), np.diag(gram)))
+
+    def shares(matrix):
+        found = coefficients("nash", matrix) * np.sqrt(np.diag(matrix))
+        return found / found.sum()
+
+    # Another way to the bargain: the most of sum log(a) - a . M a / 2, over log(a), by scipy.
+    def distance(log_a):
+        a = np.exp(log_a)
+        moved = (cosines + 0.01 * np.eye(len(a))) @ a
+        return a @ moved / 2 - log_a.sum(), a * moved - 1
+
+    found = np.exp(minimize(distance, np.zeros(len(gram)), jac=True, method="BFGS", options={"gtol": 1e-9}).x)
+    np.testing.assert_allclose(shares(gram * np.outer(scales, scales)), found / found.sum(), rtol=1e-5)
+    np.testing.assert_allclose(shares(gram * np.outer(scales, scales)), shares(gram), rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", [*ORDINARY, *SCALED, *UNEVEN])
 def test_imtl_g_projects_alike_on_every_gradient(case):
     gram = HOSTILE[case]
-    projections = gram @ coefficients("imtl_g", gram) / np.sqrt(np.diag(gram))
+    lengths = np.sqrt(np.diag(gram))
+    projections = gram / lengths[:, None] @ coefficients("imtl_g", gram)
     np.testing.assert_allclose(projections, projections.mean(), rtol=1e-6)
 
 

@@ -160,3 +160,32 @@ def test_cvr_is_measured_on_rows_that_are_positive_in_the_first_step():
     assert "cvr" not in build_report(rows, tasks=TASKS, scenario=PAGES)
     lines = report_table(report).splitlines()
     assert [line.split()[1] for line in lines if line.startswith("cvr ")] == ["all", "home", "cart", "mean", "weighted"]
+
+
+def test_a_ratio_of_two_heads_ranks_and_is_no_probability():
+    """Where the last step is held to be likelier than the first: a clamped ratio would cost any loss, and tie such rows."""
+    rows = prediction_rows()
+    p = 1 / (1 + np.exp(-rows.logits.astype(np.float64)))
+    report = build_report(rows, tasks=TASKS, scenario=PAGES, chain=(0, 1), conditional=False)
+    clicked = rows.mask.all(axis=1) & (rows.labels[:, 0] == 1)
+    ratio = (p[:, 1] / p[:, 0])[clicked]
+    assert (ratio > 1).sum() > 10
+    entry = report["cvr"]
+    assert entry["above_one"] == (ratio > 1).sum()
+    assert entry["auc"] == pytest.approx(sk.roc_auc_score(rows.labels[clicked, 1], ratio), abs=1e-12)
+    for part in (entry, *entry["scenarios"].values(), entry["scenario_mean"], entry["scenario_weighted_mean"]):
+        assert part["auc"] is not None
+        assert [part[metric] for metric in ("logloss", "normalized_entropy", "calibration")] == [None] * 3
+    line = next(line for line in report_table(report).splitlines() if line.startswith("cvr "))
+    assert line.split()[-3:] == ["-", "-", "-"]
+    assert report["mean"] == build_report(rows, tasks=TASKS, scenario=PAGES)["mean"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_rounding_of_float32_logits_is_no_certain_mistake():
+    rows = prediction_rows(n=4)
+    logits = np.array([[1.0, 1.0]] * 4, np.float32)  # a conversion that all clicks but e^-20 have, as float32 holds it
+    labels = np.array([[1, 0], [1, 1], [1, 1], [1, 1]], np.float32)
+    rows = dataclasses.replace(rows, logits=logits, labels=labels, mask=np.ones((4, 2), bool))
+    report = build_report(rows, tasks=TASKS, scenario=None, chain=(0, 1))
+    assert report["cvr"]["logloss"] == pytest.approx(np.log(1e7) / 4, rel=1e-5)

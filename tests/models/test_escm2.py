@@ -112,7 +112,9 @@ def test_equals_a_loop_over_rows(norm, variant):
 def test_balanced_is_a_mean_over_scenarios():
     a, c, o, r, imputed, weight, scenario = batch()
     found = risk(a, c, o, r, imputed, weight, scenario, "balanced")
-    parts = [sum(plain([b for b in range(23) if b % 3 == s], a, c, o, r, imputed, weight, "exposure", 15.0)) for s in range(3)]
+    parts = [
+        sum(plain([b for b in range(23) if b % 3 == s], a, c, o, r, imputed, weight, "exposure", 1000.0)) for s in range(3)
+    ]
     assert found.item() == pytest.approx(sum(parts) / 3, rel=1e-10)
 
 
@@ -121,7 +123,7 @@ def test_balanced_is_a_mean_over_scenarios():
 def test_rows_without_a_click_label_and_clicked_ones_without_a_conversion_label_are_left_out(norm, variant):
     a, c, o, r, imputed, weight, _ = batch()
     imputed = None if variant == "ips" else imputed
-    expected = plain(range(4, 23), a, c, o, r, imputed, weight, norm, 15.0)
+    expected = plain(range(4, 23), a, c, o, r, imputed, weight, norm, 1000.0)
     mask = torch.ones(23, 2, dtype=F64)
     o, r = o.clone(), r.clone()
     # Either the mask or the label says that it is missing.
@@ -198,7 +200,7 @@ def test_detached_dr_trains_each_tower_by_its_own_term():
     # delta enters the first term alone, which is then the gradient of IPS; d^ the squared error alone.
     (expected,) = torch.autograd.grad(risk(a, c, o, r), [c])
     torch.testing.assert_close(by_cvr, expected)
-    omega = (1 + torch.exp(-a)).clamp(max=15)
+    omega = (1 + torch.exp(-a)).clamp(max=1000)
     delta = -(r * torch.sigmoid(c).log() + (1 - r) * (1 - torch.sigmoid(c)).log())
     torch.testing.assert_close(by_imputed, (-2 * o * omega * (delta - imputed) / 23).detach())
     joint = torch.autograd.grad(risk(a, c, o, r, imputed, dr_detach=False), [c, imputed])
@@ -224,7 +226,7 @@ def test_inverse_propensities_are_capped(norm):
     a = torch.tensor([math.log(1e-8), -200.0, 0.0])
     c, o, r = torch.zeros(3, requires_grad=True), torch.ones(3), torch.zeros(3)
     value = risk(a, c, o, r, ips_norm=norm)
-    expected = {"exposure": 32 / 3, "click": 32 / 3, "snips": 1.0}[norm] * math.log(2)
+    expected = {"exposure": 2002 / 3, "click": 2002 / 3, "snips": 1.0}[norm] * math.log(2)
     assert value.item() == pytest.approx(expected, rel=1e-6)
     assert torch.autograd.grad(value, c)[0].isfinite().all()
 
@@ -336,3 +338,43 @@ def test_two_ranks_equal_one_process(tmp_path):
     spawn(rank_main, (port, ((0, 4), (4, 30)), cases, tmp_path / "mean.pt"), nprocs=2)
     for norm, found in torch.load(tmp_path / "mean.pt").items():
         torch.testing.assert_close(found, expected[norm], rtol=1e-9, atol=1e-12)
+
+
+def clicks_of_a_usual_log(rows=20_000):
+    """Logits whose click rates are 2 % in the mean and .3 % to 10 % in most rows, and clicks drawn with them."""
+    g = torch.Generator().manual_seed(3)
+    a = math.log(0.015) + 0.9 * torch.randn(rows, generator=g, dtype=F64)
+    clicks = (torch.rand(rows, generator=g, dtype=F64) < torch.sigmoid(a)).to(F64)
+    assert 0.01 < clicks.mean() < 0.03
+    return a, clicks
+
+
+def test_rows_of_a_usual_click_rate_are_weighed_by_their_own_propensity():
+    """With the default bound the slope of IPS has the weights 1 / ctr, row by row; at 15 nearly all rows have one weight."""
+    a, clicks = clicks_of_a_usual_log()
+    c = torch.zeros(len(a), dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(risk(a, c, clicks, torch.zeros_like(a)), c)
+    exact = torch.isclose(slope, clicks / torch.sigmoid(a) * 0.5 / len(a), rtol=1e-10, atol=0)
+    assert exact.double().mean() > 0.999
+    assert slope[clicks == 1].unique().numel() > 0.99 * clicks.sum()
+
+
+@pytest.mark.parametrize(("bound", "low", "high"), [(1000.0, 0.0, 0.01), (15.0, 0.8, 1.0)])
+def test_the_share_of_clipped_rows_is_in_the_log(bound, low, high):
+    a, clicks = clicks_of_a_usual_log()
+    net = build("escm2", make_spec(2), propensity_weight_max=bound)
+    loss = net.make_loss(LossOptions())
+    zeros = torch.zeros_like(a)
+    output = Output(torch.stack([a, a], dim=1), named={"ctr": a, "cvr": zeros, "ctcvr": a})
+    targets = (torch.stack([clicks, zeros], dim=1), torch.ones(len(a), 2), torch.zeros(len(a), dtype=torch.long), 1 + zeros)
+    assert net.diagnostics() == {}
+    net.eval()
+    loss(output, *targets, loss.denominators(*targets))
+    assert net.diagnostics() == {}  # of training batches only
+    net.train()
+    loss(output, *targets, loss.denominators(*targets))
+    share = float((1 / torch.sigmoid(a)[clicks == 1] > bound).double().mean())
+    assert low <= share <= high
+    assert net.diagnostics() == {"clipped_share": pytest.approx(share)}
+    loss(output, targets[0] * 0, *targets[1:], loss.denominators(*targets))
+    assert net.diagnostics() == {}  # no clicks

@@ -300,6 +300,25 @@ def test_checkpoints_of_earlier_versions_are_resumed(root, tmp_path):
     assert_same_end(root, run_dir)
 
 
+def test_a_run_from_before_biases_started_at_label_rates_goes_on_as_it_was(root, tmp_path):
+    """Its weights are the checkpoint's, whatever networks start at now; its configuration has no such key."""
+    jobs = [
+        train(root, tmp_path / name, f"training.max_steps={steps}", "dense.start_at_label_rates=false", name=name)
+        for name, steps in (("whole", 14), ("old", 7))
+    ]
+    launch(1, jobs, tmp_path / "logs")
+    config = tmp_path / "old/config.yaml"
+    before = config.read_text()
+    config.write_text(before.replace("  start_at_label_rates: false\n", ""))
+    assert config.read_text() != before
+    done = run(command(root, tmp_path / "old", "training.max_steps=14"))
+    assert done.returncode == 0, done.stderr
+    expected, found = (tensors(tmp_path / name / "checkpoints/step_000000014") for name in ("whole", "old"))
+    assert [key for key in expected if not expected[key].equal(found[key])] == []
+    with_rates = tensors(root / "whole-1/checkpoints/step_000000014")
+    assert any(not expected[key].equal(with_rates[key]) for key in expected if key in with_rates)
+
+
 def test_a_checkpoint_is_saved_before_its_validation(root):
     """Its state holds the choice as it was before; what the validation found stands beside it."""
     folder = root / "whole-1/checkpoints"

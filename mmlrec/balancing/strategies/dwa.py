@@ -37,6 +37,7 @@ class DWA(LossBalancing):
     def __init__(self, spec: BalancingSpec, config: Config) -> None:
         super().__init__(spec, config)
         self.window_steps = config.window_steps or spec.steps_per_epoch
+        self.warmup_steps = 2 * self.window_steps
         for name in ("total", "count", "last", "before"):
             self.register_buffer(name, torch.zeros(len(spec.objectives), dtype=torch.float64))
 

@@ -2,9 +2,12 @@
 
 Navon, Shamsian, Achituve, Maron, Kawaguchi, Chechik, Fetaya, "Multi-Task Learning as a Bargaining Game", ICML 2022.
 
-    (Q / |Q| + ridge I) c = 1 / c, c > 0, |Q| the Frobenius norm
+    (C + ridge I) a = 1 / a, a > 0       C the cosines between the gradients, C_ij = Q_ij / (|g_i| |g_j|)
+    c_t = sqrt(|Q|) a_t / |g_t|          |Q| the Frobenius norm
 
-Without the ridge, gradients that cancel have no solution. The paper's clipping of the gradient's norm to 1 is
+Without the ridge this is Q / |Q| c = 1 / c, the published rule, and gradients that cancel have no solution. The ridge stands on
+the cosines, so that an objective's share a_t of the update does not depend on the scale of its loss: on Q / |Q| it would
+outweigh the diagonal of short gradients and silence them. The paper's clipping of the gradient's norm to 1 is
 `dense.clip_norm: 1`, off by default.
 """
 
@@ -17,20 +20,22 @@ from mmlrec.balancing.gradients import Array, GradientBalancing, GradientBalanci
 
 
 class Nash(GradientBalancing):
-    """Nash bargaining on the Gram matrix divided by its norm."""
+    """Nash bargaining on the cosines between the gradients."""
 
     class Config(GradientBalancingConfig):
         """Options of Nash-MTL."""
 
         ridge: float = Field(
-            default=0.01, gt=0, description="Added to the normalised Gram matrix: bounds c by sqrt(K / ridge)."
+            default=0.01, gt=0, description="Added to the matrix of cosines: bounds the shares a by sqrt(K / ridge)."
         )
 
     config: Config
 
     def rule(self, gram: Array, losses: Array, step: int) -> Array:
         """See the base class."""
-        return nash(gram / np.linalg.norm(gram), self.config.ridge)
+        norms = np.sqrt(np.diag(gram))
+        shares = nash(gram / np.outer(norms, norms), self.config.ridge)
+        return np.asarray(np.sqrt(np.linalg.norm(gram)) * shares / norms)
 
 
 def nash(gram: Array, ridge: float = 0.0) -> Array:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import ChainLoss, Loss, LossOptions
+from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner
 from mmlrec.output import Output
 from mmlrec.schema import Setting
@@ -41,6 +43,8 @@ class ChainModel(MultiTaskModel):
     config: ChainConfig
     settings = (Setting.MTL, Setting.MTMSL)
     alternative = "One label is no chain: use setting 'mtl' or 'mtmsl' with a click and a conversion task, or another method."
+    #: True: steps have the probability given the step before, so none is above that before. False: each has its own.
+    conditional: ClassVar[bool] = True
     #: True: exactly two steps.
     two_steps: ClassVar[bool] = False
 
@@ -95,6 +99,18 @@ class ChainModel(MultiTaskModel):
         if self.replicas > 1:
             return owner
         return "task" if owner == "head" else None
+
+    def label_logits(self, counts: Tensor) -> Tensor:
+        """Of each step, given the one before unless steps are not `conditional`; see the base class.
+
+        Rows on which a step can follow are the positive ones of the step before; where fewer are labelled, those.
+        """
+        steps = counts.clone()
+        for before, this in pairwise(self.chain):
+            labelled, positive = counts[this].unbind(-1)
+            steps[this, :, 0] = torch.maximum(torch.minimum(counts[before, :, 1], labelled), positive)
+        logits = super().label_logits(steps)
+        return logits if self.conditional else chain_products(logits.unsqueeze(0), self.chain)[0]
 
     @property
     def last_step(self) -> tuple[bool, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.layers.options import Activation, HiddenOptions, Init
 from mmlrec.layers.scenario import Dispatch, prefers_grouped
+from mmlrec.layers.towers import Towers
 from mmlrec.losses import Loss, LossOptions
 from mmlrec.output import Output
 from mmlrec.schema import Setting, Task
@@ -91,6 +92,9 @@ class MultiTaskModel(nn.Module):
     branches: tuple[int, ...] = ()
     #: Module (or parameter) name -> who owns its parameters; what is not listed is shared by all. See `owner`.
     owners: ClassVar[dict[str, Owner]] = {}
+    #: Attribute with weights of linear layers -> what `dense.l2` pulls them to; of the network itself, whose layers have their
+    #: own. See `mmlrec.layers.decay`.
+    decays: ClassVar[dict[str, float]] = {}
     #: Tasks of a chain, first step first, in which each label implies the one before; empty for other methods.
     chain: tuple[int, ...] = ()
     #: Uniform random numbers in (0, 1) that one training step takes, for random gates.
@@ -140,6 +144,55 @@ class MultiTaskModel(nn.Module):
     def make_loss(self, options: LossOptions) -> Loss:
         """The loss of this network; a method with terms of its own overrides it."""
         return Loss(self.spec.tasks, self.spec.num_scenarios, options)
+
+    def output_biases(self) -> Tensor | None:
+        """What is added to the logits last; None where no part of the network is that. Writing to it changes the network.
+
+        Here the biases of `towers`, if there is one for each output; a method with other outputs overrides it.
+
+        Returns:
+            [H] or [T, S] of heads, [T] of towers that scenarios share, or one for each of the `branches`.
+        """
+        towers = getattr(self, "towers", None)
+        outputs = (len(self.branches),) if self.branches else (self.spec.num_heads, self.spec.num_tasks)
+        return towers.bias if isinstance(towers, Towers) and len(towers.bias) in outputs else None
+
+    def label_logits(self, counts: Tensor) -> Tensor:
+        """What logits would be if all rows of a task and scenario had the same: those of the label rates.
+
+        A rate of few rows leans towards that of the task over all scenarios, as if one row more had been half a positive, or
+        had the task's rate: it is never 0 or 1. A regression task's is 0.
+
+        Args:
+            counts: [T, S, 2], labelled rows and positive rows of train; or with S = 1 for all scenarios together.
+
+        Returns:
+            [T, S].
+        """
+        labelled, positive = counts.double().unbind(-1)
+        overall = (positive.sum(1, keepdim=True) + 0.5) / (labelled.sum(1, keepdim=True) + 1)
+        logits = torch.logit((positive + overall) / (labelled + 1))
+        binary = torch.tensor([task.kind == "binary" for task in self.spec.tasks])
+        return torch.where(binary.unsqueeze(1), logits, 0.0)
+
+    @torch.no_grad()
+    def start_at_label_rates(self, counts: Tensor) -> None:
+        """Set the output biases so that the untrained network predicts the label rates of train, scenario by scenario.
+
+        Otherwise it says .5 of every row, and its first steps go into learning one number for each head.
+
+        Args:
+            counts: [T, S, 2], labelled rows and positive rows of train.
+        """
+        biases = self.output_biases()
+        if biases is None:
+            return
+        if not self.branches and biases.numel() < self.spec.num_heads:
+            counts = counts.sum(1, keepdim=True)
+        logits = self.label_logits(counts)
+        if self.branches:
+            logits = logits.flatten()[list(self.branches)]
+        biases.copy_(logits.view(biases.shape))
 
     def lr_factors(self) -> dict[str, float]:
         """Module (or parameter) name -> what its parameters' learning rate is multiplied by; 1 for what is not listed."""
