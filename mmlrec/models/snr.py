@@ -93,6 +93,10 @@ class SNR(MultiTaskModel):
         """Heads own the towers and the connections that lead to them."""
         return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
 
+    def lr_factors(self) -> dict[str, float]:
+        """The gates have a learning rate of their own."""
+        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
+
     def forward(
         self,
         x: Tensor,

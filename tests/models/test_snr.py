@@ -9,7 +9,7 @@ import torch
 
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method
-from tests.models.support import assert_gradients_are_slopes, build, losses, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, losses, make_data, make_spec, mean_gate, step
 
 F64 = torch.float64
 SIZES = [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)]
@@ -21,8 +21,9 @@ STRETCHED = {"hc_beta": 0.5, "hc_gamma": -0.3, "hc_zeta": 1.4, "log_alpha_init":
 
 def gate(config, log_alpha, u=None):
     """One hard-concrete gate: of a training step with the uniform number u, or of evaluation."""
-    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
-    s = 1 / (1 + math.exp(-logit))
+    if u is None:
+        return mean_gate(log_alpha, config.hc_beta, config.hc_gamma, config.hc_zeta)
+    s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta))
     return min(1.0, max(0.0, s * (config.hc_zeta - config.hc_gamma) + config.hc_gamma))
 
 
