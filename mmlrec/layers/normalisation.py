@@ -106,7 +106,7 @@ class PartitionedNorm(nn.Module):
     Args:
         num_scenarios: S.
         num_features: d.
-        eps: added to the variance; to be small beside it, and tables start with a variance of 1e-4.
+        eps: added to the variance. Columns of a smaller variance are centred, but not made larger than 1 / sqrt(eps) times.
         momentum: least weight of the batch in the running statistics.
         min_count: rows below which a scenario is not normalised by its batch statistics; at least 2.
     """
@@ -116,7 +116,7 @@ class PartitionedNorm(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_scenarios: int, num_features: int, eps: float = 1e-5, momentum: float = 0.01, min_count: int = 2
+        self, num_scenarios: int, num_features: int, eps: float = 1e-3, momentum: float = 0.01, min_count: int = 2
     ) -> None:
         super().__init__()
         self.eps, self.momentum, self.min_count = eps, momentum, min_count

@@ -37,7 +37,7 @@ def test_gates_in_evaluation_are_the_mean_of_those_in_training(options):
     torch.testing.assert_close(module(), torch.tensor(expected, dtype=F64), rtol=0, atol=1e-9)
     torch.testing.assert_close(module.float()(), torch.tensor(expected), rtol=0, atol=1e-6)
     # The draws of training themselves, at equal distances over all uniform numbers.
-    draws = 200_000
+    draws = 20_000
     uniform = (torch.arange(draws, dtype=F64) + 0.5) / draws
     for value, mean in zip(values, expected, strict=True):
         assert gates([value] * draws, **options)(uniform).mean().item() == pytest.approx(mean, abs=1e-6)

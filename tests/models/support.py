@@ -89,7 +89,5 @@ def mean_gate(log_alpha: float, beta: float, gamma: float, zeta: float) -> float
         return s * (zeta - gamma) + gamma
 
     # It is 0 below the first of these numbers and 1 above the second.
-    first, second = (
-        1 / (1 + math.exp(log_alpha - beta * math.log((t - gamma) / (zeta - t)))) for t in (0.0, 1.0)
-    )
+    first, second = (1 / (1 + math.exp(log_alpha - beta * math.log((t - gamma) / (zeta - t)))) for t in (0.0, 1.0))
     return quad(value, first, second, epsabs=1e-12, epsrel=1e-12)[0] + 1 - second
