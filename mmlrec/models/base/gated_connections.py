@@ -18,6 +18,7 @@ class GatedConnectionsConfig(NetworkConfig):
     hc_beta: float = Field(default=0.9, gt=0, description="Temperature of the gates.")
     hc_gamma: float = Field(default=-0.1, lt=0, description="Lower end of the gates' stretched interval.")
     hc_zeta: float = Field(default=1.1, gt=1, description="Upper end of the gates' stretched interval.")
+    gate_lr_mult: float = Field(default=40.0, gt=0, description="Learning rate of the gates over the network's.")
 
     @property
     def gates(self) -> HardConcreteOptions:
