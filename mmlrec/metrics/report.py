@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,16 +14,24 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from mmlrec.errors import DataError, UserAdvice
-from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mae, mse, normalized_entropy, r2
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.schema import Scenario, Task
 
-_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse")
+#: Of a binary task, and of a regression task, in the order of the table.
+BINARY_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration")
+REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
+_METRICS = (*BINARY_METRICS, *REGRESSION_METRICS)
 _COUNTS = ("rows", "positives")
 
 
 def build_report(
-    rows: PredictionRows, *, tasks: Sequence[Task], scenario: Scenario | None, chain: Sequence[int] = ()
+    rows: PredictionRows,
+    *,
+    tasks: Sequence[Task],
+    scenario: Scenario | None,
+    chain: Sequence[int] = (),
+    deviations: Mapping[str, Mapping[str, float]] = {},
 ) -> dict[str, Any]:
     """All metrics of each task, over all rows and for each scenario.
 
@@ -34,6 +42,7 @@ def build_report(
         tasks: the T tasks, in the order of the columns.
         chain: columns of a chain of tasks, first step first. Then there is also "cvr", an entry like a task's: the last step
             given the first, on rows that are positive in the first.
+        deviations: regression task -> "all" or scenario -> standard deviation of its labels in train; R² is None without.
 
     Returns:
         `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
@@ -44,10 +53,13 @@ def build_report(
         DataError: a logit is NaN, so nothing can be ranked.
     """
     undefined: list[str] = []
-    entries = {task.name: _task_entry(rows, column, task, scenario, undefined) for column, task in enumerate(tasks)}
+    entries = {
+        task.name: _task_entry(rows, column, task, scenario, deviations.get(task.name, {}), undefined)
+        for column, task in enumerate(tasks)
+    }
     report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
     if chain:
-        report["cvr"] = _task_entry(_clicked(rows, chain), 0, Task(name="cvr"), scenario, undefined)
+        report["cvr"] = _task_entry(_clicked(rows, chain), 0, Task(name="cvr"), scenario, {}, undefined)
     if undefined:
         text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
         warnings.warn(f"{text} {', '.join(undefined)}.", UserAdvice, stacklevel=2)
@@ -99,7 +111,12 @@ def _clicked(rows: PredictionRows, chain: Sequence[int]) -> PredictionRows:
 
 
 def _task_entry(
-    rows: PredictionRows, column: int, task: Task, scenario: Scenario | None, undefined: list[str]
+    rows: PredictionRows,
+    column: int,
+    task: Task,
+    scenario: Scenario | None,
+    deviations: Mapping[str, float],
+    undefined: list[str],
 ) -> dict[str, Any]:
     """One task's part of the report; adds slices without an AUC to `undefined`."""
     present = rows.mask[:, column]
@@ -112,21 +129,23 @@ def _task_entry(
         )
     weight = None if (rows.weight == 1).all() else rows.weight[present]
     group = None if (rows.group == rows.group[:1]).all() else rows.group[present]
-    entry = _slice(task, logit, label, weight, group)
+    entry = _slice(task, logit, label, weight, group, deviations.get("all"))
     if task.kind == "binary" and entry["auc"] is None:
         undefined.append(task.name)
     if scenario is None:
         return entry
     ids = rows.scenario[present]
-    parts = {}
+    parts, totals = {}, []
     for index, value in enumerate(scenario.values):
         own = ids == index
-        parts[value] = _slice(task, logit[own], label[own], _take(weight, own), _take(group, own))
+        own_weight = _take(weight, own)
+        parts[value] = _slice(task, logit[own], label[own], own_weight, _take(group, own), deviations.get(value))
+        totals.append(parts[value]["rows"] if own_weight is None else float(own_weight.sum(dtype=np.float64)))
         if task.kind == "binary" and parts[value]["auc"] is None:
             undefined.append(f"{task.name} in {scenario.name}={value}")
     entry["scenarios"] = parts
     entry["scenario_mean"] = _mean_of(list(parts.values()), [1] * len(parts))
-    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), [part["rows"] for part in parts.values()])
+    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), totals)
     return entry
 
 
@@ -136,15 +155,23 @@ def _slice(
     label: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32] | None,
     group: npt.NDArray[np.int64] | None,
+    deviation: float | None,
 ) -> dict[str, Any]:
     if task.kind == "regression":
-        return {"mse": _json(mse(logit, label, weight)), "rows": len(label)}
+        error = mse(logit, label, weight)
+        return {
+            "mse": _json(error),
+            "rmse": _json(math.sqrt(error)),
+            "mae": _json(mae(logit, label, weight)),
+            "r2": None if deviation is None else _json(r2(logit, label, deviation, weight)),
+            "rows": len(label),
+        }
     return {
         "auc": _json(auc(logit, label, weight)),
         "logloss": _json(logloss(logit, label, weight)),
         "normalized_entropy": _json(normalized_entropy(logit, label, weight)),
         "calibration": _json(calibration(logit, label, weight)),
-        "gauc": None if group is None else _json(gauc(logit, label, group)),
+        "gauc": None if group is None else _json(gauc(logit, label, group, weight)),
         "rows": len(label),
         "positives": int((label > 0).sum()),
     }
@@ -154,7 +181,7 @@ def _take(values: npt.NDArray[Any] | None, chosen: npt.NDArray[np.bool_]) -> npt
     return None if values is None else values[chosen]
 
 
-def _mean_of(entries: list[dict[str, Any]], weights: list[int]) -> dict[str, float | None]:
+def _mean_of(entries: list[dict[str, Any]], weights: Sequence[float]) -> dict[str, float | None]:
     """Weighted mean of each metric over the entries that have it."""
     means: dict[str, float | None] = {}
     for name in _METRICS:

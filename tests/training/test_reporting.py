@@ -45,15 +45,26 @@ def test_what_happens_between_segments_is_no_training_time(reporter, clock, tmp_
     assert lines(tmp_path)[0]["data_wait_share"] == 0.25
 
 
-def test_a_validation_names_the_metric_that_selects(reporter):
+def test_a_validation_names_the_metric_that_selects(reporter, tmp_path):
     heard = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        report = {"tasks": {"click": {"auc": 0.75, "mse": None}, "price": {"mse": 1.5}, "buy": {"auc": None}}}
-        reporter.validation(7, 0, report, "best so far")
+        tasks = {
+            "click": {"auc": 0.75},
+            "price": {"mse": 1.5, "r2": None},
+            "seconds": {"mse": 9.0, "r2": 0.5},
+            "buy": {"auc": None},
+        }
+        reporter.validation(7, 0, {"tasks": tasks}, {"all": 0.625}, "best so far")
+        reporter.validation(8, 0, {"tasks": {}}, {"click": 0.75, "buy": -1.5}, "no better for 1 of 3")
     finally:
         logger.removeHandler(handler)
-    assert heard == ["epoch 0 step 7 | valid auc click 0.7500 mse price 1.5000 auc buy - | best so far"]
+    shown = "auc click 0.7500 mse price 1.5000 r2 seconds 0.5000 auc buy -"
+    assert heard == [
+        f"epoch 0 step 7 | valid {shown} | monitor 0.6250, best so far",
+        "epoch 0 step 8 | valid  | monitor click 0.7500, buy -1.5000, no better for 1 of 3",
+    ]
+    assert [line["monitor"] for line in lines(tmp_path)] == [{"all": 0.625}, {"click": 0.75, "buy": -1.5}]
