@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from mmlrec.config import load_config
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import ConfigError, DataError
+from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import BINARY_METRICS, REGRESSION_METRICS, build_report
@@ -22,7 +24,7 @@ from mmlrec.training.monitor import HIGHER, LOWER, Term, build_monitor
 from mmlrec.training.run import train
 from mmlrec.training.selection import Selection
 from tests.datasets import rewrite_part, write_dataset
-from tests.training.launch import tensors, validations
+from tests.training.launch import launch, tensors, validations
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: {setting}}}
@@ -265,12 +267,13 @@ def test_loss_and_score_of_a_batch_worked_out(mixed, standardise):
         torch.testing.assert_close(session.model(batch)[1].objectives, predictions.objectives)
 
 
-def test_labels_of_which_nothing_is_recorded_keep_their_unit(tmp_path):
+def test_labels_of_which_nothing_is_recorded_keep_their_unit(tmp_path, capfd):
     """As datasets of earlier releases: trained as before, and selected by the squared error, with a word about it."""
     data = write_dataset(tmp_path / "data" / "data", rows=200, num_scenarios=0, regression={"seconds": (1, 0)})
     data.manifest.model_copy(update={"statistics": {}}).save(data.folder)
-    with pytest.warns(UserWarning, match=r"does not record .* labels of seconds: trained in their own unit"):
-        folder = run(data, tmp_path / "run")
+    folder = run(data, tmp_path / "run")
+    told = f"note: {data.folder} does not record mean and deviation of the labels of seconds: trained in their own unit"
+    assert capfd.readouterr().err.count(told) == 1
     for line in validations(folder):
         tasks = line["report"]["tasks"]
         assert tasks["seconds"]["r2"] is None
@@ -344,3 +347,35 @@ def test_a_branch_of_one_class_in_valid_ends_no_run(tmp_path):
             assert best[key].chunk(4)[number].equal(expected[key].chunk(4)[number]), (name, key)
     report = json.loads((folder / "result.json").read_text())["test"]
     assert report["tasks"]["click"]["scenarios"]["s1"]["rows"] > 0
+
+
+def test_two_ranks_train_and_report_like_one(tmp_path):
+    """Rows with weights, a regression task, and a monitor of both: the same values, and GAUC is that of a loop over users."""
+    data = write_dataset(tmp_path / "data" / "data", rows=400, num_scenarios=2, weights=True, regression={"seconds": (4, -64)})
+    overrides = ["training.monitor={buy.gauc: 1, seconds.mae: 0.1}"]
+    config_of(data, *overrides)
+    actions = [
+        {"kind": "train", "name": "two", "config": str(data.folder.parent / "mtl-mmoe.yaml"), "overrides": overrides},
+        {"kind": "evaluate", "overrides": [], "output": str(tmp_path / "two.json")},
+    ]
+    launch(2, [action | {"run_dir": str(tmp_path / "two")} for action in actions], tmp_path)
+    run(data, tmp_path / "one", *overrides)
+    first, second = ([line["monitor"]["all"] for line in validations(tmp_path / name)] for name in ("one", "two"))
+    np.testing.assert_allclose(first, second, atol=2e-3)
+    assert len(first) == 6
+    with process_group() as world:
+        session, _ = load_session(RunFolder(tmp_path / "two"), world, [])
+        report = evaluate_split(session, "test")
+        write_predictions(session, data.folder, "test", tmp_path / "scores.parquet")
+    for task, entry in json.loads((tmp_path / "two.json").read_text())["tasks"].items():
+        found = {name: value for name, value in entry.items() if isinstance(value, float)}
+        assert found == pytest.approx({name: report["tasks"][task][name] for name in found}, rel=1e-5)
+    test, score = data.tables["test"], pq.read_table(tmp_path / "scores.parquet")["score.buy"].to_numpy()
+    label, weight, user = (test[name].to_numpy() for name in ("label.buy", "sample.weight", "key.user"))
+    aucs, totals = [], []
+    for each in np.unique(user):
+        own = (user == each) & ~np.isnan(label)
+        if 0 < label[own].sum() < own.sum():
+            aucs.append(roc_auc_score(label[own], score[own], sample_weight=weight[own]))
+            totals.append(weight[own].sum(dtype=np.float64))
+    assert report["tasks"]["buy"]["gauc"] == pytest.approx(np.average(aucs, weights=totals), abs=1e-9)
