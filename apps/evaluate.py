@@ -17,7 +17,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m apps.evaluate",
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
-        " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",
+        " and GAUC, or errors and R² of regression tasks, as a table and in RUN/result.json. Works at any number of processes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0",
     )

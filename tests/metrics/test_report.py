@@ -82,6 +82,23 @@ def test_weights_reach_the_metrics():
         assert buy["scenario_mean"][name] == pytest.approx(np.mean(parts), rel=1e-12)
 
 
+def test_a_row_of_weight_3_counts_as_three_rows():
+    tasks = [TASKS[0], Task(name="seconds", kind="regression")]
+    rows = prediction_rows()
+    times = np.random.default_rng(2).integers(0, 4, len(rows.row))
+    weighted = dataclasses.replace(rows, weight=times.astype(np.float32))
+    repeated = PredictionRows(**{name: np.repeat(values, times, axis=0) for name, values in vars(rows).items()})
+    reports = [build_report(each, tasks=tasks, scenario=PAGES, chain=(0, 1)) for each in (weighted, repeated)]
+    numbers = [{}, {}]
+    for found, report in zip(numbers, reports, strict=True):
+        for task, entry in [*report["tasks"].items(), ("cvr", report["cvr"]), ("mean", {"scenarios": {"all": report["mean"]}})]:
+            for name, part in {"all": entry, **entry["scenarios"], **entry}.items():
+                if isinstance(part, dict):
+                    found |= {(task, name, metric): value for metric, value in part.items() if isinstance(value, float)}
+    assert len(numbers[0]) > 70
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
+
+
 def looped_gauc(rows, own, column):
     """GAUC by weight, of the groups of the rows `own` one by one."""
     aucs, totals = [], []
