@@ -132,7 +132,14 @@ class TrainingConfig(StrictModel):
     @field_validator("monitor", mode="before")
     @classmethod
     def _one_metric(cls, monitor: Any) -> Any:
-        return {monitor: 1.0} if isinstance(monitor, str) else monitor
+        if isinstance(monitor, str):
+            return {monitor: 1.0}
+        if isinstance(monitor, list) or (isinstance(monitor, dict) and any(isinstance(of, dict) for of in monitor.values())):
+            raise ValueError(
+                "must be one metric, such as bought.gauc, or metrics with weights, such as {bought.gauc: 1, clicked.auc: 0.5};"
+                f" found {monitor}"
+            )
+        return monitor
 
 
 def _checked_path(path: str) -> str:
