@@ -17,8 +17,8 @@ def parse() -> argparse.Namespace:
     parser = Parser(
         prog="python -m apps.evaluate",
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
-        " and GAUC, as a table and in RUN/result.json. Works at any number of processes. With dataset.path=FOLDER, of rows that"
-        " are encoded alike, or another training.precision, as a table alone.",
+        " and GAUC, or errors and R² of regression tasks, as a table and in RUN/result.json. Works at any number of processes."
+        " With dataset.path=FOLDER, of rows that are encoded alike, or another training.precision, as a table alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0\n"
         "  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0 dataset.path=data/next-week",

@@ -74,10 +74,13 @@ def main() -> None:
     if arguments.show:
         if Path(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
-            from mmlrec.training.selection import check_selectable
+            from mmlrec.training.monitor import build_monitor
 
-            parts = build_parts(config, arguments.config)
-            check_selectable(parts.manifest, parts.network.spec.tasks, branches_of(parts.network, parts.manifest))
+            manifest, network, *_ = build_parts(config, arguments.config)
+            branches, chain = branches_of(network, manifest), bool(network.chain)
+            monitor = build_monitor(config.training.monitor, manifest, network.spec.tasks, branches, chain=chain)
+            for note in monitor.notes:
+                print(f"note: {note}", file=sys.stderr)
         else:
             print(
                 f"note: there is no dataset folder {config.dataset.path}: training would be refused. Tasks, scenarios, fields"

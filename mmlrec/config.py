@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -98,7 +98,13 @@ class LossConfig(StrictModel):
         default="pooled", description="Mean over all rows of a task, or mean of the means of its scenarios."
     )
     huber_delta: float | None = Field(
-        default=None, gt=0, description="Regression: errors above this count linearly (Huber); absent: squared error."
+        default=None,
+        gt=0,
+        description="Regression: errors above this, in the labels' unit, count linearly (Huber); absent: squared error.",
+    )
+    standardise_labels: bool = Field(
+        default=True,
+        description="Regression: train on labels less their mean in train, over their deviation; scores keep the labels' unit.",
     )
 
 
@@ -114,6 +120,12 @@ class TrainingConfig(StrictModel):
     epochs: int = Field(default=40, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
     patience: int | None = Field(default=3, gt=0, description="Validations without a better metric before stopping.")
+    monitor: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="What early stopping and the best checkpoint go by: one metric of the report, such as buy.gauc, or metrics"
+        " with weights; the mean over tasks of AUC and R² when absent.",
+    )
     validate_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
     checkpoint_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -121,6 +133,18 @@ class TrainingConfig(StrictModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     timeout: float = Field(default=600.0, ge=1, le=86400, description="Longest wait for another rank, in seconds.")
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @field_validator("monitor", mode="before")
+    @classmethod
+    def _one_metric(cls, monitor: Any) -> Any:
+        if isinstance(monitor, str):
+            return {monitor: 1.0}
+        if isinstance(monitor, list) or (isinstance(monitor, dict) and any(isinstance(of, dict) for of in monitor.values())):
+            raise ValueError(
+                "must be one metric, such as bought.gauc, or metrics with weights, such as {bought.gauc: 1, clicked.auc: 0.5};"
+                f" found {monitor}"
+            )
+        return monitor
 
 
 #: What people call a key elsewhere, in lower case without underscores -> a sentence that names the key here.

@@ -27,13 +27,15 @@ class LossOptions:
         scenario_reduction: see `Loss`.
         unit: what one objective is.
         scenarios: names of the S scenarios, for objectives by scenario; their indices when empty.
-        huber_delta: error of a regression task from which its loss grows linearly; None: never.
+        huber_delta: error of a regression task, in the unit of its labels, from which its loss grows linearly; None: never.
+        deviations: by which the labels of each task that the loss gets are divided; empty: by none.
     """
 
     scenario_reduction: Reduction = "pooled"
     unit: Unit = "task"
     scenarios: tuple[str, ...] = ()
     huber_delta: float | None = None
+    deviations: tuple[float, ...] = ()
 
 
 class Loss:
@@ -41,7 +43,7 @@ class Loss:
 
         L_t = sum_b w_b m[b, t] l(z[b, t], y[b, t]) / sum_b w_b m[b, t]
 
-    with l the binary cross-entropy of the logit, or the squared error e^2 of a regression task (with `huber_delta` d:
+    with l the binary cross-entropy of the logit, or the squared error e^2 of a regression task (with a Huber delta d:
     d (2 |e| - d) where |e| > d). `pooled` counts every row once; `balanced` is the mean of the per-scenario means, over the
     scenarios that have labelled rows. A task without rows has loss 0 and zero gradients. A NaN label counts as missing.
 
@@ -57,7 +59,11 @@ class Loss:
     def __init__(self, tasks: tuple[Task, ...], num_scenarios: int, options: LossOptions = LossOptions()) -> None:
         self.tasks, self.num_scenarios = tasks, num_scenarios
         self.balanced = options.scenario_reduction == "balanced" and num_scenarios > 1
-        self.unit, self.huber_delta = options.unit, options.huber_delta
+        self.unit = options.unit
+        #: Of each task, in the unit of the labels that the loss gets.
+        self.huber_deltas: list[float] | None = None
+        if options.huber_delta is not None:
+            self.huber_deltas = [options.huber_delta / each for each in options.deviations or [1.0] * len(tasks)]
         self.scenarios = options.scenarios or tuple(str(s) for s in range(num_scenarios))
 
     @property
@@ -126,7 +132,7 @@ class Loss:
 
     def row_losses(self, output: Output, labels: Tensor) -> Tensor:
         """Loss of each row and task, [B, T], finite also where a label is missing (NaN)."""
-        return per_sample(output.logits, labels, self.tasks, self.huber_delta)
+        return per_sample(output.logits, labels, self.tasks, self.huber_deltas)
 
     def terms(self, output: Output, labels: Tensor, share: Tensor) -> dict[str, Tensor]:
         """Scalars that are added to the objectives as they are, by name: here the network's own.
@@ -185,8 +191,8 @@ def row_weights(labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
     return torch.where(labels.isnan(), 0.0, mask * weight.unsqueeze(1))
 
 
-def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...], huber_delta: float | None = None) -> Tensor:
-    """Loss of each row and task, [B, T], in float32 or wider; NaN labels are read as 0."""
+def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...], huber_deltas: Sequence[float] | None = None) -> Tensor:
+    """Loss of each row and task, [B, T], in float32 or wider; NaN labels are read as 0. Deltas are those of each task."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Replaced before the loss: 0 * NaN is NaN, so masking after it would be too late.
     labels = torch.nan_to_num(labels.to(logits.dtype), nan=0.0)
@@ -196,7 +202,7 @@ def per_sample(logits: Tensor, labels: Tensor, tasks: tuple[Task, ...], huber_de
     columns = [
         F.binary_cross_entropy_with_logits(logits[:, t], labels[:, t], reduction="none")
         if is_binary
-        else _regression(logits[:, t], labels[:, t], huber_delta)
+        else _regression(logits[:, t], labels[:, t], None if huber_deltas is None else huber_deltas[t])
         for t, is_binary in enumerate(binary)
     ]
     return torch.stack(columns, dim=1)

@@ -287,6 +287,14 @@ class DatasetManifest(_Contract):
         """The table of that name."""
         return next(t for t in self.tables if t.name == name)
 
+    def train_moments(self, task: str) -> dict[str, tuple[float, float]]:
+        """Scenario or "all" -> mean and deviation of a regression task's labels in train; empty where nothing is recorded.
+
+        Scenarios without a label are left out.
+        """
+        values = self.statistics.get("label_values", {}).get(task, {}).get("train", {})
+        return {name: (of["mean"], of["deviation"]) for name, of in values.items() if of["mean"] is not None}
+
     def save(self, folder: Path) -> None:
         """Write `manifest.json`. Preprocessing calls this last, inside the temporary folder that it then renames."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)

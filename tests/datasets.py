@@ -38,6 +38,7 @@ def write_dataset(
     seed: int = 0,
     funnel: bool = False,
     scenario_run: int = 1,
+    regression: dict[str, tuple[float, float]] | None = None,
 ) -> WrittenDataset:
     """A dataset folder with labels that depend on the features.
 
@@ -47,6 +48,7 @@ def write_dataset(
         missing_labels: share of labels that are null.
         funnel: each task is positive only where the one before it is; the first two have the roles ctr and ctcvr.
         scenario_run: so many rows after each other have the same scenario.
+        regression: further tasks, name -> (scale, shift) of labels that are small multiples of 1/16.
     """
     sizes = rows if isinstance(rows, dict) else {"train": rows, "valid": rows // 4, "test": rows // 4}
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,29 +57,51 @@ def write_dataset(
     tables = [Table(name=str(f.table), num_rows=table_rows + i) for i, f in enumerate(features)]
     features += [Feature(name=f"d{i}", kind="dense") for i in range(num_dense)]
     names = [f"s{i}" for i in range(num_scenarios)]
+    regression = regression or {}
     written, splits = {}, {}
     for number, (split, count) in enumerate(sizes.items()):
         rng = np.random.default_rng([seed, number])
         table_sizes = {table.name: table.num_rows for table in tables}
         columns = _columns(rng, count, features, table_sizes, tasks, num_scenarios, missing_labels, funnel, scenario_run)
+        for task, (scale, shift) in regression.items():
+            signal = sum(columns[feature.name].to_numpy() for feature in features if feature.kind == "dense")
+            value = np.round(16 * (signal + rng.normal(size=count))) / 16 * scale + shift
+            columns[f"label.{task}"] = pa.array(value.astype(np.float32), mask=rng.random(count) < missing_labels)
         if weights:
             columns["sample.weight"] = pa.array(rng.uniform(0.5, 2, count).astype(np.float32))
         written[split] = pa.table(columns)
-        splits[split] = _write_split(folder, split, written[split], rows_per_part, row_group_size, tasks, names)
+        splits[split] = _write_split(folder, split, written[split], rows_per_part, row_group_size, (*tasks, *regression), names)
+    statistics = {}
+    if regression:
+        statistics["label_values"] = {
+            task: {split: _moments(table, task, names) for split, table in written.items()} for task in regression
+        }
+    of_regression = [Task(name=task, kind="regression") for task in regression]
     manifest = DatasetManifest(
         name="written",
         tables=tables,
         features=features,
-        tasks=_funnel(tasks) if funnel else [Task(name=task) for task in tasks],
+        tasks=(_funnel(tasks) if funnel else [Task(name=task) for task in tasks]) + of_regression,
         scenario=Scenario(name="page", values=names) if num_scenarios else None,
         keys=["user", "session"],
         group_key="user",
         num_lanes=num_lanes,
         row_group_size=row_group_size,
         splits=splits,
+        statistics=statistics,
     )
     manifest.save(folder)
     return WrittenDataset(folder, manifest, written)
+
+
+def _moments(table, task, names):
+    label = table.column(f"label.{task}").to_numpy().astype(np.float64)
+    where = {"all": np.full(len(label), True)}
+    where |= {name: table.column("sample.scenario").to_numpy() == index for index, name in enumerate(names)}
+    known = {name: label[chosen & ~np.isnan(label)] for name, chosen in where.items()}
+    return {
+        name: {"mean": of.mean(), "deviation": of.std(), "least": of.min(), "greatest": of.max()} for name, of in known.items()
+    }
 
 
 def _funnel(names: tuple[str, ...]) -> list[Task]:
@@ -140,7 +164,7 @@ def _write_split(folder, split, table, rows_per_part, row_group_size, tasks, nam
     for task in tasks:
         label = table.column(f"label.{task}").to_numpy()
         where = {"all": np.full(len(label), True)} | {name: scenario == i for i, name in enumerate(names)}
-        counts[task] = {n: (int((~np.isnan(label[w])).sum()), int((label[w] == 1).sum())) for n, w in where.items()}
+        counts[task] = {n: (int((~np.isnan(label[w])).sum()), int((label[w] > 0).sum())) for n, w in where.items()}
     scenario_rows = {name: int((scenario == i).sum()) for i, name in enumerate(names)}
     return Split(parts=parts, num_rows=table.num_rows, scenario_rows=scenario_rows, label_counts=counts)
 

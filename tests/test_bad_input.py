@@ -98,6 +98,14 @@ CONFIGS = {
         ["loss.loss_weights: unknown key", "balancing.loss_weights"],
     ),
     "Huber for a probability": (["loss.huber_delta=1"], ["loss.huber_delta", "all tasks are binary"]),
+    "metric that no report has": (["training.monitor=bye.gauc"], ["training.monitor: 'bye.gauc'", "Did you mean 'buy.gauc'?"]),
+    "metric of another kind": (["training.monitor=buy.rmse"], ["training.monitor: 'buy.rmse'", "buy: auc, gauc, logloss"]),
+    "metrics as a list": (
+        ["training.monitor=[buy.auc]"],
+        ["command line: training.monitor: must be one metric", "['buy.auc']"],
+    ),
+    "metric by its parts": (["training.monitor.buy.auc=1"], ["training.monitor: must be one metric", "{bought.gauc: 1"]),
+    "metric without weight": (["training.monitor={buy.auc: 0}"], ["training.monitor.buy.auc", "greater than 0"]),
     "no weight": (["balancing.loss_weights={click: 0, buy: 0}"], ["all objectives have weight 0"]),
     "weight of a task by head": (
         ["dataset.setting=mtmsl", "balancing={unit: head, loss_weights: {buy: 2}}"],

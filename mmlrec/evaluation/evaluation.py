@@ -117,10 +117,18 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     report, error = None, None
     if rows is not None:
         try:
-            network, scenario = session.network, session.manifest.scenario
-            conditional = not isinstance(network, ChainModel) or network.conditional
+            network, manifest, tasks = session.network, session.manifest, session.spec.tasks
+            deviations = {
+                task.name: {name: deviation for name, (_, deviation) in manifest.train_moments(task.name).items()}
+                for task in tasks
+            }
             report = build_report(
-                rows, tasks=session.spec.tasks, scenario=scenario, chain=network.chain, conditional=conditional
+                rows,
+                tasks=tasks,
+                scenario=manifest.scenario,
+                chain=network.chain,
+                conditional=not isinstance(network, ChainModel) or network.conditional,
+                deviations=deviations,
             )
             if isinstance(network, ChainModel) and network.config.allow_non_chain:
                 report["allow_non_chain"] = True

@@ -60,10 +60,11 @@ def calibration(logit: Floats, label: Floats, weight: Floats | None = None) -> f
     return _mean(0.5 * (1 + np.tanh(logit.astype(np.float64) / 2)), weight) / rate
 
 
-def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64]) -> float:
+def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64], weight: Floats | None = None) -> float:
     """Mean of the groups' AUCs, each weighted by its number of rows; groups with one class are left out.
 
-    (Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", with impressions as weights.)
+    (Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", with impressions as weights.) With weights a
+    group weighs the sum of its rows' weights, and its AUC is the weighted one; a class whose weights are all 0 is none.
     """
     if not len(score):
         return float("nan")
@@ -73,6 +74,8 @@ def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64]) -> float:
     new_tie = new_group | np.concatenate([[True], score[1:] != score[:-1]])
     starts = np.flatnonzero(new_group)
     tie_starts = np.flatnonzero(new_tie)
+    if weight is not None:
+        return _weighted_gauc(positive, weight[order].astype(np.float64), starts, tie_starts)
     tie_sizes = np.diff(np.append(tie_starts, len(score)))
     # Rank within the group, from 1, ties averaged.
     rank = np.repeat(tie_starts + (tie_sizes + 1) / 2, tie_sizes)
@@ -93,6 +96,28 @@ def log_ratio(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
     return np.logaddexp(0.0, -first.astype(np.float64)) - np.logaddexp(0.0, -last.astype(np.float64))
 
 
+def _weighted_gauc(
+    positive: npt.NDArray[np.bool_],
+    weight: npt.NDArray[np.float64],
+    starts: npt.NDArray[np.int64],
+    tie_starts: npt.NDArray[np.int64],
+) -> float:
+    """`gauc` of rows in order of group and score; where groups begin, and where rows of one group and score do."""
+    high, low = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
+    # Of each tie: weight of the negatives below it in its group, and half of its own.
+    tie_low = np.add.reduceat(low, tie_starts)
+    below = np.cumsum(tie_low) - tie_low
+    first_tie = np.searchsorted(tie_starts, starts)
+    below -= np.repeat(below[first_tie], np.diff(np.append(first_tie, len(tie_starts))))
+    right = np.add.reduceat(np.add.reduceat(high, tie_starts) * (below + tie_low / 2), first_tie)
+    pairs = np.add.reduceat(high, starts) * np.add.reduceat(low, starts)
+    both = pairs > 0
+    if not both.any():
+        return float("nan")
+    total = np.add.reduceat(weight, starts)[both]
+    return float((right[both] / pairs[both] * total).sum() / total.sum())
+
+
 def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
     """Logit of sigmoid(last) / sigmoid(first): of a chain's last step given its first, [N], where last is at most first.
 
@@ -106,6 +131,16 @@ def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
 def mse(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:
     """Weighted mean squared error, in float64."""
     return _mean((prediction.astype(np.float64) - label) ** 2, weight)
+
+
+def mae(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:
+    """Weighted mean absolute error, in float64."""
+    return _mean(np.abs(prediction.astype(np.float64) - label), weight)
+
+
+def r2(prediction: Floats, label: Floats, deviation: float, weight: Floats | None = None) -> float:
+    """1 - MSE / variance, with the standard deviation of the labels in train; NaN where that is 0 or NaN."""
+    return 1 - mse(prediction, label, weight) / deviation**2 if deviation > 0 else float("nan")
 
 
 def _mean(values: npt.NDArray[np.float64], weight: Floats | None) -> float:

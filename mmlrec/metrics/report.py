@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,11 +14,25 @@ import numpy.typing as npt
 from tabulate import tabulate
 
 from mmlrec.errors import DataError, UserAdvice
-from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, log_ratio, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import (
+    auc,
+    calibration,
+    conditional_logit,
+    gauc,
+    log_ratio,
+    logloss,
+    mae,
+    mse,
+    normalized_entropy,
+    r2,
+)
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.schema import Scenario, Task
 
-_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse")
+#: Of a binary task, and of a regression task, in the order of the table.
+BINARY_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration")
+REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
+_METRICS = (*BINARY_METRICS, *REGRESSION_METRICS)
 _COUNTS = ("rows", "positives")
 
 
@@ -29,6 +43,7 @@ def build_report(
     scenario: Scenario | None,
     chain: Sequence[int] = (),
     conditional: bool = True,
+    deviations: Mapping[str, Mapping[str, float]] = {},
 ) -> dict[str, Any]:
     """All metrics of each task, over all rows and for each scenario.
 
@@ -42,6 +57,7 @@ def build_report(
         conditional: no step's probability is above that of the one before, so that the last over the first is a probability.
             Otherwise cvr is ranked by that ratio, has no metrics of probabilities, and `above_one` counts the rows in which
             the ratio is none.
+        deviations: regression task -> "all" or scenario -> standard deviation of its labels in train; R² is None without.
 
     Returns:
         `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
@@ -52,11 +68,14 @@ def build_report(
         DataError: a logit is NaN, so nothing can be ranked.
     """
     undefined: list[str] = []
-    entries = {task.name: _task_entry(rows, column, task, scenario, undefined) for column, task in enumerate(tasks)}
+    entries = {
+        task.name: _task_entry(rows, column, task, scenario, deviations.get(task.name, {}), undefined)
+        for column, task in enumerate(tasks)
+    }
     report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
     if chain:
         clicked = _clicked(rows, chain, conditional)
-        report["cvr"] = _task_entry(clicked, 0, Task(name="cvr"), scenario, undefined)
+        report["cvr"] = _task_entry(clicked, 0, Task(name="cvr"), scenario, {}, undefined)
         if not conditional:
             _rank_only(report["cvr"])
             report["cvr"]["above_one"] = int((clicked.logits[clicked.mask] > 0).sum())
@@ -121,7 +140,12 @@ def _rank_only(entry: dict[str, Any]) -> None:
 
 
 def _task_entry(
-    rows: PredictionRows, column: int, task: Task, scenario: Scenario | None, undefined: list[str]
+    rows: PredictionRows,
+    column: int,
+    task: Task,
+    scenario: Scenario | None,
+    deviations: Mapping[str, float],
+    undefined: list[str],
 ) -> dict[str, Any]:
     """One task's part of the report; adds slices without an AUC to `undefined`."""
     present = rows.mask[:, column]
@@ -134,21 +158,23 @@ def _task_entry(
         )
     weight = None if (rows.weight == 1).all() else rows.weight[present]
     group = None if (rows.group == rows.group[:1]).all() else rows.group[present]
-    entry = _slice(task, logit, label, weight, group)
+    entry = _slice(task, logit, label, weight, group, deviations.get("all"))
     if task.kind == "binary" and entry["auc"] is None:
         undefined.append(task.name)
     if scenario is None:
         return entry
     ids = rows.scenario[present]
-    parts = {}
+    parts, totals = {}, []
     for index, value in enumerate(scenario.values):
         own = ids == index
-        parts[value] = _slice(task, logit[own], label[own], _take(weight, own), _take(group, own))
+        own_weight = _take(weight, own)
+        parts[value] = _slice(task, logit[own], label[own], own_weight, _take(group, own), deviations.get(value))
+        totals.append(parts[value]["rows"] if own_weight is None else float(own_weight.sum(dtype=np.float64)))
         if task.kind == "binary" and parts[value]["auc"] is None:
             undefined.append(f"{task.name} in {scenario.name}={value}")
     entry["scenarios"] = parts
     entry["scenario_mean"] = _mean_of(list(parts.values()), [1] * len(parts))
-    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), [part["rows"] for part in parts.values()])
+    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), totals)
     return entry
 
 
@@ -158,15 +184,23 @@ def _slice(
     label: npt.NDArray[np.float32],
     weight: npt.NDArray[np.float32] | None,
     group: npt.NDArray[np.int64] | None,
+    deviation: float | None,
 ) -> dict[str, Any]:
     if task.kind == "regression":
-        return {"mse": _json(mse(logit, label, weight)), "rows": len(label)}
+        error = mse(logit, label, weight)
+        return {
+            "mse": _json(error),
+            "rmse": _json(math.sqrt(error)),
+            "mae": _json(mae(logit, label, weight)),
+            "r2": None if deviation is None else _json(r2(logit, label, deviation, weight)),
+            "rows": len(label),
+        }
     return {
         "auc": _json(auc(logit, label, weight)),
         "logloss": _json(logloss(logit, label, weight)),
         "normalized_entropy": _json(normalized_entropy(logit, label, weight)),
         "calibration": _json(calibration(logit, label, weight)),
-        "gauc": None if group is None else _json(gauc(logit, label, group)),
+        "gauc": None if group is None else _json(gauc(logit, label, group, weight)),
         "rows": len(label),
         "positives": int((label > 0).sum()),
     }
@@ -176,7 +210,7 @@ def _take(values: npt.NDArray[Any] | None, chosen: npt.NDArray[np.bool_]) -> npt
     return None if values is None else values[chosen]
 
 
-def _mean_of(entries: list[dict[str, Any]], weights: list[int]) -> dict[str, float | None]:
+def _mean_of(entries: list[dict[str, Any]], weights: Sequence[float]) -> dict[str, float | None]:
     """Weighted mean of each metric over the entries that have it."""
     means: dict[str, float | None] = {}
     for name in _METRICS:

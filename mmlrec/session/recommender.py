@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Predictions(NamedTuple):
     """What a forward pass hands to logging and evaluation, detached.
 
     Attributes:
-        logits: [B, T] float32, own scenario.
+        logits: [B, T] float32, own scenario; of a regression task the value, in the unit of its labels.
         objectives: this rank's share of each objective of the loss; the mean over ranks is the loss of the global batch.
     """
 
@@ -39,12 +40,22 @@ class Head(nn.Module):
     Args:
         balancing: joins the objectives of a training step.
         prefixes: prefix of the features of each branch that has its own tables; [""] when tables are shared.
+        scales: regression task -> mean and deviation of its labels in train: the network's output z stands for
+            mean + deviation * z, and the loss compares z with the standardised label. Tasks without one keep their unit.
     """
 
     loss_weights: Tensor
+    label_mean: Tensor | None
+    label_deviation: Tensor | None
 
     def __init__(
-        self, network: MultiTaskModel, loss: Loss, balancing: Balancing, config: RunConfig, prefixes: list[str]
+        self,
+        network: MultiTaskModel,
+        loss: Loss,
+        balancing: Balancing,
+        config: RunConfig,
+        prefixes: list[str],
+        scales: Mapping[str, tuple[float, float]] = {},
     ) -> None:
         super().__init__()
         self.network = network
@@ -62,6 +73,9 @@ class Head(nn.Module):
         self.step = 0
         weights = [balancing.config.loss_weights.get(name, 1.0) for name in loss.objectives]
         self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
+        of_tasks = torch.tensor([scales.get(task.name, (0.0, 1.0)) for task in network.spec.tasks])
+        self.register_buffer("label_mean", of_tasks[:, 0].clone() if scales else None, persistent=False)
+        self.register_buffer("label_deviation", of_tasks[:, 1].clone() if scales else None, persistent=False)
 
     def forward(self, pooled: KeyedTensor, batch: Batch) -> tuple[Tensor, Predictions]:
         """Compute the training loss and the predictions of one batch.
@@ -73,13 +87,17 @@ class Head(nn.Module):
         scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
-        local = self.loss.denominators(batch.labels, batch.mask, scenario, batch.weight)
+        labels, logits = batch.labels, output.logits.detach()
+        if self.label_mean is not None and self.label_deviation is not None:
+            labels = (labels - self.label_mean) / self.label_deviation
+            logits = logits.float() * self.label_deviation + self.label_mean
+        local = self.loss.denominators(labels, batch.mask, scenario, batch.weight)
         sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
         world_size = dist.get_world_size()
         if world_size > 1:
             dist.all_reduce(sums)
         denominators = sums[:-1].view_as(local)
-        losses = self.loss(output, batch.labels, batch.mask, scenario, batch.weight, denominators, world_size)
+        losses = self.loss(output, labels, batch.mask, scenario, batch.weight, denominators, world_size)
         objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
         weighted = objectives * self.loss_weights
         if self.training:
@@ -95,7 +113,7 @@ class Head(nn.Module):
             named = dict(self.network.named_parameters())
             away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
             total = total + self.l2_dense * torch.stack(away).sum()
-        return total, Predictions(output.logits.detach(), objectives.detach())
+        return total, Predictions(logits, objectives.detach())
 
     def diagnostics(self) -> dict[str, float]:
         """What strategy and network say about the newest training step, by key, for the log."""

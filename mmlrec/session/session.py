@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -25,7 +26,7 @@ from mmlrec.data.verification import Verification
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
-from mmlrec.errors import CheckpointError, DataError, did_you_mean
+from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
@@ -58,6 +59,10 @@ class Session:
     optimizer: CombinedOptimizer
     pipeline: Pipeline
     plan: list[dict[str, Any]]
+    #: Regression task -> mean and deviation of the labels that it is trained on; those without one keep their unit.
+    scales: dict[str, tuple[float, float]]
+    #: False in a run that a release began which knew no R²: its regression tasks are selected by mean squared error.
+    knows_r2: bool
     verification: Verification = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +73,11 @@ class Session:
     def network(self) -> MultiTaskModel:
         """The network, under whatever wraps it."""
         return self.head.network
+
+    @property
+    def label_state(self) -> dict[str, Any]:
+        """What a checkpoint's state says of the labels, as `build_session` takes it; nothing in runs that knew no R²."""
+        return {"label_scales": self.scales} if self.knows_r2 else {}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -185,7 +195,36 @@ def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _loss(config: RunConfig, options: BalancingConfig, network: MultiTaskModel, manifest: DatasetManifest) -> Loss:
+def label_scales(config: RunConfig, manifest: DatasetManifest, tasks: Sequence[Task]) -> dict[str, tuple[float, float]]:
+    """Mean and deviation by which a new run standardises the labels of its regression tasks; none for other tasks.
+
+    Labels of one value keep their unit, less that value. Warns (`UserAdvice`) where a dataset does not record its labels.
+    """
+    scales, unknown = {}, []
+    for task in tasks:
+        if task.kind == "regression" and config.loss.standardise_labels:
+            found = manifest.train_moments(task.name).get("all")
+            if found is None:
+                unknown.append(task.name)
+            else:
+                scales[task.name] = (found[0], found[1] or 1.0)
+    if unknown:
+        warnings.warn(
+            f"{config.dataset.path} does not record mean and deviation of the labels of {', '.join(unknown)}: trained in their"
+            " own unit, and selected by mean squared error. Preprocess again to have them standardised.",
+            UserAdvice,
+            stacklevel=2,
+        )
+    return scales
+
+
+def _loss(
+    config: RunConfig,
+    options: BalancingConfig,
+    network: MultiTaskModel,
+    manifest: DatasetManifest,
+    scales: dict[str, tuple[float, float]],
+) -> Loss:
     """The network's loss, with the objectives that the options of the strategy ask for."""
     setting = config.dataset.setting
     unit: Unit = options.unit or ("scenario" if setting is Setting.MSL else "task")
@@ -195,7 +234,8 @@ def _loss(config: RunConfig, options: BalancingConfig, network: MultiTaskModel, 
     huber_delta = config.loss.huber_delta
     if huber_delta is not None and all(task.kind == "binary" for task in network.spec.tasks):
         raise ConfigError("loss.huber_delta is for regression tasks, and all tasks are binary: leave it out.")
-    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta))
+    deviations = tuple(scales.get(task.name, (0.0, 1.0))[1] for task in network.spec.tasks)
+    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta, deviations))
 
 
 def _balancing(
@@ -222,13 +262,15 @@ class Parts(NamedTuple):
     network: MultiTaskModel
     loss: Loss
     balancing: Balancing
+    scales: dict[str, tuple[float, float]]
 
 
-def build_parts(config: RunConfig, source: str = "config") -> Parts:
+def build_parts(config: RunConfig, source: str = "config", begun: dict[str, Any] | None = None) -> Parts:
     """Build all but the tables; reads no row.
 
     Args:
         source: config file, for messages.
+        begun: state of a checkpoint of the run; None for a new one.
 
     Raises:
         ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
@@ -243,22 +285,28 @@ def build_parts(config: RunConfig, source: str = "config") -> Parts:
     if config.dense.start_at_label_rates:
         network.start_at_label_rates(_label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
-    loss = _loss(config, balancing_options, network, manifest)
-    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest))
+    # What the labels of a run mean is settled when it begins; releases before left them as they are, and say nothing of it.
+    recorded = label_scales(config, manifest, spec.tasks) if begun is None else begun.get("label_scales", {})
+    scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
+    loss = _loss(config, balancing_options, network, manifest, scales)
+    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales)
 
 
-def build_session(config: RunConfig, world: World, *, for_training: bool, source: str = "config") -> Session:
+def build_session(
+    config: RunConfig, world: World, *, for_training: bool, source: str = "config", begun: dict[str, Any] | None = None
+) -> Session:
     """Build network and tables, shard them, and write the initial weights.
 
     Args:
         for_training: False leaves out the optimizers' state (evaluation and prediction need none).
         source: config file, for messages.
+        begun: state of a checkpoint of the run; None for a new one.
 
     Raises:
         ConfigError: the method, its options, the setting or the sharding do not fit.
         DataError: the dataset folder is missing or damaged.
     """
-    manifest, network, loss, balancing = build_parts(config, source)
+    manifest, network, loss, balancing, scales = build_parts(config, source, begun)
     spec = network.spec
     prefixes = [""]
     branches = None
@@ -269,7 +317,7 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes))
+    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales))
     plan = make_plan(
         recommender,
         TABLES,
@@ -292,7 +340,8 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     touch_state(model.fused_optimizer)
     pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
-    return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report)
+    knows_r2 = begun is None or "label_scales" in begun
+    return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report, scales, knows_r2)
 
 
 class Loaded(NamedTuple):
@@ -322,7 +371,7 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
     state = checkpoint.read_state(folder.best)
     if not folder.check_same_data(state, config, other_rows=bool(overrides)):
         otherwise.insert(0, f"dataset.path={config.dataset.path}")
-    session = build_session(config, world, for_training=False, source=str(folder.config))
+    session = build_session(config, world, for_training=False, source=str(folder.config), begun=state)
     checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return Loaded(session, int(state["step"]), otherwise)
 

@@ -132,21 +132,29 @@ class Reporter:
         self._plot("train/samples_per_second", speed, step)
         self._plot("train/data_wait_share", share, step)
 
-    def validation(self, step: int, epoch: int, report: dict[str, Any], note: str) -> None:
-        """Report a validation."""
+    def validation(self, step: int, epoch: int, report: dict[str, Any], monitor: dict[str, float], note: str) -> None:
+        """Report a validation.
+
+        Args:
+            monitor: name -> value that the choice of weights goes by; "all", or each branch.
+            note: what became of it.
+        """
         if not self._main:
             return
         shown = []
         for name, task in report["tasks"].items():
-            metric = "mse" if task.get("mse") is not None else "auc"
+            metric = next((name for name in ("r2", "mse") if task.get(name) is not None), "auc")
             value = task.get(metric)
             shown.append(f"{metric} {name} {'-' if value is None else format(value, '.4f')}")
-        logger.info("epoch %d step %d | valid %s | %s", epoch, step, " ".join(shown), note)
+        followed = ", ".join(f"{value:.4f}" if name == "all" else f"{name} {value:.4f}" for name, value in monitor.items())
+        logger.info("epoch %d step %d | valid %s | monitor %s, %s", epoch, step, " ".join(shown), followed, note)
         for task_name, warning in too_good(report, "valid").items():
             if task_name not in self._warned:
                 self._warned.add(task_name)
                 logger.warning(warning)
-        self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
+        self._write({"step": step, "epoch": epoch, "split": "valid", "monitor": monitor, "report": report})
+        for name, value in monitor.items():
+            self._plot(f"valid/monitor/{name}", value, step)
         for name, task in entries_of(report):
             self._plot_metrics("valid", name, task, step)
             self._plot_scenarios(name, task, step)

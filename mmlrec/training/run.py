@@ -21,7 +21,6 @@ from mmlrec.run_folder.lock import hold
 from mmlrec.session.session import Session, build_session
 from mmlrec.training.advice import advise_on_speed, advise_on_warmup
 from mmlrec.training.chain import check_chain
-from mmlrec.training.selection import check_selectable
 from mmlrec.training.trainer import Trainer
 
 #: Most differences that a name spells out, and most characters of them together.
@@ -136,11 +135,12 @@ def _train(
     if found is None and resume:
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
 
-    session = build_session(config, world, for_training=True, source=source)
+    begun = None if found is None else checkpoint.read_state(found)
+    session = build_session(config, world, for_training=True, source=source, begun=begun)
     trainer = Trainer(session, folder)
     for split in ("valid", "test"):
         session.reader(split)  # What is missing there is told now, not when the split is needed.
-    check_selectable(session.manifest, session.spec.tasks, session.branches())
+    monitor = trainer.monitor  # That it can be had, too.
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
     _create(folder, world)
@@ -158,11 +158,13 @@ def _train(
         advise_on_speed(
             config.training.precision, -(-config.training.batch_size // world.world_size), trainer.reader.num_batches, world
         )
-        if doubt and world.is_main:
-            logger.warning(doubt)
         balancing = (config.balancing["name"], session.head.balancing.warmup_steps)
-        if short := advise_on_warmup(*balancing, trainer.total_steps, ended=False):
-            logger.warning(short)
+        short = advise_on_warmup(*balancing, trainer.total_steps, ended=False)
+        if world.is_main:
+            logger.info("best checkpoint and early stopping by valid, higher is better: %s", monitor)
+            for warning in [doubt, short, *monitor.notes]:
+                if warning:
+                    logger.warning(warning)
         with StopSignal(world) as stop:
             try:
                 trainer.fit(stop)

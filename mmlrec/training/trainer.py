@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from mmlrec.session.session import Session
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses
+from mmlrec.training.monitor import Monitor, build_monitor
 from mmlrec.training.reporting import Reporter
-from mmlrec.training.selection import Selection, branch_metrics, joint_metric
+from mmlrec.training.selection import Selection
 
 
 @dataclass
@@ -63,6 +65,23 @@ class Trainer:
         self._first_losses: dict[str, float] | None = None
         self._losses = torch.zeros(len(session.objectives), device=self.world.device)
         self._loss_steps = 0
+
+    @cached_property
+    def monitor(self) -> Monitor:
+        """What validations go by.
+
+        Raises:
+            UserError: the configuration asks for what the report does not have, or the labels in valid do not allow.
+        """
+        session = self.session
+        return build_monitor(
+            self.config.monitor,
+            session.manifest,
+            session.spec.tasks,
+            session.branches(),
+            chain=bool(session.network.chain),
+            knows_r2=session.knows_r2,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -232,22 +251,24 @@ class Trainer:
             self.session.check_parts(wait=False)
             self._save()
             raise self._interrupted(stop) from None
-        branches = self.session.branches()
-        values = branch_metrics(report, branches) if branches else joint_metric(report)
+        values = self.monitor.values(report)
         improved = self.selection.update(values, self.progress.step)
         if improved:
             state = {
                 "step": self.progress.step,
                 "selection": self.selection.state(),
+                **self.session.label_state,
                 **data_state(self.session.manifest),
             }
-            save_best(self.session, self.folder.best, improved, state)
+            # A branch that nothing can be said of goes along with the others.
+            unknown = [name for name, _, _ in self.session.branches() if name not in values]
+            save_best(self.session, self.folder.best, [*improved, *unknown], state)
         note = (
             "best so far"
             if improved
             else f"no better for {min(self.selection.stale.values())} of {self.config.patience or '-'}"
         )
-        reporter.validation(self.progress.step, self.progress.epoch, report, note)
+        reporter.validation(self.progress.step, self.progress.epoch, report, values, note)
         self.validation_due = False
         if self._saved_step == self.progress.step:
             folder = self.folder.checkpoints
@@ -286,6 +307,7 @@ class Trainer:
             "first_losses": self._first_losses,
             "went_back_to": self._went_back_to,
             **self._validated(),
+            **self.session.label_state,
             "world_size": self.world.world_size,
             "config": self.session.config.model_dump(mode="json"),
             **data_state(self.session.manifest),

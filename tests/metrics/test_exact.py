@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mse, normalized_entropy
+from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mae, mse, normalized_entropy, r2
 
 
 def sample(seed, n=400, distinct=None, rate=0.3):
@@ -96,15 +96,68 @@ def test_gauc_equals_a_loop_over_groups(distinct):
     assert gauc(logit, label, group) == pytest.approx(total / rows, abs=1e-12)
 
 
+@pytest.mark.parametrize("distinct", [None, 2])
+def test_weighted_gauc_equals_a_loop_over_groups(distinct):
+    logit, label, weight, group = sample(4, n=600, distinct=distinct, rate=0.1)
+    weight[::5] = 0
+    total = summed = left_out = 0
+    for g in np.unique(group):
+        own = group == g
+        if len(set(label[own & (weight > 0)])) == 2:
+            of_group = weight[own].sum(dtype=np.float64)
+            total += sk.roc_auc_score(label[own], logit[own], sample_weight=weight[own]) * of_group
+            summed += of_group
+        else:
+            left_out += 1
+    assert left_out > 0
+    assert gauc(logit, label, group, weight) == pytest.approx(total / summed, abs=1e-12)
+    shuffled = np.random.default_rng(0).permutation(len(label))
+    assert gauc(*(values[shuffled] for values in (logit, label, group, weight))) == pytest.approx(total / summed, abs=1e-12)
+
+
+def test_weighted_gauc_worked_by_hand():
+    """Group 7: of the pairs (.9, .5), (.9, .2), (.5, .5), (.5, .2) of weights 2, 6, 3, 9 the third is a tie; weight 7.
+
+    Group 8: both pairs are wrong; weight 4. Group 9 has positives only.
+    """
+    score = np.array([0.9, 0.5, 0.5, 0.2, 0.1, 0.6, 0.4, 0.3])
+    label = np.array([1, 1, 0, 0, 1, 0, 0, 1], np.float32)
+    weight = np.array([2, 3, 1, 3, 1, 1, 2, 50], np.float32)
+    group = np.array([7, 7, 7, 7, 8, 8, 8, 9])
+    of_7 = (2 + 6 + 3 / 2 + 9) / 20
+    assert gauc(score, label, group, weight) == pytest.approx((of_7 * 9 + 0 * 4) / 13, abs=1e-15)
+
+
+def test_gauc_of_equal_weights_is_the_one_without():
+    logit, label, _, group = sample(4, n=600, distinct=3, rate=0.2)
+    assert gauc(logit, label, group, np.full(600, 2.5)) == pytest.approx(gauc(logit, label, group), abs=1e-14)
+
+
 def test_gauc_of_one_group_is_the_auc():
-    logit, label, _, _ = sample(5, distinct=3)
-    assert gauc(logit, label, np.zeros(len(label), np.int64)) == pytest.approx(auc(logit, label), abs=1e-13)
+    logit, label, weight, _ = sample(5, distinct=3)
+    group = np.zeros(len(label), np.int64)
+    assert gauc(logit, label, group) == pytest.approx(auc(logit, label), abs=1e-13)
+    assert gauc(logit, label, group, weight) == pytest.approx(auc(logit, label, weight), abs=1e-13)
 
 
-def test_mse():
+def test_errors_of_regression():
     prediction, label, weight, _ = sample(6)
+    label = label * 3 + np.linspace(0, 1, len(label)).astype(np.float32)
     expected = sk.mean_squared_error(label, prediction.astype(np.float64), sample_weight=weight)
     assert mse(prediction, label, weight) == pytest.approx(expected, rel=1e-10)
+    expected = sk.mean_absolute_error(label, prediction.astype(np.float64), sample_weight=weight)
+    assert mae(prediction, label, weight) == pytest.approx(expected, rel=1e-10)
+    # Against the mean and variance of these very rows it is the usual R².
+    expected = sk.r2_score(label, prediction.astype(np.float64))
+    assert r2(prediction, label, float(np.std(label.astype(np.float64)))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_r2_worked_by_hand():
+    """Train's labels have a variance of 4; squared errors 1 and 9, with weights 3 and 1."""
+    prediction, label = np.array([1.0, 5.0]), np.array([2.0, 2.0])
+    assert r2(prediction, label, 2.0) == 1 - 5 / 4
+    assert r2(prediction, label, 2.0, np.array([3.0, 1.0])) == 1 - 3 / 4
+    assert math.isnan(r2(prediction, label, 0.0))
 
 
 @pytest.mark.parametrize("label", [np.zeros(5, np.float32), np.ones(5, np.float32), np.zeros(0, np.float32)])
@@ -115,6 +168,7 @@ def test_one_class_is_nan(label):
     assert math.isnan(auc(logit, label, weight))
     assert math.isnan(normalized_entropy(logit, label))
     assert math.isnan(gauc(logit, label, group))
+    assert math.isnan(gauc(logit, label, group, weight))
     if not label.any():
         assert math.isnan(calibration(logit, label))
 
@@ -123,7 +177,7 @@ def test_zero_weights_leave_rows_out():
     logit, label, weight, _ = sample(7, distinct=2)
     weight[::3] = 0
     kept = weight > 0
-    for metric in (auc, logloss, normalized_entropy, calibration, mse):
+    for metric in (auc, logloss, normalized_entropy, calibration, mse, mae):
         assert metric(logit, label, weight) == pytest.approx(metric(logit[kept], label[kept], weight[kept]), rel=1e-10)
     assert math.isnan(auc(logit, label, np.zeros_like(weight)))
     assert math.isnan(logloss(logit, label, np.zeros_like(weight)))

@@ -80,4 +80,20 @@ def test_ranks_with_any_number_of_rows_join_to_the_same_as_one_process(tmp_path)
     assert equal(joined, batch(range(N)))
     tasks = [Task(name="a"), Task(name="b")]
     alone = gather_rows([batch(order)])
-    assert build_report(joined, tasks=tasks, scenario=None) == build_report(alone, tasks=tasks, scenario=None)
+    report = build_report(joined, tasks=tasks, scenario=None)
+    assert report == build_report(alone, tasks=tasks, scenario=None)
+    # Weights have come along: GAUC is that of all pairs of rows of one group, worked out one by one.
+    for column, task in enumerate(tasks):
+        aucs, totals = [], []
+        for group in range(7):
+            rows = [row for row in range(N) if row % 7 == group and joined.mask[row, column]]
+            right = pairs = 0.0
+            for high in (row for row in rows if joined.labels[row, column] == 1):
+                for low in (row for row in rows if joined.labels[row, column] == 0):
+                    pair, ahead = (1 + high / 10) * (1 + low / 10), joined.logits[[high, low], column]
+                    pairs += pair
+                    right += pair * (0.5 if ahead[0] == ahead[1] else float(ahead[0] > ahead[1]))
+            if pairs:
+                aucs.append(right / pairs)
+                totals.append(sum(1 + row / 10 for row in rows))
+        assert report["tasks"][task.name]["gauc"] == pytest.approx(np.average(aucs, weights=totals), rel=1e-6)

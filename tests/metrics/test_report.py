@@ -73,6 +73,43 @@ def test_weights_reach_the_metrics():
     probability = 1 / (1 + np.exp(-rows.logits[own, 1].astype(np.float64)))
     expected = sk.log_loss(rows.labels[own, 1], probability, sample_weight=weighted.weight[own])
     assert entry["logloss"] == pytest.approx(expected, rel=1e-10)
+    assert entry["gauc"] == pytest.approx(looped_gauc(weighted, own, 1), abs=1e-12)
+    buy = build_report(weighted, tasks=TASKS, scenario=PAGES)["tasks"]["buy"]
+    totals = [weighted.weight[rows.mask[:, 1] & (rows.scenario == s)].sum(dtype=np.float64) for s in range(2)]
+    for name in ("auc", "gauc", "logloss"):
+        parts = [part[name] for part in buy["scenarios"].values()]
+        assert buy["scenario_weighted_mean"][name] == pytest.approx(np.average(parts, weights=totals), rel=1e-12)
+        assert buy["scenario_mean"][name] == pytest.approx(np.mean(parts), rel=1e-12)
+
+
+def test_a_row_of_weight_3_counts_as_three_rows():
+    tasks = [TASKS[0], Task(name="seconds", kind="regression")]
+    rows = prediction_rows()
+    times = np.random.default_rng(2).integers(0, 4, len(rows.row))
+    weighted = dataclasses.replace(rows, weight=times.astype(np.float32))
+    repeated = PredictionRows(**{name: np.repeat(values, times, axis=0) for name, values in vars(rows).items()})
+    reports = [build_report(each, tasks=tasks, scenario=PAGES, chain=(0, 1)) for each in (weighted, repeated)]
+    numbers = [{}, {}]
+    for found, report in zip(numbers, reports, strict=True):
+        for task, entry in [*report["tasks"].items(), ("cvr", report["cvr"]), ("mean", {"scenarios": {"all": report["mean"]}})]:
+            for name, part in {"all": entry, **entry["scenarios"], **entry}.items():
+                if isinstance(part, dict):
+                    found |= {(task, name, metric): value for metric, value in part.items() if isinstance(value, float)}
+    assert len(numbers[0]) > 70
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9)
+
+
+def looped_gauc(rows, own, column):
+    """GAUC by weight, of the groups of the rows `own` one by one."""
+    aucs, totals = [], []
+    for group in np.unique(rows.group[own]):
+        of_group = own & (rows.group == group)
+        label = rows.labels[of_group, column]
+        if 0 < label.sum() < len(label):
+            weight = rows.weight[of_group].astype(np.float64)
+            aucs.append(sk.roc_auc_score(label, rows.logits[of_group, column], sample_weight=weight))
+            totals.append(weight.sum())
+    return np.average(aucs, weights=totals)
 
 
 def test_one_class_slice_is_null_left_out_of_means_and_warned_about():
@@ -109,15 +146,45 @@ def test_without_groups_and_scenarios():
     assert "gauc" not in report_table(report)
 
 
-def test_regression_tasks_have_mse_only():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_regression_tasks_have_errors_of_their_own(weighted):
     tasks = [TASKS[0], Task(name="seconds", kind="regression")]
     rows = prediction_rows()
-    report = build_report(rows, tasks=tasks, scenario=None)
-    own = rows.mask[:, 1]
-    expected = np.mean((rows.logits[own, 1].astype(np.float64) - rows.labels[own, 1]) ** 2)
-    assert report["tasks"]["seconds"] == {"mse": pytest.approx(expected, rel=1e-9), "rows": own.sum()}
+    if weighted:
+        rows = dataclasses.replace(rows, weight=np.random.default_rng(1).uniform(0.1, 2, 500).astype(np.float32))
+    deviations = {"seconds": {"all": 2.0, "home": 0.5}}  # of cart's labels in train nothing is known
+    report = build_report(rows, tasks=tasks, scenario=PAGES, deviations=deviations)
+    seconds = report["tasks"]["seconds"]
+    for part, chosen, deviation in (
+        (seconds, rows.scenario >= 0, 2.0),
+        (seconds["scenarios"]["home"], rows.scenario == 0, 0.5),
+        (seconds["scenarios"]["cart"], rows.scenario == 1, None),
+    ):
+        own = chosen & rows.mask[:, 1]
+        value, label = rows.logits[own, 1].astype(np.float64), rows.labels[own, 1]
+        mse = sk.mean_squared_error(label, value, sample_weight=rows.weight[own])
+        expected = {
+            "mse": mse,
+            "rmse": mse**0.5,
+            "mae": sk.mean_absolute_error(label, value, sample_weight=rows.weight[own]),
+            "rows": own.sum(),
+        }
+        if deviation is not None:
+            expected["r2"] = 1 - mse / deviation**2
+        assert {name: part[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+        assert (part["r2"] is None) == (deviation is None)
+        assert "auc" not in part
     assert report["mean"]["auc"] == report["tasks"]["click"]["auc"]
-    assert report["mean"]["mse"] == report["tasks"]["seconds"]["mse"]
+    assert report["mean"]["mse"] == seconds["mse"]
+    assert seconds["scenario_mean"]["r2"] == seconds["scenarios"]["home"]["r2"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_regression_without_rows_is_null():
+    rows = prediction_rows()
+    rows.mask[:, 1] = False
+    report = build_report(rows, tasks=[TASKS[0], Task(name="seconds", kind="regression")], scenario=None)
+    assert report["tasks"]["seconds"] == {"mse": None, "rmse": None, "mae": None, "r2": None, "rows": 0}
 
 
 def test_nan_predictions_are_an_error():

@@ -58,11 +58,21 @@ def test_what_happens_between_segments_is_no_training_time(reporter, clock, tmp_
     assert lines(tmp_path)[0]["data_wait_share"] == 0.25
 
 
-def test_a_validation_names_the_metric_that_selects(reporter, heard):
-    tasks = {"click": {"auc": 0.75, "mse": None}, "price": {"mse": 1.5}, "buy": {"auc": None}}
-    report = {"tasks": tasks, "mean": {"auc": 0.75}}
-    reporter.validation(7, 0, report, "best so far")
-    assert heard == ["epoch 0 step 7 | valid auc click 0.7500 mse price 1.5000 auc buy - | best so far"]
+def test_a_validation_names_the_metric_that_selects(reporter, heard, tmp_path):
+    tasks = {
+        "click": {"auc": 0.75},
+        "price": {"mse": 1.5, "r2": None},
+        "seconds": {"mse": 9.0, "r2": 0.5},
+        "buy": {"auc": None},
+    }
+    reporter.validation(7, 0, {"tasks": tasks, "mean": {"auc": 0.75}}, {"all": 0.625}, "best so far")
+    reporter.validation(8, 0, {"tasks": {}, "mean": {}}, {"click": 0.75, "buy": -1.5}, "no better for 1 of 3")
+    shown = "auc click 0.7500 mse price 1.5000 r2 seconds 0.5000 auc buy -"
+    assert heard == [
+        f"epoch 0 step 7 | valid {shown} | monitor 0.6250, best so far",
+        "epoch 0 step 8 | valid  | monitor click 0.7500, buy -1.5000, no better for 1 of 3",
+    ]
+    assert [line["monitor"] for line in lines(tmp_path)] == [{"all": 0.625}, {"click": 0.75, "buy": -1.5}]
 
 
 def entry(auc, rows, **more):
@@ -82,11 +92,14 @@ def test_curves_of_tasks_scenarios_and_their_means(tmp_path):
     means = {"scenario_mean": {"auc": 0.625}, "scenario_weighted_mean": {"auc": 0.6875}}
     click = entry(0.25, 40, scenarios=scenarios, **means)
     with Reporter(RunFolder(tmp_path), world, first_step=0, total_steps=100, batch_size=10) as reporter:
-        reporter.validation(7, 0, {"tasks": {"click": click, "buy": entry(None, 4)}, "mean": {"auc": 0.25, "gauc": None}}, "")
+        reporter.validation(
+            7, 0, {"tasks": {"click": click, "buy": entry(None, 4)}, "mean": {"auc": 0.25, "gauc": None}}, {"all": 0.25}, ""
+        )
     assert curves(tmp_path) == {
         "valid/auc/click": [(7, 0.25)],
         "valid/logloss/click": [(7, 0.125)],
         "valid/auc/mean_over_tasks": [(7, 0.25)],
+        "valid/monitor/all": [(7, 0.25)],
         "valid_scenarios/auc/click/F": [(7, 0.5)],
         "valid_scenarios/logloss/click/F": [(7, 0.25)],
         "valid_scenarios/auc/click/M": [(7, 0.75)],
@@ -102,7 +115,7 @@ def test_of_many_scenarios_those_with_most_rows_have_curves(tmp_path, heard):
     click = entry(0.25, 40, scenarios=scenarios, scenario_mean={"auc": 0.5}, scenario_weighted_mean={"auc": 0.5})
     with Reporter(RunFolder(tmp_path), world, first_step=0, total_steps=100, batch_size=10) as reporter:
         for step in (7, 8):
-            reporter.validation(step, 0, {"tasks": {"click": click}, "mean": {"auc": 0.25}}, "")
+            reporter.validation(step, 0, {"tasks": {"click": click}, "mean": {"auc": 0.25}}, {"all": 0.25}, "")
     shown = [tag for tag in curves(tmp_path) if tag.startswith("valid_scenarios/auc/click/s") and "mean" not in tag]
     assert {int(tag.rpartition("/s")[2]) for tag in shown} == set(range(68, 100))
     assert len([line for line in heard if "32 scenarios with most rows" in line and "all 100" in line]) == 1
