@@ -22,7 +22,7 @@ def look_at_this(manifest: DatasetManifest, folder: Path) -> list[str]:
     Args:
         folder: where the dataset lies.
     """
-    found = [*_tasks(manifest), *_scenarios(manifest)]
+    found = [*_tasks(manifest), *_weights(manifest), *_scenarios(manifest)]
     for feature in manifest.features:
         found += _feature(manifest, feature)
     return [*found, *suspicious_ids(folder, manifest), *_copies(manifest)]
@@ -51,6 +51,13 @@ def _tasks(manifest: DatasetManifest) -> Iterator[str]:
                 f"Task '{task.name}' has {what} in {', '.join(where)}: it cannot be trained, selected or measured there. Check"
                 " how the label is made, use more rows, another --seed or another split, or leave the task away."
             )
+
+
+def _weights(manifest: DatasetManifest) -> Iterator[str]:
+    weights = manifest.statistics.get("weights", {})
+    none = [split for split, values in weights.items() if values["greatest"] == 0]
+    if none:
+        yield f"All rows of {' and '.join(none)} have weight 0: nothing is trained or measured there. Check the column of weights."
 
 
 def _scenarios(manifest: DatasetManifest) -> Iterator[str]:

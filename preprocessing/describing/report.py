@@ -92,6 +92,9 @@ def sections(description: Description) -> list[Section]:
     """The tables of the report."""
     found, statistics = [_rows(description)], description.manifest.statistics
     found += [_values(description, task, of_splits) for task, of_splits in statistics.get("label_values", {}).items()]
+    if weights := statistics.get("weights"):
+        rows = [[split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())] for split in SPLITS]
+        found.append(Section("Weights of rows", ["split", *weights["train"]], rows))
     if duplicates := statistics.get("duplicates"):
         found.append(_duplicates(duplicates))
     if description.groups is not None:
