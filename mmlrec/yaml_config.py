@@ -40,8 +40,9 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class, but every key once."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        counts = Counter(key for key in keys if isinstance(key, Hashable))  # the base class refuses the others
+        for key, count in counts.items():
+            if count > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", node.start_mark)
         return super().construct_mapping(node, deep)
 

@@ -178,7 +178,7 @@ class Dataset:
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema. For a group key that is
             text the folder has one more key, the 64-bit hash of it (`hashed_group`), by which rows are grouped.
         weighted: the rows have weights, `sample.weight`.
-        next_config: config named in the closing line "run next", and overrides that it needs; empty: none.
+        next_config: config named in the closing line "run next", and overrides that it needs.
     """
 
     name: ClassVar[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,12 +156,13 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
         raise DataError(f"{path}, line {number}: {error}. {_REMEDY}") from error
     if form.cells is not None and form.cells.strip:
         names = tuple(name.strip(BLANKS) for name in names)
-    twice = [name for name in form.columns if names.count(name) > 1]
+    counts = Counter(names)
+    twice = [name for name in form.columns if counts[name] > 1]
     if twice:
         raise DataError(
             f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. Fetch the file again, or rename one."
         )
-    missing = [name for name in form.columns if name not in names]
+    missing = [name for name in form.columns if name not in counts]
     if missing:
         comment = first.startswith("#") and form.cells is not None
         remedy = "With csv: {comment: '#'} such lines are passed over" if comment else "Fetch the file again"
