@@ -27,7 +27,9 @@ def ending(output: Path) -> str:
         if name.endswith(known) and name != known:
             return known
     listed = ", ".join(ENDINGS[:-1])
-    raise UserError(f"{output}: how scores are written is told by the name: give --output one that ends in {listed} or {ENDINGS[-1]}.")
+    raise UserError(
+        f"{output}: how scores are written is told by the name: give --output one that ends in {listed} or {ENDINGS[-1]}."
+    )
 
 
 class ScoreFile:

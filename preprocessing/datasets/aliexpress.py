@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
-from preprocessing.dataset import PLACE_KEYS, Dataset, dense, place_columns, sparse
+from preprocessing.dataset import Dataset, dense, sparse
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder
 from preprocessing.rows.join import IdIndex, RowsOnDisk
@@ -81,7 +81,7 @@ class AliExpress(Dataset):
         country = [sparse("country")] if options.parity and several else []  # the reference appends the scenario
         self.features = (*(sparse(name, _ID) for name in _CATEGORICAL), *country, *(dense(name) for name in _NUMERICAL))
         self.tasks = (Task(name="click", role="ctr", implied_by_next=True), Task(name="conversion", role="ctcvr"))
-        self.keys, self.numbering = {"search_id": _ID, **PLACE_KEYS}, tuple(PLACE_KEYS)
+        self.keys = {"search_id": _ID}
         if several:
             self.scenario = Scenario(name="country", values=self._countries)
         else:
@@ -137,7 +137,7 @@ class AliExpress(Dataset):
         """Of a processed file, or of an item file joined with the user file of its pair."""
         block = _with_search_id(block)
         block, columns = self._processed_rows(block) if self._processed else self._joined_rows(block)
-        columns |= {"key.search_id": block.table["search_id"], **place_columns(block)}
+        columns["key.search_id"] = block.table["search_id"]
         scenario, side = self._place[block.source.name]
         columns[SCENARIO_COLUMN] = np.full(len(block.lines), scenario)
         columns["country"] = pa.repeat(self._countries[scenario], len(block.lines))

@@ -58,7 +58,7 @@ def _weights(manifest: DatasetManifest) -> Iterator[str]:
     weights = manifest.statistics.get("weights", {})
     none = [split for split, values in weights.items() if values["greatest"] == 0]
     if none:
-        yield f"All rows of {' and '.join(none)} have weight 0: nothing is trained or measured there. Check the column of weights."
+        yield f"All rows of {' and '.join(none)} have weight 0: nothing is trained or measured there. Check their column."
 
 
 def _scenarios(manifest: DatasetManifest) -> Iterator[str]:

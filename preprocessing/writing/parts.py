@@ -69,7 +69,7 @@ class Written:
     split: Split
     labels: dict[str, dict[str, Moments]]
     ranges: dict[str, Squeeze]
-    weights: Moments = Moments()
+    weights: Moments
 
 
 class SplitWriter:
