@@ -1,7 +1,11 @@
 """A dataset of numbers alone: nothing is looked up, so there is no table, no shard and no optimizer of tables."""
 
+import csv
+import gzip
 import json
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import ConfigError, DataError
+from mmlrec.evaluation.score_files import ENDINGS
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting
 from mmlrec.session.session import build_parts, build_session
@@ -24,6 +29,7 @@ embeddings: {{dim: 4, l2: 1.0e-3}}
 dense: {{optimizer: {{name: sgd, lr: 0.1}}}}
 training: {{batch_size: 50, epochs: 9, max_steps: 12, checkpoint_every_steps: 4, patience: null, log_every_steps: 1}}
 """
+TASKS = ("score.click", "score.buy")
 CASES = {
     "mmoe": [],
     "single_task": ["model.name=single_task"],
@@ -61,6 +67,8 @@ def runs(root):
             actions.append(train(root / "moved", "mmoe"))
         evaluated = {"kind": "evaluate", "run_dir": str(root / "2" / "mmoe"), "overrides": []}
         actions.append({**evaluated, "output": str(root / f"evaluated-{world_size}.json")})
+        scored = {"kind": "predict", "run_dir": str(root / "2" / "mmoe")}
+        actions += [{**scored, "output": str(folder / f"scores{ending}")} for ending in ENDINGS]
         launch(world_size, actions, folder)
     return root
 
@@ -86,6 +94,37 @@ def test_the_best_checkpoint_scores_the_same_on_one_rank(runs):
     one, two = (json.loads((runs / f"evaluated-{size}.json").read_text()) for size in (1, 2))
     assert one["tasks"]["click"]["auc"] == pytest.approx(two["tasks"]["click"]["auc"], abs=1e-6)
     assert json.loads((runs / "2/mmoe/result.json").read_text())["test"]["tasks"]["click"]["auc"] > 0.6
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_scores_are_written_alike_in_all_forms_and_by_any_number_of_ranks(ending, runs):
+    test = pq.read_table(runs / "data/test").to_pylist()
+    for world_size in (1, 2):
+        rows = read_scores(runs / str(world_size) / f"scores{ending}")
+        truth = pq.read_table(runs / str(world_size) / "scores.parquet").to_pylist()
+        assert len(rows) == len(test)
+        for row, expected, raw in zip(rows, truth, test, strict=True):
+            assert [np.float32(row[name]) for name in TASKS] == [np.float32(expected[name]) for name in TASKS]
+            assert {name: row[name] for name in row if not name.startswith("score.")} == {
+                name: raw[name] for name in raw if name.startswith(("key.", "label.", "sample."))
+            }
+        assert any(row["label.click"] is None for row in rows)
+        assert list((runs / str(world_size)).glob("*.tmp")) == []
+    one, two = (read_scores(runs / str(size) / f"scores{ending}") for size in (1, 2))
+    assert [row["score.buy"] for row in one] == pytest.approx([row["score.buy"] for row in two], rel=1e-5)
+
+
+def read_scores(path):
+    """Rows as Python reads the file, without Arrow but for Parquet."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        if ".jsonl" in path.name:
+            return [json.loads(line) for line in file]
+        return [
+            {name: cell if name == "key.session" else None if cell == "" else float(cell) for name, cell in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 @pytest.mark.parametrize("name", method_names())
