@@ -167,7 +167,7 @@ def test_rows_that_differ_in_weight_alone_are_not_equal(tmp_path):
 
 
 def test_ten_thousand_columns_do_not_take_their_square(tmp_path, monkeypatch, capsys):
-    """Steps of Python, not seconds: a hundred for each column are many, and all pairs of columns would be thousands."""
+    """Calls of Python, not seconds: four times the columns take at most four times as many."""
     import sys
 
     counts = {}
@@ -191,5 +191,5 @@ def test_ten_thousand_columns_do_not_take_their_square(tmp_path, monkeypatch, ca
         finally:
             sys.setprofile(None)
         counts[columns] = counted[0]
-    assert counts[1200] < 6 * counts[300], counts
+    assert counts[1200] <= 4 * counts[300], counts
     assert "table: vocabularies: 600 tables" in capsys.readouterr().err
