@@ -1,6 +1,6 @@
 """Score a dataset with the best checkpoint of a run.
 
-python -m apps.predict --run-dir DIR --input DATASET --output FILE.parquet
+python -m apps.predict --run-dir DIR --input DATASET --output FILE
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from apps.cli import add_import, run
+from mmlrec.evaluation.score_files import ENDINGS, ending
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
@@ -16,8 +17,8 @@ def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m apps.predict",
-        description="Score the rows of a dataset folder and write one Parquet file: the key columns, the scenario,"
-        " and score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
+        description="Score the rows of a dataset folder and write one file: the keys, the scenario, the labels, and"
+        " score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.predict --run-dir runs/NAME --input data/movielens-1m --output scores.parquet",
     )
@@ -25,7 +26,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--input", type=local_path, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
     )
-    parser.add_argument("--output", type=local_path, required=True, help="Parquet file to write")
+    parser.add_argument(
+        "--output", type=local_path, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}"
+    )
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     return parser.parse_args()
@@ -34,6 +37,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Load, score, write."""
     arguments = parse()
+    ending(arguments.output)
     import_modules(arguments.imports)
     from mmlrec.distributed.stopping import StopSignal
     from mmlrec.distributed.world import process_group

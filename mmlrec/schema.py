@@ -283,6 +283,11 @@ class DatasetManifest(_Contract):
         """Numeric features, in order."""
         return [f for f in self.features if f.kind == "dense"]
 
+    @property
+    def by_name(self) -> dict[str, Table]:
+        """The tables by their names, made anew at each call: to be kept where there may be thousands."""
+        return {table.name: table for table in self.tables}
+
     def table(self, name: str) -> Table:
         """The table of that name."""
         return next(t for t in self.tables if t.name == name)

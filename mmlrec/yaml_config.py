@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -60,16 +60,18 @@ class Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
     def _check_keys(self, nodes: list[yaml.Node]) -> None:
-        seen = []
+        seen: set[Hashable] = set()
         for node in nodes:
             key = "<<" if node.tag == "tag:yaml.org,2002:merge" else self.construct_object(node)
             if key is None or isinstance(key, bool):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"YAML reads the key {node.value} as {json.dumps(key)}: {_QUOTED}", node.start_mark
                 )
+            if not isinstance(key, Hashable):
+                continue  # the base class refuses it
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", node.start_mark)
-            seen.append(key)
+            seen.add(key)
 
 
 Loader.add_implicit_resolver(

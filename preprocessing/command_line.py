@@ -305,15 +305,13 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
         print(f"  best possible AUC on test, {task}: " + ", ".join(f"{n} {_shown(v)}" for n, v in values.items()))
     tables = ", ".join(f"{table.name} {table.num_rows:,}" for table in manifest.tables[:8])
     more = f", and {len(manifest.tables) - 8} more" if len(manifest.tables) > 8 else ""
-    print(f"  rows of the tables: {tables}{more}")
+    if tables:
+        print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
     if notes := block(look_at_this(manifest, out)):
         print(notes)
-    if config:
-        print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}")
-    else:
-        print(f"It is in {out}. It has one task and no scenarios, so the methods have nothing to share: training refuses it.")
+    print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}")
 
 
 def _copies(counts: dict[str, Any]) -> str:

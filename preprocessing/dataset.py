@@ -41,10 +41,13 @@ import pyarrow as pa
 
 from mmlrec import extensions
 from mmlrec.errors import DataError, UserError, did_you_mean
-from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task, key_column, label_column
+from mmlrec.hashing import hash_ids
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Scenario, Task, key_column, label_column
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
 from preprocessing.split_rules import SIDE_COLUMN, Duplicates, FileSplit, RandomSplit, SplitRule, together
 
+#: Keys that say where a row stands in the raw files: the file's name below --raw, and its line (or row, in Parquet), from 1.
+PLACE_KEYS = {"source_file": pa.string(), "source_line": pa.int64()}
 _FOLDER = Path(__file__).parent / "datasets"
 
 
@@ -185,8 +188,10 @@ class Dataset:
         duplicates: what becomes of rows that are equal in all canonical columns; the command line may say otherwise.
         numbering: keys that number the rows: two rows may be equal all the same.
         parity: encode as the reference benchmark does; set from the command line.
-        features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema.
-        next_config: config named in the closing line "run next", and overrides that it needs; empty: none.
+        features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema. For a group key that is
+            text the folder has one more key, the 64-bit hash of it (`hashed_group`), by which rows are grouped.
+        weighted: the rows have weights, `sample.weight`.
+        next_config: config named in the closing line "run next", and overrides that it needs.
     """
 
     name: ClassVar[str]
@@ -210,6 +215,7 @@ class Dataset:
     keys: dict[str, pa.DataType] = {}
     numbering: tuple[str, ...] = ()
     group_key: str | None = None
+    weighted: bool = False
     num_rows: int = 0
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -244,12 +250,25 @@ class Dataset:
     def canonical(self, block: Block) -> list[pa.RecordBatch]:
         """The canonical rows of a block; none where all its rows are bad."""
         columns, schema = self.rows(block), self.canonical_schema()
+        if self.hashed_group is not None:
+            columns[key_column(self.hashed_group)] = _hashed(columns[key_column(str(self.group_key))], str(self.group_key))
         return pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
+
+    @property
+    def hashed_group(self) -> str | None:
+        """The key that holds the hashes of a group key of text; None where the group key is a number."""
+        text = self.group_key is not None and pa.types.is_string(self.keys[self.group_key])
+        return hashed_key(str(self.group_key)) if text else None
+
+    @property
+    def all_keys(self) -> dict[str, pa.DataType]:
+        """The keys, with that of `hashed_group`."""
+        return self.keys | ({self.hashed_group: pa.int64()} if self.hashed_group is not None else {})
 
     @property
     def identity(self) -> list[str]:
         """Canonical columns by which rows are equal: features, labels, scenario and keys, but not where a row stood."""
-        left_out = {SIDE_COLUMN, *map(key_column, self.numbering)}
+        left_out = {SIDE_COLUMN, *map(key_column, [*self.numbering, *(set(self.all_keys) - set(self.keys))])}
         return [name for name in self.canonical_schema().names if name not in left_out]
 
     @property
@@ -271,15 +290,40 @@ class Dataset:
         return EncodingRules()
 
     def canonical_schema(self) -> pa.Schema:
-        """Columns of the canonical table: features (raw), labels float32, scenario id int64, keys, side under FileSplit."""
+        """Columns of the canonical table.
+
+        Features (raw), labels float32, scenario id int64, weight float32, keys, side under FileSplit.
+        """
         columns = [(f.name, pa.list_(f.raw_type) if f.kind == "multi" else f.raw_type) for f in self.features]
         columns += [(label_column(task.name), pa.float32()) for task in self.tasks]
         if self.scenario is not None:
             columns.append((SCENARIO_COLUMN, pa.int64()))
-        columns += [(key_column(name), kind) for name, kind in self.keys.items()]
+        if self.weighted:
+            columns.append((WEIGHT_COLUMN, pa.float32()))
+        columns += [(key_column(name), kind) for name, kind in self.all_keys.items()]
         if isinstance(self.split, FileSplit):
             columns.append((SIDE_COLUMN, pa.int64()))
         return pa.schema(columns)
+
+
+def hashed_key(name: str) -> str:
+    """The key that holds the hashes of a group key of text."""
+    return f"{name}_hash"
+
+
+def place_columns(block: Block) -> dict[str, Any]:
+    """Columns of `PLACE_KEYS` for the rows of a block."""
+    columns = pa.repeat(block.source.name, len(block.lines)), block.lines
+    return dict(zip(map(key_column, PLACE_KEYS), columns, strict=True))
+
+
+def _hashed(texts: Any, name: str) -> pa.Array:
+    """64-bit hashes of a key of text, int64. Raises DataError when some rows have none."""
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    if texts.null_count:
+        raise DataError(f"key '{name}', by which GAUC groups rows, is missing in some of them. Mend or leave out these rows.")
+    return pa.array(hash_ids(texts, 0).view("int64"))
 
 
 def _own() -> dict[str, extensions.Source]:

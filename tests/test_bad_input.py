@@ -137,7 +137,10 @@ CONFIGS = {
         ["pcg", "balancing.name=pcgrad", "model.name=mmoe"],
     ),
     "task twice": (["dataset.tasks=[click, click]"], ["named twice"]),
-    "one task in mtl": (["dataset.tasks=[click]"], ["MMoE in setting 'mtl' needs at least 2 tasks", "dataset.tasks", "'msl'"]),
+    "one task in mtl": (
+        ["dataset.tasks=[click]", "model.name=ple"],
+        ["PLE in setting 'mtl' needs at least 2 tasks", "dataset.tasks", "'msl'", "model.name=mlp"],
+    ),
     "two tasks in msl": (["dataset.setting=msl"], ["MMoE in setting 'msl' needs exactly 1 task", "dataset.tasks"]),
     "unknown setting": (["dataset.setting=mtt"], ["dataset.setting", "'mtl', 'msl' or 'mtmsl'"]),
     "unknown table": (["embeddings.table_sharding={t9: row_wise}"], ["table_sharding.t9", "no such table"]),
@@ -531,12 +534,13 @@ def test_disk_full_while_predicting(data, train, tmp_path):
     assert not list(tmp_path.glob("scores*"))
 
 
-@pytest.mark.parametrize("name", ["scores.csv", "scores"])
+@pytest.mark.parametrize("name", ["scores.txt", "scores"])
 def test_scores_are_not_written_under_the_name_of_another_format(data, train, app, tmp_path, name):
     train()
     code, error = app("predict", "--run-dir", tmp_path / "run", "--input", data.folder, "--output", tmp_path / name)
     assert code == 2
-    assert f"error: {tmp_path / name}: scores are written as Parquet only" in error
+    assert f"error: {tmp_path / name}: how scores are written is told by the name" in error
+    assert "ends in .parquet, .csv, .csv.gz, .jsonl or .jsonl.gz." in error
     assert not (tmp_path / name).exists()
 
 
@@ -546,7 +550,9 @@ def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):
     code, _ = app("predict", "--run", tmp_path / "run", "--input", data.folder, "--output", output)
     assert code == 0
     scores, test = pq.read_table(output), data.tables["test"]
-    assert scores.column_names == ["key.user", "key.session", "sample.scenario", "score.click", "score.buy"]
+    labels = ["label.click", "label.buy"]
+    assert scores.column_names == ["key.user", "key.session", "sample.scenario", *labels, "score.click", "score.buy"]
+    assert [scores[name].combine_chunks() for name in labels] == [test[name].combine_chunks() for name in labels]
     assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()
     report = json.loads((tmp_path / "run/result.json").read_text())["test"]
     from sklearn.metrics import log_loss, roc_auc_score

@@ -70,6 +70,11 @@ class GradientBalancing(Balancing):
                 f"balancing.name={spec.name}: with balancing.unit={spec.unit} the network shares no parameters."
                 " Set balancing.scope=embedding, which compares gradients of looked-up vectors."
             )
+        if not spec.num_looked_up and config.scope == "embedding":
+            raise ConfigError(
+                f"balancing.scope=embedding: {spec.name} would compare gradients of looked-up vectors, and all features of this"
+                " dataset are numbers. Use balancing.scope=shared_dense."
+            )
         self.register_buffer("coefficient", torch.ones(count, dtype=torch.float64))
         self.register_buffer("gram", torch.zeros(count, count, dtype=torch.float64))
 

@@ -53,7 +53,7 @@ def expand_branches(
         own = own & (batch.mask.t()[heads // num_scenarios] > 0)
 
     sparse = batch.sparse
-    lengths = sparse.lengths().view(len(sparse.keys()), -1)
+    lengths = sparse.lengths().view(len(sparse.keys()), sparse.stride())
     rows = torch.arange(lengths.shape[1], device=own.device).repeat(len(sparse.keys()))
     row_of_value = torch.repeat_interleave(rows, lengths.flatten().long(), output_size=sparse.values().numel())
     expanded = KeyedJaggedTensor(

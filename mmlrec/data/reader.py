@@ -156,7 +156,7 @@ class Reader:
             lengths = self._ones
             if num_rows < self._padded_rows:
                 lengths = lengths.clone()
-                lengths.view(len(self._keys), -1)[:, num_rows:] = 0
+                lengths.view(len(self._keys), self._padded_rows)[:, num_rows:] = 0
             return KeyedJaggedTensor(self._keys, values, lengths=lengths, stride=self._padded_rows)
         single, multi = iter(ids), iter(ragged)
         columns = []

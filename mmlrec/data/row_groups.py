@@ -108,7 +108,8 @@ class RowGroups:
         self.dense = [f.name for f in manifest.dense_features]
         self.has_scenario = manifest.scenario is not None
         self._num_scenarios = len(manifest.scenario.values) if manifest.scenario else 1
-        self._table_rows = np.array([manifest.table(str(f.table)).num_rows for f in self.single], np.int64)
+        self._tables = manifest.by_name
+        self._table_rows = np.array([self._tables[str(f.table)].num_rows for f in self.single], np.int64)
         self._manifest = manifest
         self._group = key_column(manifest.group_key) if manifest.group_key else None
         self._weight: bool | None = None
@@ -271,7 +272,7 @@ class RowGroups:
             row = int(np.searchsorted(offsets, first, "right")) - 1
             _bad(place, row, f"feature '{feature.name}' holds a null; a missing id is 0")
         values = flat.to_numpy()
-        size = self._manifest.table(str(feature.table)).num_rows
+        size = self._tables[str(feature.table)].num_rows
         if len(values) and (values.min() < 0 or values.max() >= size):
             first = int(np.argmax((values < 0) | (values >= size)))
             row = int(np.searchsorted(offsets, first, "right")) - 1

@@ -18,6 +18,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.embeddings.tables import NoTables
 from mmlrec.errors import ConfigError, did_you_mean
 
 #: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
@@ -65,7 +66,7 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
 def make_plan(
     module: nn.Module,
     path: str,
-    tables: EmbeddingBagCollection,
+    tables: EmbeddingBagCollection | NoTables,
     config: EmbeddingsConfig,
     *,
     world_size: int,
@@ -85,6 +86,10 @@ def make_plan(
             the memory.
     """
     names = [c.name for c in tables.embedding_bag_configs()]
+    if config.table_sharding and not names:
+        raise ConfigError("embeddings.table_sharding: the dataset has no tables, all its features are numbers. Leave it out.")
+    if isinstance(tables, NoTables):
+        return ShardingPlan({})
     # The fused kernel reads beyond the end of memory where a rank's last shard has no rows.
     small = {
         c.name
@@ -145,8 +150,10 @@ def _fixed_plan(
     )
 
 
-def plan_report(plan: ShardingPlan, path: str, tables: EmbeddingBagCollection) -> list[dict[str, Any]]:
+def plan_report(plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables) -> list[dict[str, Any]]:
     """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights."""
+    if isinstance(tables, NoTables):
+        return []
     module_plan = plan.plan[path]
     assert isinstance(module_plan, EmbeddingModuleShardingPlan)
     return [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
@@ -57,9 +57,25 @@ def _pooling(table: Table, features: list[Feature]) -> PoolingType:
     return PoolingType.MEAN if pooled == {"mean"} else PoolingType.SUM
 
 
-def build_tables(configs: list[EmbeddingBagConfig]) -> EmbeddingBagCollection:
+class NoTables(nn.Module):
+    """Stands for the tables where all features are numbers: looks nothing up, and there is nothing to shard.
+
+    TorchRec's collection needs a table.
+    """
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """None; as a collection names its tables."""
+        return []
+
+    def forward(self, sparse: KeyedJaggedTensor) -> KeyedTensor:
+        """No keys; values are [B, 0], and take gradients as looked-up vectors do."""
+        values = torch.empty(sparse.stride(), 0, device=sparse.lengths().device, requires_grad=self.training)
+        return KeyedTensor(keys=[], length_per_key=[], values=values)
+
+
+def build_tables(configs: list[EmbeddingBagConfig]) -> EmbeddingBagCollection | NoTables:
     """The unsharded collection without storage; `DistributedModelParallel` makes the shards, `initialize` fills them."""
-    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta")) if configs else NoTables()
 
 
 def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: int) -> Tensor:

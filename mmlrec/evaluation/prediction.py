@@ -1,4 +1,4 @@
-"""Scores of a dataset, as a Parquet file beside the keys of its rows."""
+"""Scores of a dataset, as a file, beside the keys and labels of its rows."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split
+from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.models.base.chain import ChainModel
-from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
 
 def write_predictions(session: Session, dataset: Path, split: str, output: Path, stop: StopSignal | None = None) -> None:
-    """Score a split of a dataset folder and write keys, scenario and `score.<task>` in row order; on rank 0.
+    """Score a split of a dataset folder and write keys, scenario, labels and `score.<task>` in row order; on rank 0.
+
+    The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split.
 
     A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first; of one whose steps are not
     `conditional` it is the ratio of their probabilities, which may be above 1. Where branches have
@@ -34,8 +37,7 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path,
         UserError: the output has the name of another format, or cannot be written; no part of it is left.
         Interrupted: a signal asked to stop; no part of the output is left.
     """
-    if output.suffix != ".parquet":
-        raise UserError(f"{output}: scores are written as Parquet only: give --output a name that ends in .parquet.")
+    ending(output)
     manifest = DatasetManifest.load(dataset)
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
@@ -137,11 +139,12 @@ def _write(
     stop: StopSignal | None,
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
+    columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
     temporary = output.with_name(output.name + ".tmp")
     network = session.network
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
-    writer = None
+    writer: ScoreFile | None = None
     start = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,12 +171,11 @@ def _write(
                         arrays.append(pa.array(rate.astype(np.float32)))
                         names.append("score.cvr")
                     table = pa.table(arrays, names=names)
-                    writer = writer or pq.ParquetWriter(temporary, table.schema)
-                    writer.write_table(table)
+                    writer = writer or ScoreFile(temporary, ending(output), table.schema)
+                    writer.write(table)
                     start += len(scores)
         if writer is not None:
             writer.close()
-            writer = None
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(output)

@@ -134,6 +134,7 @@ class APG(MultiTaskModel):
                 raise ValueError("apg_p is the inner width of apg_overparam: set apg_overparam: true, or leave it out")
             return self
 
+    one_task = True
     owners: ClassVar[dict[str, Owner]] = {"heads": "head", "scenario_embedding": "scenario"}
     config: Config
 
@@ -144,7 +145,7 @@ class APG(MultiTaskModel):
         self.scenario_embedding: ScenarioEmbedding | None = None
         condition_width = sum(spec.fields[name] for name in config.condition_fields)
         if self.condition == "group":
-            condition_width = next(iter(spec.fields.values()))
+            condition_width = spec.vector_width
             self.scenario_embedding = ScenarioEmbedding(spec.num_scenarios, condition_width, generator)
         self.layers = nn.ModuleList()
         self.inner_widths: list[int] = []
@@ -166,6 +167,11 @@ class APG(MultiTaskModel):
         condition = config.condition or ("group" if setting is not Setting.MTL else "mix")
         if condition == "group" and setting is Setting.MTL:
             raise ConfigError("model.condition: 'group' needs scenarios, and setting 'mtl' has none: use 'mix' or 'self'.")
+        if condition == "mix" and not self.spec.fields:
+            raise ConfigError(
+                f"apg in setting '{setting}': 'mix' generates weights from the embeddings of fields, and all features of this"
+                " dataset are numbers. Set model.condition=self."
+            )
         if condition == "mix" and not config.condition_fields:
             raise ConfigError(
                 f"apg in setting '{setting}': name the fields that weights are generated from in model.condition_fields"

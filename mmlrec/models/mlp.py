@@ -34,6 +34,7 @@ class MLP(MultiTaskModel):
         dnn_hidden_units: list[Width] = Field(default=[256, 128], description="Widths of the shared network.")
         per_head_output: bool = Field(default=False, description="A linear output of its own for each head.")
 
+    one_task = True
     owners: ClassVar[dict[str, Owner]] = {"bias": "head", "outputs": "head"}
     decays: ClassVar[dict[str, float]] = {"weight": 0.0}
     config: Config

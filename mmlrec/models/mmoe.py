@@ -44,6 +44,7 @@ class MMoE(MultiTaskModel):
             default=0.0, ge=0, lt=1, description="Probability that a gate leaves out an expert; all stay if none would."
         )
 
+    one_task = True
     owners: ClassVar[dict[str, Owner]] = {"gates": "head", "towers": "head"}
     config: Config
 

@@ -104,7 +104,7 @@ class PEPNet(MultiTaskModel):
         if self._with_epnet():
             scenario_width = sum(spec.fields[name] for name in config.scenario_fields)
             if not config.scenario_fields:
-                scenario_width = next(iter(spec.fields.values()))
+                scenario_width = spec.vector_width
                 self.scenario_embedding = ScenarioEmbedding(spec.num_scenarios, scenario_width, generator)
             self.epnet = _GateUnits(scenario_width + width, [config.epnet_hidden], [width], config, generator)
         self.ppnet: _GateUnits | None = None
@@ -136,11 +136,12 @@ class PEPNet(MultiTaskModel):
         self.check_fields("scenario_fields", config.scenario_fields)
         self.check_fields("prior_fields", config.prior_fields)
         if setting is Setting.MTL and not config.scenario_fields and (config.use_epnet or not config.use_ppnet):
+            named = "name fields in model.scenario_fields, or " if self.spec.fields else ""
             raise ConfigError(
-                "model.use_epnet: setting 'mtl' has no scenarios to gate the embedding by: name fields in"
-                " model.scenario_fields, or leave EPNet out with model.use_epnet=false and model.use_ppnet=true."
+                f"model.use_epnet: setting 'mtl' has no scenarios to gate the embedding by: {named}leave EPNet out with"
+                " model.use_epnet=false and model.use_ppnet=true."
             )
-        if config.use_ppnet and not config.prior_fields:
+        if config.use_ppnet and not config.prior_fields and self.spec.fields:
             warnings.warn(
                 "pepnet: model.prior_fields is empty, so PPNet's gates read the embedding only; name those of user and item",
                 UserAdvice,

@@ -32,6 +32,7 @@ class SharedBottom(MultiTaskModel):
         )
         tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
 
+    one_task = True
     owners: ClassVar[dict[str, Owner]] = {"towers": "head"}
     config: Config
 

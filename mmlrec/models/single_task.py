@@ -48,6 +48,7 @@ class BranchLoss(Loss):
 class SingleTask(MultiTaskModel):
     """One model for each head. `branches` holds the trained heads, in the order of the input's second axis."""
 
+    one_task = True
     tables_per_branch = True
     owners: ClassVar[dict[str, Owner]] = {"networks": "head", "towers": "head"}
 

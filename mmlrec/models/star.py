@@ -139,7 +139,7 @@ class STAR(MultiTaskModel):
         if has_scenarios if config.use_aux is None else config.use_aux:
             width = sum(spec.fields[name] for name in config.scenario_fields)
             if not config.scenario_fields:
-                width = next(iter(spec.fields.values()))
+                width = spec.vector_width
                 self.scenario_embedding = ScenarioEmbedding(scenarios, width, generator)
             self.aux = Towers(1, width + spec.input_width, config.aux_hidden_units, hidden, generator)
 

@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, KeyedTensor
 from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
+from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
@@ -106,7 +107,7 @@ class Head(nn.Module):
             total = torch.sum(weighted)
         for method_term in losses.values():
             total = total + method_term
-        if self.l2_tables:
+        if self.l2_tables and fields:
             looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
             total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
         if self.l2_dense:
@@ -152,7 +153,7 @@ class Head(nn.Module):
 class Recommender(nn.Module):
     """Lookup, then `Head`."""
 
-    def __init__(self, tables: EmbeddingBagCollection, head: Head) -> None:
+    def __init__(self, tables: EmbeddingBagCollection | NoTables, head: Head) -> None:
         super().__init__()
         self.tables = tables
         self.head = head

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
@@ -36,7 +36,7 @@ from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
 
-Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Predictions]
+Pipeline: TypeAlias = TrainPipeline[Batch, Predictions]
 
 _MEASURED = (
     "Evaluation measures the model as it was trained: leave these keys away, or train another run with them. It takes"
@@ -44,6 +44,18 @@ _MEASURED = (
     " embeddings.sharding."
 )
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
+
+
+class _WithoutTables(TrainPipelineBase[Batch, Predictions]):
+    """The pipeline where nothing is looked up; as the other one it begins anew with the next iterator."""
+
+    def progress(self, dataloader_iter: Iterator[Batch]) -> Predictions:
+        """One step. Raises StopIteration behind the last batch."""
+        try:
+            return super().progress(dataloader_iter)
+        except StopIteration:
+            self.reset()
+            raise
 
 
 @dataclass
@@ -159,8 +171,8 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         ConfigError: a task that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
-    if not manifest.sparse_features:
-        raise DataError(f"{config.dataset.path} has no sparse feature: there is nothing to look up in an embedding table.")
+    if not manifest.features:
+        raise DataError(f"{config.dataset.path} has no feature, so a model has nothing to read: make it again with some.")
     multi_scenario = config.dataset.setting is not Setting.MTL
     scenarios = len(manifest.scenario.values) if multi_scenario and manifest.scenario else 1
     return ModelSpec(
@@ -170,6 +182,7 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         fields={feature.name: config.embeddings.dim for feature in manifest.sparse_features},
         num_dense=len(manifest.dense_features),
         seed=config.training.seed,
+        embedding_dim=config.embeddings.dim,
     )
 
 
@@ -338,7 +351,8 @@ def build_session(
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
     optimizer = build_optimizer(model, dense)
     touch_state(model.fused_optimizer)
-    pipeline: Pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
+    kind = TrainPipelineSparseDist if manifest.sparse_features else _WithoutTables
+    pipeline: Pipeline = kind(model, optimizer, world.device)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_scales" in begun
     return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report, scales, knows_r2)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.schema import Task, label_column
-from preprocessing.dataset import Dataset, dense, sparse
+from preprocessing.dataset import PLACE_KEYS, Dataset, dense, place_columns, sparse
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile
 from preprocessing.split_rules import SIDE_COLUMN, FileSplit, RandomSplit
@@ -73,6 +73,7 @@ class _Census(Dataset):
         kinds = {name: kind for name, kind in self.fields.items() if name not in absent}
         self.features = tuple(dense(name) if kind == _NUMBER else sparse(name, kind) for name, kind in kinds.items())
         self.tasks = tuple(Task(name=name) for name in self.labels)
+        self.keys, self.numbering = PLACE_KEYS, tuple(PLACE_KEYS)
         self.split = FileSplit(valid_from="test", one_in=2)
 
     @classmethod
@@ -99,6 +100,7 @@ class _Census(Dataset):
         columns: dict[str, Any] = {feature.name: block.table[feature.name] for feature in self.features}
         for task, (field, _, ones) in self.labels.items():
             columns[label_column(task)] = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
+        columns |= place_columns(block)
         columns[SIDE_COLUMN] = np.full(len(block.lines), 2 if block.source.name.endswith(".test") else 0)
         return columns
 

@@ -91,7 +91,7 @@ class Criteo(Dataset):
                 raise ConfigError("--scenario day needs --days with two or more days.")
             self.scenario = Scenario(name="day", values=[str(day) for day in self._days])
             return
-        self.next_config = ""
+        self.next_config += " dataset.setting=mtl"
         if len(self._days) > 1:
             self.split = FileSplit(valid_from="test", one_in=2)
 

@@ -21,7 +21,18 @@ import pyarrow.compute as pc
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, EncodingRules, Hashing, bucketed, dense, multi, sparse
+from preprocessing.dataset import (
+    PLACE_KEYS,
+    Column,
+    Dataset,
+    EncodingRules,
+    Hashing,
+    bucketed,
+    dense,
+    multi,
+    place_columns,
+    sparse,
+)
 from preprocessing.own_tables.config import (
     FileRule,
     GroupRule,
@@ -81,7 +92,7 @@ scenario:
 keys:
   user: {type: int}
   time: {type: datetime}            # ISO 8601; for others a format: seconds, milliseconds, or "%d.%m.%Y %H:%M"
-group_key: user                     # whose rows GAUC ranks among themselves
+group_key: user                     # whose rows GAUC ranks among themselves; int or string
 split: {rule: time, key: time}      # or random, group (key), with fractions: [0.9, 0.05, 0.05]; file (train, valid, test)
 """
 
@@ -116,14 +127,13 @@ class Table(Dataset):
         scenario = config.scenario
         if scenario is not None:
             self.scenario = Scenario(name=scenario.name or scenario.column, values=scenario.names)
-        self.keys = {name: _TYPES.get(key.type, pa.int64()) for name, key in config.keys.items()}
+        self.keys = {name: _TYPES.get(key.type, pa.int64()) for name, key in config.keys.items()} | PLACE_KEYS
+        self.numbering, self.weighted = tuple(PLACE_KEYS), config.weight is not None
         self.group_key = config.group_key
         self.split, self.duplicates = _split_rule(config), config.duplicates
         if scenario is not None:
             setting = "mtmsl" if len(self.tasks) > 1 else "msl"
             self.next_config = f"{Dataset.next_config} dataset.setting={setting}"
-        elif len(self.tasks) == 1:
-            self.next_config = ""
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
@@ -190,8 +200,9 @@ class Table(Dataset):
         """Columns of the canonical table; faulty rows are bad rows."""
         columns: dict[str, pa.Array] = {}
         faults: to.Faults = []
-        for make in (self._make_features, self._make_labels, self._make_keys):
+        for make in (self._make_features, self._make_labels, self._make_weights, self._make_keys):
             make(block.table, columns, faults)
+        columns |= place_columns(block)
         wanted = self._make_scenario(block.table, columns, faults)
         if isinstance(self.split, FileSplit):
             columns["split.side"] = pa.array(np.full(len(block.lines), self._sides[block.source.name]))
@@ -255,6 +266,8 @@ class Table(Dataset):
             where = f"the label of task {task.name}"
             read = task.condition.columns if task.condition else {task.column: pa.float64()}
             uses += [(column, kind, where) for column, kind in read.items()]
+        if self._config.weight is not None:
+            uses.append((self._config.weight, pa.float64(), "weight"))
         for name, key in self._config.keys.items():
             uses.append((key.column or name, _key_type(key), f"keys.{name}"))
         scenario = self._config.scenario
@@ -347,6 +360,11 @@ class Table(Dataset):
                 complaint = f"task {following.name} is positive where {task.name} is not, which implied_by_next rules out."
                 complaint = f"{complaint} Mend the line, or leave that away."
                 faults.append((~wrong.to_numpy(zero_copy_only=False), complaint, following.name))
+
+    def _make_weights(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
+        if self._config.weight is not None:
+            columns["sample.weight"], more = to.weight(table[self._config.weight].combine_chunks(), self._config.weight)
+            faults += more
 
     def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
         needed = {self.group_key, getattr(self._config.split, "key", None)}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
 from mmlrec.identity import check_part, check_vocabulary
-from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, key_column, label_column
+from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, Table, key_column, label_column
 from preprocessing.progress import progress
 from preprocessing.workers import in_order, num_cores
 from preprocessing.writing.output import REMEDY, check_files
@@ -240,9 +240,9 @@ def describe(folder: Path, num_examples: int) -> Description:
     _check_files(folder, manifest)
     num_scenarios = len(manifest.scenario.values) if manifest.scenario else 0
     max_bytes = _COUNT_BYTES // max(len(manifest.sparse_features), 1)
-    ids = {}
+    ids, tables = {}, manifest.by_name
     for feature in manifest.sparse_features:
-        table = manifest.table(str(feature.table))
+        table = tables[str(feature.table)]
         fitted = table.vocabulary is not None and not manifest.parity
         ids[feature.name] = IdCounts(table.num_rows, num_scenarios, max_bytes, fitted)
     numbers = {f.name: NumberCounts() for f in manifest.dense_features}
@@ -253,7 +253,7 @@ def describe(folder: Path, num_examples: int) -> Description:
             if scenario is not None and len(scenario) and not 0 <= scenario.min() <= scenario.max() < num_scenarios:
                 raise DataError(f"{folder / part.path}: scenarios must lie in 0..{num_scenarios - 1}. {REMEDY}")
             for feature in manifest.sparse_features:
-                found, lengths = _ids(folder / part.path, rows, feature, manifest)
+                found, lengths = _ids(folder / part.path, rows, feature, tables[str(feature.table)])
                 ids[feature.name].add(split, found, lengths, scenario)
             for name, counts in numbers.items():
                 counts.add(split, rows[name].to_numpy())
@@ -325,14 +325,13 @@ def _damaged(path: Path, why: object) -> DataError:
     return DataError(f"{path} is damaged: {why}. {REMEDY}")
 
 
-def _ids(path: Path, rows: pa.RecordBatch, feature: Feature, manifest: DatasetManifest) -> tuple[IntArray, IntArray | None]:
+def _ids(path: Path, rows: pa.RecordBatch, feature: Feature, table: Table) -> tuple[IntArray, IntArray | None]:
     """Ids of a feature, [occurrences], and those of a row counted, [rows]; None for one id a row."""
     column = rows[feature.name]
     multi = feature.kind == "multi"
     values = (column.flatten() if multi else column).to_numpy()
-    num_rows = manifest.table(str(feature.table)).num_rows
-    if len(values) and not 0 <= values.min() <= values.max() < num_rows:
-        raise _damaged(path, f"ids of {feature.name} must lie in 0..{num_rows - 1}")
+    if len(values) and not 0 <= values.min() <= values.max() < table.num_rows:
+        raise _damaged(path, f"ids of {feature.name} must lie in 0..{table.num_rows - 1}")
     return values, column.value_lengths().to_numpy() if multi else None
 
 

@@ -40,6 +40,9 @@ def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
     Only of datasets that `table` made: those with a file of their own know what their values mean.
     """
     lines = []
+    names_of: dict[str | None, list[str]] = {}
+    for feature in manifest.features:
+        names_of.setdefault(feature.table, []).append(feature.name)
     for table in manifest.tables if "config" in manifest.preprocessing else ():
         if table.vocabulary is None:
             continue
@@ -50,7 +53,7 @@ def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
             for values, counts in _entries(file):
                 _look(values, counts, found)
             twice = _twice(file, found.pointed)
-        names = ", ".join(feature.name for feature in manifest.features if feature.table == table.name)
+        names = ", ".join(names_of.get(table.name, []))
         if found.marks:
             shown = [f"{_quoted(value)} ({count:,})" for value, count in list(found.marks.items())[:_SHOWN]]
             written = ", ".join(_quoted(value) for value in list(found.marks)[:_SHOWN])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmlrec.schema import SPLITS, DatasetManifest, Feature, Task
+from mmlrec.schema import SPLITS, DatasetManifest, Feature, Table, Task
 from preprocessing.describing.marks import suspicious_ids
 
 _SQUEEZED = 0.99  # of the values at one end of the range
@@ -22,9 +22,10 @@ def look_at_this(manifest: DatasetManifest, folder: Path) -> list[str]:
     Args:
         folder: where the dataset lies.
     """
-    found = [*_tasks(manifest), *_scenarios(manifest)]
+    found = [*_tasks(manifest), *_weights(manifest), *_scenarios(manifest)]
+    tables = manifest.by_name
     for feature in manifest.features:
-        found += _feature(manifest, feature)
+        found += _feature(manifest, feature, tables)
     return [*found, *suspicious_ids(folder, manifest), *_copies(manifest)]
 
 
@@ -53,6 +54,13 @@ def _tasks(manifest: DatasetManifest) -> Iterator[str]:
             )
 
 
+def _weights(manifest: DatasetManifest) -> Iterator[str]:
+    weights = manifest.statistics.get("weights", {})
+    none = [split for split, values in weights.items() if values["greatest"] == 0]
+    if none:
+        yield f"All rows of {' and '.join(none)} have weight 0: nothing is trained or measured there. Check their column."
+
+
 def _scenarios(manifest: DatasetManifest) -> Iterator[str]:
     if manifest.scenario is None:
         return
@@ -67,7 +75,7 @@ def _scenarios(manifest: DatasetManifest) -> Iterator[str]:
             yield f"Scenario '{name}' has no row in {' and '.join(empty)}. Use more rows, or let it join another scenario."
 
 
-def _feature(manifest: DatasetManifest, feature: Feature) -> Iterator[str]:
+def _feature(manifest: DatasetManifest, feature: Feature, tables: dict[str, Table]) -> Iterator[str]:
     name, num_rows = feature.name, manifest.splits["train"].num_rows
     missing = manifest.statistics.get("missing", {}).get(name, {}).get("train")
     if missing == num_rows:
@@ -79,7 +87,7 @@ def _feature(manifest: DatasetManifest, feature: Feature) -> Iterator[str]:
     if feature.table is None:
         yield from _number(manifest, name)
         return
-    table = manifest.table(feature.table)
+    table = tables[feature.table]
     hashed = manifest.statistics.get("hash_collisions", {}).get(table.name)
     num_values = table.num_rows - 1 if table.vocabulary is not None else hashed["values"] if hashed else None
     if num_values == 0:

@@ -92,6 +92,9 @@ def sections(description: Description) -> list[Section]:
     """The tables of the report."""
     found, statistics = [_rows(description)], description.manifest.statistics
     found += [_values(description, task, of_splits) for task, of_splits in statistics.get("label_values", {}).items()]
+    if weights := statistics.get("weights"):
+        rows = [[split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())] for split in SPLITS]
+        found.append(Section("Weights of rows", ["split", *weights["train"]], rows))
     if duplicates := statistics.get("duplicates"):
         found.append(_duplicates(duplicates))
     if description.groups is not None:
@@ -166,12 +169,15 @@ def _groups(description: Description) -> Section:
         num_groups = values.count()
         per_group = f"{manifest.splits[split].num_rows / num_groups:.2f}" if num_groups else "-"
         rows.append([split, f"{num_groups:,}", per_group, _percent(values.share_in(groups["train"]))])
-    note = f"A group is a value of key '{manifest.group_key}'."
+    key = str(manifest.group_key)
+    text = next((name for name in manifest.keys if f"{name}_hash" == key), None)
+    note = f"A group is a value of key '{text or key}'" + (f", by its hash in key '{key}'." if text else ".")
     return Section("Groups", ["split", "groups", "rows of a group", "share that train has"], rows, note)
 
 
 def _features(description: Description) -> Section:
     manifest, rows = description.manifest, []
+    tables = manifest.by_name
     for feature in manifest.sparse_features:
         ids, missing = description.ids[feature.name], manifest.statistics.get("missing", {}).get(feature.name)
         shares = _missing(manifest, feature.name)
@@ -179,7 +185,7 @@ def _features(description: Description) -> Section:
         with_id = {split: 0 if feature.kind == "multi" else missing[split] if missing else None for split in SPLITS}
         rows.append(
             [
-                *(feature.name, feature.kind, feature.table, f"{manifest.table(str(feature.table)).num_rows:,}"),
+                *(feature.name, feature.kind, feature.table, f"{tables[str(feature.table)].num_rows:,}"),
                 *(("about " if ids.every > 1 else "") + f"{ids.num_seen:,}", *shares, _percent(rare)),
                 *(_percent(ids.unseen(split, with_id[split])) for split in SPLITS[1:]),
                 f"{ids.mean_length:.2f}",

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from preprocessing.dataset import Dataset
+from preprocessing.dataset import Column, Dataset
 from preprocessing.encoding.dictionaries import ArrayStore, Dictionaries
 from preprocessing.encoding.encoder import Encoder
 from preprocessing.encoding.ranking import VocabularyFile, rank
 from preprocessing.encoding.row_hashes import MISSING, row_hashes
 from preprocessing.encoding.value_index import hash_words, spread
+from preprocessing.progress import progress
 from preprocessing.split_rules import COPY_COLUMN, SIDE_COLUMN
 from preprocessing.workers import in_order
 
@@ -49,7 +50,7 @@ class Coder:
     def __init__(self, dataset: Dataset, encoder: Encoder, folder: Path, limit_bytes: int) -> None:
         self._features, self._encoder, self._identity = dataset.features, encoder, dataset.identity
         self._folder, self._limit = folder, limit_bytes
-        self._with_vocabulary = [f for f in dataset.features if f in encoder.fitted]
+        self._name, self._with_vocabulary = dataset.name, encoder.fitted
         raw_types = {str(f.table): f.raw_type for f in self._with_vocabulary}
         self._dictionaries = Dictionaries(raw_types, folder / "dictionaries", limit_bytes)
         self._counts = ArrayStore(folder / "counts", limit_bytes // 4)
@@ -101,15 +102,20 @@ class Coder:
         vocabularies.mkdir()
         tables = self._dictionaries.tables
         limit = max(self._limit // (8 * workers), _LEAST_SORTED_BYTES)
-        ranked = in_order(partial(self._rank, vocabularies, limit), enumerate(tables), workers)
-        self._encoder.num_rows |= dict(zip(tables, ranked, strict=True))
+        features = {f.table: f for f in reversed(self._with_vocabulary)}  # the first of those that share a table
+        jobs = ((index, features[table]) for index, table in enumerate(tables))
+        ranked = in_order(partial(self._rank, vocabularies, limit), jobs, workers)
+        with progress(f"{self._name}: vocabularies", len(tables), "tables") as done:
+            for table, num_rows in zip(tables, ranked, strict=True):
+                self._encoder.num_rows[table] = num_rows
+                done.update(1)
         tables.clear()
         for buckets in self._encoder.buckets.values():
             buckets.freeze()
 
-    def _rank(self, vocabularies: Path, limit: int, item: tuple[int, str]) -> int:
-        index, table = item
-        feature = next(f for f in self._with_vocabulary if f.table == table)
+    def _rank(self, vocabularies: Path, limit: int, job: tuple[int, Column]) -> int:
+        index, feature = job
+        table = str(feature.table)
         return rank(
             self._dictionaries.tables[table],
             lambda generation: self._counts.get((table, generation)),

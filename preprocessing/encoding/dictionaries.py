@@ -40,8 +40,7 @@ class Dictionary:
         with self._lock:
             generation = len(self._closed)
             codes = self._index.codes(local.dictionary, hashes)
-            self.num_bytes = self._index.num_bytes
-            if self._owner.too_large(self):
+            if self._owner.too_large(self, self._index.num_bytes):
                 self._close()
         return generation, spread(codes, local, np.int32(-1))
 
@@ -70,7 +69,7 @@ class Dictionary:
             stream.write_table(values)
         self._closed.append(len(self._index))
         self._index = ValueIndex(self._raw_type)
-        self.num_bytes = 0
+        self._owner.too_large(self, 0)
 
     def _file(self, generation: int) -> Path:
         return self._path.with_name(f"{self._path.name}-{generation}.arrow")
@@ -80,14 +79,19 @@ class Dictionaries:
     """A dictionary for each table. When all together exceed `limit_bytes`, the largest goes to disk."""
 
     def __init__(self, raw_types: dict[str, pa.DataType], folder: Path, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self._limit_bytes, self._num_bytes = limit_bytes, 0
+        self._lock = Lock()
         folder.mkdir(parents=True)
         self.tables = {name: Dictionary(kind, folder / str(k), self) for k, (name, kind) in enumerate(raw_types.items())}
 
-    def too_large(self, dictionary: Dictionary) -> bool:
-        """Whether this one must go to disk now. A larger one will, when its turn comes."""
-        sizes = [table.num_bytes for table in self.tables.values()]
-        return sum(sizes) > self._limit_bytes and dictionary.num_bytes == max(sizes)
+    def too_large(self, dictionary: Dictionary, num_bytes: int) -> bool:
+        """Whether this one, which takes as much by now, must go to disk. A larger one will, when its turn comes."""
+        with self._lock:  # one sum for all: there may be ten thousand tables
+            self._num_bytes += num_bytes - dictionary.num_bytes
+            dictionary.num_bytes = num_bytes
+            if self._num_bytes <= self._limit_bytes:
+                return False
+            return num_bytes == max(table.num_bytes for table in self.tables.values())
 
 
 class ArrayStore:
@@ -97,7 +101,7 @@ class ArrayStore:
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self._folder, self._limit_bytes = folder, limit_bytes
+        self._folder, self._limit_bytes, self._num_bytes = folder, limit_bytes, 0
         folder.mkdir(parents=True)
         self._kept: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
         self._paths: dict[Hashable, Path] = {}
@@ -118,7 +122,9 @@ class ArrayStore:
             return self._kept[key]
 
     def _keep(self, key: Hashable, array: NDArray[Any]) -> None:
+        self._num_bytes += array.nbytes - (self._kept[key].nbytes if key in self._kept else 0)
         self._kept[key] = array
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._limit_bytes:
+        while len(self._kept) > 1 and self._num_bytes > self._limit_bytes:
             oldest, content = self._kept.popitem(last=False)
+            self._num_bytes -= content.nbytes
             np.save(self._paths[oldest], content)

@@ -314,5 +314,6 @@ def encoded_schema(dataset: Dataset) -> pa.Schema:
     """Of encoded rows: features first, then the other canonical columns, the side excepted."""
     kinds = {"sparse": pa.int64(), "multi": pa.list_(pa.int64()), "dense": pa.float32()}
     fields = {f.name: kinds[f.kind] for f in dataset.features}
-    fields |= {field.name: field.type for field in dataset.canonical_schema() if field.name not in {*fields, SIDE_COLUMN}}
+    others = [field for field in dataset.canonical_schema() if field.name not in fields]
+    fields |= {field.name: field.type for field in others if field.name != SIDE_COLUMN}
     return pa.schema(fields.items())

@@ -98,8 +98,8 @@ def complete(
         features=[Feature(name=f.name, kind=f.kind, table=f.table) for f in dataset.features],
         tasks=list(dataset.tasks),
         scenario=dataset.scenario,
-        keys=list(dataset.keys),
-        group_key=dataset.group_key,
+        keys=list(dataset.all_keys),
+        group_key=dataset.hashed_group or dataset.group_key,
         num_lanes=NUM_LANES,
         row_group_size=row_group_size(splits["train"].num_rows, NUM_LANES),
         splits=splits,
@@ -160,6 +160,8 @@ def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]
     found: dict[str, Any] = {"rows": sum(split.num_rows for split in splits), "label_rates": rates}
     if values:
         found["label_values"] = values
+    if dataset.weighted:
+        found["weights"] = {split: of_split.weights.statistics() for split, of_split in written.items()}
     if ranges := written["train"].ranges:
         found["within_ranges"] = {name: squeeze.statistics() for name, squeeze in ranges.items()}
     if dataset.scenario:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
+from preprocessing.dataset import PLACE_KEYS, hashed_key
 from preprocessing.reading.cells import Cells
 from preprocessing.rows.expressions import Condition, has_operator, parse_condition, quoted_column
 from preprocessing.rows.own_columns import TIME_UNITS
@@ -316,7 +317,8 @@ class TableConfig(StrictModel):
     tasks: list[TaskConfig] = Field(min_length=1)
     scenario: ScenarioConfig | None = None
     keys: dict[Name, KeyConfig] = {}
-    group_key: str | None = Field(default=None, description="The int key by which GAUC groups rows: the user.")
+    group_key: str | None = Field(default=None, description="The key, int or string, by which GAUC groups rows: the user.")
+    weight: str | None = Field(default=None, description="A column of numbers, finite and not negative: what each row counts.")
     split: SplitConfig = RandomRule()
     duplicates: Duplicates = Field(
         default="keep", description="Rows that are equal to an earlier one go where the split says, nowhere, or to its side."
@@ -375,7 +377,10 @@ class TableConfig(StrictModel):
                     " missing for single columns, {COLUMN: [...]}"
                 )
         if self.group_key is not None:
-            self._check_key("group_key", self.group_key, ("int",))
+            self._check_key("group_key", self.group_key, ("int", "string"))
+        own = [*PLACE_KEYS, *([hashed_key(self.group_key)] if self.group_key is not None else [])]
+        if taken := next((name for name in own if name in self.keys), None):
+            raise ValueError(f"keys.{taken}: rows get a key of this name by themselves; rename yours")
         if isinstance(self.split, GroupRule):
             self._check_key("split.key", self.split.key, ("int", "string", "datetime"))
         if isinstance(self.split, TimeRule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -160,11 +161,12 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
         raise DataError(f"{path}, line {number}: {error}. {_remedy(form)}") from error
     if form.cells is not None and form.cells.strip:
         names = tuple(name.strip(BLANKS) for name in names)
-    twice = [name for name in form.columns if names.count(name) > 1]
+    counts = Counter(names)
+    twice = [name for name in form.columns if counts[name] > 1]
     if twice:
         remedy = "Fetch the file again, or rename one." if form.cells is None else "Rename one."
         raise DataError(f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. {remedy}")
-    missing = [name for name in form.columns if name not in names]
+    missing = [name for name in form.columns if name not in counts]
     if missing:
         lacks = f"lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is {first[:80]!r}"
         remedy = "Fetch the file again, or name its columns in the first line."

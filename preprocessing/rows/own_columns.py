@@ -59,6 +59,14 @@ def label(values: pa.Array, column: str) -> Converted:
     return result, [(good, f"{column} must be 0 or 1, or empty where it is not known{FOUND}. {remedy}", column)]
 
 
+def weight(values: pa.Array, column: str) -> Converted:
+    """What rows count, float32: neither missing nor negative."""
+    result = values.cast(pa.float32(), safe=False)
+    good = _bools(pc.and_(pc.is_finite(result), pc.greater_equal(result, 0)).fill_null(False))
+    complaint = f"{column}, the weight of a row, must be a number from 0 on that float32 can hold{FOUND}. {_REMEDY}"
+    return result, [(good, complaint, column)]
+
+
 def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType, cells: Cells) -> Converted:
     """Lists of int64 or string from text; blanks around an id do not count, nor do ids that are empty or missing."""
     lists = pc.split_pattern(present(values), separator)

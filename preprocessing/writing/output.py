@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -91,13 +92,16 @@ def _mend(out: Path, temporary: Path, old: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    with ThreadPoolExecutor(16) as pool:  # who wait for the disk together: there may be ten thousand vocabularies
+        list(pool.map(_sync_file, (path for path in folder.rglob("*") if path.is_file())))
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
             _sync_folder(path)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.identity import file_sha256
-from mmlrec.schema import SCENARIO_COLUMN, Part, Scenario, Split, Task, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Part, Scenario, Split, Task, label_column
 from preprocessing.writing.summaries import Moments, Squeeze
 
 T = TypeVar("T")
@@ -63,11 +63,13 @@ class Written:
     Attributes:
         labels: regression task -> "all" or scenario -> its labels.
         ranges: scaled feature -> its values; of train only.
+        weights: of the rows, where they have some.
     """
 
     split: Split
     labels: dict[str, dict[str, Moments]]
     ranges: dict[str, Squeeze]
+    weights: Moments
 
 
 class SplitWriter:
@@ -103,6 +105,7 @@ class SplitWriter:
         self._counts = np.zeros((len(tasks), num_scenarios + 1, 2), np.int64)  # last scenario = all
         self._labels = {task.name: dict.fromkeys(self._names, Moments()) for task in tasks if task.kind == "regression"}
         self._ranges = dict.fromkeys(scaled if split == "train" else (), Squeeze())
+        self._weights = Moments()
         (folder / split).mkdir(exist_ok=True)
 
     @property
@@ -134,7 +137,7 @@ class SplitWriter:
                 for task, counts in zip(self._tasks, self._counts, strict=True)
             },
         )
-        return Written(split, self._labels, self._ranges)
+        return Written(split, self._labels, self._ranges, self._weights)
 
     def _path(self, index: int) -> str:
         return f"{self._split}/part-{self._first_part + index:05d}.parquet"
@@ -160,6 +163,8 @@ class SplitWriter:
         """Take note of the numbers of a row group."""
         for name, seen in self._ranges.items():
             self._ranges[name] = seen + Squeeze.of(group[name].to_numpy())
+        if WEIGHT_COLUMN in group.schema.names:
+            self._weights += Moments.of(group[WEIGHT_COLUMN].to_numpy())
         for task, of_task in self._labels.items():
             label = group[label_column(task)].to_numpy()  # nan where it is missing
             known = ~np.isnan(label)
@@ -211,7 +216,8 @@ def join_splits(written: list[Written]) -> Written:
         task: {name: _joined([each.labels[task][name] for each in written]) for name in of_task}
         for task, of_task in written[0].labels.items()
     }
-    return Written(split, labels, {name: _joined([each.ranges[name] for each in written]) for name in written[0].ranges})
+    ranges = {name: _joined([each.ranges[name] for each in written]) for name in written[0].ranges}
+    return Written(split, labels, ranges, _joined([each.weights for each in written]))
 
 
 def _joined(pieces: list[T]) -> T:

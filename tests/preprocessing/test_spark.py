@@ -90,12 +90,13 @@ def test_same_bytes_as_the_local_engine(form, spark, small, tmp_path, monkeypatc
 def test_equal_rows_and_missing_values_are_counted_as_locally(policy, spark, small, tmp_path):
     (tmp_path / "raw").mkdir()
     cells = [("" if i % 7 == 0 else i % 90, "" if i % 5 == 0 else i % 3) for i in range(3000)]
-    rows = [f"u{i % 40},{x},{tag}|{i % 2},{(i % 4) / 8}" for i, (x, tag) in enumerate(cells)]
-    (tmp_path / "raw" / "a.csv").write_text("\n".join(["user,x,tags,amount", *rows]) + "\n")
+    rows = [f"u{i % 40},{x},{tag}|{i % 2},{(i % 4) / 8},{(i % 4) / 2}" for i, (x, tag) in enumerate(cells)]
+    (tmp_path / "raw" / "a.csv").write_text("\n".join(["user,x,tags,amount,weight", *rows]) + "\n")
     (tmp_path / "raw" / "t.yaml").write_text(
         "files: [a.csv]\n"
         "features: {user: {kind: id}, x: {kind: number}, tags: {kind: ids, separator: '|'}}\n"
         "tasks: [{name: amount, label: amount, kind: regression}]\n"
+        "weight: weight\nkeys: {user: {type: string}}\ngroup_key: user\n"
     )
     arguments = ["--config", str(tmp_path / "raw" / "t.yaml"), "--duplicates", policy]
     local, on_spark = both("table", arguments, tmp_path)
@@ -104,6 +105,9 @@ def test_equal_rows_and_missing_values_are_counted_as_locally(policy, spark, sma
     assert statistics["duplicates"]["rows"] == 3000 - len(set(rows)) > 400
     assert sum(statistics["missing"]["x"].values()) == 429
     assert statistics["label_values"]["amount"]["all"]["all"]["greatest"] == 0.375
+    assert statistics["weights"]["train"]["greatest"] == 1.5
+    lines = {row for split in SPLITS for row in rows_of(tmp_path / "spark", split)["key.source_line"].to_pylist()}
+    assert lines == set(range(2, 3002))
 
 
 @pytest.mark.parametrize("options", [["--parity"], ["--seed", "5", "--scenario", "none"]])

@@ -64,10 +64,19 @@ BAD_CONFIGS = {
         ["column 'user' is read as string by features.user, but as double by features.u2"],
     ),
     "unknown key column": ({"split": {"rule": "group", "key": "usr"}}, ["split.key: 'usr' is not among the keys"]),
-    "group key of text": (
-        {"keys": {"user": {"type": "string"}}, "group_key": "user"},
-        ["group_key: key 'user' is of type string; int is needed"],
+    "group key of times": (
+        {"keys": {"user": {"type": "datetime"}}, "group_key": "user"},
+        ["group_key: key 'user' is of type datetime; int or string is needed"],
     ),
+    "key that is the rows' own": (
+        {"keys": {"source_line": {"type": "int", "column": "x"}}},
+        ["keys.source_line: rows get a key of this name by themselves; rename yours"],
+    ),
+    "key of the group's hash": (
+        {"keys": {"user": {"type": "string"}, "user_hash": {"type": "int", "column": "x"}}, "group_key": "user"},
+        ["keys.user_hash: rows get a key of this name by themselves"],
+    ),
+    "weight of another type": ({"weight": "user"}, ["column 'user' is read as string", "but as double by weight"]),
     "unknown rule": ({"split": {"rule": "tim"}}, ["split.rule: 'tim' is none of", "Did you mean 'time'?"]),
     "cuts in the wrong order": (
         {"keys": {"x": {"type": "int"}}, "split": {"rule": "time", "key": "x", "cuts": [5, 3]}},

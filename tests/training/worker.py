@@ -21,6 +21,7 @@ from mmlrec.config import load_config
 from mmlrec.data.reader import Reader
 from mmlrec.distributed.world import process_group
 from mmlrec.evaluation.evaluation import evaluate_split
+from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
@@ -57,6 +58,9 @@ def run(action: dict, world) -> None:
         report = evaluate_split(session, "test")
         if world.is_main:
             Path(action["output"]).write_text(json.dumps(report))
+    elif kind == "predict":
+        session, _ = load_session(RunFolder(run_dir), world, [])
+        write_predictions(session, Path(session.config.dataset.path), "test", Path(action["output"]))
     elif kind == "reshard":
         # Load the newest checkpoint at this world size and plan, and save it again without a step in between.
         session = build_session(load_config(action["config"], action["overrides"]), world, for_training=True)

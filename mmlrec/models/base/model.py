@@ -19,6 +19,8 @@ from mmlrec.output import Output
 from mmlrec.schema import Setting, Task
 from mmlrec.yaml_config import StrictModel
 
+#: Which methods have `one_task`; tests/models/test_settings_matrix.py keeps it true.
+ONE_TASK = "One task alone trains in setting 'mtl' with model.name=mlp, single_task, shared_bottom, mmoe or apg."
 Width = Annotated[int, Field(gt=0)]
 #: Stacked members of an owned parameter belong to one head (index t * S + s), task or scenario each, in that order.
 Owner = Literal["head", "task", "scenario"]
@@ -34,6 +36,7 @@ class ModelSpec:
         fields: field name -> width D_f of its pooled embedding, in the order of concatenation.
         num_dense: number of dense features, appended after the fields.
         seed: seed of the initialisation.
+        embedding_dim: width of looked-up vectors, where there are no fields to tell it.
     """
 
     setting: Setting
@@ -42,6 +45,7 @@ class ModelSpec:
     fields: dict[str, int]
     num_dense: int
     seed: int = 0
+    embedding_dim: int = 16
 
     @property
     def num_tasks(self) -> int:
@@ -57,6 +61,11 @@ class ModelSpec:
     def input_width(self) -> int:
         """d_in: width of the concatenated pooled embeddings and dense features."""
         return sum(self.fields.values()) + self.num_dense
+
+    @property
+    def vector_width(self) -> int:
+        """Width of a vector that a network owns beside those that are looked up: that of the first field."""
+        return next(iter(self.fields.values()), self.embedding_dim)
 
 
 class NetworkConfig(StrictModel):
@@ -77,7 +86,7 @@ class MultiTaskModel(nn.Module):
     """Base class of all methods: maps features to logits and never sees labels, KeyedJaggedTensors, ranks or shards.
 
     A subclass sets `Config`, builds its layers in `__init__(spec, config)` and implements `forward`. `spec` may have
-    S = 1 or H = 1: run configurations refuse that before (`check_setting`), tests of degenerate cases need it.
+    S = 1 or H = 1: for most methods run configurations refuse that before (`check_setting`), tests of degenerate cases need it.
     """
 
     Config: ClassVar[type[NetworkConfig]] = NetworkConfig
@@ -85,6 +94,8 @@ class MultiTaskModel(nn.Module):
     #: Settings in which the method is defined, with what to use instead for those that are missing.
     settings: ClassVar[tuple[Setting, ...]] = (Setting.MTL, Setting.MSL, Setting.MTMSL)
     alternative: ClassVar[str] = ""
+    #: True: in setting 'mtl' one task is enough. Others are about what several tasks or scenarios share.
+    one_task: ClassVar[bool] = False
     #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint;
     #: then x is [B, H, d_in] and fields are [B, H, D_f].
     tables_per_branch: ClassVar[bool] = False
@@ -132,6 +143,8 @@ class MultiTaskModel(nn.Module):
             ConfigError: naming the option, the field and the nearest one.
         """
         for name in names:
+            if not self.spec.fields:
+                raise ConfigError(f"model.{option}: no field '{name}': all features of this dataset are numbers. Leave it out.")
             if name not in self.spec.fields:
                 near, known = did_you_mean(name, self.spec.fields), ", ".join(self.spec.fields)
                 raise ConfigError(
@@ -248,14 +261,14 @@ class MultiTaskModel(nn.Module):
         cls.check_defined(setting)
         if setting is not Setting.MTL and spec.num_scenarios < 2:
             other = "use setting 'mtl'"
-            if spec.num_tasks < 2:
-                other = "make it again with scenarios, or choose 2 or more tasks in setting 'mtl'"
+            if spec.num_tasks < 2 and not cls.one_task:
+                other = f"make it again with scenarios, or choose 2 or more tasks in setting 'mtl'. {ONE_TASK}"
             raise ConfigError(f"{name} in setting '{setting}' needs 2 or more scenarios; this dataset has none: {other}.")
-        if setting is not Setting.MSL and spec.num_tasks < 2:
+        if setting is not Setting.MSL and spec.num_tasks < 2 and not (cls.one_task and setting is Setting.MTL):
             other = ", or, with scenarios, use setting 'msl'" if Setting.MSL in cls.settings else ""
             raise ConfigError(
                 f"{name} in setting '{setting}' needs at least 2 tasks, got {[t.name for t in spec.tasks]}:"
-                f" choose more with dataset.tasks{other}."
+                f" choose more with dataset.tasks{other}. {ONE_TASK}"
             )
         if setting is Setting.MSL and spec.num_tasks != 1:
             raise ConfigError(
