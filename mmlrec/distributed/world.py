@@ -150,7 +150,6 @@ def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             hangs = True
             raise heartbeat.lost() from None
-            raise
         failure = _last_words(error, store, rank, world_size)
         raise failure from failure.__cause__
     finally:

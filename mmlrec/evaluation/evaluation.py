@@ -99,7 +99,7 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
     return DataError(
         f"the model gives no finite score to {len(bad)} of {len(rows.row)} rows (the first: row {rows.row[bad[0]]}): weights or"
         " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning rates,"
-        " from the start or from an earlier checkpoint of the run (--from-step)."
+        " from the start or from an earlier checkpoint of the run (apps.train --run-dir --from-step)."
     )
 
 

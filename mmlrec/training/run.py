@@ -116,7 +116,10 @@ def _train(
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
     if from_step is not None and found is None:
-        raise CheckpointError(f"{run_dir}: no whole checkpoint to go back to. Leave out --from-step to start the run.")
+        raise CheckpointError(
+            f"{run_dir}: no whole checkpoint to go back to. Give the folder of the run with --run-dir, as its default"
+            " name changes with the rates, or leave out --from-step to start a new one."
+        )
     goes_back = from_step is not None and found is not None and not _went_back(folder, found, from_step, config)
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
         folder.check_same_run(config, REMEDIES if goes_back else ())

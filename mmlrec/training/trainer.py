@@ -25,7 +25,7 @@ from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
-from mmlrec.training.guard import check_finite, check_losses
+from mmlrec.training.guard import check_finite, check_losses, remedy
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.selection import Selection, branch_metrics, joint_metric
 
@@ -218,8 +218,11 @@ class Trainer:
             if self.world.world_size > 1:
                 dist.all_reduce(first)
             self._first_losses = self._by_name(first)
-        check_losses(values, self._first_losses, self.progress.step, self._saved_step)
+        check_losses(values, self._first_losses, self.progress.step, self._remedy())
         return values
+
+    def _remedy(self) -> str:
+        return remedy(self.folder.path, self._saved_step)
 
     def _by_name(self, losses: torch.Tensor) -> dict[str, float]:
         return dict(zip(self.session.objectives, losses.tolist(), strict=True))
@@ -268,7 +271,7 @@ class Trainer:
         if self._checked_step != self.progress.step:
             if self._loss_steps:
                 self._mean_losses()
-            check_finite(tensors, self.progress.step, self._saved_step, self.world)
+            check_finite(tensors, self.progress.step, self._remedy(), self.world)
             self._checked_step = self.progress.step
         return tensors
 
