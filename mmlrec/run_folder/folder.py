@@ -18,7 +18,7 @@ from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest
-from mmlrec.run_folder.lock import unwritable
+from mmlrec.run_folder.lock import Lock, unwritable
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.yaml_config import StrictModel
 
@@ -49,10 +49,15 @@ REMEDIES = (
 
 
 class RunFolder:
-    """Paths and small files of one run. Rank 0 alone writes."""
+    """Paths and small files of one run. Rank 0 alone writes.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        lock: of the folder, held by this process; None where it only reads.
+    """
+
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
+        self._lock = lock
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.plan = path / "plan.json"
@@ -81,6 +86,14 @@ class RunFolder:
                     leftover.unlink()
         except OSError as error:
             raise unwritable(self.path, error) from error
+
+    def check_held(self, world: World) -> None:
+        """Before checkpoints are written or deleted: is this still the folder that the run has locked? All ranks call it.
+
+        Raises:
+            UserError: it was moved, deleted or replaced; another run may write there by now.
+        """
+        world.raise_together(self._lock.lost() if self._lock is not None else None)
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""

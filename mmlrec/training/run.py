@@ -99,8 +99,10 @@ def train(
             run.
     """
     config = resolve(config, source)
-    with hold(run_dir, world):
-        return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, from_step=from_step, source=source)
+    with hold(run_dir, world) as lock:
+        return _train(
+            config, RunFolder(run_dir, lock), world, resume=resume, restart=restart, from_step=from_step, source=source
+        )
 
 
 def _train(
@@ -173,6 +175,7 @@ def _train(
             best = checkpoint.read_state(folder.best)
             checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
             report = evaluate_split(session, "test", stop)
+        folder.check_held(world)
         if world.is_main:
             logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
     return report

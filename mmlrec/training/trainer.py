@@ -238,6 +238,7 @@ class Trainer:
         branches = self.session.branches()
         values = branch_metrics(report, branches) if branches else joint_metric(report)
         improved = self.selection.update(values, self.progress.step)
+        self.folder.check_held(self.world)
         if improved:
             state = {
                 "step": self.progress.step,
@@ -255,7 +256,11 @@ class Trainer:
         if self._saved_step == self.progress.step:
             folder = self.folder.checkpoints
             checkpoint.amend(checkpoint.step_folder(folder, self.progress.step), self._validated(), self.world)
-            checkpoint.prune(folder, self.config.keep_checkpoints, self.world, step=self.progress.step)
+            self._prune()
+
+    def _prune(self) -> None:
+        self.folder.check_held(self.world)
+        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
 
     def _validated(self) -> dict[str, Any]:
         """What a validation changes in the state."""
@@ -279,6 +284,7 @@ class Trainer:
         if self._saved_step == self.progress.step:
             return
         before = time.perf_counter()
+        self.folder.check_held(self.world)
         tensors = self._check()
         window = self._losses.clone()
         if self.world.world_size > 1:
@@ -295,7 +301,7 @@ class Trainer:
         }
         folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
         checkpoint.save(folder, tensors, state, self.world)
-        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
+        self._prune()
         self._saved_step = self.progress.step
         logger.debug("saved step %d", self.progress.step)
         if self.world.is_main:
