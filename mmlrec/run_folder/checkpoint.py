@@ -11,11 +11,12 @@ to it. It is no part of the whole: without it that is found out again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,14 +88,16 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if world.is_main:
+        former = folder.with_name(folder.name + _REPLACED)
         if folder.exists():
-            old = folder.with_name(folder.name + _REPLACED)
             # The former one stays until `prune`: should this process die now, the newest step checkpoint knows that one.
-            if old.exists():
-                shutil.rmtree(folder)
-            else:
-                folder.rename(old)
+            if former.exists():
+                former = folder.with_name(f"{temporary.name}{_TEMPORARY}")
+            folder.rename(former)
+        # Next, as others may be about to read it.
         temporary.rename(folder)
+        if former.suffix == _TEMPORARY:
+            shutil.rmtree(former)
         _sync(folder.parent)
     world.barrier()
 
@@ -192,6 +195,29 @@ def verify(folder: Path, world: World) -> None:
     reason = damage(folder, world)
     if reason is not None:
         raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path, world: World) -> Iterator[None]:
+    """While a checkpoint of a run is read that may be alive, and replace it; all ranks enter it.
+
+    Raises:
+        CheckpointError: it was replaced meanwhile: what was read may be of both.
+    """
+    before = _marker(folder)
+    replaced = CheckpointError(f"{folder} was replaced by its run while it was read. Give the command again.")
+    try:
+        yield
+    except CheckpointError as error:
+        raise (error if _marker(folder) == before else replaced) from error.__cause__
+    world.raise_together(None if _marker(folder) == before else replaced)
+
+
+def _marker(folder: Path) -> bytes | None:
+    try:
+        return (folder / MARKER).read_bytes()
+    except OSError:
+        return None
 
 
 def latest(folder: Path, world: World) -> Path | None:

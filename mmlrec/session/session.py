@@ -282,14 +282,16 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     """The best checkpoint of a run, for evaluation and prediction, and the step it was taken at.
 
     Raises:
-        UserError: the folder is no run, has no usable best checkpoint, or the overrides ask for another model or other data.
+        UserError: the folder is no run, has no usable best checkpoint, or one that its run replaces at the moment, or the
+            overrides ask for another model or other data.
     """
     config = folder.read_config(overrides)
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config)
-    checkpoint.verify(folder.best, world)
-    state = checkpoint.read_state(folder.best)
-    folder.check_same_data(state, config)
-    session = build_session(config, world, for_training=False, source=str(folder.config))
-    checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+    with checkpoint.unchanged(folder.best, world):
+        checkpoint.verify(folder.best, world)
+        state = checkpoint.read_state(folder.best)
+        folder.check_same_data(state, config)
+        session = build_session(config, world, for_training=False, source=str(folder.config))
+        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return session, int(state["step"])
