@@ -35,6 +35,7 @@ def main() -> None:
     from mmlrec.distributed.stopping import StopSignal
     from mmlrec.distributed.world import process_group
     from mmlrec.evaluation.evaluation import evaluate_split, write_result
+    from mmlrec.metrics.notes import report_text
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
 
@@ -45,7 +46,9 @@ def main() -> None:
         with StopSignal(world) as stop:
             report = evaluate_split(session, arguments.split, stop)
         if world.is_main:
-            print(write_result(folder, arguments.split, report, step=step))
+            # First: the folder may be one that can only be read.
+            print(report_text(report, arguments.split), flush=True)
+            write_result(folder, arguments.split, report, step=step)
 
 
 if __name__ == "__main__":

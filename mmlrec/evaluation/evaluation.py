@@ -15,7 +15,6 @@ from mmlrec.data.batch import Batch
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
-from mmlrec.metrics.notes import report_text
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -129,10 +128,11 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     return result
 
 
-def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> str:
-    """Put a split's report into `result.json` and return it as a table, with what to look at."""
+def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> None:
+    """Put a split's report into `result.json`, in place of all that are of another step."""
     result = folder.read_result()
+    if result.get("step") != step:
+        result = {}
     result[split] = report
     result["step"] = step
     write_atomically(folder.result, json.dumps(result, indent=1))
-    return report_text(report, split)

@@ -81,7 +81,7 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
             # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
-            for path in (self.config, self.environment, self.plan, self.metrics):
+            for path in (self.config, self.environment, self.plan, self.dataset, self.metrics):
                 for leftover in self.path.glob(f"{path.name}.*.tmp"):
                     leftover.unlink()
         except OSError as error:
@@ -124,7 +124,7 @@ class RunFolder:
             return {}
         try:
             return dict(json.loads(self.result.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
     def check_same_run(self, config: RunConfig, also: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,7 @@ from mmlrec.distributed.world import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
+from mmlrec.metrics.notes import report_text
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
@@ -177,7 +178,8 @@ def _train(
             report = evaluate_split(session, "test", stop)
         folder.check_held(world)
         if world.is_main:
-            logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
+            logger.debug("test, best checkpoint by validation:\n%s", report_text(report, "test"))
+            write_result(folder, "test", report, step=best["step"])
     return report
 
 
@@ -201,10 +203,12 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
         reasons = [reason] if reason else []
     if reasons and not restart:
         listed = "\n".join(f"  {reason}" for reason in reasons)
+        step = None if found is None else checkpoint.read_state(found)["progress"]["step"]
+        choice = "" if step is None else f" With --from-step {step} it goes on from there, and only chooses its best anew."
         raise CheckpointError(
             f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
-            "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
-            " again at step 0, and its checkpoints are deleted."
+            f"Bring these files back from a copy, or choose another folder with --run-dir.{choice} With --restart the run"
+            " begins again at step 0, and its checkpoints are deleted."
         )
     if restart and found is not None and not reasons:
         raise UserError(
@@ -224,9 +228,10 @@ def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> 
 
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
     """True when the run has its test result and this configuration asks for no more steps than it took."""
-    if "test" not in folder.read_result():
+    result, state = folder.read_result(), checkpoint.read_state(found)
+    # While a run is alive, `apps.evaluate` may put there what the best checkpoint of then gives.
+    if "test" not in result or result.get("step") != max(state["selection"]["best_step"].values(), default=None):
         return False
-    state = checkpoint.read_state(found)
     before = state["config"]["training"]
     same_length = all(before[key] == getattr(config.training, key) for key in ("max_steps", "epochs"))
     return bool(state["finished"]) and same_length
