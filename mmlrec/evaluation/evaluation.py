@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
-from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report
@@ -83,12 +83,17 @@ def predict_split(
     session.model.train(was_training)
     world = session.world
     if stop is not None and stop.agreed():
-        raise stop.interrupted(
-            f"{title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
-        )
+        raise stopped(stop, title)
     rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
     world.raise_together(None if rows is None else _not_finite(rows))
     return rows
+
+
+def stopped(stop: StopSignal, title: str) -> Interrupted:
+    """The error of an evaluation that a signal ends."""
+    return stop.interrupted(
+        f"{title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
+    )
 
 
 def _not_finite(rows: PredictionRows) -> DataError | None:
@@ -112,7 +117,8 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     reader = session.reader(split)
     title = f"evaluating {split}"
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
-    session.check_parts()
+    if not session.check_parts(stop) and stop is not None:
+        raise stopped(stop, title)
     report, error = None, None
     if rows is not None:
         try:

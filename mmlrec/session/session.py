@@ -20,6 +20,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
+from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
@@ -88,11 +89,15 @@ class Session:
         self.verification.add(place, manifest.splits[split].parts)
         return reader
 
-    def check_parts(self, *, wait: bool = True) -> None:
+    def check_parts(self, stop: StopSignal | None = None, *, wait: bool = True) -> bool:
         """Before anything is kept that was made of the parts of any reader: are they those that were written? On all ranks.
 
         Args:
+            stop: a signal ends the waiting.
             wait: until all are hashed; otherwise only what is known by now counts.
+
+        Returns:
+            Whether all were waited for.
 
         Raises:
             DataError: on every rank, when one has found a part that is damaged.
@@ -101,8 +106,8 @@ class Session:
         while True:
             waiting = wait and self.world.any(not self.verification.finished(_CHECK_SECONDS))
             self.world.raise_together(self.verification.failure)
-            if not waiting:
-                return
+            if not waiting or (stop is not None and stop.agreed()):
+                return not waiting
             if not told:
                 logger.info("waiting until all parts of the dataset have been compared with their checksums")
             told = True

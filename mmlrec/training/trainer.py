@@ -127,12 +127,12 @@ class Trainer:
                     self._report(reporter)
                 # Before the validation: what kills the process while that takes its time, kills no epoch.
                 if self._due(self.config.checkpoint_every_steps):
-                    self.session.check_parts()
+                    self.session.check_parts(stop)
                     self._save()
                 if self.validation_due:
                     self._validate(reporter, stop)
                 if self.finished:
-                    self.session.check_parts()
+                    self.session.check_parts(stop)
                     self._save()
                 reporter.restart_clock()
 

@@ -5,11 +5,15 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from mmlrec.data import verification
+from mmlrec.data.verification import Verification
 from mmlrec.evaluation.evaluation import write_result
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
@@ -178,6 +182,35 @@ def test_an_evaluation_that_cannot_be_kept_is_shown(half):
     assert done.returncode == 2
     assert "logloss" in done.stdout
     assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("waits", ["train", "valid"])
+def test_a_signal_ends_the_waiting_for_checksums(stopped, tmp_path, app, monkeypatch, waits):
+    """Of parts that are hashed more slowly than they are read; the state is saved first."""
+    run_dir, go, hashed = tmp_path / "run", threading.Event(), []
+
+    def check_part(folder, part):
+        if part.path.startswith(waits):
+            go.wait(5)
+            hashed.append(part.path)
+
+    def finished(self, seconds):
+        if not plain(self, 0.2):
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, 0.1)
+
+    plain = Verification.finished
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "check_part", check_part)
+        patch.setattr(Verification, "finished", finished)
+        code, error = app(*command(stopped, run_dir))
+        assert code == 85, error
+        assert hashed == []
+        go.set()
+    assert "holds the checkpoint" in error
+    assert list((run_dir / "checkpoints").glob("step_*"))
+    assert app(*command(stopped, run_dir))[0] == 0
+    assert_same_end(stopped, run_dir)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
