@@ -238,10 +238,22 @@ def step_damage(folder: Path) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
-def best_damage(best: Path, world: World) -> str | None:
-    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it."""
+def best_damage(best: Path, known: int, world: World) -> str | None:
+    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it.
+
+    Args:
+        known: step of the best that the checkpoint to resume from knows.
+    """
+    reason = _best_damage(best, known, world)
+    return None if reason is None or _best_damage(best.with_name(best.name + _REPLACED), known, world) is None else reason
+
+
+def _best_damage(best: Path, known: int, world: World) -> str | None:
     reason = damage(best, world)
-    return None if reason is None or damage(best.with_name(best.name + _REPLACED), world) is None else reason
+    if reason is None and (step := read_state(best)["step"]) < known:
+        # As in a copy that was made, file by file, while the run was alive.
+        reason = f"{best} is of step {step}, and not the one that the run has chosen, of step {known}"
+    return reason
 
 
 def discard(folder: Path, world: World) -> None:
@@ -295,7 +307,8 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
     state = read_state(path)
     changes: dict[str, Any] = {"went_back_to": step, "finished": False}
     chosen = _settled(best, step, world)
-    if state["selection"]["best"] and (damage(chosen, world) is not None or read_state(chosen)["step"] > step):
+    known = max(state["selection"]["best_step"].values(), default=0)
+    if known and (_best_damage(chosen, known, world) is not None or read_state(chosen)["step"] > step):
         changes |= {"selection": {"best": {}, "stale": {}, "best_step": {}}, "validation_due": True}
     amend(path, changes, world)
     if world.is_main:

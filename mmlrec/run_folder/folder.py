@@ -73,7 +73,7 @@ class RunFolder:
         """Make the folders and prove that they can be written.
 
         Raises:
-            UserError: they cannot.
+            UserError: they cannot, or a file that is appended to is a link.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -81,6 +81,9 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
             # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
+            for path in (self.log, self.metrics):  # which are appended to: a folder from elsewhere could name any file
+                if path.is_symlink() and path.is_file():
+                    raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
             for path in (self.config, self.environment, self.plan, self.dataset, self.metrics):
                 for leftover in self.path.glob(f"{path.name}.*.tmp"):
                     leftover.unlink()

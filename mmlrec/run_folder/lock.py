@@ -154,7 +154,8 @@ class Lock:
     def _open_and_lock(self) -> bool:
         """False when the file was removed by its holder before it was locked here."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link in a run folder from elsewhere could name any file.
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             self._lock_all(self._descriptor)
             if os.fstat(self._descriptor).st_ino == os.stat(self._path).st_ino:

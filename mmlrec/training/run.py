@@ -198,8 +198,8 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
     reasons: list[str] = []
     if found is None:
         reasons = cast("list[str]", world.from_main(checkpoint.step_damage(folder.checkpoints) if world.is_main else []))
-    elif checkpoint.read_state(found)["selection"]["best"]:
-        reason = checkpoint.best_damage(folder.best, world)
+    elif known := checkpoint.read_state(found)["selection"]["best_step"]:
+        reason = checkpoint.best_damage(folder.best, max(known.values()), world)
         reasons = [reason] if reason else []
     if reasons and not restart:
         listed = "\n".join(f"  {reason}" for reason in reasons)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -123,17 +124,34 @@ def test_all_checkpoints_damaged_are_named_and_kept_until_told(stopped, half, ap
     assert_same_end(stopped, half)
 
 
-@pytest.mark.parametrize("how", ["flipped", "missing"])
+def age(best: Path) -> None:
+    """Make it one of an earlier step, as it is in a copy that was made while the run was alive."""
+    text = json.dumps(json.loads((best / checkpoint.STATE).read_text()) | {"step": 1}).encode()
+    (best / checkpoint.STATE).write_bytes(text)
+    marker = json.loads((best / checkpoint.MARKER).read_text())
+    marker["files"][checkpoint.STATE] = {"bytes": len(text), "crc32": zlib.crc32(text)}
+    (best / checkpoint.MARKER).write_text(json.dumps(marker))
+    assert checkpoint.damage(best) is None
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "older"])
 def test_a_damaged_best_is_told_before_training(stopped, half, app, how):
     best = half / "checkpoints/best"
-    file = spoil(best)
+    file = next(best.glob("*.distcp"))
     if how == "missing":
         shutil.rmtree(best)
+    else:
+        {"flipped": spoil, "older": age}[how](best)
     before = names(half)
     code, error = app(*command(stopped, half))
     assert code == 2
     assert f"{half} holds a run that cannot be finished" in error
-    assert (f"{file} does not match its checksum" if how == "flipped" else f"{best} has no COMPLETE.json") in error
+    words = {
+        "flipped": f"{file} does not match its checksum",
+        "missing": f"{best} has no COMPLETE.json",
+        "older": f"{best} is of step 1, and not the one that the run has chosen, of step ",
+    }
+    assert words[how] in error
     assert names(half) == before
     assert "With --from-step 6 it goes on from there" in error
     kept = half.with_name("kept")
