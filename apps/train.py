@@ -54,8 +54,8 @@ def parse() -> argparse.Namespace:
         "--from-step",
         type=int,
         metavar="N",
-        help="go back to the checkpoint of step N, for a run that diverged: learning rates, dense.clip_norm and schedule may"
-        " differ; later checkpoints are deleted",
+        help="go back to the checkpoint of step N of the run in --run-dir, for one that diverged: learning rates,"
+        " dense.clip_norm and schedule may differ; later checkpoints are deleted",
     )
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")

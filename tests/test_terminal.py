@@ -97,8 +97,9 @@ def test_training_prints_the_terms_plainly(hostile, tmp_path, app):  # noqa: F81
     config.write_text(CONFIG.format(dataset=hostile))
     code, error = app("train", "--config", config, "--run-dir", tmp_path / "run")
     assert code == 0, error
-    assert f"terms of the data: be kind{SHOWN}" in error
-    assert [command for command in COMMANDS if command in error] == []
+    for text in (error, (tmp_path / "run/train.log").read_text(encoding="utf-8")):
+        assert f"terms of the data: be kind{SHOWN}" in text
+        assert [command for command in COMMANDS if command in text] == []
 
 
 def test_bad_cells_and_bad_configurations_are_quoted_plainly(tmp_path, capsys):

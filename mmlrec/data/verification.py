@@ -63,3 +63,5 @@ class Verification:
                 check_part(folder, part)
             except DataError as error:
                 self.failure = error
+            except Exception as error:  # whatever it is: nobody may wait for ever for what is not hashed any more
+                self.failure = DataError(f"{folder / part.path}: cannot be compared with its checksum: {error!r}.")

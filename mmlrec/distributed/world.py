@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.distributed.heartbeat import Heartbeat
 from mmlrec.errors import RankError, UserAdvice, UserError
+from mmlrec.terminal import plain
 
 logger = logging.getLogger("mmlrec")
 
@@ -150,7 +151,6 @@ def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             hangs = True
             raise heartbeat.lost() from None
-            raise
         failure = _last_words(error, store, rank, world_size)
         raise failure from failure.__cause__
     finally:
@@ -333,6 +333,10 @@ class _LogFile(logging.FileHandler):
     """A log file whose disk may be full: that is told once, where the log is shown as well."""
 
     _told = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As the base class, `plain`: files are shown on terminals, too."""
+        return plain(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """See the base class: called while the exception is handled."""

@@ -12,10 +12,9 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
-from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.errors import DataError, UserError
 from mmlrec.metrics.gather import PredictionRows, gather_rows
-from mmlrec.metrics.notes import report_text
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -84,12 +83,17 @@ def predict_split(
     session.model.train(was_training)
     world = session.world
     if stop is not None and stop.agreed():
-        raise stop.interrupted(
-            f"{title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
-        )
+        raise stopped(stop, title)
     rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
     world.raise_together(None if rows is None else _not_finite(rows))
     return rows
+
+
+def stopped(stop: StopSignal, title: str) -> Interrupted:
+    """The error of an evaluation that a signal ends."""
+    return stop.interrupted(
+        f"{title}: stopped by a signal before the end; nothing of it is written. Run the same command again."
+    )
 
 
 def _not_finite(rows: PredictionRows) -> DataError | None:
@@ -99,7 +103,7 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
     return DataError(
         f"the model gives no finite score to {len(bad)} of {len(rows.row)} rows (the first: row {rows.row[bad[0]]}): weights or"
         " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning rates,"
-        " from the start or from an earlier checkpoint of the run (--from-step)."
+        " from the start or from an earlier checkpoint of the run (apps.train --run-dir --from-step)."
     )
 
 
@@ -113,7 +117,8 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     reader = session.reader(split)
     title = f"evaluating {split}"
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
-    session.check_parts()
+    if not session.check_parts(stop) and stop is not None:
+        raise stopped(stop, title)
     report, error = None, None
     if rows is not None:
         try:
@@ -140,10 +145,11 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     return result
 
 
-def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> str:
-    """Put a split's report into `result.json` and return it as a table, with what to look at."""
+def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> None:
+    """Put a split's report into `result.json`, in place of all that are of another step."""
     result = folder.read_result()
+    if result.get("step") != step:
+        result = {}
     result[split] = report
     result["step"] = step
     write_atomically(folder.result, json.dumps(result, indent=1))
-    return report_text(report, split)

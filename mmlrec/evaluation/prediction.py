@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, UserError
-from mmlrec.evaluation.evaluation import predict_split
+from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit, log_ratio
@@ -43,7 +43,8 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path,
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
-    session.check_parts()
+    if not session.check_parts(stop) and stop is not None:
+        raise stopped(stop, title)
     error: UserError | None = None
     if rows is not None:
         try:

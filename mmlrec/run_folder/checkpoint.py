@@ -11,11 +11,12 @@ to it. It is no part of the whole: without it that is found out again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,14 +88,16 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if world.is_main:
+        former = folder.with_name(folder.name + _REPLACED)
         if folder.exists():
-            old = folder.with_name(folder.name + _REPLACED)
             # The former one stays until `prune`: should this process die now, the newest step checkpoint knows that one.
-            if old.exists():
-                shutil.rmtree(folder)
-            else:
-                folder.rename(old)
+            if former.exists():
+                former = folder.with_name(f"{temporary.name}{_TEMPORARY}")
+            folder.rename(former)
+        # Next, as others may be about to read it.
         temporary.rename(folder)
+        if former.suffix == _TEMPORARY:
+            shutil.rmtree(former)
         _sync(folder.parent)
     world.barrier()
 
@@ -194,6 +197,29 @@ def verify(folder: Path, world: World) -> None:
         raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
 
 
+@contextlib.contextmanager
+def unchanged(folder: Path, world: World) -> Iterator[None]:
+    """While a checkpoint of a run is read that may be alive, and replace it; all ranks enter it.
+
+    Raises:
+        CheckpointError: it was replaced meanwhile: what was read may be of both.
+    """
+    before = _marker(folder)
+    replaced = CheckpointError(f"{folder} was replaced by its run while it was read. Give the command again.")
+    try:
+        yield
+    except CheckpointError as error:
+        raise (error if _marker(folder) == before else replaced) from error.__cause__
+    world.raise_together(None if _marker(folder) == before else replaced)
+
+
+def _marker(folder: Path) -> bytes | None:
+    try:
+        return (folder / MARKER).read_bytes()
+    except OSError:
+        return None
+
+
 def latest(folder: Path, world: World) -> Path | None:
     """The newest whole checkpoint of a run, the same on every rank; damaged ones are named in a warning and passed over."""
     names = [p.name for p in sorted(folder.glob("step_*"), reverse=True) if not p.suffix] if world.is_main else []
@@ -212,10 +238,22 @@ def step_damage(folder: Path) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
-def best_damage(best: Path, world: World) -> str | None:
-    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it."""
+def best_damage(best: Path, known: int, world: World) -> str | None:
+    """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it.
+
+    Args:
+        known: step of the best that the checkpoint to resume from knows.
+    """
+    reason = _best_damage(best, known, world)
+    return None if reason is None or _best_damage(best.with_name(best.name + _REPLACED), known, world) is None else reason
+
+
+def _best_damage(best: Path, known: int, world: World) -> str | None:
     reason = damage(best, world)
-    return None if reason is None or damage(best.with_name(best.name + _REPLACED), world) is None else reason
+    if reason is None and (step := read_state(best)["step"]) < known:
+        # As in a copy that was made, file by file, while the run was alive.
+        reason = f"{best} is of step {step}, and not the one that the run has chosen, of step {known}"
+    return reason
 
 
 def discard(folder: Path, world: World) -> None:
@@ -269,7 +307,8 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
     state = read_state(path)
     changes: dict[str, Any] = {"went_back_to": step, "finished": False}
     chosen = _settled(best, step, world)
-    if state["selection"]["best"] and (damage(chosen, world) is not None or read_state(chosen)["step"] > step):
+    known = max(state["selection"]["best_step"].values(), default=0)
+    if known and (_best_damage(chosen, known, world) is not None or read_state(chosen)["step"] > step):
         changes |= {"selection": {"best": {}, "stale": {}, "best_step": {}}, "validation_due": True}
     amend(path, changes, world)
     if world.is_main:

@@ -19,7 +19,7 @@ from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest, rows_alone_differ
-from mmlrec.run_folder.lock import unwritable
+from mmlrec.run_folder.lock import Lock, unwritable
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.yaml_config import StrictModel
 
@@ -54,10 +54,15 @@ MEASURED_OTHERWISE = ("training.precision",)
 
 
 class RunFolder:
-    """Paths and small files of one run. Rank 0 alone writes."""
+    """Paths and small files of one run. Rank 0 alone writes.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        lock: of the folder, held by this process; None where it only reads.
+    """
+
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
+        self._lock = lock
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.plan = path / "plan.json"
@@ -73,7 +78,7 @@ class RunFolder:
         """Make the folders and prove that they can be written.
 
         Raises:
-            UserError: they cannot.
+            UserError: they cannot, or a file that is appended to is a link.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -81,11 +86,22 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
             # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
-            for path in (self.config, self.environment, self.plan, self.metrics):
+            for path in (self.log, self.metrics):  # which are appended to: a folder from elsewhere could name any file
+                if path.is_symlink() and path.is_file():
+                    raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
+            for path in (self.config, self.environment, self.plan, self.dataset, self.metrics):
                 for leftover in self.path.glob(f"{path.name}.*.tmp"):
                     leftover.unlink()
         except OSError as error:
             raise unwritable(self.path, error) from error
+
+    def check_held(self, world: World) -> None:
+        """Before checkpoints are written or deleted: is this still the folder that the run has locked? All ranks call it.
+
+        Raises:
+            UserError: it was moved, deleted or replaced; another run may write there by now.
+        """
+        world.raise_together(self._lock.lost() if self._lock is not None else None)
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
@@ -116,7 +132,7 @@ class RunFolder:
             return {}
         try:
             return dict(json.loads(self.result.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
     def check_same_run(self, config: RunConfig, also: tuple[str, ...] = (), *, remedy: str | None = None) -> None:

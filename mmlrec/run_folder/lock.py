@@ -42,7 +42,7 @@ _JOBS = {"SLURM_JOB_ID": "Slurm job", "TORCHX_JOB_ID": "job"}
 
 
 @contextlib.contextmanager
-def hold(folder: Path, world: World) -> Iterator[None]:
+def hold(folder: Path, world: World) -> Iterator[Lock]:
     """Keep every other run out of a run folder; it is made where it is absent, and removed if nothing was put in.
 
     Every rank holds its part of the lock: the folder is free only when the last one has ended. Where the file system has no
@@ -51,7 +51,7 @@ def hold(folder: Path, world: World) -> Iterator[None]:
     Raises:
         UserError: another run writes there, the folder cannot be written, or not every rank sees it.
     """
-    lock = _Lock(folder)
+    lock = Lock(folder)
     ranks = world.gather((socket.gethostname(), os.getpid()))
     error, writable = None, True
     try:
@@ -64,12 +64,12 @@ def hold(folder: Path, world: World) -> Iterator[None]:
         if world.from_main(writable):
             seen = world.is_main or lock.join(world.start, world.rank)
             _check_shared(folder, world.gather((seen, str(folder.absolute()))), ranks)
-        yield
+        yield lock
     finally:
         lock.leave()
 
 
-class _Lock:
+class Lock:
     """Part of this process in of the lock of one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -126,11 +126,23 @@ class _Lock:
                 raise
         return True
 
+    def lost(self) -> UserError | None:
+        """What to say where the folder is not the one that was locked any more: it was moved, deleted or replaced."""
+        if self._descriptor is None:
+            return None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(self._path)):
+                return None
+        return UserError(
+            f"{self._folder} was moved, deleted or replaced while this run was writing there. It ends, and saves nothing"
+            " more; what it has saved is where its folder is now: to continue from there, give that with --run-dir."
+        )
+
     def leave(self) -> None:
         """Free it; what `take` has made is removed unless there is more in it by now."""
         if self._descriptor is None:
             return
-        if self._made:
+        if self._made and self.lost() is None:
             with contextlib.suppress(OSError):
                 if os.listdir(self._folder) == [LOCK]:
                     self._path.unlink()
@@ -142,7 +154,8 @@ class _Lock:
     def _open_and_lock(self) -> bool:
         """False when the file was removed by its holder before it was locked here."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        # A link in a run folder from elsewhere could name any file.
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             self._lock_all(self._descriptor)
             if os.fstat(self._descriptor).st_ino == os.stat(self._path).st_ino:

@@ -23,6 +23,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
+from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
@@ -117,11 +118,15 @@ class Session:
         self.verification.add(place, manifest.splits[split].parts)
         return reader
 
-    def check_parts(self, *, wait: bool = True) -> None:
+    def check_parts(self, stop: StopSignal | None = None, *, wait: bool = True) -> bool:
         """Before anything is kept that was made of the parts of any reader: are they those that were written? On all ranks.
 
         Args:
+            stop: a signal ends the waiting.
             wait: until all are hashed; otherwise only what is known by now counts.
+
+        Returns:
+            Whether all were waited for.
 
         Raises:
             DataError: on every rank, when one has found a part that is damaged.
@@ -130,8 +135,8 @@ class Session:
         while True:
             waiting = wait and self.world.any(not self.verification.finished(_CHECK_SECONDS))
             self.world.raise_together(self.verification.failure)
-            if not waiting:
-                return
+            if not waiting or (stop is not None and stop.agreed()):
+                return not waiting
             if not told:
                 logger.info("waiting until all parts of the dataset have been compared with their checksums")
             told = True
@@ -374,27 +379,30 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
         overrides: of the configuration. Other rows and another precision are let pass, see `Loaded.otherwise`.
 
     Raises:
-        UserError: the folder is no run, has no usable best checkpoint, or the overrides ask for another model or other data.
+        UserError: the folder is no run, has no usable best checkpoint, or one that its run replaces at the moment, or the
+            overrides ask for another model or other data.
     """
     config = folder.read_config(overrides)
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config, MEASURED_OTHERWISE, remedy=_MEASURED)
     otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
     world.raise_together(_no_best_yet(folder) if world.is_main else None)
-    checkpoint.verify(folder.best, world)
-    state = checkpoint.read_state(folder.best)
-    if not folder.check_same_data(state, config, other_rows=bool(overrides)):
-        otherwise.insert(0, f"dataset.path={config.dataset.path}")
-    session = build_session(config, world, for_training=False, source=str(folder.config), begun=state)
-    checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+    with checkpoint.unchanged(folder.best, world):
+        checkpoint.verify(folder.best, world)
+        state = checkpoint.read_state(folder.best)
+        if not folder.check_same_data(state, config, other_rows=bool(overrides)):
+            otherwise.insert(0, f"dataset.path={config.dataset.path}")
+        session = build_session(config, world, for_training=False, source=str(folder.config), begun=state)
+        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return Loaded(session, int(state["step"]), otherwise)
 
 
 def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
     """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
+    if list(folder.best.parent.glob(f"{folder.best.name}*")):
+        return None
     steps = [path for path in sorted(folder.checkpoints.glob("step_*")) if checkpoint.damage(path) is None]
-    chosen = any(checkpoint.read_state(path)["selection"]["best"] for path in steps)
-    if chosen or list(folder.best.parent.glob(f"{folder.best.name}*")):
+    if any(checkpoint.read_state(path)["selection"]["best"] for path in steps):
         return None
     newest = f"Its newest checkpoint is {steps[-1].name}." if steps else "It has no checkpoint, so it begins at step 0."
     return CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,51 +21,52 @@ _MOST_GROWTH = 1e4
 _LOWER = "Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm"
 
 
-def remedy(saved_step: int | None) -> str:
+def remedy(run_dir: Path, saved_step: int | None) -> str:
     """What to do about a run that diverged.
 
     Args:
+        run_dir: its folder. The default name of a run with other rates is another one, so it has to be given.
         saved_step: of its newest checkpoint, None without one.
     """
     if saved_step is None:
         return f"{_LOWER}, and start again with another --run-dir."
     return (
-        f"{_LOWER}, and give the command again with --from-step {saved_step},"
-        " or an earlier step of RUN/checkpoints if that one is spoilt already."
+        f"{_LOWER}, and give the command again with --run-dir {run_dir} --from-step {saved_step},"
+        f" or an earlier step of {run_dir / 'checkpoints'} if that one is spoilt already."
     )
 
 
-def check_losses(losses: Mapping[str, float], first: Mapping[str, float], step: int, saved_step: int | None) -> None:
+def check_losses(losses: Mapping[str, float], first: Mapping[str, float], step: int, remedy: str) -> None:
     """Refuse mean losses that are not finite or have grown beyond sense.
 
     Args:
         losses: mean of each objective over the newest steps.
         first: of the first step.
         step: the newest one, for the message.
-        saved_step: see `remedy`.
+        remedy: what to do, for the message.
 
     Raises:
         UserError: naming the objective.
     """
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise UserError(f"loss '{name}' is not finite ({value}) near step {step}. {remedy(saved_step)}")
+            raise UserError(f"loss '{name}' is not finite ({value}) near step {step}. {remedy}")
         if value > _MOST_GROWTH * max(1.0, first[name]):
             raise UserError(
                 f"loss '{name}' has grown to {value:.3g} near step {step}, from {first[name]:.3g} at the first step: the run"
-                f" diverges. {remedy(saved_step)}"
+                f" diverges. {remedy}"
             )
 
 
 @torch.no_grad()
-def check_finite(tensors: Mapping[str, Any], step: int, saved_step: int | None, world: World) -> None:
+def check_finite(tensors: Mapping[str, Any], step: int, remedy: str, world: World) -> None:
     """Refuse tensors, plain or sharded, that hold anything not finite; all ranks call it, and raise together.
 
     One pass over this rank's shards, a small part of what writing them takes.
 
     Args:
         step: for the message.
-        saved_step: see `remedy`.
+        remedy: what to do, for the message.
 
     Raises:
         UserError: naming tensor and rows.
@@ -77,7 +79,7 @@ def check_finite(tensors: Mapping[str, Any], step: int, saved_step: int | None, 
             if error is None and piece.is_floating_point() and not bool(piece.sum().isfinite()):
                 bad = _bad_rows(piece, offsets[0] if offsets else 0)
                 if bad:
-                    error = UserError(f"'{key}' is not finite in {bad} at step {step}; not saved. {remedy(saved_step)}")
+                    error = UserError(f"'{key}' is not finite in {bad} at step {step}; not saved. {remedy}")
     world.raise_together(error)
 
 

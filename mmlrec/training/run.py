@@ -14,6 +14,7 @@ from mmlrec.distributed.world import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
+from mmlrec.metrics.notes import report_text
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
@@ -98,8 +99,10 @@ def train(
             run.
     """
     config = resolve(config, source)
-    with hold(run_dir, world):
-        return _train(config, RunFolder(run_dir), world, resume=resume, restart=restart, from_step=from_step, source=source)
+    with hold(run_dir, world) as lock:
+        return _train(
+            config, RunFolder(run_dir, lock), world, resume=resume, restart=restart, from_step=from_step, source=source
+        )
 
 
 def _train(
@@ -115,7 +118,10 @@ def _train(
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
     if from_step is not None and found is None:
-        raise CheckpointError(f"{run_dir}: no whole checkpoint to go back to. Leave out --from-step to start the run.")
+        raise CheckpointError(
+            f"{run_dir}: no whole checkpoint to go back to. Give the folder of the run with --run-dir, as its default"
+            " name changes with the rates, or leave out --from-step to start a new one."
+        )
     goes_back = from_step is not None and found is not None and not _went_back(folder, found, from_step, config)
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
         folder.check_same_run(config, REMEDIES if goes_back else ())
@@ -177,8 +183,10 @@ def _train(
             best = checkpoint.read_state(folder.best)
             checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
             report = evaluate_split(session, "test", stop)
+        folder.check_held(world)
         if world.is_main:
-            logger.debug("test, best checkpoint by validation:\n%s", write_result(folder, "test", report, step=best["step"]))
+            logger.debug("test, best checkpoint by validation:\n%s", report_text(report, "test"))
+            write_result(folder, "test", report, step=best["step"])
     return report
 
 
@@ -197,15 +205,17 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
     reasons: list[str] = []
     if found is None:
         reasons = cast("list[str]", world.from_main(checkpoint.step_damage(folder.checkpoints) if world.is_main else []))
-    elif checkpoint.read_state(found)["selection"]["best"]:
-        reason = checkpoint.best_damage(folder.best, world)
+    elif known := checkpoint.read_state(found)["selection"]["best_step"]:
+        reason = checkpoint.best_damage(folder.best, max(known.values()), world)
         reasons = [reason] if reason else []
     if reasons and not restart:
         listed = "\n".join(f"  {reason}" for reason in reasons)
+        step = None if found is None else checkpoint.read_state(found)["progress"]["step"]
+        choice = "" if step is None else f" With --from-step {step} it goes on from there, and only chooses its best anew."
         raise CheckpointError(
             f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
-            "Bring these files back from a copy, or choose another folder with --run-dir. With --restart the run begins"
-            " again at step 0, and its checkpoints are deleted."
+            f"Bring these files back from a copy, or choose another folder with --run-dir.{choice} With --restart the run"
+            " begins again at step 0, and its checkpoints are deleted."
         )
     if restart and found is not None and not reasons:
         raise UserError(
@@ -225,9 +235,10 @@ def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> 
 
 def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
     """True when the run has its test result and this configuration asks for no more steps than it took."""
-    if "test" not in folder.read_result():
+    result, state = folder.read_result(), checkpoint.read_state(found)
+    # While a run is alive, `apps.evaluate` may put there what the best checkpoint of then gives.
+    if "test" not in result or result.get("step") != max(state["selection"]["best_step"].values(), default=None):
         return False
-    state = checkpoint.read_state(found)
     before = state["config"]["training"]
     same_length = all(before[key] == getattr(config.training, key) for key in ("max_steps", "epochs"))
     return bool(state["finished"]) and same_length

@@ -26,7 +26,7 @@ from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
-from mmlrec.training.guard import check_finite, check_losses
+from mmlrec.training.guard import check_finite, check_losses, remedy
 from mmlrec.training.monitor import Monitor, build_monitor
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.selection import Selection
@@ -146,12 +146,12 @@ class Trainer:
                     self._report(reporter)
                 # Before the validation: what kills the process while that takes its time, kills no epoch.
                 if self._due(self.config.checkpoint_every_steps):
-                    self.session.check_parts()
+                    self.session.check_parts(stop)
                     self._save()
                 if self.validation_due:
                     self._validate(reporter, stop)
                 if self.finished:
-                    self.session.check_parts()
+                    self.session.check_parts(stop)
                     self._save()
                 reporter.restart_clock()
 
@@ -237,8 +237,11 @@ class Trainer:
             if self.world.world_size > 1:
                 dist.all_reduce(first)
             self._first_losses = self._by_name(first)
-        check_losses(values, self._first_losses, self.progress.step, self._saved_step)
+        check_losses(values, self._first_losses, self.progress.step, self._remedy())
         return values
+
+    def _remedy(self) -> str:
+        return remedy(self.folder.path, self._saved_step)
 
     def _by_name(self, losses: torch.Tensor) -> dict[str, float]:
         return dict(zip(self.session.objectives, losses.tolist(), strict=True))
@@ -253,6 +256,7 @@ class Trainer:
             raise self._interrupted(stop) from None
         values = self.monitor.values(report)
         improved = self.selection.update(values, self.progress.step)
+        self.folder.check_held(self.world)
         if improved:
             state = {
                 "step": self.progress.step,
@@ -273,7 +277,11 @@ class Trainer:
         if self._saved_step == self.progress.step:
             folder = self.folder.checkpoints
             checkpoint.amend(checkpoint.step_folder(folder, self.progress.step), self._validated(), self.world)
-            checkpoint.prune(folder, self.config.keep_checkpoints, self.world, step=self.progress.step)
+            self._prune()
+
+    def _prune(self) -> None:
+        self.folder.check_held(self.world)
+        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
 
     def _validated(self) -> dict[str, Any]:
         """What a validation changes in the state."""
@@ -289,7 +297,7 @@ class Trainer:
         if self._checked_step != self.progress.step:
             if self._loss_steps:
                 self._mean_losses()
-            check_finite(tensors, self.progress.step, self._saved_step, self.world)
+            check_finite(tensors, self.progress.step, self._remedy(), self.world)
             self._checked_step = self.progress.step
         return tensors
 
@@ -297,6 +305,7 @@ class Trainer:
         if self._saved_step == self.progress.step:
             return
         before = time.perf_counter()
+        self.folder.check_held(self.world)
         tensors = self._check()
         window = self._losses.clone()
         if self.world.world_size > 1:
@@ -314,7 +323,7 @@ class Trainer:
         }
         folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
         checkpoint.save(folder, tensors, state, self.world)
-        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
+        self._prune()
         self._saved_step = self.progress.step
         logger.debug("saved step %d", self.progress.step)
         if self.world.is_main:

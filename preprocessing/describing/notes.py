@@ -129,14 +129,20 @@ def _number(manifest: DatasetManifest, name: str) -> Iterator[str]:
 
 def _copies(manifest: DatasetManifest) -> Iterator[str]:
     counts = manifest.statistics.get("duplicates", {})
-    if counts.get("policy") != "keep":
+    if not counts:
         return
     found = {split: (counts[f"{split}_in_train"], manifest.splits[split].num_rows) for split in SPLITS[1:]}
     if any(copies >= _COPIED * num_rows > 0 for copies, num_rows in found.values()):
         told = " and ".join(f"{copies:,} of {num_rows:,} rows of {split}" for split, (copies, num_rows) in found.items())
+        # Together, they are on two sides only where the raw files say the side.
+        remedy = (
+            "keep them on one side or leave them out: --duplicates keep_together or drop"
+            if counts["policy"] == "keep"
+            else "leave them out: --duplicates drop. The raw files say on which side a row is, so keep_together changes nothing"
+        )
         yield (
             f"Copies on both sides: {told} are equal to a row of train in all columns, labels and keys too. Where they are"
-            " copies of one event, keep them on one side or leave them out: --duplicates keep_together or drop."
+            f" copies of one event, {remedy}."
         )
 
 

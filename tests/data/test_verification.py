@@ -54,6 +54,18 @@ def test_a_damaged_part_ends_it(checked, written):
     assert checked == [part.path for part in parts[:2]]
 
 
+def test_whatever_goes_wrong_nobody_waits_for_ever(monkeypatch, written):
+    def check_part(folder, part):
+        raise MemoryError
+
+    monkeypatch.setattr(verification, "check_part", check_part)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    found = Verification()
+    found.add(written.folder, written.manifest.splits["train"].parts)
+    assert found.finished(5)
+    assert "part-00000.parquet: cannot be compared with its checksum: MemoryError()" in str(found.failure)
+
+
 def test_a_part_that_is_gone_is_told(written):
     part = written.manifest.splits["train"].parts[0]
     (written.folder / part.path).unlink()

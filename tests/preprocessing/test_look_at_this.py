@@ -251,6 +251,29 @@ def test_missing_rare_and_unseen_are_told_apart(tmp_path, capsys):
     assert cells(numbers, "raw")["zero in train"] == share(train["raw"] == 0)
 
 
+def test_copies_on_both_sides_are_told_until_they_are_gone(tmp_path, capsys):
+    """The files say the side of a row: keeping copies together changes nothing there."""
+    (tmp_path / "raw").mkdir()
+    train, others = frame(100), frame(40, seed=1)
+    for name, rows in {"train": train, "valid": [train[:30], others[:20]], "test": [train[:30], others[20:]]}.items():
+        table = rows if name == "train" else pd.concat(rows)
+        table.to_csv(tmp_path / "raw" / f"{name}.csv", index=False)
+    split = {"rule": "file"} | {name: [f"{name}.csv"] for name in ("train", "valid", "test")}
+    features = {name: FEATURES[name] for name in ("user", "item")} | {"price": {"kind": "number"}}
+    config = write_config(tmp_path / "raw", {"split": split, "features": features, "tasks": [{"name": "y", "label": "label"}]})
+
+    def copies(policy):
+        assert run(config, tmp_path / "out", "--overwrite", "--duplicates", policy) == 0
+        notes = look_at_this(DatasetManifest.load(tmp_path / "out"), tmp_path / "out")
+        return [note for note in notes if note.startswith("Copies on both sides: 30 of 50 rows of valid and 30 of 50")]
+
+    (note,) = copies("keep")
+    assert "--duplicates keep_together or drop." in note
+    (note,) = copies("keep_together")
+    assert "leave them out: --duplicates drop." in note
+    assert copies("drop") == []
+
+
 def test_the_page_has_the_block(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("preprocessing.describing.page._figures", lambda description: iter(()))
     make(tmp_path, capsys, frame().assign(price=None))

@@ -1,6 +1,8 @@
 """Checkpoint folders: what is kept, restored and refused."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,24 @@ def test_best_survives_a_kill_while_it_is_replaced(tmp_path, world):
     save(tmp_path / "best.tmp", 10, world)
     checkpoint.settle_best(tmp_path / "best", 7, world)
     assert load(tmp_path / "best", world) == [5.0] * 3
+
+
+def test_best_can_be_read_while_former_ones_are_deleted(tmp_path, world, monkeypatch):
+    best, plain, deleted = tmp_path / "best", shutil.rmtree, []
+
+    def rmtree(path, **options):
+        if Path(path).exists():
+            deleted.append(Path(path).name)
+            assert checkpoint.read_state(best)["step"] == 7
+        plain(path, **options)
+
+    save(best, 5, world)
+    save(best, 6, world)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    save(best, 7, world)
+    assert len(deleted) == 1
+    assert checkpoint.read_state(tmp_path / "best.old")["step"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.old"]
 
 
 def test_a_new_run_has_no_best(tmp_path, world):

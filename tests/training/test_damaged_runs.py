@@ -5,11 +5,19 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
+import threading
+import zlib
 from pathlib import Path
 
 import pytest
 
+from mmlrec.data import verification
+from mmlrec.data.verification import Verification
+from mmlrec.evaluation.evaluation import write_result
+from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.folder import RunFolder
 from tests import processes
 from tests.datasets import write_dataset
 from tests.training.launch import losses, tensors
@@ -92,7 +100,8 @@ def test_another_configuration_is_refused_before_there_is_a_checkpoint(stopped, 
     assert "dense.optimizer.lr: 0.001 in the run folder, 0.1 now" in error
     assert names(half) == before
     if left == "no checkpoint":  # killed before the first one: the same command begins
-        (half / "plan.json.0123456789ab.tmp").write_text("{")  # of a start that was killed
+        for name in ("config.yaml", "dataset.json", "plan.json"):
+            (half / f"{name}.0123456789ab.tmp").write_text("{")  # of a start that was killed
         assert app(*command(stopped, half))[0] == 0
         assert_same_end(stopped, half)
         assert not list(half.glob("*.tmp"))
@@ -115,21 +124,132 @@ def test_all_checkpoints_damaged_are_named_and_kept_until_told(stopped, half, ap
     assert_same_end(stopped, half)
 
 
-@pytest.mark.parametrize("how", ["flipped", "missing"])
+def age(best: Path) -> None:
+    """Make it one of an earlier step, as it is in a copy that was made while the run was alive."""
+    text = json.dumps(json.loads((best / checkpoint.STATE).read_text()) | {"step": 1}).encode()
+    (best / checkpoint.STATE).write_bytes(text)
+    marker = json.loads((best / checkpoint.MARKER).read_text())
+    marker["files"][checkpoint.STATE] = {"bytes": len(text), "crc32": zlib.crc32(text)}
+    (best / checkpoint.MARKER).write_text(json.dumps(marker))
+    assert checkpoint.damage(best) is None
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "older"])
 def test_a_damaged_best_is_told_before_training(stopped, half, app, how):
     best = half / "checkpoints/best"
-    file = spoil(best)
+    file = next(best.glob("*.distcp"))
     if how == "missing":
         shutil.rmtree(best)
+    else:
+        {"flipped": spoil, "older": age}[how](best)
     before = names(half)
     code, error = app(*command(stopped, half))
     assert code == 2
     assert f"{half} holds a run that cannot be finished" in error
-    assert (f"{file} does not match its checksum" if how == "flipped" else f"{best} has no COMPLETE.json") in error
+    words = {
+        "flipped": f"{file} does not match its checksum",
+        "missing": f"{best} has no COMPLETE.json",
+        "older": f"{best} is of step 1, and not the one that the run has chosen, of step ",
+    }
+    assert words[how] in error
     assert names(half) == before
+    assert "With --from-step 6 it goes on from there" in error
+    kept = half.with_name("kept")
+    shutil.copytree(half, kept)
     code, error = app(*command(stopped, half, "--restart"))
     assert code == 0, error
     assert_same_end(stopped, half)
+    code, error = app(*command(stopped, kept, "--from-step", "6"))
+    assert code == 0, error
+    assert "resumed from" in error
+    expected, found = tensors(stopped / "whole/checkpoints" / END), tensors(kept / "checkpoints" / END)
+    assert [key for key in expected if not expected[key].equal(found[key])] == []
+
+
+def test_what_was_evaluated_while_a_run_was_alive_is_not_its_result(stopped, tmp_path, app):
+    """Then it took its last steps, and died before the evaluation of test."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped / "whole", run_dir)
+    (run_dir / "result.json").write_text(json.dumps({"test": {"tasks": {}}, "step": 1}))
+    code, error = app(*command(stopped, run_dir))
+    assert code == 0, error
+    assert "is complete" not in error
+    assert_same_end(stopped, run_dir)
+
+
+def test_reports_of_two_steps_do_not_stand_beside_each_other(tmp_path):
+    folder, report = RunFolder(tmp_path), {"tasks": {}}
+    write_result(folder, "test", report, step=4)
+    write_result(folder, "valid", report, step=4)
+    assert folder.read_result() == {"test": report, "valid": report, "step": 4}
+    write_result(folder, "valid", report, step=8)
+    assert folder.read_result() == {"valid": report, "step": 8}
+
+
+def test_a_result_that_is_no_result_is_told(stopped, half, app):
+    (half / "result.json").write_text("[1]")
+    code, error = app(*command(stopped, half))
+    assert code == 2
+    assert f"{half / 'result.json'} is damaged" in error
+
+
+def test_an_evaluation_that_cannot_be_kept_is_shown(half):
+    (half / "result.json").unlink()
+    (half / "result.json").mkdir()
+    done = processes.run([sys.executable, "-m", "apps.evaluate", "--run-dir", str(half)])
+    assert done.returncode == 2
+    assert "logloss" in done.stdout
+    assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("waits", ["train", "valid"])
+def test_a_signal_ends_the_waiting_for_checksums(stopped, tmp_path, app, monkeypatch, waits):
+    """Of parts that are hashed more slowly than they are read; the state is saved first."""
+    run_dir, go, hashed = tmp_path / "run", threading.Event(), []
+
+    def check_part(folder, part):
+        if part.path.startswith(waits):
+            go.wait(5)
+            hashed.append(part.path)
+
+    def finished(self, seconds):
+        if not plain(self, 0.2):
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, 0.1)
+
+    plain = Verification.finished
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "check_part", check_part)
+        patch.setattr(Verification, "finished", finished)
+        code, error = app(*command(stopped, run_dir))
+        assert code == 85, error
+        assert hashed == []
+        go.set()
+    assert "holds the checkpoint" in error
+    assert list((run_dir / "checkpoints").glob("step_*"))
+    assert app(*command(stopped, run_dir))[0] == 0
+    assert_same_end(stopped, run_dir)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_best_that_is_replaced_while_it_is_read_is_told(half, run_app, monkeypatch, when):
+    """By its run, which is alive: what was read may be of both."""
+    best, plain = half / "checkpoints/best", checkpoint.load
+    state = checkpoint.read_state(best)
+
+    def load(folder, tensors, world):
+        if when == "after":
+            plain(folder, tensors, world)
+        checkpoint.save(best, tensors, state | {"step": 7}, world)
+        if when == "before":
+            shutil.rmtree(best)  # as a reader finds it between two renames
+            (best / "lost").mkdir(parents=True)
+            plain(folder, tensors, world)
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    code, error = run_app("evaluate", "--run-dir", half)
+    assert code == 2
+    assert f"error: {best} was replaced by its run while it was read. Give the command again." in error
 
 
 def test_a_run_that_can_go_on_is_not_restarted(stopped, half, app):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
-from mmlrec.training.guard import check_losses
+from mmlrec.training import guard
+from mmlrec.training.guard import check_losses, remedy
 from mmlrec.training.run import train
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
@@ -95,13 +97,14 @@ def test_a_table_row_that_is_not_finite_is_neither_saved_nor_chosen(config, tmp_
 
 def test_losses_beyond_sense_end_a_run():
     first = {"click": 0.7, "price": 250.0}
-    check_losses({"click": 6000.0, "price": 2e6}, first, 50, None)
+    new, saved = (remedy(Path("runs/a"), step) for step in (None, 40))
+    check_losses({"click": 6000.0, "price": 2e6}, first, 50, new)
     with pytest.raises(UserError, match=r"loss 'click' has grown to 1\.3e\+29 near step 50, from 0\.7 .*another --run-dir"):
-        check_losses({"click": 1.3e29, "price": 1.0}, first, 50, None)
+        check_losses({"click": 1.3e29, "price": 1.0}, first, 50, new)
     with pytest.raises(UserError, match=r"loss 'price' has grown to 3e\+06 near step 50, from 250 .*--from-step 40"):
-        check_losses({"click": 0.6, "price": 3e6}, first, 50, 40)
+        check_losses({"click": 0.6, "price": 3e6}, first, 50, saved)
     with pytest.raises(UserError, match=r"loss 'price' is not finite \(inf\) near step 50"):
-        check_losses({"click": 0.6, "price": float("inf")}, first, 50, 40)
+        check_losses({"click": 0.6, "price": float("inf")}, first, 50, saved)
 
 
 def test_absurd_rates_of_tables_end_a_run(config, tmp_path):
@@ -232,3 +235,21 @@ def test_what_cannot_be_gone_back_to(runs, config, tmp_path):
             train(config(), tmp_path / "nothing", world, from_step=4)
         assert json.loads((run_dir / "result.json").read_text())["step"]
         assert sorted(p.name for p in (run_dir / "checkpoints").glob("step_*")) == [f"step_{s:09d}" for s in (4, 8, 12)]
+
+
+def test_what_the_message_advises_works_under_the_default_name(data, tmp_path, monkeypatch, run_app):
+    """Other rates give the folder another default name."""
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "--config", data.folder.parent / "config.yaml"]
+    assert run_app(*command, "training.max_steps=4")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "_MOST_GROWTH", 0.0)
+        code, error = run_app(*command)
+    assert code == 2
+    (advised,) = re.findall(r"give the command again with (--run-dir \S+ --from-step 4),", error)
+    code, error = run_app(*command, *LOWER, "--from-step", "4")
+    assert code == 2
+    assert "Give the folder of the run with --run-dir" in error
+    code, error = run_app(*command, *LOWER, *advised.split())
+    assert code == 0, error
+    assert "step_000000004 at step 4 of at most 12" in error

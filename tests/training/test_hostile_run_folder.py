@@ -73,6 +73,19 @@ def test_a_planted_program_is_refused_by_name_and_does_not_run(trained, tmp_path
     assert not output.exists()
 
 
+@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl"])
+def test_a_link_to_another_file_is_refused_and_that_file_left_alone(trained, tmp_path, run_app, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine\n")
+    (trained / name).unlink()
+    (trained / name).symlink_to(victim)
+    code, error = run_app("train", "--config", tmp_path / "config.yaml", "--run-dir", trained, "training.max_steps=8")
+    assert code == 2, error
+    assert error.count("error: ") == 1
+    assert str(trained / name) in error
+    assert victim.read_text() == "mine\n"
+
+
 def save(folder):
     dcp.save(
         {"model.w": torch.ones(3), "model.h": torch.ones(2, dtype=torch.bfloat16)}, checkpoint_id=str(folder), no_dist=True

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ import pytest
 
 from apps import cli
 from mmlrec.run_folder import checkpoint, lock
+from mmlrec.training import run as run_module
+from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
 from tests.processes import ROOT, Command, environment, run
 from tests.training.launch import free_port, launch, losses, tensors
@@ -118,6 +121,58 @@ def test_a_second_start_is_refused_and_changes_nothing_and_a_dead_holder_is_succ
     code, error = app(*train(root, run_dir, "training.max_steps=20"))
     assert code == 0, error
     assert "resumed from" in error
+
+
+def saved(run_dir: Path) -> dict[str, str]:
+    return {name: digest for name, digest in content(run_dir).items() if not name.startswith("tensorboard/")}
+
+
+@pytest.mark.parametrize("after", ["train", "save", "test"])
+def test_a_run_whose_folder_is_moved_saves_nothing_into_the_one_in_its_place(root, tmp_path, app, monkeypatch, after):
+    """Moved, and replaced by that of another run, after some steps, a save, or the evaluation of test."""
+    run_dir, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    code, error = app(*train(root, other, "training.max_steps=4", "dense.optimizer.lr=0.5"))
+    assert code == 0, error
+    place, name, number = {
+        "train": (Trainer, "_train_segment", 3),
+        "save": (checkpoint, "save", 3),
+        "test": (run_module, "evaluate_split", 1),
+    }[after]
+    plain, calls = getattr(place, name), []
+
+    def call(*arguments, **options):
+        result = plain(*arguments, **options)
+        calls.append(name)
+        if len(calls) == number:
+            run_dir.rename(moved)
+            shutil.copytree(other, run_dir)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, call)
+        code, error = app(*train(root, run_dir, "training.max_steps=14"))
+    assert code == 2
+    assert error.count("error: ") == 1
+    assert f"error: {run_dir} was moved, deleted or replaced while this run was writing there." in error
+    assert saved(run_dir) == saved(other)
+    code, error = app(*train(root, moved, "training.max_steps=14"))
+    assert code == 0, error
+    assert f"resumed from {moved}/checkpoints/step_" in error
+
+
+def test_a_run_whose_folder_is_deleted_makes_no_other_one_and_frees_no_lock_of_another(root, tmp_path, app, monkeypatch):
+    run_dir, plain = tmp_path / "run", Trainer._train_segment
+
+    def segment(*arguments):
+        shutil.rmtree(run_dir)
+        run_dir.mkdir()
+        (run_dir / ".lock").touch()  # of a run that is about to begin
+        return plain(*arguments)
+
+    monkeypatch.setattr(Trainer, "_train_segment", segment)
+    code, error = app(*train(root, run_dir))
+    assert code == 2, error
+    assert [path.name for path in run_dir.iterdir()] == [".lock"]
 
 
 def test_a_holder_that_has_not_written_yet_is_not_taken_for_the_one_before(root, tmp_path, app):
