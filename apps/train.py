@@ -74,11 +74,11 @@ def main() -> None:
     if arguments.show:
         if Path(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
-            from mmlrec.training.monitor import build_monitor
+            from mmlrec.training.monitor import build_monitor, metrics_of_cvr
 
             manifest, network, *_ = build_parts(config, arguments.config)
-            branches, chain = branches_of(network, manifest), bool(network.chain)
-            monitor = build_monitor(config.training.monitor, manifest, network.spec.tasks, branches, chain=chain)
+            branches, cvr = branches_of(network, manifest), metrics_of_cvr(network)
+            monitor = build_monitor(config.training.monitor, manifest, network.spec.tasks, branches, cvr=cvr)
             for note in monitor.notes:
                 print(f"note: {note}", file=sys.stderr)
         else:

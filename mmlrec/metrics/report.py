@@ -32,6 +32,8 @@ from mmlrec.schema import Scenario, Task
 #: Of a binary task, and of a regression task, in the order of the table.
 BINARY_METRICS = ("auc", "gauc", "logloss", "normalized_entropy", "calibration")
 REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
+#: Of those of a binary task, what needs no probabilities.
+RANKING_METRICS = ("auc", "gauc")
 _METRICS = (*BINARY_METRICS, *REGRESSION_METRICS)
 _COUNTS = ("rows", "positives")
 
@@ -134,7 +136,7 @@ def _rank_only(entry: dict[str, Any]) -> None:
     """Blank what needs probabilities, in an entry and its parts: its scores only rank."""
     parts = [entry, *entry.get("scenarios", {}).values(), entry.get("scenario_mean"), entry.get("scenario_weighted_mean")]
     for part in parts:
-        for name in ("logloss", "normalized_entropy", "calibration"):
+        for name in set(BINARY_METRICS) - set(RANKING_METRICS):
             if part and name in part:
                 part[name] = None
 

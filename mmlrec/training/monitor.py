@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmlrec.errors import ConfigError, DataError, UserAdvice, did_you_mean
-from mmlrec.metrics.report import BINARY_METRICS, REGRESSION_METRICS
+from mmlrec.metrics.report import BINARY_METRICS, RANKING_METRICS, REGRESSION_METRICS
+from mmlrec.models.base.chain import ChainModel
+from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest, Task
 
 #: (name, task, scenario value or None) of a part of the model that trains by itself.
@@ -128,7 +130,7 @@ def build_monitor(
     tasks: Sequence[Task],
     branches: Sequence[Branch] = (),
     *,
-    chain: bool = False,
+    cvr: Sequence[str] = (),
     knows_r2: bool = True,
 ) -> Monitor:
     """What a run goes by, checked against what the manifest counts in valid, before a step is taken.
@@ -140,14 +142,14 @@ def build_monitor(
     Args:
         chosen: `training.monitor`, name -> weight.
         branches: empty when the model is trained as a whole.
-        chain: the report has an entry `cvr`.
+        cvr: metrics of the report's entry of that name; empty where it has none.
         knows_r2: False for runs of earlier releases, whose best values so far know mean squared errors only.
 
     Raises:
         ConfigError: a name that the report does not have; with the nearest one.
         DataError: no value can be had from the labels in valid.
     """
-    known = {term.name: term for term in _terms(manifest, tasks, chain)}
+    known = {term.name: term for term in _terms(manifest, tasks, cvr)}
     for name in chosen or {}:
         _check_name(name, known, manifest, tasks)
     terms = [replace(known[name], weight=weight) for name, weight in (chosen or {}).items()]
@@ -188,18 +190,25 @@ def metrics_of(task: Task) -> tuple[str, ...]:
     return REGRESSION_METRICS if task.kind == "regression" else BINARY_METRICS
 
 
-def _terms(manifest: DatasetManifest, tasks: Sequence[Task], chain: bool) -> Iterator[Term]:
+def metrics_of_cvr(network: MultiTaskModel) -> tuple[str, ...]:
+    """Metrics of the entry `cvr` that the report of a network has."""
+    if not isinstance(network, ChainModel):
+        return ()
+    return BINARY_METRICS if network.conditional else RANKING_METRICS
+
+
+def _terms(manifest: DatasetManifest, tasks: Sequence[Task], cvr: Sequence[str]) -> Iterator[Term]:
     """All metrics of the report. Of names that two have, as of a task called "mean", the task's is the last."""
     scenarios = manifest.scenario.values if manifest.scenario else []
-    entries: list[tuple[str, Task, bool]] = [("cvr", Task(name="cvr"), False)] if chain else []
-    entries += [(task.name, task, True) for task in tasks]
+    entries: list[tuple[str, Sequence[str], bool]] = [("cvr", cvr, False)] if cvr else []
+    entries += [(task.name, metrics_of(task), True) for task in tasks]
     for metric in _offered((*BINARY_METRICS, *REGRESSION_METRICS), manifest):
         of_tasks = tuple((task.name, "all") for task in tasks if metric in metrics_of(task))
         if of_tasks:
             yield Term(f"mean.{metric}", ("mean",), metric, of_tasks)
-    for name, task, counted in entries:
+    for name, metrics, counted in entries:
         path = ("tasks", name) if counted else (name,)
-        for metric in _offered(metrics_of(task), manifest):
+        for metric in _offered(metrics, manifest):
             # What a conditional rate is measured on, the manifest does not count.
             heads = {value: ((name, value),) if counted else () for value in ("all", *scenarios)}
             for mean in _SCENARIO_MEANS if scenarios else ():

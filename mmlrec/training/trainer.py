@@ -27,7 +27,7 @@ from mmlrec.session.session import Session
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses, remedy
-from mmlrec.training.monitor import Monitor, build_monitor
+from mmlrec.training.monitor import Monitor, build_monitor, metrics_of_cvr
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.selection import Selection
 
@@ -79,7 +79,7 @@ class Trainer:
             session.manifest,
             session.spec.tasks,
             session.branches(),
-            chain=bool(session.network.chain),
+            cvr=metrics_of_cvr(session.network),
             knows_r2=session.knows_r2,
         )
 

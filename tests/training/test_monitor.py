@@ -16,11 +16,11 @@ from mmlrec.errors import ConfigError, DataError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.metrics.gather import PredictionRows
-from mmlrec.metrics.report import BINARY_METRICS, REGRESSION_METRICS, build_report
+from mmlrec.metrics.report import BINARY_METRICS, RANKING_METRICS, REGRESSION_METRICS, build_report
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.session.session import build_session, load_session
+from mmlrec.session.session import build_parts, build_session, load_session
 from mmlrec.training import run as run_module
-from mmlrec.training.monitor import HIGHER, LOWER, Term, build_monitor
+from mmlrec.training.monitor import HIGHER, LOWER, Term, build_monitor, metrics_of_cvr
 from mmlrec.training.run import train
 from mmlrec.training.selection import Selection
 from tests.datasets import rewrite_part, write_dataset
@@ -153,7 +153,7 @@ def test_all_names_are_those_of_a_report(mixed):
     visit(report, "")
     assert len(names) > 60
     for name, value in names.items():
-        (found,) = build_monitor({name: 1.0}, mixed.manifest, tasks, chain=True).values(report).values()
+        (found,) = build_monitor({name: 1.0}, mixed.manifest, tasks, cvr=BINARY_METRICS).values(report).values()
         metric = name.rpartition(".")[2]
         assert found == (-abs(np.log(value)) if metric == "calibration" else value if metric in HIGHER else -value), name
 
@@ -228,7 +228,7 @@ def test_the_unit_of_regression_labels_does_not_matter(tmp_path, huber):
         overrides = [f"loss.huber_delta={1.5 * unit[0]}"] if huber else []
         folder = run(data, tmp_path / f"run{number}", *overrides)
         with process_group() as world:
-            session, _ = load_session(RunFolder(folder), world, [])
+            session, *_ = load_session(RunFolder(folder), world, [])
             write_predictions(session, data.folder, "test", folder / "scores.parquet")
         scores.append(pq.read_table(folder / "scores.parquet")["score.seconds"].to_numpy())
         reports.append(json.loads((folder / "result.json").read_text())["test"]["tasks"])
@@ -300,7 +300,7 @@ def test_a_run_of_an_earlier_release_goes_on_as_it_began(mixed, tmp_path, monkey
         expected = (tasks["click"]["auc"] + tasks["buy"]["auc"] - tasks["seconds"]["mse"]) / 3
         assert line["monitor"]["all"] == pytest.approx(expected, rel=1e-12)
     with process_group() as world:
-        session, _ = load_session(RunFolder(folder), world, [])
+        session, *_ = load_session(RunFolder(folder), world, [])
         assert session.scales == {}
 
 
@@ -364,7 +364,7 @@ def test_two_ranks_train_and_report_like_one(tmp_path):
     np.testing.assert_allclose(first, second, atol=2e-3)
     assert len(first) == 6
     with process_group() as world:
-        session, _ = load_session(RunFolder(tmp_path / "two"), world, [])
+        session, *_ = load_session(RunFolder(tmp_path / "two"), world, [])
         report = evaluate_split(session, "test")
         write_predictions(session, data.folder, "test", tmp_path / "scores.parquet")
     for task, entry in json.loads((tmp_path / "two.json").read_text())["tasks"].items():
@@ -379,3 +379,12 @@ def test_two_ranks_train_and_report_like_one(tmp_path):
             aucs.append(roc_auc_score(label[own], score[own], sample_weight=weight[own]))
             totals.append(weight[own].sum(dtype=np.float64))
     assert report["tasks"]["buy"]["gauc"] == pytest.approx(np.average(aucs, weights=totals), abs=1e-9)
+
+
+@pytest.mark.parametrize(("method", "offered"), [("mmoe", ()), ("esmm", BINARY_METRICS), ("aitm", RANKING_METRICS)])
+def test_a_chain_offers_the_metrics_that_its_cvr_has(tmp_path, method, offered):
+    write_dataset(tmp_path / "data", rows=60, funnel=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset: {{path: {tmp_path / 'data'}, setting: mtl}}\nmodel: {{name: {method}}}\n")
+    _, network, *_ = build_parts(load_config(config))
+    assert metrics_of_cvr(network) == offered

@@ -59,7 +59,7 @@ def run(action: dict, world) -> None:
         if world.is_main:
             Path(action["output"]).write_text(json.dumps(report))
     elif kind == "predict":
-        session, _ = load_session(RunFolder(run_dir), world, [])
+        session, *_ = load_session(RunFolder(run_dir), world, [])
         write_predictions(session, Path(session.config.dataset.path), "test", Path(action["output"]))
     elif kind == "reshard":
         # Load the newest checkpoint at this world size and plan, and save it again without a step in between.
