@@ -7,12 +7,14 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mmlrec.errors import RankError, UserError, discard_output
 from mmlrec.terminal import plain_output
@@ -34,6 +36,18 @@ def run(main: Callable[[], None]) -> None:
         os._exit(code)
     if code:
         sys.exit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line with `key.path=value`: keys that are given like options get the right word."""
+
+    def error(self, message: str) -> NoReturn:
+        """As the base class, with how keys are written where one stands among the arguments that are no options."""
+        keys = [word for word in message.split() if re.match(r"--?[A-Za-z_]\w*(\.\w+)+(=|$)|--[A-Za-z_]\w*=", word)]
+        if message.startswith("unrecognized arguments") and keys:
+            written = " ".join(word.lstrip("-") if "=" in word else f"{word.lstrip('-')}=VALUE" for word in keys)
+            message += f". Keys of the configuration have no dashes and an equals sign: {written}"
+        super().error(message)
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ def train(
 
     Args:
         overrides: key.path=value changes of the config, such as training.max_steps=200
-        config: training config, relative to the current folder
+        config: training config, relative to the current folder, or the name of a shipped one
         preset: name of a preset in torchx.yaml
         nodes: number of nodes; 0 takes the preset's
         nproc: processes on each node; 0 takes the preset's

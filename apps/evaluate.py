@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import argparse
 
-from apps.cli import add_import, run
+from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
 
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.evaluate",
         description="Evaluate the best checkpoint of a run: per task x scenario AUC, logloss, normalised entropy, calibration"
-        " and GAUC, as a table and in RUN/result.json. Works at any number of processes.",
+        " and GAUC, as a table and in RUN/result.json. Works at any number of processes. With dataset.path=FOLDER, of rows that"
+        " are encoded alike, or another training.precision, as a table alone.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0",
+        epilog="examples:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0\n"
+        "  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0 dataset.path=data/next-week",
     )
     parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
@@ -35,16 +37,20 @@ def main() -> None:
     from mmlrec.distributed.stopping import StopSignal
     from mmlrec.distributed.world import process_group
     from mmlrec.evaluation.evaluation import evaluate_split, write_result
+    from mmlrec.metrics.notes import report_text
     from mmlrec.run_folder.folder import RunFolder
     from mmlrec.session.session import load_session
 
     folder = RunFolder(arguments.run_dir)
     timeout = folder.read_config(arguments.overrides).training.timeout
     with process_group(timeout) as world:
-        session, step = load_session(folder, world, arguments.overrides)
+        session, step, otherwise = load_session(folder, world, arguments.overrides)
         with StopSignal(world) as stop:
             report = evaluate_split(session, arguments.split, stop)
-        if world.is_main:
+        if world.is_main and otherwise:
+            print(report_text(report, arguments.split))
+            print(f"\nMeasured with {', '.join(otherwise)}, so {folder.result} is as it was.")
+        elif world.is_main:
             print(write_result(folder, arguments.split, report, step=step))
 
 

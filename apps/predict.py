@@ -43,7 +43,7 @@ def main() -> None:
 
     folder = RunFolder(arguments.run_dir)
     with process_group(folder.read_config().training.timeout) as world:
-        session, _ = load_session(folder, world, [])
+        session, *_ = load_session(folder, world, [])
         with StopSignal(world) as stop:
             write_predictions(session, arguments.input, arguments.split, arguments.output, stop)
 

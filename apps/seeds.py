@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import add_import, run
+from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
@@ -25,14 +25,14 @@ def _seeds(text: str) -> list[int]:
 
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.seeds",
         description="Train one configuration once for each seed and print mean and standard deviation of the test metrics."
         " Seeds that are complete already are not trained again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
     )
-    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
     parser.add_argument(
         "--run-dir", type=local_path, help="folder for one run folder per seed; default: as apps.train names them"
@@ -46,12 +46,9 @@ def main() -> None:
     """Train each seed, then summarise."""
     arguments = parse()
     import_modules(arguments.imports)
-    from mmlrec.config import load_config
-    from mmlrec.registry import resolve
+    from mmlrec.registry import load
 
-    source = f"{arguments.config} with the command line"
-    loaded = [load_config(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
-    configs = [resolve(config, source) for config in loaded]
+    configs = [load(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
     from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table

@@ -6,10 +6,11 @@ python -m apps.train --config FILE [key.path=value ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from apps.cli import add_import, run
+from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
@@ -37,10 +38,10 @@ class _ListMethods(argparse.Action):
 
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m apps.train", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument(
         "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
     )
@@ -67,12 +68,9 @@ def main() -> None:
     """Check the configuration, then train."""
     arguments = parse()
     import_modules(arguments.imports)
-    from mmlrec.config import load_config
+    from mmlrec.registry import load
 
-    config = load_config(arguments.config, arguments.overrides)
-    from mmlrec.registry import resolve
-
-    config = resolve(config, f"{arguments.config} with the command line")
+    config = load(arguments.config, arguments.overrides)
     if arguments.show:
         if Path(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
@@ -80,6 +78,12 @@ def main() -> None:
 
             parts = build_parts(config, arguments.config)
             check_selectable(parts.manifest, parts.network.spec.tasks, branches_of(parts.network, parts.manifest))
+        else:
+            print(
+                f"note: there is no dataset folder {config.dataset.path}: training would be refused. Tasks, scenarios, fields"
+                " and objectives have not been checked. Make it first, python -m preprocessing; or give dataset.path=FOLDER.",
+                file=sys.stderr,
+            )
         print(config.to_yaml(), end="")
         return
     from mmlrec.distributed.world import process_group

@@ -6,16 +6,18 @@ line) and the key. Imports neither torch nor torchrec.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from mmlrec.errors import ConfigError
-from mmlrec.paths import local_path, refusal
+from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.paths import config_file, refusal, shipped_configs
 from mmlrec.schema import Setting
-from mmlrec.yaml_config import Loader, StrictModel, load_with_base, merge, validate_section
+from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, missing, validate_section
 
 
 class DatasetConfig(StrictModel):
@@ -118,6 +120,39 @@ class TrainingConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
+#: What people call a key elsewhere, in lower case without underscores -> a sentence that names the key here.
+OTHER_NAMES = {
+    name: sentence
+    for sentence, names in {
+        "Did you mean 'dense.optimizer.lr' (network) or 'embeddings.optimizer.lr' (tables)?": ("learningrate", "alpha"),
+        "Did you mean 'training.patience'?": ("earlystopping", "earlystop", "earlystoppingpatience"),
+        "Did you mean 'embeddings.dim'?": ("embdim", "embeddingsize", "embedsize", "emb"),
+        "Did you mean 'training.precision'?": ("amp", "fp16", "bf16", "mixedprecision", "dtype"),
+        "Did you mean 'run_dir'?": ("outputdir", "logdir", "savedir", "output", "out"),
+        "Did you mean 'model.name'?": ("method", "modelname", "network"),
+        "Did you mean 'balancing.name'?": ("strategy", "balancer"),
+        "Did you mean 'dataset.tasks'?": ("labels", "label", "targets", "target"),
+        "Weights of tasks and scenarios stand in balancing.loss_weights.": ("lossweights", "taskweights", "lossweight"),
+        "Features and scenarios are those of the dataset folder (python -m preprocessing).": (
+            "features",
+            "scenario",
+            "scenarios",
+        ),
+        "The device is a GPU where there is one; processes are torchrun's: --nproc-per-node.": (
+            "device",
+            "gpu",
+            "gpus",
+            "cuda",
+        ),
+        "training.batch_size is global: the same for every world size.": ("batchsizeperrank", "batchsizepergpu"),
+        "Fused table kernels ignore weight decay on some devices; use embeddings.l2 (a penalty on looked-up vectors) or"
+        " dense.l2.": ("weightdecay",),
+        "Fused table kernels ignore momentum on some devices, so it is not offered.": ("momentum",),
+    }.items()
+    for name in names
+}
+
+
 def _checked_path(path: str) -> str:
     if message := refusal(path):
         raise ValueError(message)
@@ -185,29 +220,59 @@ class RunConfig(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def _found(path: str | Path) -> Path:
+    file = config_file(path)
+    if not file.exists():
+        names = shipped_configs()
+        wanted = Path(path).with_suffix("").as_posix().removeprefix("configs/")
+        raise ConfigError(f"{missing(file)} Shipped ones, by name:{did_you_mean(wanted, names)} {', '.join(names)}.")
+    return file
+
+
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
+) -> RunConfig:
     """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything but options.
 
-    Those of method and strategy stand in the files of these: `registry.resolve` checks them.
+    Those of method and strategy stand in the files of these: `registry.load` checks them, too.
+
+    Args:
+        path: of the file, or the name of a shipped one: see `paths.config_file`.
+        options: gives the dotted keys of such options, for hints about an unknown key.
 
     Raises:
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
         UserError: `path` is an address.
     """
     origin: dict[str, str] = {}
-    content = load_with_base(local_path(path), origin)
+    content = load_with_base(_found(path), origin)
     for override in overrides or []:
         key, separator, text = override.partition("=")
-        if not separator or not all(key.split(".")):
-            raise ConfigError(f"command line: '{override}' is not of the form key.path=value, e.g. training.max_steps=200.")
+        if not separator or not all(part.strip() == part != "" for part in key.split(".")):
+            name = override.strip(":= ").partition(":")[0] if "." in override else "training.max_steps"
+            raise ConfigError(
+                f"command line: '{override}' is not of the form key.path=value, without blanks around the equals sign, e.g."
+                f" {name}={'VALUE' if '.' in override else 200}."
+            )
         try:
             value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"command line: value of '{key}' is not valid YAML: {text!r}.") from error
+            raise ConfigError(
+                f"command line: value of '{key}' is not valid YAML: {text!r}. The shell takes quotes away, and cuts at blanks:"
+                f" put the whole into quotes, such as '{key}=[a, b]'."
+            ) from error
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merge(content, nested, "command line", origin)
-    config = validate_section(RunConfig, content, prefix="", source=str(path), origin=origin)
+    config = validate_section(
+        RunConfig,
+        content,
+        prefix="",
+        source=str(path),
+        origin=origin,
+        everywhere=lambda: (keys() for keys in (partial(keys_of, RunConfig), options)),
+        other_names=OTHER_NAMES,
+    )
     config.origin.update(origin)
     return config

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from mmlrec import __version__
-from mmlrec.launch.shipped import shipped_folder
+from mmlrec.paths import shipped_folder
 
 # torch major.minor -> torchrec and fbgemm that were built for it. fbgemm's operators load with no other torch.
 PAIRS = {"2.13": ("1.8.0", "1.8.0"), "2.11": ("1.6.1", "1.6.0")}

@@ -9,16 +9,20 @@ from __future__ import annotations
 import importlib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmlrec.config import ALIASES, RunConfig
+from pydantic import BaseModel
+
+from mmlrec.config import ALIASES, OTHER_NAMES, RunConfig, load_config
 from mmlrec.errors import ConfigError, did_you_mean
 from mmlrec.extensions import METHOD, REMEDY, STRATEGY, Finder, Source, named_like_its_file
-from mmlrec.yaml_config import origin_of, validate_section
+from mmlrec.yaml_config import keys_of, origin_of, validate_section
 
 if TYPE_CHECKING:
     from mmlrec.balancing.base import Balancing, BalancingConfig
     from mmlrec.models.base.model import MultiTaskModel, NetworkConfig
+
+Options = TypeVar("Options", bound=BaseModel)
 
 _ROOT = Path(__file__).parent
 
@@ -88,6 +92,23 @@ def _unknown_strategy(name: object) -> str:
     return f"unknown strategy '{name}'.{did_you_mean(str(name), names)} Strategies: {', '.join(names)}. {REMEDY}"
 
 
+def option_keys() -> list[str]:
+    """Dotted keys of the options of all methods and strategies at hand, each once."""
+    of_methods = [f"model.{key}" for found in _METHODS.at_hand().values() for key in found.Config.model_fields]
+    of_strategies = [f"balancing.{key}" for found in _STRATEGIES.at_hand().values() for key in found.Config.model_fields]
+    return list(dict.fromkeys(["model.name", "balancing.name", *of_methods, *of_strategies]))
+
+
+def load(path: str | Path, overrides: list[str]) -> RunConfig:
+    """The configuration of a file and a command line, checked and spelt out: `load_config` and `resolve`.
+
+    Raises:
+        ConfigError: as these two.
+        UserError: as these two.
+    """
+    return resolve(load_config(path, overrides, option_keys), f"{path} with the command line")
+
+
 def resolve(config: RunConfig, source: str) -> RunConfig:
     """The configuration with all options of its method and strategy spelt out, and no `model_defaults` left.
 
@@ -97,7 +118,7 @@ def resolve(config: RunConfig, source: str) -> RunConfig:
         UserError: method or strategy are of another package, which cannot be used.
     """
     balancing = {"name": config.balancing["name"], **balancing_config(config, source).model_dump(mode="json")}
-    options = model_config(config.model, config.model_defaults, source)
+    options = model_config(config.model, config.model_defaults, source, config.origin)
     name = config.model["name"]
     chosen = method(name)
     chosen.check_defined(config.dataset.setting)
@@ -110,7 +131,9 @@ def resolve(config: RunConfig, source: str) -> RunConfig:
     return config.model_copy(update={"model": model, "model_defaults": {}, "balancing": balancing})
 
 
-def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str) -> NetworkConfig:
+def model_config(
+    section: dict[str, Any], defaults: dict[str, Any], source: str, origin: dict[str, str] | None = None
+) -> NetworkConfig:
     """Options of the chosen method: `model` over the part of `model_defaults` that the method knows.
 
     Args:
@@ -118,6 +141,7 @@ def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str)
         defaults: the `model_defaults` section; each key must belong to at least one method of this package, or to the chosen
             one, or to one given by `--import`.
         source: the config file, for messages.
+        origin: dotted key -> the file it is from, or "command line".
 
     Raises:
         ConfigError: unknown method, unknown key, or a value of the wrong type.
@@ -129,7 +153,40 @@ def model_config(section: dict[str, Any], defaults: dict[str, Any], source: str)
             raise ConfigError(f"{source}: model_defaults.{key}: no method has this option.{did_you_mean(key, known)}")
     own = {key: value for key, value in defaults.items() if key in config_class.model_fields}
     chosen = {key: value for key, value in section.items() if key != "name"}
-    return validate_section(config_class, own | chosen, prefix="model.", source=source)
+    return _options(_METHODS, "model", section["name"], config_class, own | chosen, source, origin or {})
+
+
+def _options(
+    finder: Finder,
+    section: str,
+    name: str,
+    config_class: type[Options],
+    chosen: dict[str, Any],
+    source: str,
+    origin: dict[str, str],
+) -> Options:
+    """The options of a method or a strategy, checked."""
+    allowed = sorted(["name", *config_class.model_fields])
+    # An option may stand in a file and the name on the command line: messages tell where the option does. What the section is
+    # as a whole comes from both.
+    origin = {key: place for key, place in origin.items() if key != section}
+    for key in chosen:
+        others = [other for other, found in finder.at_hand().items() if key in found.Config.model_fields]
+        if key not in allowed and others:
+            raise ConfigError(
+                f"{origin_of(f'{section}.{key}', origin, source)}: {section}.{key}: {finder.kind.word} '{name}' has no option"
+                f" '{key}'.{did_you_mean(str(key), allowed)} It belongs to {', '.join(others)}."
+                f" Its options: {', '.join(allowed)}."
+            )
+    return validate_section(
+        config_class,
+        chosen,
+        prefix=f"{section}.",
+        source=source,
+        origin=origin,
+        everywhere=lambda: iter([keys_of(RunConfig), option_keys()]),
+        other_names=OTHER_NAMES,
+    )
 
 
 def balancing_config(config: RunConfig, source: str) -> BalancingConfig:
@@ -146,14 +203,4 @@ def balancing_config(config: RunConfig, source: str) -> BalancingConfig:
         raise ConfigError(f"{origin_of('balancing', origin, source)}: balancing: {_unknown_strategy(name)}")
     config_class = strategy(name).Config
     chosen = {key: value for key, value in config.balancing.items() if key != "name"}
-    allowed = sorted(["name", *config_class.model_fields])
-    for key in chosen:
-        if key not in allowed:
-            others = [other for other, found in _STRATEGIES.at_hand().items() if key in found.Config.model_fields]
-            belongs = f" It belongs to {', '.join(others)}." if others else ""
-            # The option may stand in a file and the name on the command line: the message tells where the option does.
-            raise ConfigError(
-                f"{origin_of(f'balancing.{key}', origin, source)}: balancing.{key}: strategy '{name}' has no option '{key}'."
-                f"{did_you_mean(str(key), allowed)}{belongs} Its options: {', '.join(allowed)}."
-            )
-    return validate_section(config_class, chosen, prefix="balancing.", source=source, origin=origin)
+    return _options(_STRATEGIES, "balancing", name, config_class, chosen, source, origin)

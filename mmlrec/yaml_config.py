@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from mmlrec.errors import ConfigError, did_you_mean
 
-_HINTS = {
-    "weight_decay": "Fused table kernels ignore weight decay on some devices; use embeddings.l2 (a penalty on looked-up"
-    " vectors) or dense.l2.",
-    "batch_size_per_rank": "training.batch_size is global: the same for every world size.",
-    "loss_weights": "Weights of tasks and scenarios stand in balancing.loss_weights.",
-    "momentum": "Fused table kernels ignore momentum on some devices, so it is not offered.",
-}
+#: Most keys elsewhere that a message about an unknown key names; a name that more keys have, such as `name`, is no hint.
+_MOST_KEYS = 3
+_LEAST_LIKE = 0.75  # of two names, by difflib, where one stands in another section
+_NUMBER = r"[-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?"
+_LARGEST_WHOLE = 2**53  # floats beyond it are rounded
+_NOTHING = ("none", "nil", "nan", "no", "off", "false")
 
 _QUOTED = "put it in quotes where text is meant, as words such as yes, no, on, off and null are"
 
@@ -31,7 +35,7 @@ class StrictModel(BaseModel):
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, and one without a fraction, as 1e6, as an integer, which a float may be, too.
+    """SafeLoader that reads 1e-3 and 1e6 as numbers.
 
     It refuses a key given twice, a key that is a boolean or nothing, an alias within what it names, and what is no text.
     """
@@ -47,11 +51,6 @@ class Loader(yaml.SafeLoader):
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
         return value
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        """As the base class, but an integer where there is no fraction."""
-        value = super().construct_yaml_float(node)
-        return int(value) if value.is_integer() else value
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """As the base class, which puts what `<<:` names before the keys of a mapping; but each of these once, and a text."""
@@ -73,7 +72,6 @@ class Loader(yaml.SafeLoader):
             seen.append(key)
 
 
-Loader.add_constructor("tag:yaml.org,2002:float", Loader.construct_yaml_float)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -90,21 +88,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        beside = f" Beside it: {', '.join(near)}." if near else ""
-        raise ConfigError(f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}") from None
+        raise ConfigError(missing(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    try:
+        content = yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        quotes = ". Put a text that begins with it in quotes." if "cannot start any token" in str(error) else ""
-        raise ConfigError(f"{path}: not valid YAML: {error}{quotes}") from error
+        raise ConfigError(f"{path}: not valid YAML: {error}{_slip(text, error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of sections, found {type(content).__name__}.")
+        found = type(content).__name__
+        raise ConfigError(f"{path}: the top level must be a mapping of sections, found {found}.{_as_key(content)}")
     return {key: value for key, value in content.items() if not str(key).startswith("x-")}
+
+
+def missing(path: Path) -> str:
+    """What to say of a file that is not there."""
+    near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    beside = f" Beside it: {', '.join(near)}." if near else ""
+    return f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}"
 
 
 def load_with_base(path: Path, origin: dict[str, str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -143,35 +148,51 @@ def merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin:
 
 
 def validate_section(
-    section: type[Section], content: dict[str, Any], *, prefix: str, source: str, origin: dict[str, str] | None = None
+    section: type[Section],
+    content: dict[str, Any],
+    *,
+    prefix: str,
+    source: str,
+    origin: dict[str, str] | None = None,
+    everywhere: Callable[[], Iterator[Iterable[str]]] | None = None,
+    other_names: Mapping[str, str] | None = None,
 ) -> Section:
-    """Check `content` against a section's schema.
+    """Check `content` against a section's schema. A float without a fraction, such as 1e6, is an integer where one is wanted.
 
     Args:
         prefix: dotted path of the section, with its trailing dot, for messages.
         source: file to name when `origin` does not know the key.
         origin: dotted key -> file or "command line".
+        everywhere: dotted keys of the whole file, among which an unknown one is looked for, those first that are most likely
+            meant; those of the section when absent.
+        other_names: words that are no keys -> a sentence that names the key which is meant.
 
     Raises:
         ConfigError: with one line for each problem.
     """
     try:
-        return section.model_validate(content)
+        return section.model_validate(_with_integers(section, content))
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            path, allowed = _written(section, [str(part) for part in problem["loc"]], problem["type"] == "extra_forbidden")
-            context = problem.get("ctx", {})
-            cause = context.get("error")
+            location = [str(part) for part in problem["loc"]]
+            path, allowed, field = _written(section, location, problem["type"] == "extra_forbidden")
+            context, given = problem.get("ctx", {}), problem["input"]
             if "discriminator" in context:
                 path.append(context["discriminator"].strip("'"))
             key = (prefix + ".".join(path)).rstrip(".")
             where = origin_of(key, origin or {}, source)
-            if problem["type"] == "extra_forbidden":
-                message = f"unknown key.{did_you_mean(path[-1], allowed)} {_HINTS.get(path[-1], '')}".rstrip()
-                message += f" Allowed: {', '.join(sorted(allowed))}."
-                section_of_a_file = isinstance(problem["input"], dict | list) and where != "command line"
-                if key == path[-1] and section_of_a_file and not did_you_mean(key, allowed):
+            if colon := _without_blank_in(given, path):
+                message = f"a blank is missing behind the colon: write {colon}."
+            elif problem["type"] == "extra_forbidden" and "." in path[-1]:
+                nested = ": {".join(path[-1].split(".")) + f": {given}" + "}" * path[-1].count(".")
+                message = f"a key in a file has no dots; its sections are nested: {nested}."
+            elif problem["type"] == "extra_forbidden":
+                own = partial(iter, [[prefix + known for known in keys_of(section)]])
+                meant = _meant(key, allowed, everywhere or own, other_names or {})
+                message = f"unknown key.{meant} Allowed: {', '.join(sorted(allowed))}."
+                section_of_a_file = isinstance(given, dict | list) and where != "command line"
+                if key == path[-1] and section_of_a_file and not meant:
                     message += f" A section that only holds anchors for others begins with x-: x-{key}."
             elif problem["type"] == "union_tag_invalid":
                 known = context["expected_tags"].replace("'", "")
@@ -179,17 +200,49 @@ def validate_section(
             elif problem["type"] in ("missing", "union_tag_not_found"):
                 message = "required, but not given."
             elif problem["type"] == "value_error":
-                message = f"{cause}."
+                message = f"{context.get('error')}."
             elif problem["type"] in ("dict_type", "model_type"):
-                given = problem["input"]
-                example = f", such as {key}.name={given}" if isinstance(given, str) and key in ("model", "balancing") else ""
-                message = f"must be a section of keys and values{example}; found {given!r}."
+                named = isinstance(given, str) and ("name" in allowed or key in ("model", "balancing"))
+                hint = _as_key(given)
+                example = f", such as {key}.name={given}" if named and not hint else ""
+                message = f"must be a section of keys and values{example}; found {given!r}.{hint}"
             else:
-                message = f"{problem['msg']}; found {problem['input']!r}."
-                if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list):
-                    message = f"{message[:-1]}: {_QUOTED}."
+                quotes = problem["type"] == "string_type" and not isinstance(given, dict | list)
+                message = f"{problem['msg']}; found {given!r}{f': {_QUOTED}' if quotes else ''}."
+                message += _value_hint(problem["type"], given, context, field)
             lines.append(f"{where}: {key or 'config'}: {message}")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _with_integers(section: type[BaseModel], content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with integers for the floats that a schema wants as such and that have no fraction."""
+    try:
+        section.model_validate(content)
+    except ValidationError as error:
+        found = [problem for problem in error.errors() if problem["type"] == "int_type" and _is_whole(problem["input"])]
+    else:
+        found = []
+    content = copy.deepcopy(content) if found else content
+    for problem in found:
+        path, *_ = _written(section, [str(part) for part in problem["loc"]], False)
+        holder: Any = content
+        for part in path[:-1]:
+            holder = _items(holder).get(part)
+        if path[-1] in _items(holder):
+            holder[int(path[-1]) if isinstance(holder, list) else path[-1]] = int(problem["input"])
+    return content
+
+
+def _items(holder: Any) -> dict[Any, Any]:
+    """What stands below a key: of a list by number, as it is written in the place of a problem; nothing for a value."""
+    if isinstance(holder, list):
+        return {str(index): value for index, value in enumerate(holder)}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a float stands for one integer, and no other one for which it would have been rounded."""
+    return isinstance(value, float) and value.is_integer() and abs(value) <= _LARGEST_WHOLE
 
 
 def origin_of(key: str, origin: dict[str, str], source: str) -> str:
@@ -201,14 +254,154 @@ def origin_of(key: str, origin: dict[str, str], source: str) -> str:
     return source
 
 
-def _written(section: type[BaseModel], location: list[str], unknown: bool) -> tuple[list[str], list[str]]:
-    """Path of a problem as it stands in the file, without the tags of unions, and the fields of the section that holds it.
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a section and of those below it; NAME stands for a name that the user gives."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        below, at = f"{prefix}{name}.", field.annotation
+        if get_origin(at) is dict:
+            below, at = f"{below}NAME.", get_args(at)[-1]
+        elif get_origin(at) is list:
+            at = get_args(at)[-1]
+        yield from dict.fromkeys(key for kind in _sections(at) for key in keys_of(kind, below))
+
+
+def _meant(
+    key: str, allowed: list[str], everywhere: Callable[[], Iterator[Iterable[str]]], other_names: Mapping[str, str]
+) -> str:
+    """Sentences that name the key which an unknown one stands for, each with a leading blank.
+
+    The first of: a name beside it that is the same but for its spelling, or that has it as one of its words; a word for it;
+    the same name in another section; the name that is most like it.
+    """
+    above, _, name = key.rpartition(".")
+    wanted = _spelt(name)
+    beside = [match for match in allowed if _spelt(match) == wanted] or [match for match in allowed if name in match.split("_")]
+    if len(beside) == 1:
+        return f" Did you mean '{beside[0]}'?"
+    if wanted in other_names:
+        return f" {other_names[wanted]}"
+    likeness: dict[str, float] = {}
+    for group in everywhere():
+        same = []
+        for known in dict.fromkeys(group):
+            parts = known.split(".")
+            if len(parts) == key.count(".") + 1 and all(map(_is_called, parts, key.split("."))):
+                return ""  # It belongs to another kind of this very section.
+            spellings = {_spelt(parts[-1]), _spelt("".join(parts[-2:]))}
+            if wanted in spellings:
+                same.append(known)
+            likeness[known] = max(difflib.SequenceMatcher(None, wanted, spelling).ratio() for spelling in spellings)
+        if hint := _one_of(same, above):
+            return hint
+    least = max((difflib.SequenceMatcher(None, wanted, _spelt(match)).ratio() for match in allowed), default=0.0)
+    most = max(likeness.values(), default=0.0)
+    if most > max(least, _LEAST_LIKE) and (hint := _one_of([known for known in likeness if likeness[known] == most], above)):
+        return hint
+    return did_you_mean(name, allowed)
+
+
+def _is_called(known: str, given: str) -> bool:
+    return known in (given, "NAME")
+
+
+def _one_of(keys: list[str], above: str) -> str:
+    """A question that names some keys, those of the same section alone where there are any; nothing where they are many."""
+    own = [key for key in keys if above and key.split(".")[0] == above.split(".")[0]]
+    keys = own or keys
+    return f" Did you mean {' or '.join(repr(key) for key in keys)}?" if 0 < len(keys) <= _MOST_KEYS else ""
+
+
+def _spelt(name: str) -> str:
+    return re.sub(r"[-_ .]", "", name.lower())
+
+
+def _without_blank(text: str) -> str | None:
+    """`key: value` for what was written as `key:value`, which YAML takes for one word."""
+    found = re.fullmatch(r"\s*([A-Za-z_][\w./-]*):([^\s/].*)", text)
+    return f"{found[1]}: {found[2]}" if found else None
+
+
+def _without_blank_in(given: Any, path: list[str]) -> str | None:
+    """The same for a key of which YAML has made a word without a value: of the one at `path`, or of one below it."""
+    words = [key for key, value in given.items() if value is None] if isinstance(given, dict) else path[-1:]
+    found = (_without_blank(str(word)) for word in words if given is None or isinstance(given, dict))
+    return next(filter(None, found), None)
+
+
+def _as_key(given: Any) -> str:
+    """What is wrong with a value where a section should be, when that can be seen."""
+    if given is None:
+        return " Nothing stands below it: its keys are indented by two blanks."
+    if isinstance(given, list) and given and all(isinstance(item, dict) for item in given):
+        return " Leave the dashes away: it is no list."
+    if not isinstance(given, str):
+        return ""
+    if colon := _without_blank(given):
+        return f" A blank is missing behind the colon: write {colon}."
+    equal = re.fullmatch(r"([A-Za-z_][\w.]*)\s*=\s*(\S+)", given)
+    return f" In a file a colon and a blank stand for the equals sign: {equal[1]}: {equal[2]}." if equal else ""
+
+
+def _slip(text: str, error: yaml.YAMLError) -> str:
+    """What else to look at, beside what YAML says about a text that it cannot read."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return ""
+    quotes = ". Put a text that begins with it in quotes." if "cannot start any token" in str(error) else ""
+    lines = text.splitlines()[: mark.line + 1]
+    if lines and "\t" in lines[-1][: len(lines[-1]) - len(lines[-1].lstrip())]:
+        return f"\nLine {len(lines)} is indented by a tab: YAML takes blanks only."
+    for number in range(len(lines), max(0, len(lines) - 2), -1):
+        if colon := _without_blank(lines[number - 1]):
+            return f"\nLine {number} lacks a blank behind the colon: write {colon}."
+    return quotes
+
+
+def _value_hint(problem: str, given: Any, context: dict[str, Any], field: FieldInfo | None) -> str:
+    """How a value of the wrong kind is written, and what its key means; each with a leading blank."""
+    hint = ""
+    kind, text = problem.partition("_")[0], given.strip() if isinstance(given, str) else ""
+    if kind in ("int", "float"):
+        hint = _number_hint(text, optional=field is not None and type(None) in get_args(field.annotation))
+    elif problem.startswith("less_than") and isinstance(given, int | float) and context.get("lt", context.get("le")) == 1:
+        hint = f" It is a share: {given:g} % is {given / 100:g}." if 1 <= given <= 100 else ""
+    elif kind == "bool":
+        hint = " Write true or false, without quotes."
+    elif kind in ("list", "tuple") and isinstance(given, str | int | float):
+        members = re.split(r"[,\s]+", text.strip("()")) if text else [json.dumps(given)]
+        hint = f" Write a list: [{', '.join(members)}]."
+    elif problem in ("literal_error", "enum"):
+        hint = did_you_mean(str(given), re.findall(r"'([^']*)'", context.get("expected", "")))
+    meaning = (field.description or "") if field is not None else ""
+    return f"{hint} {meaning[:1].upper()}{meaning[1:]}".rstrip() if meaning else hint
+
+
+def _number_hint(text: str, *, optional: bool) -> str:
+    """How a text that stands for a number is written."""
+    if percent := re.fullmatch(rf"({_NUMBER})\s*%", text):
+        return f" Write a share: {float(percent[1]) / 100:g}."
+    if re.fullmatch(_NUMBER, text):
+        return f" Write it without quotes: {text}."
+    if re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)+", text):
+        return f" A number has a point and no comma, such as {text.replace(',', '.', 1).replace(',', '')}."
+    if re.fullmatch(rf"{_NUMBER}\s*[A-Za-z]+", text):
+        return " Write the number alone, without a unit."
+    return " null is the word for none." if optional and text.lower() in _NOTHING else ""
+
+
+def _written(section: type[BaseModel], location: list[str], unknown: bool) -> tuple[list[str], list[str], FieldInfo | None]:
+    """Where a problem is: its path as it stands in the file, without the tags of unions; keys and field that are there.
 
     Args:
         unknown: the last part is no field of its section.
+
+    Returns:
+        The path; the keys of the section that holds it, or that it is; its field, where it is the value of one.
     """
     path: list[str] = []
     at: Any = section
+    field: FieldInfo | None = None
     for part in location[:-1] if unknown else location:
         sections = _sections(at)
         if len(sections) > 1:
@@ -221,7 +414,8 @@ def _written(section: type[BaseModel], location: list[str], unknown: bool) -> tu
             at = get_args(at)[-1] if get_origin(at) in (dict, list) else None
         path.append(part)
     sections = _sections(at)
-    return path + location[-1:] if unknown else path, list(sections[0].model_fields) if len(sections) == 1 else []
+    allowed = list(sections[0].model_fields) if len(sections) == 1 else []
+    return path + location[-1:] if unknown else path, allowed, field
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -310,7 +311,7 @@ def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
     if notes := block(look_at_this(manifest, out)):
         print(notes)
     if config:
-        print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} dataset.path={out}")
+        print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}")
     else:
         print(f"It is in {out}. It has one task and no scenarios, so the methods have nothing to share: training refuses it.")
 

@@ -192,7 +192,8 @@ def test_show_prints_a_config_that_loads_to_itself(data, tmp_path, monkeypatch, 
     path = data.folder if present else tmp_path / "nowhere"
     monkeypatch.setattr(sys, "argv", ["train", "--config", str(tmp_path / "config.yaml"), "--show", f"dataset.path={path}"])
     importlib.import_module("apps.train").main()
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
+    assert (f"no dataset folder {path}" in told) is not present
     (tmp_path / "shown.yaml").write_text(shown)
     assert load_config(tmp_path / "shown.yaml").to_yaml() == shown
     assert load_config(tmp_path / "shown.yaml").model["num_experts"] == 2

@@ -11,8 +11,10 @@ import yaml
 
 from apps.models import describe, details, overview
 from mmlrec.config import load_config
+from mmlrec.errors import UserAdvice
 from mmlrec.models.base.model import NetworkConfig
 from mmlrec.registry import aliases, method, method_names, model_config, resolve, strategy, strategy_names
+from mmlrec.testing.networks import build, spec_of
 from tests import processes
 
 REPOSITORY = Path(__file__).parents[1]
@@ -114,3 +116,14 @@ def test_a_printed_default_is_the_default(name):
     """Handing every printed default back changes nothing."""
     options = {option["name"]: yaml.safe_load(json.dumps(option["default"])) for option in describe(name)["options"]}
     assert model_config({"name": name, **options}, {}, "x.yaml") == method(name).Config()
+
+
+def test_mlp_tells_that_its_tasks_share_one_ranking(recwarn):
+    """In the listing, and when it is built for several tasks; not with one task, nor with an output for each."""
+    line = next(line for line in overview().splitlines() if line.startswith("mlp "))
+    assert "one ranking, for all tasks" in line
+    build(method("mlp"), spec_of("msl"))
+    build(method("mlp"), spec_of("mtl"), per_head_output=True)
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserAdvice)]
+    with pytest.warns(UserAdvice, match="one logit for all tasks: t0, t1 rank rows alike"):
+        build(method("mlp"), spec_of("mtl"))

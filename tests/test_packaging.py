@@ -1,6 +1,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -61,7 +62,7 @@ def test_installed_wheel_finds_its_configs_from_anywhere(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     code = (
-        "from mmlrec.launch.presets import load_preset; from mmlrec.launch.shipped import shipped_folder;"
+        "from mmlrec.launch.presets import load_preset; from mmlrec.paths import shipped_folder;"
         "from mmlrec.config import load_config; folder = shipped_folder(); print(folder);"
         "print(load_config(folder / 'configs/mtl/movielens.yaml').dataset.path, load_preset('local').nproc)"
     )
@@ -70,6 +71,26 @@ def test_installed_wheel_finds_its_configs_from_anywhere(wheel, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [str(site / "mmlrec"), "data/movielens-1m 2"]
+
+
+def test_installed_wheel_trains_what_preprocessing_names_away_from_a_clone(wheel, tmp_path):
+    site, home = tmp_path / "site", tmp_path / "home"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    home.mkdir()
+
+    def run(*words: str) -> str:
+        options = {"cwd": home, "env": os.environ | {"PYTHONPATH": str(site)}, "capture_output": True, "text": True}
+        result = subprocess.run([sys.executable, *words], check=False, **options)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    made = run("-m", "preprocessing", "synthetic", "--rows", "500", "--out", "data/my own")
+    python, module, train, option, *words = shlex.split(made.splitlines()[-1])
+    assert (python, module, train, option) == ("python", "-m", "apps.train", "--config")
+    code = "import sys; from mmlrec.config import load_config; print(load_config(sys.argv[1], sys.argv[2:]).dataset.path)"
+    assert run("-c", code, *words) == "data/my own\n"
+    assert run("-c", code, "mtl/movielens") == "data/movielens-1m\n"
 
 
 def test_locks_pin_exactly_and_agree():

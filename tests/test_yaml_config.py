@@ -7,7 +7,9 @@ import yaml
 
 from mmlrec.config import load_config
 from mmlrec.errors import ConfigError
+from mmlrec.registry import resolve
 from mmlrec.yaml_config import Loader, StrictModel, load_with_base, read_yaml, validate_section
+from preprocessing.own_tables.config import read_table_config
 
 
 class Section(StrictModel):
@@ -135,3 +137,22 @@ def test_a_section_for_anchors_is_told_its_name(tmp_path):
 
 def test_numbers_that_are_no_floats_stay_what_they_are():
     assert yaml.load("[.inf, 12, 1_000, 0x10, '1e6', 1e400]", Loader) == [float("inf"), 12, 1000, 16, "1e6", float("inf")]
+
+
+def test_integral_floats_of_a_run_and_of_a_table(tmp_path):
+    (tmp_path / "train.yaml").write_text(
+        "dataset: {path: nowhere}\nmodel: {name: mmoe, num_experts: 4.0, expert_hidden_units: [1e2, 64]}\n"
+        "balancing: {name: pcgrad, refresh_every: 1e1}\ntraining: {max_steps: 1e6}\n"
+    )
+    config = resolve(load_config(tmp_path / "train.yaml", ["training.batch_size=1e3", "dense.optimizer.lr=1e-3"]), "train.yaml")
+    assert (config.training.max_steps, config.training.batch_size, config.dense.optimizer.lr) == (1_000_000, 1000, 0.001)
+    assert (config.model["num_experts"], config.model["expert_hidden_units"]) == (4, [100, 64])
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == config
+    (tmp_path / "table.yaml").write_text(
+        "features: {item: {kind: id, hash: {num_buckets: 1e6}}, price: {kind: number, buckets: 1e1}}\n"
+        "tasks: [{name: click, label: click}]\nsplit: {rule: file, train: [a], test: [b], one_in: 5.0}\n"
+    )
+    table = read_table_config(tmp_path / "table.yaml")
+    assert table.features["item"].hash.num_buckets == 1_000_000
+    assert (table.features["price"].buckets, table.split.one_in) == (10, 5)

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mmlrec.errors import ConfigError, did_you_mean
-from mmlrec.launch.shipped import PRESETS_FILE, shipped_folder
+from mmlrec.paths import PRESETS_FILE, shipped_folder
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]

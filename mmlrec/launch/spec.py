@@ -13,13 +13,11 @@ from pathlib import Path
 
 from torchx import specs
 
-from mmlrec.config import load_config
 from mmlrec.errors import ConfigError
 from mmlrec.extensions import import_modules
 from mmlrec.launch.presets import Preset
-from mmlrec.launch.shipped import shipped_folder
-from mmlrec.paths import local_path
-from mmlrec.registry import resolve
+from mmlrec.paths import config_file, local_path, shipped_folder
+from mmlrec.registry import load
 
 # The agents' store is shared with the ranks by default and reused after a restart: new ranks then read the addresses of
 # dead ones and hang (pytorch issue 135712). The variable must be set before torchrun starts.
@@ -40,7 +38,8 @@ def train_app(
     """The job that runs `apps.train` under torchrun.
 
     Args:
-        config: path of the training config, relative to the current folder, where the job runs as well.
+        config: path of the training config, relative to the current folder, where the job runs as well; or the name of a
+            shipped one.
         overrides: `key.path=value` for the config; checked here, before anything is submitted.
         imports: modules with a method or strategy from outside the package, for `--import`.
         python: interpreter on the nodes; the folder of this environment must be visible there.
@@ -51,10 +50,10 @@ def train_app(
     """
     if run_dir is not None:
         local_path(run_dir)
-    if not local_path(config).is_file():
+    if not config_file(config).is_file():
         raise ConfigError(f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}.")
     import_modules(imports)
-    resolve(load_config(config, overrides), f"{config} with the command line")
+    load(config, overrides)
     script = [*(word for module in imports for word in ("--import", module)), "--config", config]
     if run_dir is not None:
         script += ["--run-dir", run_dir]

@@ -1,4 +1,4 @@
-"""MLP: full sharing, one logit for all heads up to a bias. The upper reference point of sharing.
+"""MLP: one logit, so one ranking, for all tasks: full sharing up to a bias. A reference point where there are several tasks.
 
 No paper: a reference point, as benchmarks use it.
 
@@ -11,13 +11,14 @@ No paper: a reference point, as benchmarks use it.
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserAdvice
 from mmlrec.layers import mlp
 from mmlrec.layers.towers import Towers
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
@@ -41,6 +42,14 @@ class MLP(MultiTaskModel):
         if not config.per_head_output and len({task.kind for task in spec.tasks}) > 1:
             kinds = {task.name: task.kind for task in spec.tasks}
             raise ConfigError(f"mlp gives all tasks one score, which cannot be both binary and regression: {kinds}.")
+        if not config.per_head_output and spec.num_tasks > 1:
+            warnings.warn(
+                f"mlp has one logit for all tasks: {', '.join(task.name for task in spec.tasks)} rank rows alike, and"
+                " what they disagree on is lost. It is a reference point: model.per_head_output=true, model.name=shared_bottom"
+                " or model.name=mmoe give each task a score of its own.",
+                UserAdvice,
+                stacklevel=2,
+            )
         generator = self.generator
         self.trunk = mlp.MLP(spec.input_width, config.dnn_hidden_units, config.hidden, generator)
         width = self.trunk.out_features

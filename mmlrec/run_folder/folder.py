@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import uuid
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
-from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest
+from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest, rows_alone_differ
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.yaml_config import StrictModel
@@ -46,6 +47,10 @@ REMEDIES = (
     "embeddings.optimizer.eps",
     "schedule",
 )
+
+
+#: Keys that may differ, too, in an evaluation, whose result is then shown and not kept.
+MEASURED_OTHERWISE = ("training.precision",)
 
 
 class RunFolder:
@@ -114,30 +119,35 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
-    def check_same_run(self, config: RunConfig, also: tuple[str, ...] = ()) -> None:
+    def check_same_run(self, config: RunConfig, also: tuple[str, ...] = (), *, remedy: str | None = None) -> None:
         """Refuse to resume, or to evaluate, under a configuration that trains something else.
 
         Args:
             also: keys that may differ besides those of any resume.
+            remedy: what to do; that of a resume when absent.
 
         Raises:
             ConfigError: listing each key that differs, with both values.
         """
-        different = [
-            f"  {key}: {before!r} in the run folder, {now!r} now"
-            for key, (before, now) in differences(self.read_config(), config, also).items()
-        ]
-        if different:
-            raise ConfigError(
-                f"{self.path} holds a run with another configuration:\n" + "\n".join(different) + "\n"
-                "Choose another folder with --run-dir, delete this one, or undo the change."
-            )
+        different = differences(self.read_config(), config, also)
+        if not different:
+            return
+        if remedy is None:
+            remedy = "Undo the change, or train it as a run of its own: choose another folder with --run-dir."
+            if all(key in REMEDIES or key.startswith("schedule.") for key in different):
+                remedy += " These keys may also change where a run goes back to one of its checkpoints: --from-step N."
+        listed = "".join(f"  {key}: {before!r} in the run folder, {now!r} now\n" for key, (before, now) in different.items())
+        raise ConfigError(f"{self.path} holds a run with another configuration:\n{listed}{remedy}")
 
-    def check_same_data(self, state: dict[str, Any], config: RunConfig) -> None:
+    def check_same_data(self, state: dict[str, Any], config: RunConfig, *, other_rows: bool = False) -> bool:
         """Refuse to go on, or to evaluate, on data that differ from those of the run, or that are encoded otherwise.
 
         Args:
             state: of a checkpoint; what it holds of `data_state` is compared.
+            other_rows: other rows are let pass where it is known that they are encoded alike, labels included.
+
+        Returns:
+            Whether these are the rows of the run.
 
         Raises:
             ConfigError: listing what differs, with both values where they are short.
@@ -151,15 +161,31 @@ class RunFolder:
         else:
             logger.info("%s was written by another release: only checksums of the data can be compared, no lanes", self.path)
             different = [] if state["dataset"] == parts_digest(manifest) else ["  parts: others than those of the run"]
+            recorded = {}
         before = Encoding.read(state.get("encoding"), str(self.path))
-        if before is not None and before.comparable(manifest.encoding):
+        comparable = before is not None and before.comparable(manifest.encoding)
+        encoded: list[str] = []
+        if before is not None and comparable:
             # Where rows are the same to the bit, so are labels, whatever their rule.
-            different += encoding_differences(before, manifest, place, scenario=True, labels=bool(different))
-        if different:
-            raise ConfigError(
-                f"{self.path} holds a run on other data than {place} has now:\n" + "\n".join(different) + "\n"
-                "Choose another folder with --run-dir, delete this one, or undo the change."
+            encoded = encoding_differences(before, manifest, place, scenario=True, labels=bool(different))
+        if not different and not encoded:
+            return True
+        if other_rows and comparable and not encoded and rows_alone_differ(recorded, data_facts(manifest)):
+            return False
+        remedy = "Bring the data back, or train on them as a run of its own: choose another folder with --run-dir."
+        if other_rows and encoded:
+            remedy = (
+                "A model is measured on data that are encoded as those it was trained on, by their ranges and vocabularies."
             )
+        elif other_rows:
+            remedy = (
+                "Whether both are encoded alike is not on record, so no metrics are made of them. Scores, with what can be"
+                f" compared: python -m apps.predict --run-dir {shlex.quote(str(self.path))} --input"
+                f" {shlex.quote(str(place))} --output scores.parquet"
+            )
+        raise ConfigError(
+            f"{self.path} holds a run on other data than {place} has now:\n" + "\n".join(different + encoded) + f"\n{remedy}"
+        )
 
     def keep_metrics_until(self, step: int, *, validated: bool = True) -> None:
         """Drop lines of `metrics.jsonl` written after `step`, which a resumed run writes again, and broken ones.

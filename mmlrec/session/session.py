@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,18 +24,23 @@ from mmlrec.data.verification import Verification
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
-from mmlrec.errors import DataError, did_you_mean
+from mmlrec.errors import CheckpointError, DataError, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint
-from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
 
 Pipeline: TypeAlias = TrainPipelineSparseDist[Batch, Predictions]
 
+_MEASURED = (
+    "Evaluation measures the model as it was trained: leave these keys away, or train another run with them. It takes"
+    " dataset.path (rows encoded alike), training.precision, training.eval_batch_size, training.timeout and"
+    " embeddings.sharding."
+)
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
@@ -278,18 +284,46 @@ def build_session(config: RunConfig, world: World, *, for_training: bool, source
     return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report)
 
 
-def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple[Session, int]:
-    """The best checkpoint of a run, for evaluation and prediction, and the step it was taken at.
+class Loaded(NamedTuple):
+    """The best checkpoint of a run."""
+
+    session: Session
+    step: int
+    #: What an evaluation measures otherwise than the run does itself: keys of the configuration, each with its value.
+    otherwise: list[str]
+
+
+def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loaded:
+    """The best checkpoint of a run, for evaluation and prediction.
+
+    Args:
+        overrides: of the configuration. Other rows and another precision are let pass, see `Loaded.otherwise`.
 
     Raises:
         UserError: the folder is no run, has no usable best checkpoint, or the overrides ask for another model or other data.
     """
     config = folder.read_config(overrides)
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
-    folder.check_same_run(config)
+    folder.check_same_run(config, MEASURED_OTHERWISE, remedy=_MEASURED)
+    otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
+    world.raise_together(_no_best_yet(folder) if world.is_main else None)
     checkpoint.verify(folder.best, world)
     state = checkpoint.read_state(folder.best)
-    folder.check_same_data(state, config)
+    if not folder.check_same_data(state, config, other_rows=bool(overrides)):
+        otherwise.insert(0, f"dataset.path={config.dataset.path}")
     session = build_session(config, world, for_training=False, source=str(folder.config))
     checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
-    return session, int(state["step"])
+    return Loaded(session, int(state["step"]), otherwise)
+
+
+def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
+    """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
+    steps = [path for path in sorted(folder.checkpoints.glob("step_*")) if checkpoint.damage(path) is None]
+    chosen = any(checkpoint.read_state(path)["selection"]["best"] for path in steps)
+    if chosen or list(folder.best.parent.glob(f"{folder.best.name}*")):
+        return None
+    newest = f"Its newest checkpoint is {steps[-1].name}." if steps else "It has no checkpoint, so it begins at step 0."
+    return CheckpointError(
+        f"{folder.path} has no best checkpoint: the run ended, or still is, before its first validation. {newest} Let it go on:"
+        f" python -m apps.train --config {shlex.quote(str(folder.config))} --run-dir {shlex.quote(str(folder.path))}"
+    )

@@ -25,6 +25,9 @@ from mmlrec.metrics.notes import too_good
 from mmlrec.metrics.report import entries_of
 from mmlrec.run_folder.folder import RunFolder
 
+#: Scenarios of a task that have curves in TensorBoard; a page of more than these cannot be read.
+_MOST_SCENARIOS = 32
+
 
 class Reporter:
     """Context manager that owns the progress bar and the open files of one run.
@@ -44,6 +47,7 @@ class Reporter:
         #: What could not be written: file or folder -> why.
         self._lost: dict[Path, str] = {}
         self._warned: set[str] = set()  # tasks
+        self._told_of_scenarios = False
 
     def __enter__(self) -> Self:
         self._trained, self._resumed, self._window_step = 0.0, time.perf_counter(), self._first_step
@@ -144,9 +148,28 @@ class Reporter:
                 logger.warning(warning)
         self._write({"step": step, "epoch": epoch, "split": "valid", "report": report})
         for name, task in entries_of(report):
-            for metric, value in task.items():
-                if isinstance(value, float):
-                    self._plot(f"valid/{metric}/{name}", value, step)
+            self._plot_metrics("valid", name, task, step)
+            self._plot_scenarios(name, task, step)
+        self._plot_metrics("valid", "mean_over_tasks", report["mean"], step)
+
+    def _plot_scenarios(self, name: str, task: dict[str, Any], step: int) -> None:
+        """Curves of a task in each of its scenarios, those with most rows where there are many, and their means."""
+        scenarios = task.get("scenarios", {})
+        shown = sorted(scenarios, key=lambda value: -scenarios[value]["rows"])[:_MOST_SCENARIOS]
+        if len(shown) < len(scenarios) and not self._told_of_scenarios:
+            self._told_of_scenarios = True
+            told = "TensorBoard has curves of the %d scenarios with most rows; %s has those of all %d."
+            logger.info(told, len(shown), self._folder.metrics, len(scenarios))
+        for value in shown:
+            self._plot_metrics("valid_scenarios", f"{name}/{value}", scenarios[value], step)
+        if scenarios:
+            for mean in ("scenario_mean", "scenario_weighted_mean"):
+                self._plot_metrics("valid_scenarios", f"{name}/{mean}", task[mean], step)
+
+    def _plot_metrics(self, group: str, name: str, entry: dict[str, Any], step: int) -> None:
+        for metric, value in entry.items():
+            if isinstance(value, float):
+                self._plot(f"{group}/{metric}/{name}", value, step)
 
     def stop_clock(self) -> None:
         """Count the time since the last restart (or stop) as training."""

@@ -180,6 +180,7 @@ class AdultIncome(_Census):
         RawFile("adult.data", 3_974_305, "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
         RawFile("adult.test", 2_003_153, "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
     )
+    next_config = "configs/mtl/adult.yaml"
     fields = _ADULT
     labels = {
         "income": ("income", ["<=50K", "<=50K."], [">50K", ">50K."]),  # the test file has the period

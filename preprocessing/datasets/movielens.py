@@ -207,7 +207,7 @@ class _MovieLensCsv(Dataset):
     home = _HOME
     terms = _TERMS
     hint = "No login."
-    next_config = "configs/mtl/movielens.yaml"
+    next_config = "configs/mtl/movielens-20m.yaml"
     raw_files = (RawFile("ratings.csv"), RawFile("movies.csv"))
 
     def __init__(self, options: argparse.Namespace) -> None:

@@ -77,6 +77,8 @@ class Synthetic(Dataset):
         self._num_scenarios: int = options.scenarios
         if self._num_scenarios > 1:
             self.scenario = Scenario(name="scenario", values=[f"s{s}" for s in range(self._num_scenarios)])
+            if self._num_tasks == 1:
+                self.next_config = f"{self.next_config} dataset.setting=msl"
         self.keys = {"user": pa.int64()}
         self.group_key = "user"
         self._draw_hidden(num_features)

@@ -49,10 +49,12 @@ FAKES: dict[str, Fake] = {
             "mtmsl/movielens": ["label2", "label3"],
         },
     ),
-    "movielens-20m": Fake(lambda folder: write_movielens_csv(folder, 4000), configs={"mtl/movielens": ["label2", "label3"]}),
+    "movielens-20m": Fake(
+        lambda folder: write_movielens_csv(folder, 4000), configs={"mtl/movielens-20m": ["label2", "label3"]}
+    ),
     "movielens-25m": Fake(lambda folder: write_movielens_csv(folder, 4000, seed=1)),
     "census-income": Fake(lambda folder: write_kdd(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
-    "adult-income": Fake(lambda folder: write_adult(folder, 3000, 1000), configs={"mtl/census": ["income", "marital"]}),
+    "adult-income": Fake(lambda folder: write_adult(folder, 3000, 1000), configs={"mtl/adult": ["income", "marital"]}),
     "aliexpress": Fake(lambda folder: write_aliexpress(folder, num_searches=600), configs={"msl/aliexpress": ["click"]}),
     "aliexpress processed": Fake(_processed, ("--form", "processed")),
     "ijcai15": Fake(lambda folder: write_ijcai15(folder, 800), configs={"mtl/ijcai15": ["label", "label2"]}),

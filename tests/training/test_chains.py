@@ -116,7 +116,7 @@ def test_conversion_rates_of_clicked_rows_are_reported_and_predicted(funnel, run
     assert "allow_non_chain" not in report
     output = tmp_path / "scores.parquet"
     with process_group() as world:
-        session, _ = load_session(RunFolder(tmp_path / "run"), world, [])
+        session, *_ = load_session(RunFolder(tmp_path / "run"), world, [])
         write_predictions(session, funnel.folder, "test", output)
     scores, test = pq.read_table(output), funnel.tables["test"]
     ctr, ctcvr, cvr = (scores[f"score.{name}"].to_numpy().astype(np.float64) for name in ("click", "buy", "cvr"))

@@ -116,7 +116,7 @@ def test_scores_that_are_not_finite_are_an_error_that_counts_their_rows(data, co
     run_dir = tmp_path / "run"
     with process_group() as world:
         train(config("training.epochs=1"), run_dir, world)
-        session, _ = load_session(RunFolder(run_dir), world, [])
+        session, *_ = load_session(RunFolder(run_dir), world, [])
         ids = data.tables["test"]["f0"].to_numpy()
         row = int(ids[0])
         weights = checkpoint.model_tensors(session.model)
@@ -126,7 +126,7 @@ def test_scores_that_are_not_finite_are_an_error_that_counts_their_rows(data, co
         bad = int((ids == row).sum())
         assert 0 < bad < 60
         before = (run_dir / "result.json").read_text()
-        session, _ = load_session(RunFolder(run_dir), world, [])
+        session, *_ = load_session(RunFolder(run_dir), world, [])
         expected = rf"the model gives no finite score to {bad} of 60 rows \(the first: row 0\)"
         with pytest.raises(DataError, match=expected):
             evaluate_split(session, "test")

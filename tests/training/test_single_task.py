@@ -82,7 +82,7 @@ def test_a_branch_alone_trains_as_in_the_joint_run(run):
 def test_only_trained_branches_are_scored(run):
     folder = run("alone-scored", "model.branches=[2]", "training.max_steps=6")
     with process_group() as world:
-        session, _ = load_session(RunFolder(folder), world, [])
+        session, *_ = load_session(RunFolder(folder), world, [])
         write_predictions(session, folder.parent / "data", "test", folder / "scores.parquet")
     scores = pq.read_table(folder / "scores.parquet")
     assert "score.click" not in scores.column_names

@@ -53,7 +53,7 @@ def run(action: dict, world) -> None:
         target = run_dir / f"rows-{action['name']}-{world.rank}.json"
         target.write_text(json.dumps(trained))
     elif kind == "evaluate":
-        session, _ = load_session(RunFolder(run_dir), world, action["overrides"])
+        session, *_ = load_session(RunFolder(run_dir), world, action["overrides"])
         report = evaluate_split(session, "test")
         if world.is_main:
             Path(action["output"]).write_text(json.dumps(report))

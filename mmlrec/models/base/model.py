@@ -130,7 +130,10 @@ class MultiTaskModel(nn.Module):
         for name in names:
             if name not in self.spec.fields:
                 near, known = did_you_mean(name, self.spec.fields), ", ".join(self.spec.fields)
-                raise ConfigError(f"model.{option}: no field '{name}'.{near} Fields: {known}.")
+                raise ConfigError(
+                    f"model.{option}: no field '{name}'.{near} Fields: {known}."
+                    f" Name those of this dataset, model.{option}=[...]."
+                )
             if list(names).count(name) > 1:
                 raise ConfigError(f"model.{option}: field '{name}' is named twice.")
 

@@ -1,0 +1,124 @@
+"""What a finished run, or one that ended early, says when it is evaluated, scored with, or resumed otherwise."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from apps import evaluate
+from mmlrec.schema import DatasetManifest, Encoding
+from mmlrec.training.reporting import Reporter
+from tests.datasets import write_dataset
+
+CONFIG = """
+dataset: {{path: {dataset}, setting: mtl}}
+model: {{name: mmoe, num_experts: 2, expert_hidden_units: [8], gate_hidden_units: [], tower_hidden_units: []}}
+embeddings: {{dim: 4}}
+training: {{batch_size: 32, max_steps: 4}}
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    written = write_dataset(tmp_path / "data", rows=100)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=written.folder))
+    return written
+
+
+@pytest.fixture
+def train(run_app, tmp_path):
+    return lambda: run_app("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+
+
+def with_encoding(folder: Path, **changes: dict) -> None:
+    """Write down how the ids and numbers of a dataset came about, as preprocessing does."""
+    manifest = DatasetManifest.load(folder)
+    features = {feature.name: {"kind": feature.kind} for feature in manifest.features} | changes
+    tables = {table.name: {"ids": "hash", "buckets": table.num_rows - 1} for table in manifest.tables}
+    labels = {task.name: {"kind": "binary"} for task in manifest.tasks}
+    encoding = Encoding.of(features, tables, {"values": manifest.scenario.values}, labels)
+    manifest.model_copy(update={"encoding": encoding}).save(folder)
+
+
+def test_evaluate_other_rows_that_are_encoded_alike(data, train, run_app, tmp_path, monkeypatch, capfd):
+    with_encoding(data.folder)
+    assert train()[0] == 0
+    other = write_dataset(tmp_path / "other", rows=90, seed=5, num_lanes=2)
+    with_encoding(other.folder)
+    result = (tmp_path / "run/result.json").read_text()
+    assert run_app("evaluate", "--run-dir", tmp_path / "run", "training.precision=bf16")[0] == 0
+    arguments = ["evaluate", "--run-dir", str(tmp_path / "run"), "--split", "train", f"dataset.path={other.folder}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    evaluate.main()
+    shown = capfd.readouterr().out
+    assert (tmp_path / "run/result.json").read_text() == result  # it is about the run's own rows
+    scores = tmp_path / "scores.parquet"
+    assert (
+        run_app("predict", "--run", tmp_path / "run", "--input", other.folder, "--split", "train", "--output", scores)[0] == 0
+    )
+    label = other.tables["train"]["label.click"].to_numpy()
+    known = ~np.isnan(label)
+    wanted = roc_auc_score(label[known], pq.read_table(scores)["score.click"].to_numpy()[known])
+    assert f"Measured with dataset.path={other.folder}" in shown
+    (line,) = [line.split() for line in shown.splitlines() if line.split()[:2] == ["click", "all"]]
+    columns = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["task", "scenario"])
+    assert float(line[columns.index("auc")]) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_rows_that_are_encoded_otherwise_are_not_evaluated(data, train, run_app, tmp_path):
+    with_encoding(data.folder)
+    assert train()[0] == 0
+    for name, change, words in (
+        ("other range", {"d0": {"kind": "dense", "range": [0, 2]}}, "feature 'd0', range: [0, 2] here, null in the run"),
+        ("no record", None, f"apps.predict --run-dir {tmp_path / 'run'} --input '{tmp_path / 'no record'}' --output"),
+    ):
+        other = write_dataset(tmp_path / name, rows=90, seed=5).folder
+        if change is not None:
+            with_encoding(other, **change)
+        code, error = run_app("evaluate", "--run-dir", tmp_path / "run", f"dataset.path={other}")
+        assert code == 2
+        assert words in error
+        assert "elete" not in error
+
+
+def test_what_an_evaluation_and_a_resume_cannot_change_is_told_with_what_can(data, train, run_app, tmp_path):
+    assert train()[0] == 0
+    code, error = run_app("evaluate", "--run-dir", tmp_path / "run", "training.batch_size=7")
+    assert code == 2
+    assert "training.batch_size: 32 in the run folder, 7 now" in error
+    assert "training.eval_batch_size" in error
+    assert "elete" not in error
+    start = ("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+    for override, goes_back in (("dense.optimizer.lr=0.5", True), ("model.num_experts=3", False)):
+        code, error = run_app(*start, override)
+        assert code == 2
+        assert "another folder with --run-dir" in error
+        assert ("--from-step" in error) is goes_back
+        assert "elete" not in error
+
+
+def test_a_run_that_ended_before_its_first_validation(data, run_app, tmp_path, monkeypatch):
+    start = ("train", "--config", tmp_path / "config.yaml", "--run-dir", tmp_path / "run")
+    advance = Reporter.advance
+
+    def stop_after_one_step(reporter: Reporter) -> None:
+        advance(reporter)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "advance", stop_after_one_step)
+        assert run_app(*start)[0] == 85
+    output = tmp_path / "scores.parquet"
+    for words in (("evaluate",), ("predict", "--input", data.folder, "--output", output)):
+        code, error = run_app(*words, "--run-dir", tmp_path / "run")
+        assert code == 2
+        assert "before its first validation" in error
+        assert "step_00000000" in error
+        (command,) = [line for line in error.splitlines() if "python -m apps.train " in line]
+    assert run_app("train", *command.partition("python -m apps.train ")[2].split())[0] == 0
+    assert run_app("evaluate", "--run-dir", tmp_path / "run")[0] == 0
