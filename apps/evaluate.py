@@ -47,11 +47,13 @@ def main() -> None:
         session, step, otherwise = load_session(folder, world, arguments.overrides)
         with StopSignal(world) as stop:
             report = evaluate_split(session, arguments.split, stop)
-        if world.is_main and otherwise:
-            print(report_text(report, arguments.split))
-            print(f"\nMeasured with {', '.join(otherwise)}, so {folder.result} is as it was.")
-        elif world.is_main:
-            print(write_result(folder, arguments.split, report, step=step))
+        if world.is_main:
+            # First: the folder may be one that can only be read.
+            print(report_text(report, arguments.split), flush=True)
+            if otherwise:
+                print(f"\nMeasured with {', '.join(otherwise)}, so {folder.result} is as it was.")
+            else:
+                write_result(folder, arguments.split, report, step=step)
 
 
 if __name__ == "__main__":
