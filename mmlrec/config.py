@@ -252,7 +252,7 @@ def _found(path: str | Path) -> Path:
     if not file.exists():
         names = shipped_configs()
         wanted = Path(path).with_suffix("").as_posix().removeprefix("configs/")
-        raise ConfigError(f"{missing(file)} Shipped ones, by name:{did_you_mean(wanted, names)} {', '.join(names)}.")
+        raise ConfigError(f"{missing(file)}{did_you_mean(wanted, names)} Shipped ones, by name: {', '.join(names)}.")
     return file
 
 

@@ -365,7 +365,9 @@ def _value_hint(problem: str, given: Any, context: dict[str, Any], field: FieldI
     hint = ""
     kind, text = problem.partition("_")[0], given.strip() if isinstance(given, str) else ""
     if kind in ("int", "float"):
-        hint = _number_hint(text, optional=field is not None and type(None) in get_args(field.annotation))
+        hint = _number_hint(
+            text if given is not False else "false", optional=field is not None and type(None) in get_args(field.annotation)
+        )
     elif problem.startswith("less_than") and isinstance(given, int | float) and context.get("lt", context.get("le")) == 1:
         hint = f" It is a share: {given:g} % is {given / 100:g}." if 1 <= given <= 100 else ""
     elif kind == "bool":

@@ -46,6 +46,10 @@ COMMAND_LINE = {
     "a decimal comma": (["dense.optimizer.lr=0,001"], ["dense.optimizer.lr", "such as 0.001"]),
     "quotes around a number": (["training.seed='3'"], ["training.seed", "Write it without quotes: 3."]),
     "Python's None": (["training.patience=None"], ["training.patience", "null is the word for none"]),
+    "a word that YAML reads as false, for none": (
+        ["training.patience=off"],
+        ["training.patience", "null is the word for none"],
+    ),
     "text for a list": (["dataset.tasks=click,buy"], ["dataset.tasks", "Write a list: [click, buy]."]),
     "a number for a list": (["model.expert_hidden_units=64"], ["model.expert_hidden_units", "Write a list: [64]."]),
     "text for a switch": (["model.use_bn='yes'"], ["model.use_bn", "Write true or false, without quotes."]),
@@ -164,3 +168,11 @@ def test_in_the_configuration_of_a_table(tmp_path, capsys, mistake):
 def test_the_good_files_pass(tmp_path):
     (tmp_path / "train.yaml").write_text(TRAIN.format(folder=tmp_path / "data"))
     assert load(tmp_path / "train.yaml", ["training.patience=null", "model.dropout=1e-1"]).training.patience is None
+
+
+def test_a_shipped_configuration_misspelt(run_app):
+    code, error = run_app("train", "--config", "mtl/movielens100k", "--show")
+    assert code == 2
+    assert "mtl/movielens100k: no such config file" in error
+    assert "Did you mean 'mtl/movielens-100k'?" in error
+    assert "mtmsl/amazon" in error

@@ -158,7 +158,7 @@ class Reporter:
         for name, task in entries_of(report):
             self._plot_metrics("valid", name, task, step)
             self._plot_scenarios(name, task, step)
-        self._plot_metrics("valid", "mean_over_tasks", report["mean"], step)
+        self._plot_metrics("valid", "mean_over_tasks", report.get("mean", {}), step)
 
     def _plot_scenarios(self, name: str, task: dict[str, Any], step: int) -> None:
         """Curves of a task in each of its scenarios, those with most rows where there are many, and their means."""
