@@ -293,10 +293,10 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> tuple
     config = folder.read_config(overrides)
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config)
+    folder.check_same_data(checkpoint.read_state(folder.best), config)
+    session = build_session(config, world, for_training=False, source=str(folder.config))
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
         state = checkpoint.read_state(folder.best)
-        folder.check_same_data(state, config)
-        session = build_session(config, world, for_training=False, source=str(folder.config))
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return session, int(state["step"])
