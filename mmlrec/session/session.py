@@ -387,12 +387,13 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
     folder.check_same_run(config, MEASURED_OTHERWISE, remedy=_MEASURED)
     otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
     world.raise_together(_no_best_yet(folder) if world.is_main else None)
+    begun = checkpoint.read_state(folder.best)
+    if not folder.check_same_data(begun, config, other_rows=bool(overrides)):
+        otherwise.insert(0, f"dataset.path={config.dataset.path}")
+    session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun)
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
         state = checkpoint.read_state(folder.best)
-        if not folder.check_same_data(state, config, other_rows=bool(overrides)):
-            otherwise.insert(0, f"dataset.path={config.dataset.path}")
-        session = build_session(config, world, for_training=False, source=str(folder.config), begun=state)
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return Loaded(session, int(state["step"]), otherwise)
 
