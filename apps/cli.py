@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmlrec.errors import RankError, UserError, discard_output
-from mmlrec.terminal import plain_output
+from mmlrec.terminal import plain, plain_output
 
 
 def run(main: Callable[[], None]) -> None:
@@ -114,6 +114,7 @@ def _leave_to_agent(text: str) -> bool:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False
+    text = plain(text)  # which torchrun prints as it is
     content = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}}
     try:
         with open(path, "w", encoding="utf-8") as file:

@@ -40,7 +40,7 @@ RULES = {
     "mmlrec.metrics": ("torch",),
     "mmlrec.data": ("torch", "torchrec.sparse", "torchrec.streamable", "mmlrec.hashing", "mmlrec.identity"),
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
-    "mmlrec.distributed": ("torch", "mmlrec.hashing"),
+    "mmlrec.distributed": ("torch", "mmlrec.hashing", "mmlrec.terminal"),
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),

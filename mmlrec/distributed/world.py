@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.distributed.heartbeat import Heartbeat
 from mmlrec.errors import RankError, UserAdvice, UserError
+from mmlrec.terminal import plain
 
 logger = logging.getLogger("mmlrec")
 
@@ -330,9 +331,13 @@ def log_file(path: Path, world: World) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose disk may be full: that is told once, where the log is shown as well."""
+    """A log file, plain as it is read at terminals. Its disk may be full: that is told once, where the log is shown as well."""
 
     _told = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the base class."""
+        return plain(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """See the base class: called while the exception is handled."""
