@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmlrec.errors import RankError, UserError, discard_output
-from mmlrec.terminal import plain_output
+from mmlrec.terminal import plain, plain_output
 
 
 def run(main: Callable[[], None]) -> None:
@@ -128,6 +128,7 @@ def _leave_to_agent(text: str) -> bool:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False
+    text = plain(text)  # which torchrun prints as it is
     content = {"message": {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}}
     try:
         with open(path, "w", encoding="utf-8") as file:

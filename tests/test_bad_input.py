@@ -137,10 +137,6 @@ CONFIGS = {
         ["pcg", "balancing.name=pcgrad", "model.name=mmoe"],
     ),
     "task twice": (["dataset.tasks=[click, click]"], ["named twice"]),
-    "one task in mtl": (
-        ["dataset.tasks=[click]", "model.name=ple"],
-        ["PLE in setting 'mtl' needs at least 2 tasks", "dataset.tasks", "'msl'", "model.name=mlp"],
-    ),
     "two tasks in msl": (["dataset.setting=msl"], ["MMoE in setting 'msl' needs exactly 1 task", "dataset.tasks"]),
     "unknown setting": (["dataset.setting=mtt"], ["dataset.setting", "'mtl', 'msl' or 'mtmsl'"]),
     "unknown table": (["embeddings.table_sharding={t9: row_wise}"], ["table_sharding.t9", "no such table"]),
@@ -248,9 +244,19 @@ def test_msl_without_scenarios(tmp_path, train):
         code, error = train(f"dataset.setting={setting}")
         assert code == 2
         assert "this dataset has none: use setting 'mtl'" in error
-    code, error = train("dataset.setting=msl", "dataset.tasks=[click]")
+    one_task = ["dataset.setting=msl", "dataset.tasks=[click]"]
+    code, error = train(*one_task)
     assert code == 2
-    assert "make it again with scenarios" in error
+    assert "this dataset has none: use setting 'mtl'" in error
+    (tmp_path / "config.yaml").write_text(f"dataset: {{path: {tmp_path / 'data'}}}\n")
+    code, error = train(*one_task, "model.name=star")
+    assert code == 2
+    assert "make it again with scenarios, or choose 2 or more tasks in setting 'mtl'." in error
+    assert "model.name=mlp" in error
+    code, error = train("model.name=star", "dataset.tasks=[click]")
+    assert code == 2
+    assert "STAR in setting 'mtl' needs at least 2 tasks, got ['click']: choose more with dataset.tasks" in error
+    assert "One task alone trains in setting 'mtl' with model.name=mlp" in error
 
 
 def replace_column(table: pa.Table, name: str, values: list) -> pa.Table:

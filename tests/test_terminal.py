@@ -97,9 +97,21 @@ def test_training_prints_the_terms_plainly(hostile, tmp_path, app):  # noqa: F81
     config.write_text(CONFIG.format(dataset=hostile))
     code, error = app("train", "--config", config, "--run-dir", tmp_path / "run")
     assert code == 0, error
-    for text in (error, (tmp_path / "run/train.log").read_text(encoding="utf-8")):
-        assert f"terms of the data: be kind{SHOWN}" in text
-        assert [command for command in COMMANDS if command in text] == []
+    assert f"terms of the data: be kind{SHOWN}" in error
+    log = (tmp_path / "run/train.log").read_text(encoding="utf-8")
+    assert f"terms of the data: be kind{SHOWN}" in log
+    assert [command for text in (error, log) for command in COMMANDS if command in text] == []
+
+
+def test_what_torchrun_prints_of_a_rank_is_plain(hostile, tmp_path, app, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    config = tmp_path / "config.yaml"
+    shown = ESCAPE.encode("unicode_escape").decode()
+    config.write_text(CONFIG.format(dataset=f'"{tmp_path}/no{shown}"'))
+    assert app("train", "--config", config, "--run-dir", tmp_path / "run")[0] == 2
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert f"no{SHOWN}" in told
+    assert [command for command in COMMANDS if command in told] == []
 
 
 def test_bad_cells_and_bad_configurations_are_quoted_plainly(tmp_path, capsys):

@@ -330,7 +330,7 @@ def log_file(path: Path, world: World) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose disk may be full: that is told once, where the log is shown as well."""
+    """A log file, plain as it is read at terminals. Its disk may be full: that is told once, where the log is shown as well."""
 
     _told = False
 
