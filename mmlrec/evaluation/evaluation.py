@@ -117,12 +117,10 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     report, error = None, None
     if rows is not None:
         try:
-            network, manifest, tasks = session.network, session.manifest, session.spec.tasks
-            deviations = {
-                task.name: {name: deviation for name, (_, deviation) in manifest.train_moments(task.name).items()}
-                for task in tasks
-            }
-            report = build_report(rows, tasks=tasks, scenario=manifest.scenario, chain=network.chain, deviations=deviations)
+            network, scenario = session.network, session.manifest.scenario
+            report = build_report(
+                rows, tasks=session.spec.tasks, scenario=scenario, chain=network.chain, deviations=session.deviations
+            )
             if isinstance(network, ChainModel) and network.config.allow_non_chain:
                 report["allow_non_chain"] = True
         except UserError as cause:
