@@ -122,18 +122,14 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     report, error = None, None
     if rows is not None:
         try:
-            network, manifest, tasks = session.network, session.manifest, session.spec.tasks
-            deviations = {
-                task.name: {name: deviation for name, (_, deviation) in manifest.train_moments(task.name).items()}
-                for task in tasks
-            }
+            network = session.network
             report = build_report(
                 rows,
-                tasks=tasks,
-                scenario=manifest.scenario,
+                tasks=session.spec.tasks,
+                scenario=session.manifest.scenario,
                 chain=network.chain,
                 conditional=not isinstance(network, ChainModel) or network.conditional,
-                deviations=deviations,
+                deviations=session.deviations,
             )
             if isinstance(network, ChainModel) and network.config.allow_non_chain:
                 report["allow_non_chain"] = True

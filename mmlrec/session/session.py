@@ -74,6 +74,8 @@ class Session:
     plan: list[dict[str, Any]]
     #: Regression task -> mean and deviation of the labels that it is trained on; those without one keep their unit.
     scales: dict[str, tuple[float, float]]
+    #: Regression task -> "all" or scenario -> deviation of its labels in the data that the run is trained on.
+    deviations: dict[str, dict[str, float]]
     #: False in a run that a release began which knew no R²: its regression tasks are selected by mean squared error.
     knows_r2: bool
     verification: Verification = field(init=False)
@@ -90,7 +92,7 @@ class Session:
     @property
     def label_state(self) -> dict[str, Any]:
         """What a checkpoint's state says of the labels, as `build_session` takes it; nothing in runs that knew no R²."""
-        return {"label_scales": self.scales} if self.knows_r2 else {}
+        return {"label_scales": self.scales, "label_deviations": self.deviations} if self.knows_r2 else {}
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -236,6 +238,11 @@ def label_scales(config: RunConfig, manifest: DatasetManifest, tasks: Sequence[T
     return scales
 
 
+def _deviations(manifest: DatasetManifest, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+    moments = {task.name: manifest.train_moments(task.name) for task in tasks if task.kind == "regression"}
+    return {task: {name: deviation for name, (_, deviation) in found.items()} for task, found in moments.items()}
+
+
 def _loss(
     config: RunConfig,
     options: BalancingConfig,
@@ -359,8 +366,11 @@ def build_session(
     kind = TrainPipelineSparseDist if manifest.sparse_features else _WithoutTables
     pipeline: Pipeline = kind(model, optimizer, world.device)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
-    knows_r2 = begun is None or "label_scales" in begun
-    return Session(config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report, scales, knows_r2)
+    knows_r2 = begun is None or "label_deviations" in begun
+    deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
+    return Session(
+        config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report, scales, deviations, knows_r2
+    )
 
 
 class Loaded(NamedTuple):

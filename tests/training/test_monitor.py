@@ -304,6 +304,26 @@ def test_a_run_of_an_earlier_release_goes_on_as_it_began(mixed, tmp_path, monkey
         assert session.scales == {}
 
 
+def test_a_checkpoint_holds_what_its_labels_were_divided_by(mixed, tmp_path):
+    folder = run(mixed, tmp_path / "run", "training.max_steps=2")
+    label, scenario = (mixed.tables["train"][name].to_numpy() for name in ("label.seconds", "sample.scenario"))
+    deviations = {"all": np.nanstd(label.astype(np.float64))}
+    deviations |= {f"s{index}": np.nanstd(label[scenario == index].astype(np.float64)) for index in range(2)}
+    for place in ("best", "step_000000002"):
+        state = json.loads((folder / "checkpoints" / place / "state.json").read_text())
+        expected = pytest.approx([np.nanmean(label.astype(np.float64)), deviations["all"]], rel=1e-12)
+        assert state["label_scales"] == {"seconds": expected}
+        assert state["label_deviations"] == {"seconds": pytest.approx(deviations, rel=1e-12)}
+    # The report of the run, and the one that evaluation makes of it, divide by these.
+    with process_group() as world:
+        session, _ = load_session(RunFolder(folder), world, [])
+        report = evaluate_split(session, "test")
+    for found in (report, json.loads((folder / "result.json").read_text())["test"]):
+        seconds = found["tasks"]["seconds"]
+        for name, entry in {"all": seconds, **seconds["scenarios"]}.items():
+            assert entry["r2"] == pytest.approx(1 - entry["mse"] / deviations[name] ** 2, rel=1e-9)
+
+
 def tensors_differ(folder, other, step):
     """Names of the tensors of a checkpoint that differ in another run."""
     first, second = (tensors(each / f"checkpoints/step_{step:09d}") for each in (folder, other))
