@@ -261,7 +261,7 @@ def _announce(session: Session, trainer: Trainer, run_dir: Path, found: Path | N
         f"{dense:,}",
         f"{tables:,}",
     )
-    logger.info("sharding plan:\n%s", plan_table(session.plan))
+    logger.info("sharding plan:\n%s", plan_table(session.plan) if session.plan else "no tables: all features are numbers")
     if session.manifest.terms:
         logger.info("terms of the data: %s", session.manifest.terms)
     start = f"resumed from {found}" if found else "new run"
