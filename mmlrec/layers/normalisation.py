@@ -100,15 +100,20 @@ class PartitionedNorm(nn.Module):
     without rows gets zero gradients. Moments are computed in float32 or wider, also under autocast. The running variance is
     the unbiased one, as in `nn.BatchNorm1d`.
 
+    The n-th batch that updates a scenario counts max(momentum, 1 / n): running statistics are the mean of all batches first,
+    and do not remember where they started. `num_batches_tracked` [S] int64 is n.
+
     Args:
         num_scenarios: S.
         num_features: d.
-        momentum: weight of the batch in the running statistics.
+        eps: added to the variance. Columns of a smaller variance are centred, but not made larger than 1 / sqrt(eps) times.
+        momentum: least weight of the batch in the running statistics.
         min_count: rows below which a scenario is not normalised by its batch statistics; at least 2.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self, num_scenarios: int, num_features: int, eps: float = 1e-3, momentum: float = 0.01, min_count: int = 2
@@ -121,6 +126,7 @@ class PartitionedNorm(nn.Module):
         self.scenario_bias = nn.Parameter(torch.zeros(num_scenarios, num_features))
         self.register_buffer("running_mean", torch.zeros(num_scenarios, num_features))
         self.register_buffer("running_var", torch.ones(num_scenarios, num_features))
+        self.register_buffer("num_batches_tracked", torch.zeros(num_scenarios, dtype=torch.long))
 
     def forward(self, x: Tensor, scenario: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalise.
@@ -161,7 +167,10 @@ class PartitionedNorm(nn.Module):
         used = torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
         with torch.no_grad():  # Last: mean and var may be the running statistics themselves.
             unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
-            step = (count >= 2).to(x.dtype) * self.momentum
+            updated = count >= 2
+            self.num_batches_tracked.add_(updated[:, 0])
+            newest = self.num_batches_tracked.clamp(min=1).to(x.dtype).reciprocal().clamp(min=self.momentum)
+            step = torch.where(updated, newest.unsqueeze(1), 0.0)
             self.running_mean.copy_(mean + step * (batch_mean - mean))
             self.running_var.copy_(var + step * (unbiased - var))
         return used

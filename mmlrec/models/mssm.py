@@ -13,9 +13,9 @@ Cell level, levels l = 1..n, as many as `expert_hidden_units`, with v_{0,e} = x_
     v_{l,i} = sum_j z_{l,ij} * (u_{l,j} M_{l,ij})                [B, h_l], i = 1..E, at the last level i = 1..H
     z_h = Tower_h(v_{n,h})                                       [B]
 
-M [h_l, h_l] without bias; m_{e,f} and the h_l elements of z_{l,ij} in [0, 1] are hard-concrete gates, drawn once for a step
-and fixed in evaluation. The loss has the term l0_field * sum P(m != 0) + l0_cell * sum P(z != 0) / h_l. With scenarios only
-the last level's connections and the towers of a row's own scenario are computed.
+M [h_l, h_l] without bias; m_{e,f} and the h_l elements of z_{l,ij} in [0, 1] are hard-concrete gates, drawn once for a step;
+evaluation takes their means. The loss has the term l0_field * sum P(m != 0) + l0_cell * sum P(z != 0) / h_l. With scenarios
+only the last level's connections and the towers of a row's own scenario are computed.
 
 How the field gates are made is our reading: the paper was not at hand beyond its abstract.
 """
@@ -45,8 +45,8 @@ class MSSM(MultiTaskModel):
 
         fscm: bool = Field(default=True, description="Gates on fields; the MMLRec code has none.")
         dense_as_one_field: bool = Field(default=False, description="One field gate for all dense features, not one each.")
-        l0_field: float = Field(default=1e-4, ge=0, description="Weight of the expected number of open field gates.")
-        l0_cell: float = Field(default=1e-4, ge=0, description="Weight of the expected number of open connections.")
+        l0_field: float = Field(default=1e-3, ge=0, description="Weight of the expected number of open field gates.")
+        l0_cell: float = Field(default=1e-3, ge=0, description="Weight of the expected number of open connections.")
 
     config: Config
     field_of_column: Tensor
@@ -79,6 +79,10 @@ class MSSM(MultiTaskModel):
     def owner(self, parameter: str) -> Owner | None:
         """Heads own the towers and the connections that lead to them."""
         return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
+
+    def lr_factors(self) -> dict[str, float]:
+        """The gates have a learning rate of their own."""
+        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
 
     def forward(
         self,

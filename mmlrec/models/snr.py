@@ -9,9 +9,9 @@ Levels l = 1..n, as many as `expert_hidden_units`, of E sub-networks each, with 
     v_{l,i} = sum_j z_{l,ij} u_{l,j}               `aver`        [B, h_l], i = 1..E, at the last level i = 1..H
     z_h = Tower_h(v_{n,h})                                       [B]
 
-z_{l,ij} in [0, 1] is a hard-concrete gate, one number for a connection and a step, shared by the whole batch; in evaluation
-it is fixed. The loss has the term l0_lambda * sum P(z != 0) * cost, with cost 1 or h_l^2 (`l0_cost`). With scenarios only the
-last level's connections and the towers of a row's own scenario are computed; the levels below are shared.
+z_{l,ij} in [0, 1] is a hard-concrete gate, one number for a connection and a step, shared by the whole batch; evaluation
+takes its mean. The loss has the term l0_lambda * sum P(z != 0) * cost, with cost 1 or h_l^2 (`l0_cost`). With scenarios only
+the last level's connections and the towers of a row's own scenario are computed; the levels below are shared.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SNR(MultiTaskModel):
         """Options of SNR."""
 
         variant: Literal["trans", "aver"] = Field(default="trans", description="Connections with linear maps, or plain sums.")
-        l0_lambda: float = Field(default=1e-4, ge=0, description="Weight of the expected cost of open connections.")
+        l0_lambda: float = Field(default=1e-3, ge=0, description="Weight of the expected cost of open connections.")
         l0_cost: Literal["connections", "params"] = Field(default="connections", description="Cost 1, or its parameters h^2.")
 
         @model_validator(mode="after")
@@ -92,6 +92,10 @@ class SNR(MultiTaskModel):
     def owner(self, parameter: str) -> Owner | None:
         """Heads own the towers and the connections that lead to them."""
         return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
+
+    def lr_factors(self) -> dict[str, float]:
+        """The gates have a learning rate of their own."""
+        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
 
     def forward(
         self,

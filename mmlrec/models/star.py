@@ -107,8 +107,8 @@ class STAR(MultiTaskModel):
             default="head", description="What has a network of its own: 'head' ('task' in mtl is the same) or 'scenario'."
         )
         use_pn: bool | None = Field(default=None, description="Partitioned normalisation of x; absent: if there are scenarios.")
-        pn_momentum: float = Field(default=0.01, gt=0, le=1, description="Weight of a batch in the running statistics.")
-        pn_eps: float = Field(default=1e-3, gt=0, description="Added to the variance.")
+        pn_momentum: float = Field(default=0.01, gt=0, le=1, description="Least weight of a batch in the running statistics.")
+        pn_eps: float = Field(default=1.0, gt=0, description="Added to the variance.")
         pn_min_count: int = Field(default=2, ge=2, description="With fewer rows a scenario uses its running statistics.")
         use_aux: bool | None = Field(default=None, description="Auxiliary network; absent: if there are scenarios.")
         aux_hidden_units: list[Width] = Field(default=[64], description="Widths of the auxiliary network; may be empty.")

@@ -356,7 +356,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     """Fill `tensors` in place from a whole checkpoint, whatever world size and plan it was written with.
 
-    Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone.
+    Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone. A counter of batches that it lacks, as
+    it was written before that counter was, becomes so large that running statistics move at their least weight.
 
     Raises:
         CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model.
@@ -364,6 +365,7 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     reader = Reader(folder)
     saved = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in tensors.items() if key in saved or not key.startswith("random.")}
+    uncounted = [tensors.pop(key) for key in list(tensors) if key.endswith("num_batches_tracked") and key not in saved]
     own = set(tensors)
     model_saved = {key for key in saved if key.startswith("model.")}
     missing = sorted(own - set(saved))
@@ -386,6 +388,8 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
         dcp.load(tensors, storage_reader=reader, process_group=world.control)
     except CheckpointException as cause:
         raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from cause
+    for counter in uncounted:
+        counter.fill_(torch.iinfo(torch.int32).max)
 
 
 def load_training(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, HardConcreteOptions, split_noise
 from mmlrec.layers.scenario import Dispatch
+from tests.models.support import mean_gate
 
 F64 = torch.float64
 
@@ -24,9 +25,42 @@ def gates(values, **options):
     return module
 
 
+OPTIONS = [{}, {"beta": 2 / 3}, {"beta": 3.0}, {"gamma": -0.4, "zeta": 1.7}, {"gamma": -1e-6, "zeta": 1 + 1e-6}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gates_in_evaluation_are_the_mean_of_those_in_training(options):
+    values = [-6.0, -2.4, 0.0, 2.0, 2.4, 7.0]
+    module = gates(values, **options).eval()
+    o = module.options
+    expected = [mean_gate(value, o.beta, o.gamma, o.zeta) for value in values]
+    torch.testing.assert_close(module(), torch.tensor(expected, dtype=F64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(module.float()(), torch.tensor(expected), rtol=0, atol=1e-6)
+    # The draws of training themselves, at equal distances over all uniform numbers.
+    draws = 20_000
+    uniform = (torch.arange(draws, dtype=F64) + 0.5) / draws
+    for value, mean in zip(values, expected, strict=True):
+        assert gates([value] * draws, **options)(uniform).mean().item() == pytest.approx(mean, abs=1e-6)
+
+
 def test_worked_gates_in_evaluation():
+    # By symmetry a gate at 0 is half open, and two at opposite places are 1 together; beta = 1 has a closed form:
+    # with r = exp(log_alpha), P(z > t) = r (zeta - t) / (r (zeta - t) + t - gamma).
     z = gates([-2.0, 0.0, 2.0]).eval()()
-    torch.testing.assert_close(z, torch.tensor([0.0430435, 0.5, 0.9569565], dtype=F64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(z, torch.tensor([0.1603855, 0.5, 0.8396145], dtype=F64), rtol=0, atol=1e-6)
+    z = gates([2.0], beta=1.0).eval()()
+    r, gamma, zeta = math.exp(2.0), -0.1, 1.1
+    a, b = r * zeta - gamma, 1 - r  # P(z > t) = r (zeta - t) / (a + b t)
+    expected = r * ((zeta + a / b) / b * math.log((a + b) / a) - 1 / b)
+    assert z.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_gate_is_never_more_open_than_it_is_likely_to_be_open():
+    module = gates(torch.linspace(-15, 15, 301).tolist()).eval()
+    z = module()
+    assert (z > 0).all()
+    assert (z <= module.open_probability()).all()
+    assert (z.diff() > 0).all()
 
 
 def test_worked_open_probabilities():
@@ -58,12 +92,13 @@ def test_open_as_often_as_the_closed_form_says(options):
 
 
 def test_saturated_gates_are_exact_and_have_a_gradient_of_zero():
-    for training in (True, False):
-        module = gates([20.0, -20.0]).train(training)
-        z = module(torch.tensor([0.001, 0.999], dtype=F64))
-        assert z.tolist() == [1.0, 0.0]
-        z.sum().backward()
-        assert module.log_alpha.grad.tolist() == [0.0, 0.0]
+    module = gates([20.0, -20.0])
+    z = module(torch.tensor([0.001, 0.999], dtype=F64))
+    assert z.tolist() == [1.0, 0.0]
+    z.sum().backward()
+    assert module.log_alpha.grad.tolist() == [0.0, 0.0]
+    # The mean has what there is of a chance left: exp(-20) of it.
+    torch.testing.assert_close(module.eval()(), torch.tensor([1.0, 0.0], dtype=F64), rtol=0, atol=5e-9)
 
 
 def test_gradient_of_an_open_gate():

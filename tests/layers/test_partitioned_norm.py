@@ -68,6 +68,7 @@ def test_values_gradients_and_statistics_equal_a_loop(min_count, width):
     layer = random_norm(5, width, min_count=min_count, momentum=0.3)
     layer.running_mean.normal_(generator=generator(1))
     layer.running_var.uniform_(0.5, 2.0, generator=generator(2))
+    layer.num_batches_tracked.fill_(9)  # Past the mean of the first batches.
     leaf = torch.randn(12, width, dtype=F64, generator=generator(3)) * 2 + 1
     pull = torch.randn(12, width, dtype=F64, generator=generator(4))
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
@@ -110,12 +111,13 @@ def test_evaluation_uses_running_statistics():
 
 def test_one_scenario_is_batchnorm1d():
     width = 6
-    layer, reference = random_norm(1, width, eps=1e-4, momentum=0.05), nn.BatchNorm1d(width, eps=1e-4, momentum=0.05).double()
+    layer, reference = random_norm(1, width, eps=1e-4, momentum=0.3), nn.BatchNorm1d(width, eps=1e-4).double()
     with torch.no_grad():
         reference.weight.copy_(layer.weight * layer.scenario_weight[0])
         reference.bias.copy_(layer.bias + layer.scenario_bias[0])
     scenario = torch.zeros(10, dtype=torch.long)
-    for seed in range(4):
+    for seed, momentum in enumerate((1.0, 1 / 2, 1 / 3, 0.3, 0.3)):
+        reference.momentum = momentum
         x = torch.randn(10, width, dtype=F64, generator=generator(seed)) * 2 + 3
         mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer.zero_grad(), reference.zero_grad()
@@ -153,6 +155,34 @@ def test_a_scenario_without_rows_is_left_alone():
         assert (gradient[1] == 0).all()
         assert (gradient[[0, 2]] != 0).all()
     assert (layer.running_mean[[0, 2]] != 0).all()
+
+
+def test_running_statistics_are_the_mean_of_the_first_batches_of_each_scenario():
+    """Scenario 1 has rows in every third batch only, and one row, which has no variance, in the others; 2 never has any."""
+    layer = PartitionedNorm(3, 4, momentum=0.01).double()
+    batches = [torch.randn(9, 4, dtype=F64, generator=generator(seed)) * 0.01 + 0.5 for seed in range(9)]
+    for number, rows in enumerate(batches):
+        layer(rows, torch.tensor([0] * 6 + [1] * 3 if number % 3 == 0 else [0] * 8 + [1]))
+    means = torch.stack([rows[: 6 if number % 3 == 0 else 8].mean(dim=0) for number, rows in enumerate(batches)])
+    seldom = [rows[6:] for rows in batches[::3]]
+    torch.testing.assert_close(layer.running_mean[0], means.mean(dim=0))
+    torch.testing.assert_close(layer.running_mean[1], torch.stack([rows.mean(dim=0) for rows in seldom]).mean(dim=0))
+    torch.testing.assert_close(layer.running_var[1], torch.stack([rows.var(dim=0) for rows in seldom]).mean(dim=0))
+    assert layer.num_batches_tracked.tolist() == [9, 3, 0]
+    assert (layer.running_mean[2] == 0).all()
+    assert (layer.running_var[2] == 1).all()
+
+
+def test_a_layer_that_goes_on_from_a_state_is_one_that_was_not_interrupted():
+    whole, second = PartitionedNorm(2, 3), PartitionedNorm(2, 3)
+    batches = [torch.randn(8, 3, generator=generator(seed)) for seed in range(6)]
+    for number, rows in enumerate(batches):
+        if number == 3:
+            second.load_state_dict(whole.state_dict())
+        for layer in (whole, second) if number >= 3 else (whole,):
+            layer(rows, torch.arange(8) % 2)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
 
 
 def test_rows_of_other_scenarios_change_no_bit():
@@ -204,7 +234,9 @@ def rank_part(rank, port, folder):
     y = layer(mine, scenario[part], valid[part])
     y.backward(pull[part])
     gradients = [p.grad for p in layer.parameters()]
-    torch.save((y.detach(), mine.grad, gradients, layer.running_mean, layer.running_var), folder / f"{rank}.pt")
+    layer(mine, scenario[part], valid[part])  # The second of a count is half of the running statistics.
+    statistics = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    torch.save((y.detach(), mine.grad, gradients, *statistics), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -219,6 +251,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     layer = random_norm(5, 3)
     y = layer(x, scenario, valid)
     y.backward(pull)
+    layer(x, scenario, valid)
     torch.testing.assert_close(torch.cat([p[0] for p in parts]), y.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.cat([p[1] for p in parts]), x.grad, rtol=1e-8, atol=1e-10)
     for first, second, parameter in zip(parts[0][2], parts[1][2], layer.parameters(), strict=True):
@@ -226,3 +259,4 @@ def test_two_ranks_equal_one_process(tmp_path):
     for p in parts:
         torch.testing.assert_close(p[3], layer.running_mean)
         torch.testing.assert_close(p[4], layer.running_var)
+        assert p[5].tolist() == layer.num_batches_tracked.tolist() == [2, 2, 2, 0, 0]

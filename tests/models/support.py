@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from scipy.integrate import quad
 
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import method, method_names
@@ -24,6 +26,7 @@ __all__ = [
     "losses_of",
     "make_data",
     "make_spec",
+    "mean_gate",
     "spec_of",
     "step",
     "supports",
@@ -76,3 +79,15 @@ def assert_gradients_are_slopes(net: MultiTaskModel, data: Data) -> None:
                 parameter.sub_(sign * 1e-5 * direction)
         slope = (values[0] - values[1]) / 2e-5
         torch.testing.assert_close((gradients[key] * direction).sum(), slope, rtol=1e-5, atol=1e-8, msg=key)
+
+
+def mean_gate(log_alpha: float, beta: float, gamma: float, zeta: float) -> float:
+    """Mean of a hard-concrete gate: the integral, over the uniform number that it is drawn with, of its value."""
+
+    def value(u: float) -> float:
+        s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + log_alpha) / beta))
+        return s * (zeta - gamma) + gamma
+
+    # It is 0 below the first of these numbers and 1 above the second.
+    first, second = (1 / (1 + math.exp(log_alpha - beta * math.log((t - gamma) / (zeta - t)))) for t in (0.0, 1.0))
+    return quad(value, first, second, epsabs=1e-12, epsrel=1e-12)[0] + 1 - second

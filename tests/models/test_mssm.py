@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from mmlrec.registry import method
-from tests.models.support import build, losses, make_data, make_spec, step
+from tests.models.support import build, losses, make_data, make_spec, mean_gate, step
 
 F64 = torch.float64
 
 
 def gate(config, log_alpha, u=None):
     """One hard-concrete gate: of a training step with the uniform number u, or of evaluation."""
-    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
+    if u is None:
+        return mean_gate(log_alpha, config.hc_beta, config.hc_gamma, config.hc_zeta)
+    logit = (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
     return min(1.0, max(0.0, (config.hc_zeta - config.hc_gamma) / (1 + math.exp(-logit)) + config.hc_gamma))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from mmlrec.losses import LossOptions
 from mmlrec.registry import method
-from tests.models.support import assert_gradients_are_slopes, build, losses, make_data, make_spec, step
+from tests.models.support import assert_gradients_are_slopes, build, losses, make_data, make_spec, mean_gate, step
 
 F64 = torch.float64
 SIZES = [(2, 1), (3, 1), (1, 2), (1, 6), (2, 2), (3, 4)]
@@ -21,8 +21,9 @@ STRETCHED = {"hc_beta": 0.5, "hc_gamma": -0.3, "hc_zeta": 1.4, "log_alpha_init":
 
 def gate(config, log_alpha, u=None):
     """One hard-concrete gate: of a training step with the uniform number u, or of evaluation."""
-    logit = log_alpha if u is None else (math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta
-    s = 1 / (1 + math.exp(-logit))
+    if u is None:
+        return mean_gate(log_alpha, config.hc_beta, config.hc_gamma, config.hc_zeta)
+    s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + log_alpha) / config.hc_beta))
     return min(1.0, max(0.0, s * (config.hc_zeta - config.hc_gamma) + config.hc_gamma))
 
 
@@ -168,7 +169,7 @@ def test_gates_start_where_the_option_says(name):
     for start in ({}, {"log_alpha_init": -1.5}):
         net = build(name, make_spec(), **start)
         found = torch.cat([value.flatten() for key, value in net.named_parameters() if key.endswith("log_alpha")])
-        assert (found - start.get("log_alpha_init", 2.0)).abs().max() < 0.05
+        assert (found - start.get("log_alpha_init", 0.5)).abs().max() < 0.05
         assert found.std() > 0
 
 
@@ -199,6 +200,55 @@ def train(net, steps, lr, data, draws):
         sum(loss(output, *targets, loss.denominators(*targets)).values()).backward()
         optimizer.step()
     return output
+
+
+@pytest.mark.parametrize("name", ["snr", "mssm"])
+def test_gates_route_with_the_default_options(name):
+    """Sub-network j reads field j alone, and task j depends on field j alone: a task needs its own sub-network only."""
+    kind, spec = method(name), make_spec(2, 1, fields=2, dim=4, num_dense=0)
+    net = kind(spec, kind.Config(num_experts=2, expert_hidden_units=[16], tower_hidden_units=[8]))
+    with torch.no_grad():
+        for j in range(2):
+            net.subnetworks[0].weights[0][j, 4 * (1 - j) : 4 * (2 - j)] = 0
+    net.subnetworks.requires_grad_(False)
+    factors = net.lr_factors()
+    groups = [
+        {"params": [parameter], "lr": 1e-3 * next((f for key, f in factors.items() if name.startswith(key)), 1.0)}
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad
+    ]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    g = torch.Generator().manual_seed(0)
+    truth, no_scenario = torch.randn(2, 4, generator=g), torch.zeros(256, dtype=torch.long)
+    for _ in range(600):
+        x = torch.randn(256, 8, generator=g)
+        scores = (x.view(256, 2, 4) * truth).sum(dim=2) + 0.5 * torch.randn(256, 2, generator=g)
+        output = net(x, {}, no_scenario, noise=torch.rand(net.num_noise, generator=g))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, (scores > 0).float(), reduction="none")
+        optimizer.zero_grad()
+        (loss.mean(dim=0).sum() + output.extra_losses["l0"]).backward()
+        optimizer.step()
+    gates = net.eval().gates[0]().detach()
+    gates = gates if name == "snr" else gates.mean(dim=2)
+    assert gates.diagonal().min() > 0.85
+    assert (gates.diagonal() - gates.flip(1).diagonal()).min() > 0.25
+    if name == "mssm":  # A field whose weights are all 0 serves nothing.
+        assert net.field_gates().diagonal().min() > 0.9
+        assert net.field_gates().flip(1).diagonal().max() < 0.1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_evaluation_gives_the_mean_logits_of_training(variant):
+    """With one level and linear towers, logits are linear in the gates."""
+    net = build("snr", make_spec(), variant=variant, expert_hidden_units=[8], tower_hidden_units=[]).double()
+    data = make_data(net, 16, dtype=F64)
+    with torch.no_grad():
+        draws = [
+            net(data.x, data.fields, data.scenario, noise=torch.full((net.num_noise,), (i + 0.5) / 1000)).logits
+            for i in range(1000)
+        ]
+        expected = net.eval()(data.x, data.fields, data.scenario).logits
+    torch.testing.assert_close(torch.stack(draws).mean(dim=0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_larger_penalty_leaves_fewer_open_connections():

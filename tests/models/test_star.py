@@ -98,12 +98,29 @@ def test_equals_a_loop_over_rows_and_members(training, options, tasks, scenarios
 @pytest.mark.parametrize("momentum", [None, 0.3])
 def test_running_statistics_move_by_the_momentum(momentum):
     net = build("star", make_spec(1, 2), **({} if momentum is None else {"pn_momentum": momentum}))
-    data = make_data(net, 40)
-    net(data.x, data.fields, data.scenario)
+    data, later = make_data(net, 40), make_data(net, 40, seed=2)
+    for _ in range(5):
+        net(data.x, data.fields, data.scenario)
+    net(later.x, later.fields, later.scenario)
     for s in range(2):
-        rows = data.x[data.scenario == s]
-        expected = (momentum or 0.01) * rows.mean(0), 1 + (momentum or 0.01) * (rows.var(0) - 1)
+        rows, newest = data.x[data.scenario == s], later.x[later.scenario == s]
+        weight = momentum or 1 / 6  # The sixth batch: 0.01 is below its share of the mean.
+        expected = (torch.lerp(rows.mean(0), newest.mean(0), weight), torch.lerp(rows.var(0), newest.var(0), weight))
         torch.testing.assert_close((net.norm.running_mean[s], net.norm.running_var[s]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_normalisation_centres_scenarios_and_does_not_amplify_embeddings():
+    """Tables start at a deviation of 0.01 and learn at a rate that fits it: scaled up, each step of theirs would be, too."""
+    net = build("star", make_spec(1, 2, dim=8))
+    scenario = torch.arange(4000) % 2
+    x = 0.01 * torch.randn(4000, net.spec.input_width) + torch.tensor([0.2, -0.1])[scenario].unsqueeze(1)
+    normed = net.norm(x, scenario)
+    for s in range(2):
+        rows = normed[scenario == s]
+        torch.testing.assert_close(rows.mean(dim=0), torch.zeros(net.spec.input_width), rtol=0, atol=1e-5)
+        assert rows.std() < 0.011
+    # After one batch, evaluation normalises as training does.
+    torch.testing.assert_close(net.eval().norm(x, scenario), normed, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tasks", "scenarios", "axis"), [(2, 1, "task"), (1, 3, "head"), (2, 3, "head"), (2, 3, "scenario")])

@@ -7,6 +7,7 @@ import torch
 
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import CheckpointError
+from mmlrec.layers.normalisation import PartitionedNorm
 from mmlrec.run_folder import checkpoint
 
 
@@ -70,3 +71,16 @@ def test_another_shape_or_key_is_refused(tmp_path, world):
         checkpoint.load(tmp_path / "step_000000001", {"model.w": torch.zeros(4)}, world)
     with pytest.raises(CheckpointError, match=r"it lacks \['model.v'\] and has \['model.w'\]"):
         checkpoint.load(tmp_path / "step_000000001", {"model.v": torch.zeros(3)}, world)
+
+
+def test_statistics_of_an_earlier_version_go_on_slowly(tmp_path, world):
+    """It counted no batches of a partitioned normalisation; as the first of a new count, one batch would replace them."""
+    norm = PartitionedNorm(2, 3)
+    norm.running_mean.fill_(5.0)
+    before = {f"model.norm.{key}": value for key, value in norm.state_dict().items() if key != "num_batches_tracked"}
+    checkpoint.save(tmp_path / "step_000000001", before, {"step": 1}, world)
+    norm = PartitionedNorm(2, 3)
+    tensors = {f"model.norm.{key}": value for key, value in norm.state_dict().items()}
+    checkpoint.load(tmp_path / "step_000000001", tensors, world)
+    norm(torch.zeros(8, 3), torch.arange(8) % 2)
+    torch.testing.assert_close(norm.running_mean, torch.full((2, 3), 5.0 * 0.99))
