@@ -25,7 +25,7 @@ class HardConcreteOptions:
         zeta: upper end, above 1.
     """
 
-    log_alpha_init: float = 0.5
+    log_alpha_init: float = 2.0
     beta: float = 0.9
     gamma: float = -0.1
     zeta: float = 1.1

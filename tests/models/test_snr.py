@@ -169,7 +169,7 @@ def test_gates_start_where_the_option_says(name):
     for start in ({}, {"log_alpha_init": -1.5}):
         net = build(name, make_spec(), **start)
         found = torch.cat([value.flatten() for key, value in net.named_parameters() if key.endswith("log_alpha")])
-        assert (found - start.get("log_alpha_init", 0.5)).abs().max() < 0.05
+        assert (found - start.get("log_alpha_init", 2.0)).abs().max() < 0.05
         assert found.std() > 0
 
 
@@ -230,8 +230,10 @@ def test_gates_route_with_the_default_options(name):
         optimizer.step()
     gates = net.eval().gates[0]().detach()
     gates = gates if name == "snr" else gates.mean(dim=2)
-    assert gates.diagonal().min() > 0.85
-    assert (gates.diagonal() - gates.flip(1).diagonal()).min() > 0.25
+    own, other = gates.diagonal(), gates.flip(1).diagonal()
+    assert own.min() > 0.9
+    # Not every cell of a connection carries noise that is worth a gate.
+    assert (own - other).min() > (0.7 if name == "snr" else 0.1), gates
     if name == "mssm":  # A field whose weights are all 0 serves nothing.
         assert net.field_gates().diagonal().min() > 0.9
         assert net.field_gates().flip(1).diagonal().max() < 0.1

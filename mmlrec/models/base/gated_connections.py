@@ -14,11 +14,11 @@ class GatedConnectionsConfig(NetworkConfig):
     num_experts: int = Field(default=4, ge=1, description="Sub-networks E of each level.")
     expert_hidden_units: list[Width] = Field(default=[256, 128], min_length=1, description="Width of each level.")
     tower_hidden_units: list[Width] = Field(default=[64], description="Widths of each tower; may be empty.")
-    log_alpha_init: float = Field(default=0.5, description="Start of the gates; 0.5 = open with probability 0.934.")
+    log_alpha_init: float = Field(default=2.0, description="Start of the gates; 2 = open with probability 0.985.")
     hc_beta: float = Field(default=0.9, gt=0, description="Temperature of the gates.")
     hc_gamma: float = Field(default=-0.1, lt=0, description="Lower end of the gates' stretched interval.")
     hc_zeta: float = Field(default=1.1, gt=1, description="Upper end of the gates' stretched interval.")
-    gate_lr_mult: float = Field(default=20.0, gt=0, description="Learning rate of the gates over the network's.")
+    gate_lr_mult: float = Field(default=40.0, gt=0, description="Learning rate of the gates over the network's.")
 
     @property
     def gates(self) -> HardConcreteOptions:
