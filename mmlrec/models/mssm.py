@@ -45,8 +45,8 @@ class MSSM(MultiTaskModel):
 
         fscm: bool = Field(default=True, description="Gates on fields; the MMLRec code has none.")
         dense_as_one_field: bool = Field(default=False, description="One field gate for all dense features, not one each.")
-        l0_field: float = Field(default=1e-2, ge=0, description="Weight of the expected number of open field gates.")
-        l0_cell: float = Field(default=1e-2, ge=0, description="Weight of the expected number of open connections.")
+        l0_field: float = Field(default=1e-3, ge=0, description="Weight of the expected number of open field gates.")
+        l0_cell: float = Field(default=1e-3, ge=0, description="Weight of the expected number of open connections.")
 
     config: Config
     field_of_column: Tensor

@@ -58,7 +58,7 @@ class SNR(MultiTaskModel):
         """Options of SNR."""
 
         variant: Literal["trans", "aver"] = Field(default="trans", description="Connections with linear maps, or plain sums.")
-        l0_lambda: float = Field(default=1e-2, ge=0, description="Weight of the expected cost of open connections.")
+        l0_lambda: float = Field(default=1e-3, ge=0, description="Weight of the expected cost of open connections.")
         l0_cost: Literal["connections", "params"] = Field(default="connections", description="Cost 1, or its parameters h^2.")
 
         @model_validator(mode="after")
