@@ -136,7 +136,7 @@ def _write(
     stop: StopSignal | None,
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = output.with_name(f"{output.name}.{session.world.start}.tmp")  # another start may write the same output
     chain = session.network.chain
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
