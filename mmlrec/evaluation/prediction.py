@@ -141,7 +141,7 @@ def _write(
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = output.with_name(f"{output.name}.{session.world.start}.tmp")  # another start may write the same output
     network = session.network
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)

@@ -21,7 +21,7 @@ def save_best(session: Session, folder: Path, improved: list[str], state: dict[s
     """Write the weights of the whole model, or of the branches that improved and the former best of the others."""
     tensors = checkpoint.model_tensors(session.model)
     branches = [name for name, _, _ in session.branches()]
-    if branches and checkpoint.damage(folder) is None and set(improved) != set(branches):
+    if branches and set(improved) != set(branches) and checkpoint.damage(folder, session.world) is None:
         current = {key: [piece.clone() for piece, _ in local_shards(value)] for key, value in tensors.items()}
         checkpoint.load(folder, tensors, session.world)
         for name in improved:

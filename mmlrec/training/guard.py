@@ -31,8 +31,8 @@ def remedy(run_dir: Path, saved_step: int | None) -> str:
     if saved_step is None:
         return f"{_LOWER}, and start again with another --run-dir."
     return (
-        f"{_LOWER}, and give the command again with --run-dir {run_dir} --from-step {saved_step},"
-        f" or an earlier step of {run_dir / 'checkpoints'} if that one is spoilt already."
+        f"{_LOWER}, and give apps.train the same configuration with --run-dir {run_dir} --from-step {saved_step}, or an earlier"
+        f" step of {run_dir / 'checkpoints'} if that one is spoilt already."
     )
 
 

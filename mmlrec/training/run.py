@@ -211,11 +211,15 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
     if reasons and not restart:
         listed = "\n".join(f"  {reason}" for reason in reasons)
         step = None if found is None else checkpoint.read_state(found)["progress"]["step"]
-        choice = "" if step is None else f" With --from-step {step} it goes on from there, and only chooses its best anew."
+        choice = (
+            ""
+            if step is None
+            else f" With apps.train --from-step {step} it goes on from there, and only chooses its best anew."
+        )
         raise CheckpointError(
             f"{folder.path} holds a run that cannot be {'resumed' if found is None else 'finished'}:\n{listed}\n"
-            f"Bring these files back from a copy, or choose another folder with --run-dir.{choice} With --restart the run"
-            " begins again at step 0, and its checkpoints are deleted."
+            f"Bring these files back from a copy, or choose another folder with --run-dir.{choice} With"
+            " apps.train --restart the run begins again at step 0, and its checkpoints are deleted."
         )
     if restart and found is not None and not reasons:
         raise UserError(

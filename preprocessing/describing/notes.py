@@ -138,7 +138,7 @@ def _copies(manifest: DatasetManifest) -> Iterator[str]:
         remedy = (
             "keep them on one side or leave them out: --duplicates keep_together or drop"
             if counts["policy"] == "keep"
-            else "leave them out: --duplicates drop. The raw files say on which side a row is, so keep_together changes nothing"
+            else "leave them out: --duplicates drop. The raw files say where a row goes, whatever keep_together says"
         )
         yield (
             f"Copies on both sides: {told} are equal to a row of train in all columns, labels and keys too. Where they are"

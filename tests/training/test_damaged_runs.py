@@ -153,7 +153,7 @@ def test_a_damaged_best_is_told_before_training(stopped, half, app, how):
     }
     assert words[how] in error
     assert names(half) == before
-    assert "With --from-step 6 it goes on from there" in error
+    assert "With apps.train --from-step 6 it goes on from there" in error
     kept = half.with_name("kept")
     shutil.copytree(half, kept)
     code, error = app(*command(stopped, half, "--restart"))

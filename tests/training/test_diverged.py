@@ -246,7 +246,7 @@ def test_what_the_message_advises_works_under_the_default_name(data, tmp_path, m
         patch.setattr(guard, "_MOST_GROWTH", 0.0)
         code, error = run_app(*command)
     assert code == 2
-    (advised,) = re.findall(r"give the command again with (--run-dir \S+ --from-step 4),", error)
+    (advised,) = re.findall(r"give apps.train the same configuration with (--run-dir \S+ --from-step 4),", error)
     code, error = run_app(*command, *LOWER, "--from-step", "4")
     assert code == 2
     assert "Give the folder of the run with --run-dir" in error

@@ -1,6 +1,7 @@
 """One run at a time writes a run folder: a second start is told who does, and no death of any process leaves it taken."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -20,7 +21,11 @@ from pathlib import Path
 import pytest
 
 from apps import cli
+from mmlrec.distributed.world import process_group
+from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.run_folder import checkpoint, lock
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.session.session import load_session
 from mmlrec.training import run as run_module
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
@@ -207,6 +212,26 @@ def test_reading_needs_no_lock(root, tmp_path):
         assert done.returncode == 0, done.stderr
     finally:
         first.kill()
+
+
+def test_two_that_write_the_same_scores_do_not_write_one_file(root, tmp_path, app, monkeypatch):
+    run_dir, output = tmp_path / "run", tmp_path / "scores.parquet"
+    assert app(*train(root, run_dir, "training.max_steps=4"))[0] == 0
+    plain = os.fsync
+
+    def during(descriptor):
+        monkeypatch.setattr(os, "fsync", plain)
+        session.world = dataclasses.replace(world, start="another")
+        write_predictions(session, root / "data", "test", output)
+        output.rename(tmp_path / "first.parquet")
+        plain(descriptor)
+
+    with process_group() as world:
+        session, _ = load_session(RunFolder(run_dir), world, [])
+        monkeypatch.setattr(os, "fsync", during)
+        write_predictions(session, root / "data", "test", output)
+    assert output.read_bytes() == (tmp_path / "first.parquet").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*scores*")) == ["scores.parquet"]
 
 
 def test_the_lock_file_alone_makes_no_run_folder(root, tmp_path, app):
