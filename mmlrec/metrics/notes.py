@@ -81,5 +81,6 @@ def _worse_than_the_rate(name: str, entry: dict[str, Any], split: str) -> list[s
     else:
         return []
     return [
-        f"Task '{name}': logloss on {split} {found}. Its probabilities mislead: train less long, or with lower learning rates."
+        f"Task '{name}': logloss on {split} {found}. Its probabilities mislead: train"
+        " longer where the loss on train is like it, else less long, or with lower learning rates."
     ]

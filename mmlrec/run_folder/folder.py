@@ -151,7 +151,8 @@ class RunFolder:
         if remedy is None:
             remedy = "Undo the change, or train it as a run of its own: choose another folder with --run-dir."
             if all(key in REMEDIES or key.startswith("schedule.") for key in different):
-                remedy += " These keys may also change where a run goes back to one of its checkpoints: --from-step N."
+                remedy += " These keys may also change where a run goes back to one of its checkpoints:"
+                remedy += f" --run-dir {self.path} --from-step N."
         listed = "".join(f"  {key}: {before!r} in the run folder, {now!r} now\n" for key, (before, now) in different.items())
         raise ConfigError(f"{self.path} holds a run with another configuration:\n{listed}{remedy}")
 
