@@ -32,20 +32,31 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-class _AllGather(torch.autograd.Function):
-    """The values of all ranks, [W, ...]. The gradient of what every rank reads is the sum of the gradients of all ranks."""
+class _MomentsOverRanks(torch.autograd.Function):
+    """See `moments_over_ranks`. Every rank reads the moments, so their gradients are summed over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        gathered = x.new_empty(dist.get_world_size() * x.numel())
-        dist.all_gather_into_tensor(gathered, x.flatten())
-        return gathered.view(-1, *x.shape)
+    def forward(ctx: Any, count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = total.shape[-1]
+        own = torch.cat([count, total, squares], dim=-1)
+        gathered = own.new_empty(dist.get_world_size() * own.numel())
+        dist.all_gather_into_tensor(gathered, own.flatten())
+        counts, totals, all_squares = gathered.view(-1, *own.shape).split([1, width, width], dim=-1)
+        everywhere = counts.sum(dim=0)
+        some = everywhere.clamp(min=1.0)
+        mean = totals.sum(dim=0) / some
+        apart = totals / counts.clamp(min=1.0) - mean
+        ctx.save_for_backward(some, total / count.clamp(min=1.0) - mean)
+        ctx.mark_non_differentiable(everywhere)
+        return everywhere, mean, (all_squares + counts * apart.square()).sum(dim=0) / some
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total[dist.get_rank()]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+        some, apart = ctx.saved_tensors
+        both = torch.cat([grads[1], grads[2]], dim=-1)
+        dist.all_reduce(both)
+        of_mean, of_var = both.chunk(2, dim=-1)
+        return None, (of_mean + 2 * apart * of_var) / some, of_var / some
 
 
 def moments_over_ranks(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,23 +65,18 @@ def moments_over_ranks(count: Tensor, total: Tensor, squares: Tensor) -> tuple[T
     Sums are centred on the mean of their rank, since E[x^2] - E[x]^2 would cancel where the mean is large.
 
     Args:
-        count: [..., 1], how many rows this rank has; no gradient flows through it.
+        count: [..., 1], how many rows this rank has; takes no gradient.
         total: [..., d], their sum.
         squares: [..., d], the sum of the squares of their distances from their own mean, `total / max(count, 1)`.
 
     Returns:
         count [..., 1], mean [..., d] and biased variance [..., d]; mean and variance are 0 where there is no row at all.
     """
-    own = torch.cat([count, total, squares], dim=-1)
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    ranks: Tensor = _AllGather.apply(own) if several else own.unsqueeze(0)
-    counts, totals, squares = ranks.split([1, total.shape[-1], total.shape[-1]], dim=-1)
-    counts = counts.detach()
-    count = counts.sum(dim=0)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        everywhere, mean, var = _MomentsOverRanks.apply(count, total, squares)
+        return everywhere, mean, var
     some = count.clamp(min=1.0)
-    mean = totals.sum(dim=0) / some
-    apart = totals / counts.clamp(min=1.0) - mean
-    return count, mean, (squares + counts * apart.square()).sum(dim=0) / some
+    return count, total / some, squares / some
 
 
 class BatchNorm(nn.Module):
@@ -194,20 +200,19 @@ class PartitionedNorm(nn.Module):
         counted = x.new_ones(len(x), 1) if valid is None else valid.unsqueeze(1).to(x.dtype)
 
         def sums(rows: Tensor) -> Tensor:
-            """[B, k] -> [S, k] over all ranks; its cost does not grow with S."""
+            """[B, k] -> [S, k]; its cost does not grow with S."""
             total = rows.new_zeros(self.running_mean.shape[0], rows.shape[1])
-            return sum_over_ranks(total.index_add(0, scenario, rows))
+            return total.index_add(0, scenario, rows)
 
-        first = sums(torch.cat([counted, x if valid is None else x * counted], dim=1))
-        count = first[:, :1].detach()
-        some = count.clamp(min=1.0)
-        batch_mean = first[:, 1:] / some
-        # Centred first: E[x^2] - E[x]^2 would cancel where the mean is large.
-        squares = (x - batch_mean.index_select(0, scenario)).square()
-        batch_var = sums(squares if valid is None else squares * counted) / some
+        own = sums(torch.cat([counted, x if valid is None else x * counted], dim=1))
+        own_count, total = own[:, :1].detach(), own[:, 1:]
+        squares = (x - (total / own_count.clamp(min=1.0)).index_select(0, scenario)).square()
+        squares = sums(squares if valid is None else squares * counted)
+        count, batch_mean, batch_var = moments_over_ranks(own_count, total, squares)
         enough = count >= self.min_count
         used = torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
         with torch.no_grad():  # Last: mean and var may be the running statistics themselves.
+            some = count.clamp(min=1.0)
             unbiased = batch_var * (some / (some - 1).clamp(min=1.0))
             updated = count >= 2
             self.num_batches_tracked.add_(updated[:, 0])
