@@ -5,21 +5,24 @@ meets an array, the optimizers that `torch.distributed.optim` compiles by torchr
 """
 
 import gc
+import importlib
+import pkgutil
 
 import pandas  # noqa: F401
 import torch.distributed.optim
 import torch.utils.tensorboard  # noqa: F401
 
 import apps.cli  # noqa: F401
+import mmlrec.balancing.strategies
 import mmlrec.evaluation.prediction
+import mmlrec.models
 import mmlrec.session.recommender
-import mmlrec.training.run  # noqa: F401
-from mmlrec.registry import method, method_names, strategy, strategy_names
+import mmlrec.training.run
 from tests.processes import end_with_parent
 
-for name in method_names():
-    method(name)
-for name in strategy_names():
-    strategy(name)
+# Not by the registry, which would remember the packages that are installed here.
+for package in (mmlrec.models, mmlrec.balancing.strategies):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
 end_with_parent()
 gc.freeze()  # so that collections in children leave the pages shared

@@ -300,6 +300,7 @@ class Invariants(MethodCases):
             validate_section(self.method.Config, {"dropuot": 0.1}, prefix="model.", source="x.yaml")
         with pytest.raises(ConfigError, match=r"model\.activation"):
             validate_section(self.method.Config, {"activation": "swoosh"}, prefix="model.", source="x.yaml")
-        for spec in (make_spec(1, 1), ModelSpec(Setting.MSL, make_spec(1).tasks, 1, {"f": 4}, 0)):
+        one_task = [] if self.method.one_task else [make_spec(1, 1)]
+        for spec in (*one_task, ModelSpec(Setting.MSL, make_spec(1).tasks, 1, {"f": 4}, 0)):
             with pytest.raises(ConfigError, match=r"setting"):
                 self.method.check_setting(spec)

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from mmlrec.schema import DatasetManifest
+from mmlrec.schema import DatasetManifest, key_column
+from preprocessing.dataset import PLACE_KEYS
 from preprocessing.writing.permutation import RowPermutation, split_ends
 from tests.preprocessing.test_splits import chance
 
@@ -16,6 +17,17 @@ SPLITS = ("train", "valid", "test")
 def read(out, split):
     parts = [pq.read_table(out / part.path).to_pandas() for part in DatasetManifest.load(out).splits[split].parts]
     return pd.concat(parts, ignore_index=True)
+
+
+def content(out):
+    """What the same rows have alike, however their files are written: path -> part without the places of rows, or bytes."""
+    found = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file() and path.name != "manifest.json"):
+        found[str(path.relative_to(out))] = path.read_bytes()
+        if path.parent.name in SPLITS:
+            table = pq.read_table(path)
+            found[str(path.relative_to(out))] = table.drop_columns([key_column(name) for name in PLACE_KEYS])
+    return found
 
 
 def sides_in_order(rows, sides):

@@ -11,7 +11,7 @@ import pytest
 from preprocessing.reading.cells import Cells
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.raw_files import RawFile, RawFolder
-from tests.preprocessing.movielens_fake import folder_bytes
+from tests.preprocessing.decoded import content
 from tests.preprocessing.table_fake import SMALL, run, small
 from tests.preprocessing.test_table import make, read, vocabulary
 
@@ -56,8 +56,7 @@ def test_tsv_has_tabs(name, tmp_path):
     make(config.parent, tmp_path / "out")
     (tmp_path / "other").mkdir()
     make(small(tmp_path / "other", SMALL).parent, tmp_path / "csv")
-    found, expected = folder_bytes(tmp_path / "out"), folder_bytes(tmp_path / "csv")
-    assert [part for part in expected if found[part] != expected[part]] == ["manifest.json"]
+    assert content(tmp_path / "out") == content(tmp_path / "csv")
 
 
 def test_each_file_has_the_separator_of_its_name_unless_one_is_told(tmp_path, capsys):
@@ -202,8 +201,7 @@ def test_booleans_of_three_formats_are_the_same_dataset(tmp_path):
     for form in FORMS:
         (tmp_path / form).mkdir()
         make(write(tmp_path / form, form, columns).parent, tmp_path / form / "out")
-        content = folder_bytes(tmp_path / form / "out")
-        made.append({name: content[name] for name in content if name != "manifest.json"})
+        made.append(content(tmp_path / form / "out"))
     assert made[0] == made[1] == made[2]
 
 
