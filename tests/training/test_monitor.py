@@ -316,7 +316,7 @@ def test_a_checkpoint_holds_what_its_labels_were_divided_by(mixed, tmp_path):
         assert state["label_deviations"] == {"seconds": pytest.approx(deviations, rel=1e-12)}
     # The report of the run, and the one that evaluation makes of it, divide by these.
     with process_group() as world:
-        session, _ = load_session(RunFolder(folder), world, [])
+        session, *_ = load_session(RunFolder(folder), world, [])
         report = evaluate_split(session, "test")
     for found in (report, json.loads((folder / "result.json").read_text())["test"]):
         seconds = found["tasks"]["seconds"]
