@@ -61,10 +61,10 @@ types: $(ENVIRONMENT)
 # Two files at a time, one thread each: most tests wait for processes that they start. The long files come first, so that none is
 # left for one worker alone.
 tests: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not long and not gpu and not cluster"
 
 tests-all: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not gpu and not cluster"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
