@@ -12,19 +12,15 @@ ARG LOCK=cpu
 WORKDIR /build
 # The locks alone first: this layer stays as long as they do.
 COPY requirements requirements
-RUN python3 requirements/install.py --venv /opt/mmlrec --lock-only $([ "$LOCK" = cpu ] || echo "--$LOCK")
-COPY setup.py pyproject.toml MANIFEST.in README.md LICENSE torchx.yaml ./
-COPY configs configs
-COPY mmlrec mmlrec
-COPY apps apps
-COPY preprocessing preprocessing
-RUN /opt/mmlrec/bin/python -m pip install --no-deps --no-build-isolation --no-compile --no-cache-dir .
+RUN python3 requirements/install.py --venv /usr/local/mmlrec --lock-only $([ "$LOCK" = cpu ] || echo "--$LOCK")
+COPY . .
+RUN /usr/local/mmlrec/bin/python -m pip install --no-deps --no-build-isolation --no-compile --no-cache-dir .
 
 FROM ${BASE}
 # No user name is needed, and no home: any user id can run it, with a file system that is only read but for the mounts and /tmp.
-ENV PATH=/opt/mmlrec/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/usr/local/mmlrec/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /mmlrec
-COPY --from=build /opt/mmlrec /opt/mmlrec
+COPY --from=build /usr/local/mmlrec /usr/local/mmlrec
 COPY configs configs
 COPY torchx.yaml .
 RUN mkdir data runs && chown 10001:10001 data runs
