@@ -76,7 +76,12 @@ class Preset(StrictModel):
     max_retries: int = Field(default=0, ge=0, description="How often the scheduler may start a failed job again.")
     max_restarts: int = Field(default=0, ge=0, description="How often torchrun may start the ranks again in place.")
     shutdown_timeout: int = Field(default=25, ge=1, description="Seconds between SIGTERM and SIGKILL, for a last checkpoint.")
-    rdzv_port: int = Field(default=29500, ge=1024, le=65535, description="Port on the first node, when there are several.")
+    rdzv_port: int | None = Field(
+        default=None,
+        ge=1024,
+        le=65535,
+        description="Port on the first node, when there are several; else one of the job's own.",
+    )
     rdzv_conf: RendezvousConfig = RendezvousConfig()
 
     @field_validator("nodes", mode="before")

@@ -31,6 +31,8 @@ AGENT_ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # The working folder of the image, which holds configs/ (see Dockerfile): relative paths mean the same there and in a clone.
 IMAGE_FOLDER = PurePosixPath("/mmlrec")
+# Ports of which a job of several nodes takes one, by its id: jobs that share their first node do not take each other's.
+FIRST_PORT, NUM_PORTS = 29500, 1000
 # A pod is called <job name>-<up to 14 letters>-<role>-<node>-0, and 63 letters are the most; role and job have one name.
 NAME_LENGTH = 20
 
@@ -154,7 +156,11 @@ def torchrun(preset: Preset, name: str, module: str, arguments: list[str], pytho
         # Where no scheduler says which node is the first, the shell ends with that in words.
         volcano = f"VC_{_letters(name).upper()}_0_HOSTS"
         missing = "no address of the first node from the scheduler"
-        endpoint = f'"$${{{volcano}:-$${{{specs.macros.rank0_env}:?{missing}}}}}:{preset.rdzv_port}"'
+        port = str(preset.rdzv_port)
+        if preset.rdzv_port is None:
+            prepare.append(f"set -- `printf %s {specs.macros.app_id} | cksum`; let port={FIRST_PORT}+$$1%{NUM_PORTS};")
+            port = "$$port"
+        endpoint = f'"$${{{volcano}:-$${{{specs.macros.rank0_env}:?{missing}}}}}:{port}"'
         # The first node knows that it is: its own name may resolve only some time after its container has started.
         prepare.append(f"[ {specs.macros.replica_id} = 0 ] && first=1 || first=0;")
         waits = {"is_host": "$$first", **waits}
@@ -208,7 +214,7 @@ def _app(preset: Preset, name: str, command: str, nodes: tuple[int, int] | None 
         min_replicas=least if least < most else None,
         max_retries=preset.max_retries,
         resource=specs.Resource(cpu=preset.resource.cpu, gpu=preset.resource.gpu, memMB=preset.resource.memMB),
-        port_map={"c10d": preset.rdzv_port},
+        port_map={"c10d": preset.rdzv_port} if preset.rdzv_port else {},
         mounts=[_mount(mount) for mount in preset.mounts],
     )
     # A pod is killed only after torchrun has killed what did not end by itself.

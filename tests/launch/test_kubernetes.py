@@ -1,5 +1,6 @@
 """From presets to Volcano jobs: all pods of a job meet at one address, and the cluster takes what it is given."""
 
+import json
 import os
 import re
 import subprocess
@@ -66,8 +67,10 @@ def test_all_tasks_of_a_shipped_configuration_meet_at_one_endpoint(config, stand
         given = [arguments(job, task, stand_in) for task in tasks]
         endpoints = {words[words.index("--rdzv-endpoint") + 1] for words in given}
         name = job["metadata"]["name"]
-        first = "localhost:0" if nodes == 1 else f"{name}-{tasks[0]['name']}-0.{name}:29500"
-        assert endpoints == {first}
+        (endpoint,) = endpoints
+        host, port = endpoint.split(":")
+        assert host == ("localhost" if nodes == 1 else f"{name}-{tasks[0]['name']}-0.{name}")
+        assert 29500 <= int(port) < 30500 or nodes == 1
         if nodes > 1:  # One of them opens the store, whether its name resolves by then or not.
             assert [words[words.index("--rdzv-conf") + 1] for words in given] == ["is_host=1", *["is_host=0"] * (nodes - 1)]
 
@@ -183,8 +186,8 @@ def test_the_job_is_the_golden_one():
     job = volcano.dry_run(
         train_app(load_preset("kubernetes-2n"), config="configs/mtl/movielens-100k.yaml", overrides=[], run_dir="runs/a")
     )
-    name = job["metadata"]["name"]
-    text = yaml.safe_dump(job, width=128).replace(name, "mtl-movielens-100k-UNIQUE")
+    named = json.dumps(job).replace(job["metadata"]["name"], "mtl-movielens-100k-UNIQUE")
+    text = yaml.safe_dump(json.loads(named), width=128)
     text = re.sub(r"(?<=value: )[0-9a-f]{8}-[0-9a-f-]{27}", "SESSION", text)
     assert text == GOLDEN.read_text(encoding="utf-8")
 

@@ -103,3 +103,18 @@ def test_missing_or_wrong_config_is_refused_before_submission(tmp_path, monkeypa
 )
 def test_job_names_begin_with_a_letter_and_hold_letters_digits_and_dashes(parts, name):
     assert job_name(*parts) == name
+
+
+def test_jobs_that_share_their_first_node_meet_at_ports_of_their_own():
+    def endpoint(job: str, port: int | None) -> str:
+        text = torchrun(Preset(nodes=2, nproc=1, resource=RESOURCE, rdzv_port=port), "a", "m", [], "/py")
+        values = macros.Values(img_root="", app_id=job, replica_id="1", rank0_env="RANK0")
+        script = values.substitute(text).replace("exec /py", "echo")
+        words = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, check=True, env={"RANK0": "n", "PATH": "/usr/bin:/bin"}
+        )
+        return words.stdout.split("--rdzv-endpoint ")[1].split()[0]
+
+    assert endpoint("41", None) == endpoint("41", None)
+    assert len({endpoint(str(job), None) for job in range(41, 51)}) == 10
+    assert endpoint("41", 29700) == endpoint("42", 29700) == "n:29700"
