@@ -75,7 +75,6 @@ class Podman:
     def close(self) -> None:
         """Give the disk back."""
         call(*self.command, "rmi", "--all", "--force")
-        call(*self.command, "unshare", "true")
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
