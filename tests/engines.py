@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -68,7 +69,8 @@ class Podman:
 
     def run(self, command: list[str], mounts: dict[Path, str]) -> subprocess.CompletedProcess[str]:
         """Run as USER without a network, in a file system that is only read but for `mounts` and /tmp."""
-        alone = ["--read-only", "--network", "none", "--user", USER, "--shm-size", "256m", *LIMITS]
+        alone = ["--read-only", "--network", "none", "--user", USER, "--shm-size", "256m"]
+        alone += [*LIMITS, "--no-healthcheck"]  # which podman leaves to systemd
         options = [word for source, target in mounts.items() for word in ("-v", f"{source}:{target}")]
         return call(*self.command, "run", "--rm", *alone, *options, "localhost/mmlrec", *command)
 
@@ -118,6 +120,8 @@ class Chroot:
                 self.default = json.loads(rest)
             elif name not in ("", "#", "USER", "HEALTHCHECK"):
                 raise AssertionError(f"no idea how to replay: {line}")
+        # An engine gives this to each container.
+        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost {socket.gethostname()}\n")
 
     def _copy(self, words: list[str], stages: dict[str, Path]) -> None:
         start = ROOT
