@@ -11,12 +11,13 @@ CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-all lint types tests tests-all clean
+.PHONY: help environment quickstart test test-all test-cluster lint types tests tests-all clean
 
 help:
 	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks"
 	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
 	@echo "make test-all    the same with the long tests"
+	@echo "make test-cluster  pretend hosts, containers, a Slurm; installs what it needs where it may, and skips the rest"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
@@ -61,10 +62,17 @@ types: $(ENVIRONMENT)
 # Two files at a time, one thread each: most tests wait for processes that they start. The long files come first, so that none is
 # left for one worker alone.
 tests: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not long and not gpu and not cluster"
 
 tests-all: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not gpu and not cluster"
+
+# Debian's packages for pretend hosts, containers and Slurm, where this is Debian and we may; a test that lacks something says so.
+test-cluster: $(ENVIRONMENT)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq; apt-get install -y -qq --no-install-recommends iproute2 util-linux podman buildah runc debootstrap slurm-wlm munge > /dev/null \
+			|| echo "apt-get could not install all packages; tests that lack them are skipped"; fi
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs tests -m cluster
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

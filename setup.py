@@ -59,9 +59,13 @@ setup(
         "cuda": ["torch==2.13.0", "torchrec==1.8.0", "fbgemm-gpu==1.8.0"],
         "spark": ["pyspark>=4"],  # brings Spark itself, but not Java 17
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
+        "kubernetes": ["torchx-nightly==2026.10.26", "kubernetes>=32"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6.100",
+            "kubeflow-trainer-api>=2",
+            "kubernetes>=32",
+            "kubernetes-validate>=1.34",
             "matplotlib>=3.9",
             "mypy>=2",
             "pytest>=8",

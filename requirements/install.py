@@ -1,7 +1,7 @@
 """Make the environment: `python3.11 requirements/install.py` creates .venv from the lock, installs this project and checks it.
 
 Needs Python 3.11 or newer and a pip that reaches a package index, nothing else. Running it again is quick.
-`--cuda` takes the GPU lock, `--venv DIR` another folder.
+`--cuda` takes the GPU lock, `--venv DIR` another folder. `--lock-only` leaves the test tools and the project out, for images.
 """
 
 # ruff: noqa: T201
@@ -27,10 +27,11 @@ PROBE = f"import urllib.request; urllib.request.urlopen('{TORCH_CPU_INDEX}/torch
 
 
 def main() -> int:
-    """Create the environment; the exit code is that of the final check."""
+    """Create the environment; the exit code is that of the final check, where there is one."""
     parser = argparse.ArgumentParser(description="Create the environment, install mmlrec into it, and check it.")
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv", help="folder of the environment (default: .venv)")
     parser.add_argument("--cuda", action="store_true", help="the GPU build of torch and fbgemm (default: CPU)")
+    parser.add_argument("--lock-only", action="store_true", help="neither test tools nor the project itself, and no check")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  users may start it with any Python
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: run this file with python3.11.")
@@ -49,6 +50,8 @@ def main() -> int:
         pip(python, f"{torch[0]} (CPU)", "--no-deps", *cpu_index(), torch[0])
         refuse_cuda_build(arguments.venv)
         pip(python, "the rest of the lock", "--no-deps", "-r", str(lock))
+    if arguments.lock_only:
+        return 0
     pip(python, "test tools", "--no-deps", "-r", str(REQUIREMENTS / "dev.txt"))
     pip(python, "mmlrec", "--no-deps", "--no-build-isolation", "--editable", str(PROJECT))
     print(f"Installed into {arguments.venv} in {time.monotonic() - started:.0f} s. Checking it:", flush=True)

@@ -276,9 +276,9 @@ def test_contract_preprocessing_and_launch_run_without_torch():
 
 
 TOP_LEVEL = {
-    *("mmlrec", "apps", "preprocessing", "benchmarks", "configs", "docs", "tests", "requirements"),
+    *("mmlrec", "apps", "preprocessing", "benchmarks", "configs", "deploy", "docs", "tests", "requirements"),
     *("setup.py", "pyproject.toml", "Makefile", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
-    *("torchx.yaml", ".torchxconfig", ".torchxignore", ".gitignore", ".ci"),
+    *("torchx.yaml", ".torchxconfig", ".torchxignore", ".gitignore", ".ci", "Dockerfile", ".dockerignore"),
 }
 
 

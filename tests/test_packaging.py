@@ -137,6 +137,9 @@ def test_lock_is_complete_and_holds_nothing_else():
         "types-PyYAML",
         "types-tabulate",
         "types-tqdm",
+        "kubernetes",
+        "kubernetes-validate",
+        "kubeflow-trainer-api",
     ]
     assert reached(tools) - pins("cpu.txt").keys() == pins("dev.txt").keys()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
 from mmlrec.errors import CheckpointError
 
@@ -41,7 +41,16 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of ours contains")
+
+
+def _memory_format(kind: Any, name: Any) -> Any:
+    """The one thing that `getattr` may do: Python 3.11.0 to 3.11.3, as of Debian 12, pickle members of an enumeration so."""
+    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("it names builtins.getattr, which no checkpoint of ours contains")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 class Reader(FileSystemReader):

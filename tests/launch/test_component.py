@@ -26,8 +26,59 @@ def torchx_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_torchx_accepts_the_signature_and_docstring():
-    assert validate(str(REPOSITORY / "apps" / "components.py"), "train", None) == []
+NAMES = ["train", "evaluate", "predict", "preprocess"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torchx_accepts_the_signature_and_docstring(name):
+    assert validate(str(REPOSITORY / "apps" / "components.py"), name, None) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "command"),
+    [
+        (
+            "evaluate",
+            ["--split", "valid", "embeddings.sharding=row_wise"],
+            "-m apps.evaluate --run-dir {run} --split valid embeddings.sharding=row_wise",
+        ),
+        (
+            "predict",
+            ["--input", "data/x", "--output", "s.parquet", "--imports", "mmlrec.models.ple"],
+            "-m apps.predict --import mmlrec.models.ple --run-dir {run} --input data/x --output s.parquet --split test",
+        ),
+    ],
+)
+def test_a_runs_components_start_its_entry_points(name, given, command, tmp_path):
+    from apps import components
+
+    (tmp_path / "config.yaml").touch()
+    app = materialize_appdef(getattr(components, name), ["--run_dir", str(tmp_path), "--nproc", "3", *given])
+    (role,) = app.roles
+    assert "-m torch.distributed.run" in role.args[1]
+    assert "--nproc-per-node 3 " in role.args[1]
+    assert role.args[1].endswith(command.format(run=tmp_path))
+
+
+def test_preprocessing_runs_once_on_one_node():
+    from apps.components import preprocess
+
+    options = ["--preset", "slurm-2n", "--dataset", "synthetic", "--out", "data/x", "--", "--rows", "1e6"]
+    (role,) = materialize_appdef(preprocess, options).roles
+    assert (role.num_replicas, role.resource.cpu) == (1, 64)
+    assert role.args[1].endswith("-m preprocessing synthetic --out data/x --rows 1e6")
+    assert "torch.distributed.run" not in role.args[1]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_a_folder_without_a_run_is_refused_before_submission(name, tmp_path, capsys):
+    from apps import components
+
+    more = {} if name == "evaluate" else {"input": "d", "output": "o.parquet"}
+    with pytest.raises(SystemExit) as stop:
+        getattr(components, name)(run_dir=str(tmp_path), **more)
+    assert stop.value.code == 2
+    assert f"error: {tmp_path}: no run folder" in capsys.readouterr().err
 
 
 def test_command_line_values_reach_the_job(monkeypatch):
@@ -57,8 +108,9 @@ def test_registered_component_is_the_same_function_and_torchx_keeps_its_own():
     registered = {entry.name: entry for entry in entry_points(group="torchx.components")}
     if "mmlrec" not in registered:
         pytest.skip("mmlrec is not installed in this environment")
-    from apps.components import train
+    from apps import components
 
-    assert registered["mmlrec"].load().train is train
+    for name in NAMES:
+        assert getattr(registered["mmlrec"].load(), name) is getattr(components, name)
     assert hasattr(registered["dist"].load(), "torchrun")
     assert hasattr(registered["utils"].load(), "echo")

@@ -6,7 +6,7 @@ from torchx.specs import macros
 
 from mmlrec.errors import ConfigError
 from mmlrec.launch.presets import Preset, ResourceConfig
-from mmlrec.launch.spec import command, job_name, train_app
+from mmlrec.launch.spec import job_name, torchrun, train_app
 
 RESOURCE = ResourceConfig(cpu=2, gpu=1, memMB=1000)
 ODD = ["a b", "x,y=2", "it's", '"q"', "$HOME", "${app_id}", "$$", "`id`", "back\\slash", "ä*?;&|", ""]
@@ -28,7 +28,7 @@ def test_app_of_one_node(tmp_path, monkeypatch):
         preset, config="mtl/ml_1m.yaml", overrides=["model.name=ple", "training.seed=3"], run_dir="runs/a", python="/py"
     )
     (role,) = app.roles
-    assert app.name == role.name == "mtl-ml-1m"
+    assert (app.name, role.name) == ("mtl-ml-1m", "mtl_ml_1m")
     assert role.entrypoint == "bash"
     assert role.args == [
         "-c",
@@ -48,9 +48,15 @@ def test_app_of_two_nodes_meets_on_the_first(tmp_path, monkeypatch):
     preset = Preset(nodes=2, nproc=8, resource=RESOURCE, max_retries=3, rdzv_port=29700)
     (role,) = train_app(preset, config="c.yaml", overrides=[]).roles
     assert (role.num_replicas, role.max_retries, role.port_map) == (2, 3, {"c10d": 29700})
-    endpoint = role.args[1].split("--rdzv-endpoint ")[1].split()[0]
-    assert run_by_torchx(f"echo {endpoint}", RANK0="node7") == "node7:29700\n"
-    assert run_by_torchx(f"echo {endpoint}") == "localhost:29700\n"
+    first, rest = role.args[1].split("exec ")
+    # The shell of a node, with a printf in the interpreter's place.
+    text = f"{first} printf '%s\\n' {rest}"
+    lines = run_by_torchx(text, RANK0="node7").splitlines()
+    assert lines[lines.index("--rdzv-endpoint") + 1] == "node7:29700"
+    assert lines[lines.index("--rdzv-conf") + 1] == "is_host=1"
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run_by_torchx(text)
+    assert "no address of the first node from the scheduler" in failed.value.stderr
 
 
 def test_arguments_and_environment_reach_the_trainer_unchanged(tmp_path):
@@ -59,7 +65,7 @@ def test_arguments_and_environment_reach_the_trainer_unchanged(tmp_path):
     fake.write_text('#!/bin/bash\nprintf "%s\\0" "$ODD" "${@:23}"\n')
     fake.chmod(0o755)
     preset = Preset(nproc=1, resource=RESOURCE, env={"ODD": "".join(ODD)})
-    text = command(preset, "apps.train", ODD, str(fake))
+    text = torchrun(preset, "a", "apps.train", ODD, str(fake))
     received = run_by_torchx(text).split("\0")[:-1]
     assert received == ["".join(ODD), *ODD]
 
@@ -67,7 +73,7 @@ def test_arguments_and_environment_reach_the_trainer_unchanged(tmp_path):
 def test_torchrun_understands_the_options(tmp_path):
     """The command runs for real, with a module that needs no torch in place of the trainer."""
     (tmp_path / "probe.py").write_text("import os, sys; print(sorted(sys.argv[1:]), 'of', os.environ['WORLD_SIZE'])")
-    text = command(Preset(nproc=1, resource=RESOURCE), "probe", ["a=1"], sys.executable)
+    text = torchrun(Preset(nproc=1, resource=RESOURCE), "a", "probe", ["a=1"], sys.executable)
     assert "['a=1'] of 1" in run_by_torchx(text, PYTHONPATH=str(tmp_path), PATH="/usr/bin:/bin")
 
 
@@ -84,13 +90,31 @@ def test_missing_or_wrong_config_is_refused_before_submission(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("parts", "name"),
     [
-        ("configs/mtl/movielens-100k.yaml", "mtl-movielens-100k"),
-        ("C.yaml", "c"),
-        ("/a/My Runs/x_1.y.yaml", "my-runs-x-1-y"),
-        ("é.yaml", "train"),
+        (("mtl", "movielens-100k"), "mtl-movielens-100k"),
+        (("", "C"), "c"),
+        (("My Runs", "x_1.y"), "my-runs-x-1-y"),
+        (("", "é"), "job"),
+        (("2024", "x"), "job-2024-x"),
+        (("mtmsl", "a-very-long-name-of-mine"), "mtmsl-a-very-long-na"),
+        (("mtmsl", "a-very-lon-g"), "mtmsl-a-very-lon-g"),
     ],
 )
-def test_job_names_hold_letters_digits_and_dashes(config, name):
-    assert job_name(config) == name
+def test_job_names_begin_with_a_letter_and_hold_letters_digits_and_dashes(parts, name):
+    assert job_name(*parts) == name
+
+
+def test_jobs_that_share_their_first_node_meet_at_ports_of_their_own():
+    def endpoint(job: str, port: int | None) -> str:
+        text = torchrun(Preset(nodes=2, nproc=1, resource=RESOURCE, rdzv_port=port), "a", "m", [], "/py")
+        values = macros.Values(img_root="", app_id=job, replica_id="1", rank0_env="RANK0")
+        script = values.substitute(text).replace("exec /py", "echo")
+        words = subprocess.run(
+            ["bash", "-c", script], capture_output=True, text=True, check=True, env={"RANK0": "n", "PATH": "/usr/bin:/bin"}
+        )
+        return words.stdout.split("--rdzv-endpoint ")[1].split()[0]
+
+    assert endpoint("41", None) == endpoint("41", None)
+    assert len({endpoint(str(job), None) for job in range(41, 51)}) == 10
+    assert endpoint("41", 29700) == endpoint("42", 29700) == "n:29700"

@@ -1,5 +1,6 @@
 """A run folder from elsewhere runs no code: not when it is evaluated, predicted with, or resumed."""
 
+import enum
 import io
 import json
 import pickle
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from mmlrec.errors import CheckpointError
 from mmlrec.run_folder.index import Reader
@@ -140,3 +141,33 @@ def test_nothing_else_in_the_tree_unpickles_a_file():
         if loaders.search(path.read_text(encoding="utf-8"))
     }
     assert found == {"mmlrec/run_folder/index.py"}
+
+
+class OldPickler(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def pickled(content) -> bytes:
+    file = io.BytesIO()
+    OldPickler(file).dump(content)
+    return file.getvalue()
+
+
+def test_an_index_of_an_older_python_is_read_and_its_getattr_gets_nothing_else(tmp_path):
+    save(tmp_path / "c")
+    index = tmp_path / "c" / ".metadata"
+    content = pickle.loads(index.read_bytes())
+    index.write_bytes(pickled(content))
+    assert b"getattr" in index.read_bytes()
+    assert set(Reader(tmp_path / "c").read_metadata().state_dict_metadata) == {"model.w", "model.h"}
+
+    class Planted:
+        def __reduce__(self):
+            return getattr, (Metadata, "__init__")
+
+    index.write_bytes(pickle.dumps(Planted()))
+    with pytest.raises(CheckpointError, match=r"it names builtins\.getattr"):
+        Reader(tmp_path / "c").read_metadata()

@@ -1,0 +1,52 @@
+"""The pod overlay of a preset, checked: TorchX lays it over the pod and drops what Kubernetes does not know, in silence."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from mmlrec.errors import ConfigError, did_you_mean
+
+_WHERE = "metadata.kubernetes"
+
+
+def check_overlay(overlay: dict[str, Any]) -> None:
+    """Refuse a key that a pod does not have.
+
+    Needs the package `kubernetes`, without which no job is sent to a cluster either: where it is missing, nothing is checked.
+
+    Raises:
+        ConfigError: naming the key, with what was probably meant.
+    """
+    try:
+        models = importlib.import_module("kubernetes.client.models")
+    except ImportError:
+        return
+    allowed = ("metadata", "spec")  # TorchX takes no more of it
+    for key in overlay:
+        if key not in allowed:
+            raise ConfigError(f"{_WHERE}.{key}: not laid over pods.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}.")
+    _check(models, "V1Pod", overlay, _WHERE)
+
+
+def _check(models: Any, kind: str, value: Any, where: str) -> None:
+    """Compare `value` with `kind`, a type as the package writes it: a model's name, List[kind], Dict[str, kind], or str."""
+    inner = re.fullmatch(r"[Ll]ist\[(.+)\]|[Dd]ict[\[(]str, (.+)[\])]", kind)
+    if inner and inner[1] and isinstance(value, list):
+        for number, part in enumerate(value):
+            _check(models, inner[1], part, f"{where}.{number}")
+    elif inner and inner[2] and isinstance(value, dict):
+        for key, part in value.items():
+            _check(models, inner[2], part, f"{where}.{key}")
+    elif not inner and hasattr(models, kind):
+        model = getattr(models, kind)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: must be a section of keys and values; found {value!r}.")
+        names = {written: name for name, written in model.attribute_map.items()}
+        for key, part in value.items():
+            if key not in names:
+                raise ConfigError(f"{where}.{key}: unknown key.{did_you_mean(key, names)} Allowed: {', '.join(sorted(names))}.")
+            _check(models, model.openapi_types[names[key]], part, f"{where}.{key}")
+    elif inner:
+        raise ConfigError(f"{where}: must be a {'list' if inner[1] else 'section of keys and values'}; found {value!r}.")

@@ -1,0 +1,117 @@
+"""A real Slurm on this machine: a controller and two node daemons, without systemd, accounting or anything below /etc.
+
+Needs root and Debian's packages slurm-wlm and munge, whose slurmd is built for several on one host.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.sock
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min_interval=0
+ReturnToService=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4096
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4096
+PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+"""
+NODES = ("n1", "n2")
+
+
+class Slurm:
+    """As a context: `environment` is what its commands need. Skips the test where this machine cannot have it."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: it holds a socket
+        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def __enter__(self) -> "Slurm":
+        missing = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(tool) is None]
+        if os.geteuid() != 0 or missing:
+            pytest.skip(f"a Slurm needs root and {', '.join(missing) or 'slurm-wlm and munge'}")
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
+        folder, host = self.folder, socket.gethostname().split(".")[0]
+        for name in ("state", "spool.n1", "spool.n2"):
+            (folder / name).mkdir()
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = {"key-file": key, "socket": folder / "munge.sock", "pid-file": folder / "munged.pid"}
+        files |= {"log-file": folder / "munged.log", "seed-file": folder / "munge.seed"}
+        self._call("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=_free_ports(3)))
+        self._call("slurmctld", "-c")
+        # The nodes' names have to lead somewhere: the first one's is where ranks meet.
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
+        for node in NODES:
+            start = f"mount --bind {folder}/hosts /etc/hosts && exec slurmd -N {node}"
+            self._call("unshare", "--mount", "--propagation", "private", "sh", "-c", start)
+        limit = time.monotonic() + 60
+        while self._call("sinfo", "-h", "-N", "-o", "%T").split().count("idle") < len(NODES):
+            assert time.monotonic() < limit, "\n".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
+            time.sleep(0.3)
+
+    def _call(self, *command: str) -> str:
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def wait(self, job: str, seconds: float) -> None:
+        """Until a job has left the queue."""
+        limit = time.monotonic() + seconds
+        while self._call("squeue", "-h", "-j", job, "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING", "-o", "%i").split():
+            assert time.monotonic() < limit, self._call("squeue")
+            time.sleep(0.5)
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.SubprocessError, OSError):
+            self._call("scancel", "--user", "root")
+        for name in (*NODES, "slurmctld", "munged"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)
+        time.sleep(1)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
