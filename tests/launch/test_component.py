@@ -44,13 +44,15 @@ def test_torchx_accepts_the_signature_and_docstring(name):
         ),
         (
             "predict",
-            ["--input", "data/x", "--output", "s.parquet", "--imports", "mmlrec.models.ple"],
-            "-m apps.predict --import mmlrec.models.ple --run-dir {run} --input data/x --output s.parquet --split test",
+            ["--input", "data/x", "--output", "s.parquet", "--imports", "a.b,c"],
+            "-m apps.predict --import a.b --import c --run-dir {run} --input data/x --output s.parquet --split test",
         ),
     ],
 )
-def test_a_runs_components_start_its_entry_points(name, given, command, tmp_path):
+def test_a_runs_components_start_its_entry_points(name, given, command, tmp_path, monkeypatch):
     from apps import components
+
+    monkeypatch.setattr("mmlrec.launch.spec.import_modules", lambda modules: None)
 
     (tmp_path / "config.yaml").touch()
     app = materialize_appdef(getattr(components, name), ["--run_dir", str(tmp_path), "--nproc", "3", *given])
