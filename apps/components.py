@@ -86,7 +86,7 @@ def predict(
     Args:
         run_dir: folder of the run
         input: dataset folder, encoded with the vocabularies the run was trained on
-        output: Parquet file to write
+        output: file to write, .parquet, .csv or .jsonl
         split: train, valid or test
         preset: name of a preset in torchx.yaml
         nodes: number of nodes; the preset's unless given

@@ -101,7 +101,7 @@ def predict_app(
 
     Args:
         data: the dataset folder that is scored.
-        output: Parquet file to write; in a container, on a mount.
+        output: file to write; in a container, on a mount.
     """
     _check_paths(preset, read=[run_dir, data], written=[output])
     _check_run(preset, run_dir)
