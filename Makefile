@@ -59,13 +59,12 @@ lint: $(ENVIRONMENT)
 types: $(ENVIRONMENT)
 	$(RUN) -m mypy
 
-# Two files at a time, one thread each: most tests wait for processes that they start. The long files come first, so that none is
-# left for one worker alone.
+# Two files at a time, one thread each: most tests wait for processes that they start. The longest come first (tests/conftest.py).
 tests: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not long and not gpu and not cluster"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not gpu and not cluster"
 
 tests-all: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/training tests -m "not gpu and not cluster"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not cluster"
 
 # Debian's packages for pretend hosts, containers and Slurm, where this is Debian and we may; a test that lacks something says so.
 test-cluster: $(ENVIRONMENT)
