@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.layers.normalisation import sum_over_ranks
+from mmlrec.layers.over_ranks import sum_over_ranks
 from mmlrec.layers.towers import Towers
 from mmlrec.losses import ChainLoss, Loss, LossOptions, chain_products
 from mmlrec.models.base.chain import ChainConfig, ChainModel

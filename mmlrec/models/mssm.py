@@ -32,12 +32,12 @@ from torch.func import functional_call
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, split_noise
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base.gated_connections import GatedConnectionsConfig
-from mmlrec.models.base.model import ModelSpec, MultiTaskModel, Owner
+from mmlrec.models.base.gated_connections import GatedConnectionsConfig, GatedConnectionsModel
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.output import Output
 
 
-class MSSM(MultiTaskModel):
+class MSSM(GatedConnectionsModel):
     """Multiple-level sparse sharing."""
 
     class Config(GatedConnectionsConfig):
@@ -75,14 +75,6 @@ class MSSM(MultiTaskModel):
         """The gates of each level's connections, then those of the fields."""
         cells = [cast(HardConcrete, connections.gates) for connections in self.connections]
         return cells if self.field_gates is None else [*cells, self.field_gates]
-
-    def owner(self, parameter: str) -> Owner | None:
-        """Heads own the towers and the connections that lead to them."""
-        return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
-
-    def lr_factors(self) -> dict[str, float]:
-        """The gates have a learning rate of their own."""
-        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
 
     def forward(
         self,

@@ -28,8 +28,8 @@ from mmlrec.layers.gates import mix
 from mmlrec.layers.hard_concrete import GatedConnections, HardConcrete, HardConcreteOptions, split_noise
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.layers.towers import Towers
-from mmlrec.models.base.gated_connections import GatedConnectionsConfig
-from mmlrec.models.base.model import ModelSpec, MultiTaskModel, Owner
+from mmlrec.models.base.gated_connections import GatedConnectionsConfig, GatedConnectionsModel
+from mmlrec.models.base.model import ModelSpec
 from mmlrec.output import Output
 
 
@@ -51,7 +51,7 @@ class _GatedSums(nn.Module):
         return mix(own.to(u.dtype), u)
 
 
-class SNR(MultiTaskModel):
+class SNR(GatedConnectionsModel):
     """Sub-network routing."""
 
     class Config(GatedConnectionsConfig):
@@ -88,14 +88,6 @@ class SNR(MultiTaskModel):
     def gates(self) -> list[HardConcrete]:
         """The gates of each level's connections."""
         return [cast(HardConcrete, connections.gates) for connections in self.connections]
-
-    def owner(self, parameter: str) -> Owner | None:
-        """Heads own the towers and the connections that lead to them."""
-        return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
-
-    def lr_factors(self) -> dict[str, float]:
-        """The gates have a learning rate of their own."""
-        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
 
     def forward(
         self,

@@ -120,11 +120,9 @@ def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes
 
     A quotation mark within a JSON string has a backslash before it, so a quoted name with a colon behind it is a key.
     """
-    kinds = {json.dumps(name, ensure_ascii=False)[1:-1].encode(): kind for name, kind in columns.items()}
+    kinds = {_in_json(name): kind for name, kind in columns.items()}
     marks = {
-        json.dumps(name, ensure_ascii=False)[1:-1].encode(): {
-            json.dumps(mark, ensure_ascii=False)[1:-1].encode() for mark in cells.marks(name)
-        }
+        _in_json(name): {_in_json(mark) for mark in cells.marks(name)}
         for name, kind in columns.items()
         if not (pa.types.is_string(kind) or pa.types.is_list(kind))
     }
@@ -147,6 +145,11 @@ def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes
         return found[0]
 
     return (_CELL_OR_TEXT if any(marks.values()) else _CELL).sub(mend, text)
+
+
+def _in_json(text: str) -> bytes:
+    """A text as it stands between the quotation marks of JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
 
 
 def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:

@@ -1,11 +1,12 @@
-"""Options of methods whose connections between sub-networks carry random gates: SNR and MSSM."""
+"""What methods have alike whose connections between sub-networks carry random gates: SNR and MSSM."""
 
 from __future__ import annotations
 
 from pydantic import Field
+from torch import nn
 
-from mmlrec.layers.hard_concrete import HardConcreteOptions
-from mmlrec.models.base.model import NetworkConfig, Width
+from mmlrec.layers.hard_concrete import HardConcrete, HardConcreteOptions
+from mmlrec.models.base.model import MultiTaskModel, NetworkConfig, Owner, Width
 
 
 class GatedConnectionsConfig(NetworkConfig):
@@ -24,3 +25,18 @@ class GatedConnectionsConfig(NetworkConfig):
     def gates(self) -> HardConcreteOptions:
         """The gates' options, as the layer takes them."""
         return HardConcreteOptions(self.log_alpha_init, self.hc_beta, self.hc_gamma, self.hc_zeta)
+
+
+class GatedConnectionsModel(MultiTaskModel):
+    """Base class of these methods: `connections` of each level, the last of which lead to the `towers` of the heads."""
+
+    config: GatedConnectionsConfig
+    connections: nn.ModuleList
+
+    def owner(self, parameter: str) -> Owner | None:
+        """Heads own the towers and the connections that lead to them."""
+        return "head" if parameter.startswith(("towers.", f"connections.{len(self.connections) - 1}.")) else None
+
+    def lr_factors(self) -> dict[str, float]:
+        """The gates have a learning rate of their own."""
+        return {name: self.config.gate_lr_mult for name, module in self.named_modules() if isinstance(module, HardConcrete)}
