@@ -60,6 +60,7 @@ setup(
         "spark": ["pyspark>=4"],  # brings Spark itself, but not Java 17
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
         "kubernetes": ["torchx-nightly==2026.10.26", "kubernetes>=32"],
+        "s3": ["s3fs>=2026.9", "universal_pathlib>=0.3.10"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
             "hypothesis>=6.100",
@@ -67,14 +68,17 @@ setup(
             "kubernetes>=32",
             "kubernetes-validate>=1.34",
             "matplotlib>=3.9",
+            "moto[server]>=5",
             "mypy>=2",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "s3fs>=2026.9",
             "types-PyYAML",
             "types-tabulate",
             "types-tqdm",
+            "universal_pathlib>=0.3.10",
         ],
     },
     entry_points={

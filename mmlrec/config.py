@@ -15,8 +15,9 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mmlrec.errors import ConfigError, did_you_mean
-from mmlrec.paths import config_file, refusal, shipped_configs
+from mmlrec.paths import config_file, shipped_configs
 from mmlrec.schema import Setting
+from mmlrec.storage.places import refusal
 from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, missing, validate_section
 
 
@@ -31,7 +32,7 @@ class DatasetConfig(StrictModel):
 
     @field_validator("path")
     @classmethod
-    def _of_this_machine(cls, path: str) -> str:
+    def _can_be_reached(cls, path: str) -> str:
         return _checked_path(path)
 
 
@@ -228,7 +229,7 @@ class RunConfig(StrictModel):
 
     @field_validator("run_dir")
     @classmethod
-    def _of_this_machine(cls, path: str | None) -> str | None:
+    def _can_be_reached(cls, path: str | None) -> str | None:
         return None if path is None else _checked_path(path)
 
     @field_validator("balancing", mode="before")

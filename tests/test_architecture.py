@@ -20,6 +20,7 @@ CONTRACT = (
         "mmlrec.extensions",
         "mmlrec.errors",
         "mmlrec.paths",
+        "mmlrec.storage",
     ),
 )
 HEAVY = ("torch", "torchrec", "fbgemm_gpu", "torchx", "tensordict", "torchmetrics", "tensorboard")
