@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
-from mmlrec.errors import DataError, UserError
+from mmlrec.errors import DataError, StorageError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences
@@ -19,11 +22,12 @@ from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
 
-def write_predictions(session: Session, dataset: Path, split: str, output: Path, stop: StopSignal | None = None) -> None:
+def write_predictions(session: Session, dataset: Path, split: str, output: Place, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario, labels and `score.<task>` in row order; on rank 0.
 
     The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split.
@@ -50,7 +54,7 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path,
         try:
             _write(session, manifest, dataset, split, rows.logits, output, stop)
             logger.info("%s: %d rows", output, len(rows.logits))
-        except Interrupted as cause:
+        except (Interrupted, StorageError) as cause:
             error = cause
         except OSError as cause:
             error = UserError(f"{output}: cannot be written: {cause}. Free space or choose another --output.")
@@ -136,19 +140,17 @@ def _write(
     dataset: Path,
     split: str,
     logits: np.ndarray,
-    output: Path,
+    output: Place,
     stop: StopSignal | None,
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
-    temporary = output.with_name(f"{output.name}.{session.world.start}.tmp")  # another start may write the same output
     network = session.network
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
-    writer: ScoreFile | None = None
     start = 0
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
+        writer: ScoreFile | None = None
         for part in manifest.splits[split].parts:
             with pq.ParquetFile(dataset / part.path) as file:
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
@@ -172,17 +174,34 @@ def _write(
                         arrays.append(pa.array(rate.astype(np.float32)))
                         names.append("score.cvr")
                     table = pa.table(arrays, names=names)
-                    writer = writer or ScoreFile(temporary, ending(output), table.schema)
+                    if writer is None:
+                        writer = ScoreFile(temporary, ending(output), table.schema)
+                        stack.callback(writer.close)
                     writer.write(table)
                     start += len(scores)
-        if writer is not None:
-            writer.close()
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(output)
+
+
+@contextlib.contextmanager
+def _written_beside(output: Place, start: str) -> Iterator[Path]:
+    """A file of this machine to write, which takes the place of the output when it is whole; nothing is left of it if not.
+
+    Args:
+        start: of this process: another one may write the same output.
+    """
+    if isinstance(output, Path):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f"{output.name}.{start}.tmp")
+    else:
+        temporary = Path(tempfile.gettempdir()) / f"{output.name}.{start}.tmp"
+    try:
+        yield temporary
+        if isinstance(output, Path):
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(output)
+        else:
+            output.fs.put_file(str(temporary), output.path)
     finally:
-        if writer is not None:
-            writer.close()
         temporary.unlink(missing_ok=True)
 
 
