@@ -27,9 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--input", type=local_path, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
     )
-    parser.add_argument(
-        "--output", type=place, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}"
-    )
+    parser.add_argument("--output", type=place, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     return parser.parse_args()

@@ -34,9 +34,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
-    parser.add_argument(
-        "--run-dir", type=place, help="folder for one run folder per seed; default: as apps.train names them"
-    )
+    parser.add_argument("--run-dir", type=place, help="folder for one run folder per seed; default: as apps.train names them")
     add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()

@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mmlrec.errors import ConfigError, did_you_mean
-from mmlrec.paths import config_file, shipped_configs
+from mmlrec.paths import config_file, scheme_of, shipped_configs
 from mmlrec.schema import Setting
-from mmlrec.storage.places import refusal
+from mmlrec.storage.places import Place, place, refusal
 from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, missing, validate_section
 
 
@@ -248,7 +248,12 @@ class RunConfig(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _found(path: str | Path) -> Path:
+def _found(path: str | Place) -> Place:
+    if not isinstance(path, str | Path) or scheme_of(path):
+        file = place(path)
+        if not file.is_file():
+            raise ConfigError(f"{file}: no such config file.")
+        return file
     file = config_file(path)
     if not file.exists():
         names = shipped_configs()
@@ -258,19 +263,19 @@ def _found(path: str | Path) -> Path:
 
 
 def load_config(
-    path: str | Path, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
+    path: str | Place, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
 ) -> RunConfig:
     """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything but options.
 
     Those of method and strategy stand in the files of these: `registry.load` checks them, too.
 
     Args:
-        path: of the file, or the name of a shipped one: see `paths.config_file`.
+        path: of the file, an address, or the name of a shipped one: see `paths.config_file`.
         options: gives the dotted keys of such options, for hints about an unknown key.
 
     Raises:
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
-        UserError: `path` is an address.
+        UserError: `path` is an address that cannot be read.
     """
     origin: dict[str, str] = {}
     content = load_with_base(_found(path), origin)

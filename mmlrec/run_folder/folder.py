@@ -23,7 +23,7 @@ from mmlrec.run_folder.lock import unwritable
 from mmlrec.run_folder.one_writer import Holder
 from mmlrec.run_folder.reports import Reports
 from mmlrec.schema import DatasetManifest, Encoding
-from mmlrec.storage.places import Place
+from mmlrec.storage.places import Place, read
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -140,7 +140,7 @@ class RunFolder:
         if not self.result.is_file():
             return {}
         try:
-            return dict(json.loads(self.result.read_text(encoding="utf-8")))
+            return dict(json.loads(read(self.result)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 

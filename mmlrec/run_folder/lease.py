@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from mmlrec.distributed.world import logger
 from mmlrec.errors import StorageError, UserError
 from mmlrec.run_folder.lock import taken
-from mmlrec.storage.places import create
+from mmlrec.storage.places import create, read
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -141,7 +141,7 @@ class Lease:
             raise taken(self._folder, holder, [0])
         if here is None:
             logger.info(
-                "%s: the run that was started there at %s has not left it. Whether it is alive is told by its lease, within %.0f s.",
+                "%s: the run that was started there at %s has not left it. Within %.0f s its lease tells whether it is alive.",
                 self._folder,
                 holder["since"],
                 holder["length"],
@@ -199,7 +199,7 @@ def _listed(folder: UPath) -> list[UPath]:
 def _read(path: UPath) -> dict[str, Any]:
     """Content of one object; nothing where it is gone."""
     try:
-        return dict(json.loads(path.fs.cat_file(path.path)))  # one request: it may be replaced between two
+        return dict(json.loads(read(path)))
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:

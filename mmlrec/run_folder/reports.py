@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import StorageError, UserError
-from mmlrec.storage.places import Place
+from mmlrec.storage.places import Place, read
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -63,7 +63,7 @@ class Reports:
             self.written = Path(tempfile.mkdtemp(prefix="mmlrec-reports-"))
             for name in CONTINUED:
                 with contextlib.suppress(FileNotFoundError):
-                    (self.written / name).write_bytes((folder / name).read_bytes())
+                    (self.written / name).write_bytes(read(folder / name))
                     self._put[self.written / name] = _state(self.written / name)
         except OSError as error:
             raise UserError(
@@ -90,7 +90,9 @@ class Reports:
         if not self._out_of_reach and self._put_changed():
             shutil.rmtree(self.written, ignore_errors=True)
         else:
-            logger.warning("note: %s lacks the last reports of this run; they are in %s on this machine.", self._folder, self.written)
+            logger.warning(
+                "note: %s lacks the last reports of this run; they are in %s on this machine.", self._folder, self.written
+            )
 
     def _run(self) -> None:
         pause = _PUT_EVERY_S

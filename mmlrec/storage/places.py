@@ -79,6 +79,16 @@ def is_local(there: Place) -> bool:
     return isinstance(there, Path)
 
 
+def read(there: Place) -> bytes:
+    """The whole of a file, as it is at one moment: opening an object and reading it are two requests, between which it may change.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StorageError: the store cannot be reached, or refuses.
+    """
+    return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path))
+
+
 def create(there: Place, data: bytes) -> None:
     """Write a file or an object that is not there yet. Of several writers one wins, also on an object store (If-None-Match: *).
 

@@ -59,7 +59,8 @@ def test_a_second_start_is_told_who_holds_the_folder(folder, far):
         first.leave()
 
 
-def test_what_a_start_leaves_behind_is_nothing_or_free_at_once(folder, far):
+def test_what_a_start_leaves_behind_is_nothing_or_free_at_once(folder, far, monkeypatch):
+    monkeypatch.setattr(lease, "LENGTH_S", 60.0)
     taken(folder, "one").leave()
     assert objects(folder) == []
     second = taken(folder, "two")
@@ -68,7 +69,7 @@ def test_what_a_start_leaves_behind_is_nothing_or_free_at_once(folder, far):
     assert objects(folder) == ["1"]
     begun = time.monotonic()
     taken(folder, "three").leave()
-    assert time.monotonic() - begun < 0.9
+    assert time.monotonic() - begun < 30
     assert objects(folder) == ["2"]
 
 
@@ -138,7 +139,7 @@ def test_processes_of_this_machine_are_looked_up(folder):
     written["process"]["begun"] = "1"
     path.write_text(json.dumps(written))
     second = taken(folder, "two")
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     assert first.lost() is not None
     second.leave()
 
