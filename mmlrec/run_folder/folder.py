@@ -37,7 +37,11 @@ _MAY_DIFFER = (
     "training.eval_batch_size",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes",
+    "training.checkpoint_async",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.max_failed_checkpoints",
     "training.timeout",
 )
 
@@ -110,7 +114,11 @@ class RunFolder:
         Raises:
             UserError: it was moved, deleted or replaced, or its lease was taken over; another run may write there by now.
         """
-        world.raise_together(self._holder.lost() if self._holder is not None else None)
+        world.raise_together(self.lost())
+
+    def lost(self) -> UserError | None:
+        """What to say where the run does not hold this folder any more; None where it does."""
+        return None if self._holder is None else self._holder.lost()
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""

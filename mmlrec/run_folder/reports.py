@@ -1,4 +1,4 @@
-"""Files that a run appends to (`metrics.jsonl`, `train.log`, TensorBoard's): where they are written, and brought into its folder.
+"""Files that a run appends to (`metrics.jsonl`, `train.log`, TensorBoard's): where they are written, and put into its folder.
 
 On a file system that is the run folder itself. On object storage nothing can be appended to: rank 0 writes them into a folder
 of its machine, and a thread puts those that have changed, each as a whole, every few seconds and at checkpoints. Training never

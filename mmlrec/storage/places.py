@@ -80,7 +80,7 @@ def is_local(there: Place) -> bool:
 
 
 def read(there: Place) -> bytes:
-    """The whole of a file, as it is at one moment: opening an object and reading it are two requests, between which it may change.
+    """The whole of a file, as it is at one moment. (To open an object and to read it are two requests; it may change in between.)
 
     Raises:
         FileNotFoundError: it is not there.

@@ -48,8 +48,8 @@ def test_a_second_start_is_told_who_holds_the_folder(folder, far):
         with pytest.raises(UserError) as error:
             Lease(folder).take(content("two"))
         assert str(error.value) == (
-            f"{folder} is taken: a run that was started at 2026-01-02 03:04:05 of one on host-a, process 17 is writing there. Wait"
-            " for its end or stop it, or choose another folder with --run-dir."
+            f"{folder} is taken: a run that was started at 2026-01-02 03:04:05 of one on host-a, process 17 is writing there."
+            " Wait for its end or stop it, or choose another folder with --run-dir."
         )
         assert str(folder).startswith("s3://")
         assert first.lost() is None
