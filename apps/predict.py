@@ -11,6 +11,7 @@ from apps.cli import add_import, run
 from mmlrec.evaluation.score_files import ENDINGS, ending
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 
 def parse() -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
     parser.add_argument(
-        "--input", type=local_path, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
+        "--input", type=place, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
     )
     parser.add_argument(
         "--output", type=local_path, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}"

@@ -13,6 +13,7 @@ from typing import Any
 from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 _EPILOG = """\
 examples:
@@ -72,7 +73,7 @@ def main() -> None:
 
     config = load(arguments.config, arguments.overrides)
     if arguments.show:
-        if Path(config.dataset.path).is_dir():
+        if place(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
             from mmlrec.training.monitor import build_monitor, metrics_of_cvr
 
