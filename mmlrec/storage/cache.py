@@ -47,9 +47,9 @@ class Cache:
             return fetch()
         folder = self._folder / hashlib.sha256(file.encode()).hexdigest()[:32]
         path = folder / piece
-        if (held := _read(path)) is not None:
-            return held
         try:
+            if (held := _read(path)) is not None:
+                return held
             self._make(folder)
             with _locked(folder / f"{piece}.lock"):
                 if (held := _read(path)) is not None:

@@ -23,7 +23,7 @@ from mmlrec.storage.places import Place
 if TYPE_CHECKING:
     from upath import UPath
 
-_TAIL_BYTES = 1 << 16  # that are fetched in the hope that the footer is in them
+_TAIL_BYTES = 1 << 16  # that are fetched at most in the hope that the footer is in them
 _AHEAD_BYTES = 8 << 20  # of files that are read from the beginning to the end
 _MAGIC = b"PAR1"
 
@@ -50,7 +50,10 @@ def open_parquet(there: Place, num_bytes: int = 0, sha256: str = "") -> pq.Parqu
 def stored_size(there: Place) -> int | None:
     """Bytes of a file; None when there is none."""
     try:
-        return int(there.stat().st_size) if there.is_file() else None
+        if isinstance(there, Path):
+            return there.stat().st_size if there.is_file() else None
+        status = there.fs.info(there.path)  # one request
+        return int(status["size"]) if status["type"] == "file" else None
     except FileNotFoundError:
         return None
 
@@ -107,7 +110,7 @@ class _StoredPart:
         return bytes(data)
 
     def _fetch_footer(self) -> bytes:
-        tail = self._fetch(max(self._num_bytes - _TAIL_BYTES, 0), self._num_bytes)
+        tail = self._fetch(self._num_bytes - min(_TAIL_BYTES, 8 + self._num_bytes // 64), self._num_bytes)
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != _MAGIC or length > self._num_bytes:
             raise pa.ArrowInvalid("it ends with no Parquet footer")

@@ -15,6 +15,7 @@ from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.metrics.notes import report_text
+from mmlrec.paths import local_path
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
@@ -35,7 +36,7 @@ def default_run_dir(config: RunConfig, source: Path) -> Path:
     few and short, else a digest of them. Configurations between which no run may be resumed have different names.
     """
     if config.run_dir is not None:
-        return Path(config.run_dir)
+        return local_path(config.run_dir)
     name, strategy = config.model["name"], config.balancing["name"]
     balanced = "" if strategy == "static" or name in ALIASES else f"-{strategy}"
     stem = f"{config.dataset.setting}-{source.stem}-{name}{balanced}-seed{config.training.seed}"
