@@ -63,12 +63,14 @@ setup(
         "s3": ["s3fs>=2026.9", "universal_pathlib>=0.3.10"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
+            "flask>=3",  # with flask-cors and moto: the S3 server of the tests
+            "flask-cors>=5",
             "hypothesis>=6.100",
             "kubeflow-trainer-api>=2",
             "kubernetes>=32",
             "kubernetes-validate>=1.34",
             "matplotlib>=3.9",
-            "moto[server]>=5",
+            "moto>=5",
             "mypy>=2",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -74,7 +74,7 @@ def main() -> None:
 
     config = load(arguments.config, arguments.overrides)
     if arguments.show:
-        if Path(config.dataset.path).is_dir():
+        if place(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
             from mmlrec.training.monitor import build_monitor, metrics_of_cvr
 

@@ -13,6 +13,7 @@ is the same with s3rver: `store.server.kill()` (SIGKILL) and `store.server.start
 Tests that ask for it need `@pytest.mark.cluster`, and are skipped where s3rver is not installed (`make test-cluster` does it).
 """
 
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mmlrec.storage.places import Place
 
 #: `npm install --prefix FOLDER s3rver@3.7.1`
 S3RVER = Path(os.environ.get("S3RVER", Path(sys.prefix) / "s3rver"))
@@ -127,6 +130,7 @@ class Moto:
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self._server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
         self._server.start()
         self.port = self._server.get_host_and_port()[1]
@@ -171,7 +175,14 @@ class Store:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def _store(server: Any, link: Link, monkeypatch: pytest.MonkeyPatch) -> Store:
+def upload(folder: Path, there: Place) -> None:
+    """Put what a folder holds to a place."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            (there / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+
+
+def _store(server: Any, link: Link, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Store:
     from mmlrec.storage.s3 import RetryingS3
 
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
@@ -186,6 +197,7 @@ def _store(server: Any, link: Link, monkeypatch: pytest.MonkeyPatch) -> Store:
         "AWS_MAX_ATTEMPTS": "1",
         "MMLREC_STORAGE_SECONDS": "2",
     }
+    environment["MMLREC_CACHE"] = str(cache)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     RetryingS3.clear_instance_cache()
@@ -203,10 +215,10 @@ def _moto():
 
 
 @pytest.fixture
-def store(_moto, monkeypatch):
+def store(_moto, monkeypatch, tmp_path):
     """A bucket of moto's."""
     server, link = _moto
-    yield _store(server, link, monkeypatch)
+    yield _store(server, link, monkeypatch, tmp_path / "cache")
     link.mend()
 
 
@@ -217,6 +229,6 @@ def disk_store(tmp_path, monkeypatch):
         pytest.skip(f"s3rver is not in {S3RVER}: npm install --prefix {S3RVER} s3rver@3.7.1")
     server = S3rver(tmp_path / "s3rver")
     link = Link(server.port)
-    yield _store(server, link, monkeypatch)
+    yield _store(server, link, monkeypatch, tmp_path / "cache")
     link.cut()
     server.kill()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
@@ -22,12 +21,13 @@ from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
-from mmlrec.storage.places import Place
+from mmlrec.storage.parquet import open_parquet
+from mmlrec.storage.places import Place, place
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
 
-def write_predictions(session: Session, dataset: Path, split: str, output: Place, stop: StopSignal | None = None) -> None:
+def write_predictions(session: Session, dataset: Place, split: str, output: Place, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario, labels and `score.<task>` in row order; on rank 0.
 
     The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split.
@@ -61,7 +61,7 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Place
     session.world.raise_together(error)
 
 
-def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -> None:
+def _check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
     trained = session.manifest
     if trained.features != given.features:
         missing = sorted({f.name for f in trained.features} - {f.name for f in given.features})
@@ -96,12 +96,12 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
                 f" {_OTHER_IDS}"
             )
         if table.vocabulary is not None and before is None:
-            _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+            _check_same_vocabulary(place(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
 
 
-def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Path) -> list[str]:
+def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Place) -> list[str]:
     """Of datasets that do not record their encoding, or in a form that this release does not know: ranges, a line each."""
-    own = Path(session.config.dataset.path)
+    own = place(session.config.dataset.path)
     if own.resolve() == folder.resolve():
         return []
     without = [str(place) for place, m in ((own, session.manifest), (folder, given)) if m.encoding is None]
@@ -123,21 +123,26 @@ def _hashing(table: Table) -> str:
     return "not hashed" if table.hash_seed is None else f"{table.num_hashes} hash(es) with seed {table.hash_seed}"
 
 
-def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:
+def _check_same_vocabulary(trained: Place, given: Place, table: str) -> None:
     if trained.resolve() == given.resolve():
         return
     try:
-        before, now = (pq.read_table(path, columns=["value", "id"]) for path in (trained, given))
+        before, now = (_vocabulary(path) for path in (trained, given))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"vocabulary of table '{table}': training data and input cannot be compared: {error}.") from error
     if not before.equals(now):
         raise DataError(f"{given}: not the vocabulary the run was trained with ({trained}): {_OTHER_IDS}")
 
 
+def _vocabulary(path: Place) -> pa.Table:
+    with open_parquet(path) as file:
+        return file.read(columns=["value", "id"])
+
+
 def _write(
     session: Session,
     manifest: DatasetManifest,
-    dataset: Path,
+    dataset: Place,
     split: str,
     logits: np.ndarray,
     output: Place,
@@ -152,7 +157,7 @@ def _write(
     with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
         writer: ScoreFile | None = None
         for part in manifest.splits[split].parts:
-            with pq.ParquetFile(dataset / part.path) as file:
+            with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
                     if stop is not None and stop.received:  # of this rank, which alone writes
                         raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")

@@ -23,7 +23,7 @@ from mmlrec.run_folder.lock import unwritable
 from mmlrec.run_folder.one_writer import Holder
 from mmlrec.run_folder.reports import Reports
 from mmlrec.schema import DatasetManifest, Encoding
-from mmlrec.storage.places import Place, read
+from mmlrec.storage.places import Place, place, read
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -187,8 +187,8 @@ class RunFolder:
             ConfigError: listing what differs, with both values where they are short.
             DataError: the dataset or its manifest is damaged.
         """
-        place = Path(config.dataset.path)
-        manifest = DatasetManifest.load(place)
+        there = place(config.dataset.path)
+        manifest = DatasetManifest.load(there)
         recorded = state.get("data")
         if isinstance(recorded, dict) and recorded.get("form") == DATA_FORM:
             different = data_differences(recorded, data_facts(manifest))
@@ -201,7 +201,7 @@ class RunFolder:
         encoded: list[str] = []
         if before is not None and comparable:
             # Where rows are the same to the bit, so are labels, whatever their rule.
-            encoded = encoding_differences(before, manifest, place, scenario=True, labels=bool(different))
+            encoded = encoding_differences(before, manifest, there, scenario=True, labels=bool(different))
         if not different and not encoded:
             return True
         if other_rows and comparable and not encoded and rows_alone_differ(recorded, data_facts(manifest)):
@@ -215,10 +215,10 @@ class RunFolder:
             remedy = (
                 "Whether both are encoded alike is not on record, so no metrics are made of them. Scores, with what can be"
                 f" compared: python -m apps.predict --run-dir {shlex.quote(str(self.path))} --input"
-                f" {shlex.quote(str(place))} --output scores.parquet"
+                f" {shlex.quote(str(there))} --output scores.parquet"
             )
         raise ConfigError(
-            f"{self.path} holds a run on other data than {place} has now:\n" + "\n".join(different + encoded) + f"\n{remedy}"
+            f"{self.path} holds a run on other data than {there} has now:\n" + "\n".join(different + encoded) + f"\n{remedy}"
         )
 
     def keep_metrics_until(self, step: int, *, validated: bool = True) -> None:

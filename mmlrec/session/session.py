@@ -6,7 +6,6 @@ import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,6 +35,7 @@ from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
+from mmlrec.storage.places import Place, place
 
 Pipeline: TypeAlias = TrainPipeline[Batch, Predictions]
 
@@ -82,7 +82,7 @@ class Session:
 
     def __post_init__(self) -> None:
         local = self.world.local_world_size
-        self.verification = Verification(self.world.rank % local, local)
+        self.verification = Verification(self.world.rank % local, local, (self.world.rank, self.world.world_size))
 
     @property
     def network(self) -> MultiTaskModel:
@@ -99,16 +99,16 @@ class Session:
         """Names of the losses of a step."""
         return self.head.loss.objectives
 
-    def reader(self, split: str, folder: Path | None = None) -> Reader:
+    def reader(self, split: str, folder: Place | None = None) -> Reader:
         """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration.
 
         Its parts are hashed from now on; `check_parts` tells what came out.
         """
         training = self.config.training
-        place = folder or Path(self.config.dataset.path)
+        there = folder or place(self.config.dataset.path)
         manifest = self.manifest if folder is None else DatasetManifest.load(folder)
         reader = Reader(
-            place,
+            there,
             manifest,
             split,
             tasks=[task.name for task in self.spec.tasks],
@@ -117,7 +117,7 @@ class Session:
             world_size=self.world.world_size,
             seed=training.seed,
         )
-        self.verification.add(place, manifest.splits[split].parts)
+        self.verification.add(there, manifest.splits[split].parts)
         return reader
 
     def check_parts(self, stop: StopSignal | None = None, *, wait: bool = True) -> bool:
@@ -301,7 +301,7 @@ def build_parts(config: RunConfig, source: str = "config", begun: dict[str, Any]
         ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
         DataError: the dataset folder or its manifest is missing or damaged.
     """
-    manifest = DatasetManifest.load(Path(config.dataset.path))
+    manifest = DatasetManifest.load(config.dataset.path)
     spec = build_spec(config, manifest)
     options = model_config(config.model, config.model_defaults, source)
     network_class = method(config.model["name"])
