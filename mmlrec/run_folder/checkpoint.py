@@ -25,12 +25,14 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.distributed.world import World, logger
-from mmlrec.errors import CheckpointError, UserError
+from mmlrec.errors import CheckpointError, StorageError, UserError
 from mmlrec.run_folder import whole
 from mmlrec.run_folder.folder import write_atomically
 from mmlrec.run_folder.index import Reader
 from mmlrec.run_folder.parts import Parts
-from mmlrec.run_folder.whole import MARKER, REPLACED, TEMPORARY, damage
+from mmlrec.run_folder.stored import MARKER, REPLACED
+from mmlrec.run_folder.whole import damage
+from mmlrec.storage.places import Place, read
 
 STATE = "state.json"
 AMENDED = "amended.json"
@@ -52,7 +54,7 @@ def training_tensors(model: DistributedModelParallel, optimizer: CombinedOptimiz
     return tensors
 
 
-def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world: World) -> None:
+def save(folder: Place, tensors: Mapping[str, Any], state: dict[str, Any], world: World) -> None:
     """Write a checkpoint so that `folder` is either complete or as it was before.
 
     Raises:
@@ -62,13 +64,13 @@ def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world:
 
 
 def write(
-    folder: Path,
+    folder: Place,
     parts: Parts,
     state: dict[str, Any],
     world: World,
     *,
     lost: Callable[[], UserError | None] = lambda: None,
-    delete: Callable[[Path], None] = whole.delete,
+    delete: Callable[[Place], None] = whole.delete,
 ) -> None:
     """Write a checkpoint, as `save`, of tensors that were looked at before. All ranks call it; they meet for files only.
 
@@ -87,15 +89,15 @@ def write(
     if world.is_main and (error := lost()) is None:
         try:
             temporary = whole.make(folder, world.start)
-        except OSError as cause:
+        except whole.FAILURES as cause:
             error = unwritable(folder, cause)
     world.raise_together(error)
-    temporary = folder.with_name(cast(str, world.from_main(temporary.name)))
+    temporary = whole.made(folder, cast(str, world.from_main(temporary.name)))
     results: list[WriteResult] = []
     files: dict[str, whole.Sums] = {}
     try:
         results, files = parts.write(temporary)
-    except OSError as cause:
+    except whole.FAILURES as cause:
         error = unwritable(folder, cause)
     written = world.gather((error, results, files))
     error = next((error for error, _, _ in written if error is not None), None)
@@ -107,19 +109,25 @@ def write(
             whole.seal(temporary, sums)
             if (error := lost()) is None:
                 whole.put(temporary, folder, delete)
-        except OSError as cause:
+        except whole.FAILURES as cause:
             error = unwritable(folder, cause)
-    if error is not None and world.is_main:
+    if (
+        error is not None and world.is_main and isinstance(temporary, Path)
+    ):  # a store may be out of reach: `prune` does it there
         whole.delete(temporary)
     world.raise_together(error)
 
 
-def unwritable(folder: Path, cause: OSError) -> CheckpointError:
+def unwritable(folder: Place, cause: OSError | StorageError) -> CheckpointError:
     """What to say of a checkpoint that cannot be written."""
+    if isinstance(cause, StorageError):
+        error = CheckpointError(f"cannot write a checkpoint: {cause}")
+        error.exit_code = cause.exit_code
+        return error
     return CheckpointError(f"{folder}: cannot write a checkpoint: {cause}. Free space or choose another run_dir.")
 
 
-def verify(folder: Path, world: World) -> None:
+def verify(folder: Place, world: World) -> None:
     """Check every file of a checkpoint once, the ranks together.
 
     Raises:
@@ -131,7 +139,7 @@ def verify(folder: Path, world: World) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(folder: Path, world: World) -> Iterator[None]:
+def unchanged(folder: Place, world: World) -> Iterator[None]:
     """While a checkpoint of a run is read that may be alive, and replace it; all ranks enter it.
 
     Raises:
@@ -146,16 +154,16 @@ def unchanged(folder: Path, world: World) -> Iterator[None]:
     world.raise_together(None if _marker(folder) == before else replaced)
 
 
-def _marker(folder: Path) -> bytes | None:
+def _marker(folder: Place) -> bytes | None:
     try:
-        return (folder / MARKER).read_bytes()
-    except OSError:
+        return read(folder / MARKER)
+    except whole.FAILURES:
         return None
 
 
-def latest(folder: Path, world: World) -> Path | None:
+def latest(folder: Place, world: World) -> Place | None:
     """The newest whole checkpoint of a run, the same on every rank; damaged ones are named in a warning and passed over."""
-    names = [p.name for p in sorted(folder.glob("step_*"), reverse=True) if not p.suffix] if world.is_main else []
+    names = [path.name for path in reversed(_steps(folder))] if world.is_main else []
     for name in cast("list[str]", world.from_main(names)):
         reason = damage(folder / name, world)
         if reason is None:
@@ -165,14 +173,14 @@ def latest(folder: Path, world: World) -> Path | None:
     return None
 
 
-def step_damage(folder: Path, world: World) -> list[str]:
+def step_damage(folder: Place, world: World) -> list[str]:
     """Why the step checkpoints of a run are not usable, one reason for each that is not, the newest first."""
-    names = [p.name for p in sorted(folder.glob("step_*"), reverse=True) if not p.suffix] if world.is_main else []
+    names = [path.name for path in reversed(_steps(folder))] if world.is_main else []
     reasons = [damage(folder / name, world) for name in cast("list[str]", world.from_main(names))]
     return [reason for reason in reasons if reason is not None]
 
 
-def best_damage(best: Path, known: int, world: World) -> str | None:
+def best_damage(best: Place, known: int, world: World) -> str | None:
     """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it.
 
     Args:
@@ -182,7 +190,7 @@ def best_damage(best: Path, known: int, world: World) -> str | None:
     return None if reason is None or _best_damage(best.with_name(best.name + REPLACED), known, world) is None else reason
 
 
-def _best_damage(best: Path, known: int, world: World) -> str | None:
+def _best_damage(best: Place, known: int, world: World) -> str | None:
     reason = damage(best, world)
     if reason is None and (step := read_state(best)["step"]) < known:
         # As in a copy that was made, file by file, while the run was alive.
@@ -190,7 +198,7 @@ def _best_damage(best: Path, known: int, world: World) -> str | None:
     return reason
 
 
-def discard(folder: Path, world: World, delete: Callable[[Path], None] = whole.delete) -> None:
+def discard(folder: Place, world: World, delete: Callable[[Place], None] = whole.delete) -> None:
     """Take all checkpoints of a run away.
 
     Args:
@@ -202,7 +210,7 @@ def discard(folder: Path, world: World, delete: Callable[[Path], None] = whole.d
     world.without_limit().barrier()
 
 
-def settle_best(best: Path, step: int | None, world: World) -> None:
+def settle_best(best: Place, step: int | None, world: World) -> None:
     """Make `best` the one that the step checkpoint to resume from knows, after a death during or since its replacement.
 
     Args:
@@ -214,13 +222,12 @@ def settle_best(best: Path, step: int | None, world: World) -> None:
         if step is None:
             whole.delete(best)
         elif chosen == old:
-            whole.delete(best)
-            old.rename(best)
+            whole.bring_back(old, best)
         whole.delete(old)
     world.without_limit().barrier()
 
 
-def _settled(best: Path, step: int, world: World) -> Path:
+def _settled(best: Place, step: int, world: World) -> Place:
     """Which of best and the one it replaced a checkpoint of `step` knows."""
     old = best.with_name(best.name + REPLACED)
     if damage(old, world) is None and (damage(best, world) is not None or read_state(best)["step"] > step):
@@ -228,7 +235,7 @@ def _settled(best: Path, step: int, world: World) -> Path:
     return best
 
 
-def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
+def go_back(folder: Place, step: int, best: Place, world: World) -> Place:
     """Make the checkpoint of `step` the newest of a run; those after it are deleted.
 
     Where no best checkpoint of that time is left, the choice begins anew, with a validation of this step. A death on the way
@@ -252,11 +259,11 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
     if world.is_main:
         try:
             amend(path, changes)
-        except OSError as cause:
+        except whole.FAILURES as cause:
             error = unwritable(path, cause)
     world.raise_together(error)
     if world.is_main:
-        for later in reversed([p for p in _marked(folder) if p > path]):
+        for later in reversed([p for p in _marked(folder) if step_of(p) > step]):
             whole.retire(later, whole.delete)
         whole.sync(folder)
     world.without_limit().barrier()
@@ -264,12 +271,12 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
 
 
 def prune(
-    folder: Path,
+    folder: Place,
     keep: int,
     *,
     step: int,
     every: int | None = None,
-    delete: Callable[[Path], None] = whole.delete,
+    delete: Callable[[Place], None] = whole.delete,
 ) -> None:
     """Take away what the checkpoint of `step`, just saved, makes superfluous; on rank 0.
 
@@ -280,69 +287,74 @@ def prune(
         every: those of steps that are multiples of this are kept, too.
         delete: takes what is left of each.
     """
-    for leftover in folder.glob(f"*{TEMPORARY}"):
+    for leftover in whole.leftovers(folder):
         delete(leftover)
-    for replaced in folder.glob(f"*{REPLACED}"):
+    for replaced in whole.replaced(folder):
         whole.retire(replaced, delete)
     marked = _marked(folder)
-    until = [p for p in marked if p <= step_folder(folder, step)]
+    until = [p for p in marked if step_of(p) <= step]
     kept = until[-keep:] + [p for p in until if every is not None and step_of(p) % every == 0]
-    for path in set(marked) - set(kept):
-        whole.retire(path, delete)
+    for path in marked:
+        if path not in kept:
+            whole.retire(path, delete)
 
 
-def _marked(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if not p.suffix and (p / MARKER).is_file())
+def _marked(folder: Place) -> list[Place]:
+    return [path for path in _steps(folder) if (path / MARKER).is_file()]
 
 
-def with_state(folder: Path) -> list[Path]:
+def _steps(folder: Place) -> list[Place]:
+    """What is there by the names of step checkpoints, the oldest first."""
+    return sorted((path for path in folder.glob("step_*") if not path.suffix), key=lambda path: path.name)
+
+
+def with_state(folder: Place) -> list[Place]:
     """Step checkpoints whose state can be read, the oldest first. Their other files are not looked at."""
     return [path for path in _marked(folder) if whole.file_damage(path, STATE) is None]
 
 
-def step_folder(folder: Path, step: int) -> Path:
+def step_folder(folder: Place, step: int) -> Place:
     """Where the checkpoint of a step lies; names sort as steps do."""
     return folder / f"step_{step:09d}"
 
 
-def step_of(path: Path) -> int:
+def step_of(path: Place) -> int:
     """The step of the checkpoint that lies there."""
     return int(path.name.removeprefix("step_"))
 
 
-def amend(folder: Path, changes: dict[str, Any]) -> None:
+def amend(folder: Place, changes: dict[str, Any]) -> None:
     """Note what became known of a checkpoint after it was written: keys that take the place of those of its state; on rank 0.
 
     Raises:
         OSError: it cannot be written.
     """
     text = json.dumps(_amendments(folder) | changes)
-    write_atomically(folder / AMENDED, json.dumps({**whole.sums(text.encode()), "state": text}, indent=1))
+    write_atomically(whole.inside(folder) / AMENDED, json.dumps({**whole.sums(text.encode()), "state": text}, indent=1))
 
 
-def _amendments(folder: Path) -> dict[str, Any]:
+def _amendments(folder: Place) -> dict[str, Any]:
     try:
-        content = json.loads((folder / AMENDED).read_text(encoding="utf-8"))
+        content = json.loads(read(whole.inside(folder) / AMENDED))
         text = content["state"]
         return dict(json.loads(text)) if whole.sums(text.encode())["crc32"] == content["crc32"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Place) -> dict[str, Any]:
     """The `state.json` of a checkpoint, with its amendments. The other files are not looked at: see `verify`.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    path = folder / STATE
     reason = whole.file_damage(folder, STATE)
     if reason is not None:
         raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
-    return dict(json.loads(path.read_text(encoding="utf-8"))) | _amendments(folder)
+    return dict(json.loads(read(whole.inside(folder) / STATE))) | _amendments(folder)
 
 
-def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
+def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
     """Fill `tensors` in place from a whole checkpoint, whatever world size and plan it was written with.
 
     Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone. A counter of batches that it lacks, as
@@ -351,7 +363,7 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     Raises:
         CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model.
     """
-    reader = Reader(folder)
+    reader = Reader(whole.inside(folder))
     saved = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in tensors.items() if key in saved or not key.startswith("random.")}
     uncounted = [tensors.pop(key) for key in list(tensors) if key.endswith("num_batches_tracked") and key not in saved]
@@ -381,7 +393,7 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
         counter.fill_(torch.iinfo(torch.int32).max)
 
 
-def load_training(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:
+def load_training(folder: Place, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:
     """Restore weights, optimizer state and random state of this rank."""
     tensors = training_tensors(model, optimizer, world.rank)
     load(folder, tensors, world)

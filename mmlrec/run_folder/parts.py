@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mmlrec.distributed.world import World
 from mmlrec.run_folder.summed_files import Writer
-from mmlrec.run_folder.whole import Sums
+from mmlrec.run_folder.whole import FAILURES, Sums
+from mmlrec.storage.places import Place
 
 
 class _Planner(DefaultSavePlanner):
@@ -92,14 +93,14 @@ class Parts:
         entries = cast("Iterable[TensorStorageMetadata]", self._metadata.state_dict_metadata.values())
         return sum(math.prod(entry.size) * entry.properties.dtype.itemsize for entry in entries)
 
-    def write(self, folder: Path) -> tuple[list[WriteResult], dict[str, Sums]]:
+    def write(self, folder: Place) -> tuple[list[WriteResult], dict[str, Sums]]:
         """Write the files of this rank.
 
         Returns:
             Where each tensor lies in them, and size and checksum of each file by its name.
 
         Raises:
-            OSError: they cannot be written.
+            OSError, StorageError: they cannot be written.
         """
         writer = Writer(folder)
         try:
@@ -107,15 +108,15 @@ class Parts:
         except RuntimeError as error:
             # What torch.save makes of an error of the file while it closes its archive.
             cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
+            while cause is not None and not isinstance(cause, FAILURES):
                 cause = cause.__context__
             raise error if cause is None else cause from None
 
-    def write_index(self, folder: Path, results: list[list[WriteResult]]) -> dict[str, Sums]:
+    def write_index(self, folder: Place, results: list[list[WriteResult]]) -> dict[str, Sums]:
         """Write the index, which says where every tensor of all ranks lies; size and checksum of its file by its name.
 
         Raises:
-            OSError: it cannot be written.
+            OSError, StorageError: it cannot be written.
         """
         writer = Writer(folder)
         writer.finish(dataclasses.replace(self._metadata), results)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.errors import CheckpointError, UserError
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.parts import Parts
+from mmlrec.storage.places import Place
 
 #: Pauses after attempts that failed, in seconds; the last attempt is followed by none.
 RETRY_AFTER_S = (1.0, 4.0, 16.0)
@@ -32,7 +32,7 @@ _SAY_EVERY_S = 120.0
 
 @dataclass
 class _Job:
-    folder: Path
+    folder: Place
     parts: Parts
     state: dict[str, Any]
     #: What is to happen on rank 0 once the checkpoint is whole.
@@ -73,10 +73,10 @@ class Saver:
         self._pending: list[_Job] = []
         self._failures = 0
         self._told = False
-        self._deletions: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._deletions: queue.SimpleQueue[Place | None] = queue.SimpleQueue()
         self._deleting: threading.Thread | None = None
         #: The newest checkpoint of a step that is known to be whole.
-        self.newest: Path | None = None
+        self.newest: Place | None = None
         #: Bytes of the tensors of the newest checkpoint.
         self.num_bytes = 0
 
@@ -95,13 +95,13 @@ class Saver:
             if isinstance(self._error, CheckpointError) and self._world.is_main:
                 logger.warning("note: %s", self._error)
 
-    def has(self, folder: Path) -> bool:
+    def has(self, folder: Place) -> bool:
         """Whether the checkpoint of a step is the newest whole one, or is being written."""
         return folder in (self.newest, None if self._job is None else self._job.folder)
 
     def save(
         self,
-        folder: Path,
+        folder: Place,
         tensors: Mapping[str, Any],
         state: dict[str, Any],
         then: Callable[[], None],
@@ -198,7 +198,7 @@ class Saver:
         self.wait()
         self._do(action)
 
-    def delete(self, folder: Path) -> None:
+    def delete(self, folder: Place) -> None:
         """Delete a folder in a thread of its own: nobody waits for it."""
         if self._deleting is None:
             self._deleting = threading.Thread(target=self._run_deletions, name="deletions", daemon=True)
@@ -244,7 +244,7 @@ class Saver:
             return
         try:
             action()
-        except OSError as error:
+        except whole.FAILURES as error:
             logger.warning("note: %s; it is found out again, or deleted later.", error)
 
     def _run_deletions(self) -> None:

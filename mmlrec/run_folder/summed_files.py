@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,6 +12,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from mmlrec.run_folder.whole import Sums
+from mmlrec.storage.places import Place
+
+#: Of an object, in bytes: many tensors are small, and each read would be a request.
+_READ_AHEAD = {"block_size": 4 << 20, "cache_type": "readahead"}
 
 
 class _SummedStream:
@@ -36,42 +39,54 @@ class _SummedStream:
         return getattr(self._file, name)
 
 
-class _SummedFiles(FileSystem):
+class Files(FileSystem):
+    """DCP's files in a folder of this machine or on an object store."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
+        """A file to write or read."""
+        with path.open(mode) if isinstance(path, Path) else path.open(mode, **({} if "w" in mode else _READ_AHEAD)) as file:
+            yield file
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        """A file of the folder."""
+        return path / suffix
+
+    def exists(self, path: Any) -> bool:
+        """Whether a file is there."""
+        return bool(path.exists())
+
+
+class _SummedFiles(Files):
     """DCP's files, with size and checksum of each one written."""
 
     def __init__(self) -> None:
         self.written: dict[str, Sums] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
         """A file to write."""
-        path = cast(Path, path)
-        with path.open(mode) as file:
+        with super().create_stream(path, mode) as file:
             stream = _SummedStream(file)
             yield stream
         self.written[path.name] = stream.sums
 
-    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> Path:
-        """A file of the folder."""
-        return cast(Path, path) / suffix
-
-    def exists(self, path: str | os.PathLike[str]) -> bool:
-        """Whether a file is there."""
-        return cast(Path, path).exists()
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """The index gets its name when it is whole."""
-        path, new_path = cast(Path, path), cast(Path, new_path)
-        path.rename(new_path)
+    def rename(self, path: Any, new_path: Any) -> None:
+        """The index gets its name when it is whole. An object is whole whenever it is there, but DCP gives it another name."""
+        if isinstance(path, Path):
+            path.rename(new_path)
+        else:
+            path.fs.mv(path.path, new_path.path)
         self.written[new_path.name] = self.written.pop(path.name)
 
 
 class Writer(FileSystemWriter):
     """DCP's writer of a folder, with checksums of the files of this rank."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("")
-        self.fs, self.path = _SummedFiles(), folder
+    def __init__(self, folder: Place) -> None:
+        super().__init__("", sync_files=isinstance(folder, Path))
+        self.fs = _SummedFiles()
+        self.path = cast(Any, folder)
 
     @property
     def checkpoint_id(self) -> str:

@@ -7,7 +7,6 @@ the tensors of each branch come from that branch's best step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from mmlrec.embeddings.tables import local_shards
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.saver import Saver
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 
 
 def save_best(
-    session: Session, saver: Saver, folder: Path, improved: list[str], state: dict[str, Any], then: Callable[[], None]
+    session: Session, saver: Saver, folder: Place, improved: list[str], state: dict[str, Any], then: Callable[[], None]
 ) -> None:
     """Save the weights of the whole model, or of the branches that improved and the former best of the others.
 

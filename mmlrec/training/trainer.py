@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from mmlrec.run_folder.folder import RunFolder, data_state
 from mmlrec.run_folder.saver import Saver
 from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses, remedy
@@ -104,7 +104,7 @@ class Trainer:
         """True when nothing is left to train."""
         return self.selection.stop or self.progress.step >= self.total_steps
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Place) -> None:
         """Continue from a checkpoint: weights, optimizer state, random state, position and selection."""
         state = checkpoint.read_state(path)
         checkpoint.load_training(path, self.session.model, self.session.optimizer, self.world)
@@ -303,7 +303,7 @@ class Trainer:
         if not improved:
             self.saver.then(then)
 
-    def _note(self, folder: Path, changes: dict[str, Any]) -> None:
+    def _note(self, folder: Place, changes: dict[str, Any]) -> None:
         """Amend the checkpoint of a step by what its validation found, where there is one; on rank 0."""
         if self.saver.newest == folder:
             checkpoint.amend(folder, changes)
