@@ -94,16 +94,8 @@ def test_a_job_that_no_node_can_hold_is_refused(cluster):
 
 def test_a_job_of_two_nodes_trains_like_one_process(cluster, whole, tmp_path):
     assert json.loads((whole / "environment.json").read_text())["world_size"] == 2
-    arguments = [
-        "-m",
-        "apps.train",
-        "--import",
-        "slow_mmoe",
-        "--config",
-        str(cluster.folder / "config.yaml"),
-        "--run-dir",
-        str(tmp_path / "one"),
-    ]
+    job = ["-m", "apps.train", "--import", "slow_mmoe", "--config", str(cluster.folder / "config.yaml")]
+    arguments = [*job, "--run-dir", str(tmp_path / "one")]
     done = processes.run([sys.executable, *arguments], env=cluster.environment, timeout=240)
     assert done.returncode == 0, done.stderr
     expected, found = losses(tmp_path / "one"), losses(whole)

@@ -71,7 +71,7 @@ PARTS = (
     # Asked in the last step of an epoch: it stops in the validation, which the next one makes up for.
     Part(3, (*ROW_WISE, "embeddings.table_sharding={t1: table_wise}"), (ROW, TABLE), 24, 30, signal.SIGTERM),
     # Killed in the first step of an epoch: it had saved the end of the one before.
-    Part(1, ROW_WISE, (TABLE, TABLE), 30, 61, signal.SIGKILL),
+    Part(1, ROW_WISE, (ROW, ROW), 30, 61, signal.SIGKILL),
     Part(4, (*TABLE_WISE, "embeddings.table_sharding={t0: row_wise}"), (ROW, TABLE), 60),
 )
 
@@ -126,7 +126,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[] if case == QUICK else [pytest.mark.long]) for case in CASES])
 def test_a_training_over_4_2_3_1_and_4_ranks_equals_one_of_fixed_size(root, case):
     fixed, moved = root / f"{case}-fixed", root / f"{case}-moved"
-    whole = Part(1, ROW_WISE, (TABLE, TABLE), 0)
+    whole = Part(1, ROW_WISE, (ROW, ROW), 0)
     run_part(root, fixed, whole, 0, CASES[case])
     trained: dict[int, list[int]] = {}
     for number, part in enumerate(PARTS):
