@@ -123,12 +123,16 @@ class Slurm:
             assert time.monotonic() < limit, self.call("squeue")
             time.sleep(0.5)
 
-    def start_requeued(self, job: str) -> None:
-        """Wait until a job that is started again is in the queue, and take away the two minutes that Slurm holds it."""
+    def wait_for_requeue(self, job: str) -> None:
+        """Until a job that is started again is in the queue."""
         limit = time.monotonic() + 90
         while (state := self.job(job))["JobState"] != "PENDING":
             assert time.monotonic() < limit, state
             time.sleep(0.3)
+
+    def start_requeued(self, job: str) -> None:
+        """Take away the two minutes for which Slurm holds a job that is started again."""
+        self.wait_for_requeue(job)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def __exit__(self, *_: object) -> None:

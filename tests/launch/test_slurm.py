@@ -12,6 +12,7 @@ import pytest
 
 from tests import processes
 from tests.datasets import write_dataset
+from tests.launch.slow_mmoe import FAST_STEPS
 from tests.processes import ROOT
 from tests.slurm import NODES, Slurm
 from tests.training.launch import losses, tensors, validations
@@ -19,8 +20,9 @@ from tests.training.launch import losses, tensors, validations
 pytestmark = pytest.mark.cluster
 PRESETS = """
 presets:
-  two: {{nodes: 2, nproc: 1, resource: {{cpu: 1, memMB: 1500}}, env: {{SLOW_WHILE: "{slow}"}}, max_retries: 2,
+  two: &two {{nodes: 2, nproc: 1, resource: {{cpu: 1, memMB: 1500}}, env: {{SLOW_WHILE: "{slow}"}}, max_retries: 2,
     scheduler: {{name: slurm, options: {{partition: main, time: "10"}}}}}}
+  once: {{<<: *two, max_retries: 0}}
   gpus: {{nodes: 2, nproc: 8, resource: {{cpu: 1, gpu: 8, memMB: 2000}}, scheduler: {{name: slurm}}}}
 """
 CONFIG = """
@@ -28,9 +30,9 @@ dataset: {{path: {dataset}, setting: mtl}}
 model: {{name: slow_mmoe, use_bn: true, expert_hidden_units: [12, 8], gate_hidden_units: [4], tower_hidden_units: [4]}}
 embeddings: {{dim: 4, init_std: 0.1, optimizer: {{name: sgd, lr: 0.05}}}}
 dense: {{optimizer: {{name: sgd, lr: 0.05}}}}
-training: {{batch_size: 50, eval_batch_size: 60, epochs: 3, log_every_steps: 1, checkpoint_every_steps: 12, patience: null}}
+training: {{batch_size: 50, eval_batch_size: 60, epochs: 3, log_every_steps: 1, checkpoint_every_steps: 40, patience: null}}
 """
-STEPS = 60
+STEPS, SAVED = 300, (40, 80, 100)  # in all; checkpoints of the first epoch
 
 
 class Cluster:
@@ -43,14 +45,14 @@ class Cluster:
         variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
         self.environment = processes.environment() | variables | {"SLOW_WHILE": str(self.slow)}
 
-    def launch(self, run: str, *options: str, preset: str = "two"):
-        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe", *options]
+    def launch(self, run: str, preset: str):
+        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe"]
         command = [sys.executable, "-m", "apps.launch", "train", *job]
         return processes.run(command, cwd=self.folder, env=self.environment, timeout=120)
 
-    def submit(self, run: str, *options: str) -> str:
+    def submit(self, run: str, preset: str = "two") -> str:
         """Give a job to Slurm; its number."""
-        done = self.launch(run, *options)
+        done = self.launch(run, preset)
         assert done.returncode == 0, done.stderr
         handle = done.stdout.splitlines()[-1]
         assert re.fullmatch(r"slurm://torchx/\d+", handle)
@@ -70,7 +72,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    write_dataset(folder / "data", rows={"train": 987, "valid": 260, "test": 260}, table_rows=30)
+    write_dataset(folder / "data", rows={"train": 4987, "valid": 260, "test": 260}, table_rows=30)
     (folder / "config.yaml").write_text(CONFIG.format(dataset=folder / "data"))
     (folder / "torchx.yaml").write_text(PRESETS.format(slow=folder / "slow"))
     with Slurm() as slurm:
@@ -87,7 +89,7 @@ def whole(cluster) -> Path:
 
 
 def test_a_job_that_no_node_can_hold_is_refused(cluster):
-    refused = cluster.launch("never", preset="gpus")
+    refused = cluster.launch("never", "gpus")
     assert refused.returncode == 2
     assert "the Slurm partition main has 0 of that size: of its 2 node(s) the largest has 4 CPUs, 4096 MB" in refused.stderr
 
@@ -137,25 +139,52 @@ def cancel(cluster: Cluster, job: str) -> str:
     return cluster.submit("cancel")
 
 
-def reach_time_limit(cluster: Cluster, job: str) -> str:
-    cluster.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.slurm.wait(job, 240)
-    print(cluster.slurm.job(job), cluster.logs(job))
+def come_near_time_limit(cluster: Cluster, job: str) -> str:
+    """A job that may be started again is asked to stop before it gets there, and asks for the start."""
+    for each in (job, str(int(job) + 1)):  # Each component has its own.
+        cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=1")
+    cluster.slurm.wait_for_requeue(job)
+    for each in (job, str(int(job) + 1)):
+        cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=10")
     cluster.slow.unlink()
+    cluster.slurm.start_requeued(job)
     return job
 
 
-@pytest.mark.parametrize("end", [requeue, lose_node, cancel, reach_time_limit], ids=lambda end: end.__name__)
-def test_a_job_goes_on_to_the_bit(cluster, whole, end: Callable[[Cluster, str], str]):
+def reach_time_limit(cluster: Cluster, job: str) -> str:
+    """Slurm does not start such a job again."""
+    cluster.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    cluster.slurm.wait(job, 180)
+    assert cluster.slurm.job(job)["JobState"] == "TIMEOUT"
+    cluster.slow.unlink()
+    return cluster.submit("reach_time_limit", "once")
+
+
+#: What ends a job -> how it is submitted, whether it saves before it ends, and how often Slurm starts it again.
+ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, int]] = {
+    requeue: ("two", True, 1),
+    lose_node: ("two", False, 1),
+    cancel: ("two", True, 0),
+    come_near_time_limit: ("two", True, 1),
+    reach_time_limit: ("once", True, 0),
+}
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+def test_a_job_goes_on_to_the_bit(cluster, whole, end):
+    preset, saves, restarts = ENDS[end]
     cluster.slow.touch()
     run_dir = cluster.folder / "runs" / end.__name__
-    job = cluster.submit(end.__name__)
-    cluster.wait_for_step(end.__name__, 14)
+    job = cluster.submit(end.__name__, preset)
+    cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
     cluster.slurm.wait(job, 240)
     assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs()
-    log = (run_dir / "train.log").read_text()
-    print(re.findall(r".*at step \d+ of.*", log), cluster.slurm.job(job))
+    assert cluster.slurm.job(job)["Restarts"] == str(restarts)
+    starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
+    assert [how for how, _ in starts] == ["new run", "resumed"]
+    step = int(starts[1][1])
+    assert step > FAST_STEPS if saves else step in SAVED
     expected, found = (tensors(path / f"checkpoints/step_{STEPS:09d}") for path in (whole, run_dir))
     assert expected.keys() == found.keys()
     assert [key for key in expected if not expected[key].equal(found[key])] == []
