@@ -64,7 +64,7 @@ class Cluster:
             assert time.monotonic() < limit, self.logs()
             time.sleep(0.1)
 
-    def logs(self, job: str = "*") -> str:
+    def logs(self, job: str = "") -> str:
         files = sorted(self.folder.glob(f"slurm-{job}*"))
         return "\n".join(f"--- {file.name}:\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 
@@ -179,7 +179,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
     cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs()
+    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", f"{cluster.slurm.job(job)}\n{cluster.logs(job)}"
     assert cluster.slurm.job(job)["Restarts"] == str(restarts)
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
