@@ -8,6 +8,7 @@ again. Needs root and iproute2. Two may run beside each other, each with a folde
 """
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ def main() -> None:
         print(table(arguments.table))
         return
     print(f"seed {arguments.seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which takes the hosts down
     out = arguments.out.resolve()
     config, faults = prepare(out), 0
     try:

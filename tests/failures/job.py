@@ -1,4 +1,4 @@
-"""A training on pretend hosts by the command of a preset, and a scheduler that starts it again: what the trials are made with."""
+"""A training on pretend hosts by the command of a preset, and a scheduler that starts it again."""
 
 import contextlib
 import json
@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A method from outside, MMoE by another name, with which a run notes which rows each step trained: `--import tests.failures.recorded`.
+"""A method from outside, for `--import`: MMoE by another name, with which a run notes which rows each step trained.
 
 Each rank of each start writes a file of its own into the folder MMLREC_TEST_ROWS, a line for each step. A step takes
 MMLREC_TEST_STEP_SECONDS more than it would.

@@ -255,10 +255,8 @@ def _rows_faults(job: Job) -> list[str]:
             faults.append(f"step {step}: {len(records)} of {records[0]['world_size']} ranks")
         for record in records:
             epochs.setdefault(record["epoch"], []).extend(record["rows"])
-    for epoch in range(EPOCHS):
-        if sorted(epochs.get(epoch, [])) != list(range(TRAIN_ROWS)):
-            faults.append(f"epoch {epoch}: not each row once")
-    return faults
+    wrong = [epoch for epoch in range(EPOCHS) if sorted(epochs.get(epoch, [])) != list(range(TRAIN_ROWS))]
+    return [*faults, *(f"epoch {epoch}: not each row once" for epoch in wrong)]
 
 
 def as_line(trial: Trial) -> str:
