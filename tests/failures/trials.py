@@ -162,6 +162,8 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
     if step := next_step():
         trial.seconds, trial.world_size = round(step["time"] - failed_at, 1), step["world_size"]
         trial.lost_steps = 0 if kind.goes_on else before - step["step"] + 1
+    if kind.goes_on and any(failed_at + 1 < record["time"] < acted_at for record in job.steps()):
+        raise Fault("training went on during the failure: it was none")
     least, most = kind.errors
     if not least <= len(trial.errors) <= most:
         trial.fault = f"{len(trial.errors)} lines beginning with error:"
@@ -208,7 +210,7 @@ def _validates(job: Job) -> bool:
 
 def differences(job: Job, unbroken: Path, kind: Kind) -> list[str]:
     """What is not as it is after a training without failures: rows, losses, weights, files."""
-    faults = _rows_faults(job)
+    faults = rows_faults(job)
     run, whole = job.run, unbroken / "run"
     if not (run / "result.json").is_file():
         return [*faults, "no result.json"]
@@ -240,7 +242,7 @@ def _files(run: Path) -> set[str]:
     return {name for name in names if not name.startswith("tensorboard/")}
 
 
-def _rows_faults(job: Job) -> list[str]:
+def rows_faults(job: Job) -> list[str]:
     """Each row of each epoch is trained exactly once, by the start that trained its step last."""
     last: dict[int, str] = {}
     of: dict[tuple[int, str], list[dict]] = {}
