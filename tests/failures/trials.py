@@ -161,7 +161,7 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
         raise Fault("training did not go on")
     if step := next_step():
         trial.seconds, trial.world_size = round(step["time"] - failed_at, 1), step["world_size"]
-        trial.lost_steps = 0 if kind.goes_on else before - step["step"] + 1
+        trial.lost_steps = 0 if kind.goes_on else max(0, before - step["step"] + 1)
     if kind.goes_on and any(failed_at + 1 < record["time"] < acted_at for record in job.steps()):
         raise Fault("training went on during the failure: it was none")
     least, most = kind.errors
