@@ -69,10 +69,16 @@ class RunFolder:
         self.dataset = path / "dataset.json"
         self.metrics = path / "metrics.jsonl"
         self.log = path / "train.log"
+        self.logs = path / "logs"
+        self.profile = path / "profile"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.best = path / "checkpoints" / "best"
         self.result = path / "result.json"
+
+    def log_of(self, rank: int) -> Path:
+        """Where a rank logs."""
+        return self.log if rank == 0 else self.logs / f"rank-{rank:05d}.log"
 
     def create(self) -> None:
         """Make the folders and prove that they can be written.
@@ -86,7 +92,11 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
             # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
-            for path in (self.log, self.metrics):  # which are appended to: a folder from elsewhere could name any file
+            for path in (
+                self.log,
+                self.metrics,
+                *self.logs.glob("*"),
+            ):  # which are appended to: a folder from elsewhere could name any file
                 if path.is_symlink() and path.is_file():
                     raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
             for path in (self.config, self.environment, self.plan, self.dataset, self.metrics):
