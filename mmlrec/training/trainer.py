@@ -48,7 +48,6 @@ class Progress:
 def _as_checkpoint(save: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
     @functools.wraps(save)
     def timed(trainer: Trainer) -> None:
-        trainer.world.at("saving a checkpoint")
         with trainer.world.parts.of(CHECKPOINT):
             save(trainer)
 
@@ -299,6 +298,7 @@ class Trainer:
             }
             # A branch that nothing can be said of goes along with the others.
             unknown = [name for name, _, _ in self.session.branches() if name not in values]
+            self.world.at("saving the best checkpoint")
             with self.world.parts.of(CHECKPOINT):
                 save_best(self.session, self.folder.best, [*improved, *unknown], state)
         note = (
@@ -342,6 +342,7 @@ class Trainer:
         before = time.perf_counter()
         self.folder.check_held(self.world)
         tensors = self._check()
+        self.world.at("saving a checkpoint")
         window = self._losses.clone()
         if self.world.world_size > 1:
             dist.all_reduce(window)
