@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mmlrec.distributed.step_parts import StepParts
 from mmlrec.errors import RankError
 
 T = TypeVar("T")
@@ -34,14 +35,22 @@ class Heartbeat:
         store: of the process group.
         timeout: seconds after which a rank that does not answer is taken for lost.
         told: whether another rank tells the user already, asked by way of the store that it is given.
+        parts: tells whether this rank is in a collective.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, timeout: float, told: Callable[[dist.Store], bool]
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        told: Callable[[dist.Store], bool],
+        parts: StepParts,
     ) -> None:
-        self._rank, self._world_size, self._timeout, self._told = rank, world_size, timeout, told
+        self._rank, self._world_size, self._timeout, self._told, self._parts = rank, world_size, timeout, told, parts
         self._interval = min(1.0, timeout / 4)
         self._step, self._doing, self._points, self._beats = 0, "starting", 0, 0
+        self._since, self._told_step = time.time(), 0
         self._ended, self._cut_off = threading.Event(), False
         self._thread: threading.Thread | None = None
         if world_size > 1:
@@ -55,6 +64,8 @@ class Heartbeat:
         Args:
             step: training steps taken; as before when None.
         """
+        if doing != self._doing:
+            self._since = time.time()
         self._doing, self._points = doing, self._points + 1
         if step is not None:
             self._step = step
@@ -71,6 +82,36 @@ class Heartbeat:
         if self._thread is not None and not self._cut_off:
             self._thread.join(timeout=2 * self._interval)
             _within(_STORE_TIMEOUT, lambda: self._beat(ended=True), None)
+
+    def where(self) -> str:
+        """What this rank does, since when, and which rank the others wait for; steps are counted since the last call.
+
+        Takes some beats, to see who has moved meanwhile.
+        """
+        done, self._told_step = self._step - self._told_step, self._step
+        since = time.strftime("%H:%M:%S", time.localtime(self._since))
+        place = f"{self._doing} since {since} ({time.time() - self._since:.0f} s), at step {self._step}"
+        if done:
+            place = f"{done} steps since the last such line; {place}"
+        return place + self._waits_for()
+
+    def _waits_for(self) -> str:
+        if self._world_size == 1:
+            return ""
+        first = _within(_STORE_TIMEOUT, self._read, None)
+        self._ended.wait(3 * self._interval)
+        second = _within(_STORE_TIMEOUT, self._read, None)
+        if first is None or second is None:
+            return ""
+        still = {rank: beat for rank, beat in second.items() if beat["points"] == first[rank]["points"]}
+        waiting = [rank for rank, beat in still.items() if beat["waiting"] and first[rank]["waiting"]]
+        behind = {rank: beat for rank, beat in still.items() if not beat["waiting"] and not first[rank]["waiting"]}
+        if not waiting or not behind:
+            return ""
+        if list(behind) == [self._rank]:
+            return "; the other ranks wait for this one"
+        longest = max(time.time() - beat["since"] for beat in behind.values())
+        return f"; {len(waiting)} of {self._world_size} ranks wait for {_names(behind)}: {_places(behind)} for {longest:.0f} s"
 
     def lost(self) -> RankError:
         """The error to raise when a collective ran out of time: names the ranks that did not come to it.
@@ -104,6 +145,8 @@ class Heartbeat:
             "points": self._points,
             "step": self._step,
             "doing": self._doing,
+            "since": self._since,
+            "waiting": self._parts.waiting,
             "process": f"process {os.getpid()} on {socket.gethostname()}",
             "ended": ended,
         }

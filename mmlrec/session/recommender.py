@@ -13,10 +13,12 @@ from torchrec import EmbeddingBagCollection, KeyedTensor
 from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
+from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
+from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 #: Where the tables are inside `Recommender`; sharding plans and checkpoints name them by it.
@@ -43,6 +45,7 @@ class Head(nn.Module):
         prefixes: prefix of the features of each branch that has its own tables; [""] when tables are shared.
         scales: regression task -> mean and deviation of its labels in train: the network's output z stands for
             mean + deviation * z, and the loss compares z with the standardised label. Tasks without one keep their unit.
+        parts: where the time of this rank goes.
     """
 
     loss_weights: Tensor
@@ -56,9 +59,11 @@ class Head(nn.Module):
         balancing: Balancing,
         config: RunConfig,
         prefixes: list[str],
-        scales: Mapping[str, tuple[float, float]] = {},
+        scales: Mapping[str, tuple[float, float]],
+        parts: StepParts,
     ) -> None:
         super().__init__()
+        self.parts = parts
         self.network = network
         self.loss = loss
         self.balancing = balancing
@@ -84,10 +89,17 @@ class Head(nn.Module):
         Returns:
             The scalar to differentiate, and `Predictions`.
         """
-        x, fields = self.inputs(pooled, batch.dense)
-        scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
+        with self.parts.of(NETWORK):
+            x, fields = self.inputs(pooled, batch.dense)
+            scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+                output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
+        with self.parts.of(LOSS):
+            return self._loss(output, x, fields, scenario, batch)
+
+    def _loss(
+        self, output: Output, x: Tensor, fields: dict[str, Tensor], scenario: Tensor, batch: Batch
+    ) -> tuple[Tensor, Predictions]:
         labels, logits = batch.labels, output.logits.detach()
         if self.label_mean is not None and self.label_deviation is not None:
             labels = (labels - self.label_mean) / self.label_deviation
@@ -160,4 +172,6 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Training loss (a scalar) and predictions of one batch."""
-        return self.head(self.tables(batch.sparse), batch)
+        with self.head.parts.of(LOOKUP):
+            pooled = self.tables(batch.sparse)
+        return self.head(pooled, batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
@@ -22,6 +23,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
+from mmlrec.distributed.step_parts import INPUT, StepParts
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
@@ -47,8 +49,42 @@ _MEASURED = (
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
+class _WithTables(TrainPipelineSparseDist[Batch, Predictions]):
+    """TorchRec's pipeline, which tells `StepParts` where it is."""
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, parts: StepParts
+    ) -> None:
+        super().__init__(model, optimizer, device)
+        self._parts = parts
+
+    def start_sparse_data_dist(self, batch: Batch | None, context: TrainPipelineContext) -> None:
+        """See the base class."""
+        with self._parts.of(INPUT):
+            super().start_sparse_data_dist(batch, context)
+
+    def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
+        """See the base class."""
+        with self._parts.of(INPUT):
+            super().wait_sparse_data_dist(context)
+
+    def _backward(self, losses: Tensor) -> None:
+        with self._parts.backward_of(losses):
+            super()._backward(losses)
+
+
 class _WithoutTables(TrainPipelineBase[Batch, Predictions]):
     """The pipeline where nothing is looked up; as the other one it begins anew with the next iterator."""
+
+    def __init__(
+        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, parts: StepParts
+    ) -> None:
+        super().__init__(model, optimizer, device)
+        self._parts = parts
+
+    def _backward(self, losses: Tensor) -> None:
+        with self._parts.backward_of(losses):
+            super()._backward(losses)
 
     def progress(self, dataloader_iter: Iterator[Batch]) -> Predictions:
         """One step. Raises StopIteration behind the last batch."""
@@ -139,6 +175,7 @@ class Session:
             self.world.raise_together(self.verification.failure)
             if not waiting or (stop is not None and stop.agreed()):
                 return not waiting
+            self.world.at("comparing parts of the dataset with their checksums")
             if not told:
                 logger.info("waiting until all parts of the dataset have been compared with their checksums")
             told = True
@@ -342,7 +379,7 @@ def build_session(
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales))
+    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
     plan = make_plan(
         recommender,
         TABLES,
@@ -361,10 +398,10 @@ def build_session(
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    optimizer = build_optimizer(model, dense)
+    optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)
-    kind = TrainPipelineSparseDist if manifest.sparse_features else _WithoutTables
-    pipeline: Pipeline = kind(model, optimizer, world.device)
+    kind = _WithTables if manifest.sparse_features else _WithoutTables
+    pipeline: Pipeline = kind(model, optimizer, world.device, world.parts)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_deviations" in begun
     deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
