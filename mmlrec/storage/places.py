@@ -80,13 +80,15 @@ def is_local(there: Place) -> bool:
 
 
 def read(there: Place) -> bytes:
-    """The whole of a file, as it is at one moment. (To open an object and to read it are two requests; it may change in between.)
+    """The whole of a file, as it is at one moment, in one request.
+
+    To open an object and to read from it are two, between which it may be replaced.
 
     Raises:
         FileNotFoundError: it is not there.
         StorageError: the store cannot be reached, or refuses.
     """
-    return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path))
+    return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path, max_concurrency=1))
 
 
 def create(there: Place, data: bytes) -> None:
