@@ -7,7 +7,6 @@ ranges where files are large: the checksum of a file (crc32) follows from those 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -71,12 +70,15 @@ def put(temporary: Path, folder: Path, delete: Callable[[Path], None]) -> None:
 
 
 def retire(folder: Path, delete: Callable[[Path], None]) -> None:
-    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it."""
+    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it.
+
+    Raises:
+        OSError: it stays.
+    """
     # Under a name that nothing has: by the time it is deleted, there may be another folder of its own.
     left = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
-    with contextlib.suppress(OSError):
-        folder.rename(left)
-        delete(left)
+    folder.rename(left)
+    delete(left)
 
 
 def delete(folder: Path) -> None:
