@@ -204,7 +204,7 @@ def discard(folder: Place, world: World, delete: Callable[[Place], None] = whole
         delete: takes what is left of each.
     """
     if world.is_main:
-        for path in folder.glob("step_*"):
+        for path in _steps(folder):
             whole.retire(path, delete)
     world.without_limit().barrier()
 
@@ -304,7 +304,7 @@ def _marked(folder: Place) -> list[Place]:
 
 def _steps(folder: Place) -> list[Place]:
     """What is there by the names of step checkpoints, the oldest first."""
-    return sorted((path for path in folder.glob("step_*") if not path.suffix), key=lambda path: path.name)
+    return sorted((path for path in whole.folders(folder) if path.name.startswith("step_")), key=lambda path: path.name)
 
 
 def with_state(folder: Place) -> list[Place]:

@@ -84,11 +84,21 @@ def bring_back(old: Place, folder: Place) -> None:
 
 def delete(folder: UPath) -> None:
     """Delete what is left of a folder, as far as that can be done. Of a replaced one the files are left over."""
-    with contextlib.suppress(StorageError):
+    with contextlib.suppress(OSError, StorageError):
         # The marker goes first: a deletion that is cut short leaves nothing that passes for whole.
         marker(folder).unlink(missing_ok=True)
         if not folder.name.endswith(REPLACED):
             remove_tree(folder)
+
+
+def folders(folder: UPath) -> list[UPath]:
+    """The folders in this one that have a marker."""
+    return [folder / name for name, files in _below(folder).items() if MARKER in files]
+
+
+def is_there(folder: UPath) -> bool:
+    """Whether a folder has a marker, or one that it was replacing."""
+    return not {MARKER, REPLACED_MARKER}.isdisjoint(sizes(folder))
 
 
 def replaced(folder: UPath) -> list[UPath]:

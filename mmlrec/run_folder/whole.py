@@ -8,7 +8,6 @@ follows from those of its pieces.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -88,15 +87,18 @@ def put(temporary: Place, folder: Place, delete: Callable[[Place], None]) -> Non
 
 
 def retire(folder: Place, delete: Callable[[Place], None]) -> None:
-    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it."""
+    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it.
+
+    Raises:
+        OSError, StorageError: it stays.
+    """
     if not isinstance(folder, Path):
         stored.retire(folder, delete)
         return
     # Under a name that nothing has: by the time it is deleted, there may be another folder of its own.
     left = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
-    with contextlib.suppress(OSError):
-        folder.rename(left)
-        delete(left)
+    folder.rename(left)
+    delete(left)
 
 
 def delete(folder: Place) -> None:
@@ -114,6 +116,20 @@ def bring_back(old: Place, folder: Place) -> None:
         return
     delete(folder)
     old.rename(folder)
+
+
+def folders(folder: Place) -> Sequence[Place]:
+    """The folders in this one, whole or damaged. On object storage those that have a marker: the others are being written."""
+    if not isinstance(folder, Path):
+        return stored.folders(folder)
+    return [path for path in folder.glob("*") if not path.suffix]
+
+
+def is_there(folder: Place) -> bool:
+    """Whether there is one of this name, or one that it was replacing."""
+    if not isinstance(folder, Path):
+        return stored.is_there(folder)
+    return any(folder.parent.glob(f"{folder.name}*"))
 
 
 def replaced(folder: Place) -> Sequence[Place]:
