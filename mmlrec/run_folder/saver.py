@@ -221,6 +221,8 @@ class Saver:
                     self._pending.remove(job)
                 if not job.indispensable:
                     self.newest = job.folder
+                if self._world.is_main:
+                    logger.debug("saved %s", job.folder)
                 self._do(job.then)
         except BaseException as error:  # for `wait` to raise
             self._error = error
