@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: bytes that each takes checksums of, the pause in training, and memory, blocking and asynchronous.
+"""Checkpoints of several ranks, blocking and asynchronous: bytes that each takes checksums of, the pause in training, memory.
 
 python -m benchmarks.checkpoints --work-dir /data/scratch [--gib 2] [--ranks 2]
 
@@ -44,7 +44,7 @@ class Count:
 
     def __init__(self) -> None:
         self.bytes, self._plain = 0, zlib.crc32
-        zlib.crc32 = self._crc32  # type: ignore[assignment]
+        zlib.crc32 = self._crc32
 
     def _crc32(self, content: Any, value: int = 0) -> int:
         self.bytes += memoryview(content).nbytes
@@ -80,7 +80,7 @@ def _rank(rank: int, ranks: int, port: int, config: Path, run_dir: Path, overrid
         found["resume"] = count.bytes
         plain_resume(self, path)
 
-    Trainer._save, Saver.save, Trainer.resume = save, copy, resume  # type: ignore[method-assign, assignment]
+    Trainer._save, Saver.save, Trainer.resume = save, copy, resume  # type: ignore[method-assign]
     with process_group() as world:
         train(load_config(config, overrides), run_dir, world)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -92,7 +92,7 @@ def _run(ranks: int, config: Path, run_dir: Path, overrides: list[str], output: 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (ranks, port, config, run_dir, overrides, output), nprocs=ranks)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(_rank, (ranks, port, config, run_dir, overrides, output), nprocs=ranks)
     return [json.loads(output.with_suffix(f".{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
 
 
@@ -151,10 +151,10 @@ def main() -> None:
     ]
     print(tabulate(table, headers=headers, disable_numparse=True, stralign="right"))
     # What was looked at: that checkpoint and the best, of weights alone.
-    sizes = {}
+    looked_at = 0
     for name in (f"step_{_SAVES * _EVERY:09d}", "best"):
-        sizes[name] = sum(file.stat().st_size for file in (folder / "run-true/checkpoints" / name).iterdir())
-    shares = " ".join(f"{one['resume'] / (sum(sizes.values()) / ranks):.3f}" for one in found)
+        looked_at += sum(file.stat().st_size for file in (folder / "run-true/checkpoints" / name).iterdir())
+    shares = " ".join(f"{one['resume'] / (looked_at / ranks):.3f}" for one in found)
     print(f"resume: checksummed by each rank / ((newest checkpoint + best) / ranks): {shares}")
 
 

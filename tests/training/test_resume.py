@@ -98,13 +98,13 @@ def test_saved_in_the_background_by_steps_and_by_the_clock_is_the_same_to_the_bi
     run_dir = root / "background"
     options = ["checkpoint_async=true", "checkpoint_every_steps=null", "checkpoint_every_minutes=1e-6", "keep_every_steps=13"]
     overrides = [f"training.{option}" for option in (*options, "keep_checkpoints=1")]
-    first = train(root, run_dir, *overrides, "training.max_steps=30", name="first")
+    first = train(root, run_dir, *overrides, "training.max_steps=28", name="first")
     launch(2, [first, train(root, run_dir, *overrides, name="rest")], root / "logs-background")
     assert_same_end(root, run_dir, 2)
-    # 13, 26 and 39 by steps, 14 and 28 at the ends of epochs, 24 ten steps later; 30 is where the first one ended.
+    # 13, 26 and 39 by steps, 14, 28 and 42 at the ends of epochs, the others ten steps into a segment.
     log = (run_dir / "train.log").read_text()
     saved = [int(step) for step in re.findall(r"saved \S+/step_(\d+)", log)]
-    assert saved == [10, 13, 14, 24, 26, 28, 30, 39, 40, 42] or saved == [10, 13, 14, 24, 26, 28, 30, 39, 42], saved
+    assert saved == [10, 13, 14, 24, 26, 28, 38, 39, 42]
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["best", *(f"step_{step:09d}" for step in (13, 26, 39, 42))]
 
