@@ -229,7 +229,7 @@ class Saver:
                     self._pending.remove(job)
                 if not job.indispensable:
                     self.newest = job.folder
-                logger.debug("saved %s", job.folder.name)
+                logger.debug("saved %s", job.folder)
                 self._do(job.then)
         except BaseException as error:  # for `wait` to raise
             self._error = error
