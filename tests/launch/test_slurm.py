@@ -65,9 +65,13 @@ class Cluster:
             assert time.monotonic() < limit, self.logs()
             time.sleep(0.1)
 
-    def logs(self, job: str = "*") -> str:
+    def logs(self, job: str = "") -> str:
+        """Of one job or all, and of Slurm."""
         files = sorted(self.folder.glob(f"slurm-{job}*"))
-        return "\n".join(f"--- {file.name}:\n{file.read_text(errors='replace')[-4000:]}" for file in files)
+        own = [f"--- {file.name}:\n{file.read_text(errors='replace')[-4000:]}" for file in files]
+        return "\n".join(
+            [*own, self.slurm.call("scontrol", "--oneliner", "show", "job", *([job] if job else [])), self.slurm.logs()]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +152,24 @@ def cancel(cluster: Cluster, job: str) -> str:
     return cluster.submit("cancel")
 
 
+def components(job: str) -> tuple[str, str]:
+    """Numbers of the parts of a job, one for each node, which have a time limit each."""
+    return job, str(int(job) + 1)
+
+
+def limit_time(cluster: Cluster, job: str) -> None:
+    """Whole minutes: one or two from now. Slurm looks each half minute."""
+    hours, minutes, seconds = map(int, cluster.slurm.job(job)["RunTime"].split(":"))
+    limit = -(-(3600 * hours + 60 * minutes + seconds + 65) // 60)
+    for each in components(job):
+        cluster.slurm.call("scontrol", "update", f"JobId={each}", f"TimeLimit={limit}")
+
+
 def come_near_time_limit(cluster: Cluster, job: str) -> str:
     """A job that may be started again is asked to stop before it gets there, and asks for the start."""
-    for each in (job, str(int(job) + 1)):  # Each component has its own.
-        cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=1")
+    limit_time(cluster, job)
     cluster.slurm.wait_for_requeue(job)
-    for each in (job, str(int(job) + 1)):
+    for each in components(job):
         cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=10")
     cluster.slow.unlink()
     cluster.slurm.start_requeued(job)
@@ -162,8 +178,8 @@ def come_near_time_limit(cluster: Cluster, job: str) -> str:
 
 def reach_time_limit(cluster: Cluster, job: str) -> str:
     """Slurm does not start such a job again."""
-    cluster.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.slurm.wait(job, 180)
+    limit_time(cluster, job)
+    cluster.slurm.wait(job, 240)
     assert cluster.slurm.job(job)["JobState"] == "TIMEOUT"
     cluster.slow.unlink()
     return cluster.submit("reach_time_limit", "once")
@@ -189,7 +205,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
     cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs()
+    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
     assert cluster.slurm.job(job)["Restarts"] == str(restarts)
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
