@@ -51,7 +51,7 @@ class Job:
     Args:
         folder: gets `run`, the rows of each step, and the logs.
         options: keys of the training configuration.
-        step_seconds: what a step takes more than it would.
+        step_seconds: see `pace`.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Job:
         for path in (self.rows, self.logs):
             path.mkdir(parents=True)
         self._config, self._options = config, options
-        self._variables = {"MMLREC_TEST_ROWS": str(self.rows), "MMLREC_TEST_STEP_SECONDS": str(step_seconds)}
+        self._pace = folder / "step_seconds"
+        self._variables = {"MMLREC_TEST_ROWS": str(self.rows), "MMLREC_TEST_STEP_SECONDS": str(self._pace)}
+        self.pace(step_seconds)
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self._log: dict[int, Path] = {}
         self.ends: list[End] = []
@@ -77,6 +79,12 @@ class Job:
     def elastic(self) -> bool:
         """Whether a host's command is started again by itself."""
         return self.preset.least_nodes < self.preset.most_nodes
+
+    def pace(self, step_seconds: float) -> None:
+        """What a step takes more than it would, from the next one on."""
+        new = self._pace.with_name("step_seconds.new")
+        new.write_text(str(step_seconds))
+        new.replace(self._pace)
 
     def start(self, number: int) -> None:
         """Start the command on a host, whatever the scheduler would."""

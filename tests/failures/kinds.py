@@ -28,6 +28,7 @@ class Kind:
         goes_on: the same processes train on.
         same_bits: all weights equal those of a run without failures; otherwise its losses are equal to 1e-5.
         first_hosts: hosts that are there at the beginning.
+        last_steps: so many at the end without a failure.
     """
 
     acts: tuple[Act, ...]
@@ -41,6 +42,7 @@ class Kind:
     max_restarts: int = 0
     timeout: int = 20
     step_seconds: float = 0.03
+    last_steps: int = 0
     options: tuple[str, ...] = ()
 
 
@@ -81,9 +83,10 @@ def host(number: int, returns: bool = True) -> Act:
 
 
 def come(number: int) -> Act:
-    """A host comes, or comes back."""
+    """A host comes, or comes back. Training is slow until it is there, as it might be over before."""
 
     def act(job: Job, _: Random) -> tuple[str, int | None]:
+        job.pace(1.0)
         for other in range(2):
             job.hosts.heal(other)
         job.away[number] = 0.0
@@ -151,7 +154,7 @@ def resize(nodes: int, how: Act) -> Act:
 
 
 SOMETHING = any_of(worker(0), worker(1), agent(0), agent(1), host(0), host(1))
-ELASTIC = {"nodes": "1:2", "max_restarts": 10, "same_bits": False, "step_seconds": 0.15}
+ELASTIC = {"nodes": "1:2", "max_restarts": 10, "same_bits": False, "step_seconds": 0.15, "last_steps": 60}
 
 KINDS = {
     "rank 0 killed": Kind((worker(0),)),

@@ -155,6 +155,7 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
         return again or next_step() is not None
 
     went_on = job.wait(over, _GOES_ON_WITHIN_S)
+    job.pace(kind.step_seconds)
     trial.ended = [(job.hosts.names[end.host], end.code, round(end.time - failed_at, 1)) for end in job.ends[ends:]]
     trial.errors, trial.starts = job.said("error: ", marks), job.starts - starts
     if not went_on:
@@ -180,8 +181,8 @@ def _wait_for_moment(kind: Kind, job: Job, number: int, random: Random) -> str:
         if not job.wait(lambda: bool(job.running) and time.time() - job.started_at > after, 120):
             raise Fault("the job was not started")
         return f"{after:.1f} s after the start"
-    third = STEPS // kind.failures
-    step = random.randrange(number * third + 3, (number + 1) * third - 3)
+    part = (STEPS - kind.last_steps) // kind.failures
+    step = random.randrange(number * part + 3, (number + 1) * part - 3)
     if kind.moment == "validation":
         step = max(20, step // 20 * 20)
     if not job.wait(lambda: job.newest_step() >= step, _GOES_ON_WITHIN_S, interval=0.005):
