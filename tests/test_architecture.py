@@ -31,6 +31,7 @@ RULES = {
     "mmlrec.doctor": ("mmlrec.__version__",),
     "mmlrec.launch": ("torchx.specs",),
     "mmlrec.launch.agent": ("torch", "mmlrec.distributed"),
+    "mmlrec.launch.pods": ("torchx.specs", "torchx.schedulers.kubernetes_scheduler"),
     "preprocessing": ("mmlrec.hashing", "mmlrec.identity", "mmlrec.terminal"),
     "mmlrec.output": ("torch",),
     "mmlrec.layers": ("torch",),

@@ -17,7 +17,7 @@ from torchx.specs.overlays import set_overlay
 
 from mmlrec.errors import ConfigError
 from mmlrec.extensions import import_modules
-from mmlrec.launch.pods import check_overlay
+from mmlrec.launch.pods import check_overlay, end_at_mistakes
 from mmlrec.launch.presets import MountConfig, Preset
 from mmlrec.paths import config_file, local_path, shipped_folder
 from mmlrec.registry import load
@@ -211,6 +211,7 @@ def _app(preset: Preset, name: str, command: str, nodes: tuple[int, int] | None 
         port_map={"c10d": preset.rdzv_port} if preset.rdzv_port else {},
         mounts=[_mount(mount) for mount in preset.mounts],
     )
+    end_at_mistakes()
     # A pod is killed only after torchrun has killed what did not end by itself.
     grace: dict[str, Any] = {"spec": {"terminationGracePeriodSeconds": preset.shutdown_timeout + 5}}
     set_overlay(role, "kubernetes", "V1Pod", grace)
