@@ -154,6 +154,7 @@ def resize(nodes: int, how: Act) -> Act:
 
 
 SOMETHING = any_of(worker(0), worker(1), agent(0), agent(1), host(0), host(1))
+ASYNC = {"options": ("training.checkpoint_async=true",)}
 ELASTIC = {"nodes": "1:2", "max_restarts": 10, "same_bits": False, "step_seconds": 0.15, "last_steps": 60}
 
 KINDS = {
@@ -170,6 +171,9 @@ KINDS = {
     "SIGTERM to both agents": Kind((term(0, 1),)),
     "killed before the first step": Kind((SOMETHING,), moment="start", errors=(0, 1)),
     "killed during a checkpoint": Kind((SOMETHING,), moment="checkpoint", failures=4),
+    "checkpoints in a thread: killed during one": Kind((SOMETHING,), moment="checkpoint", failures=4, **ASYNC),
+    "checkpoints in a thread: killed at any step": Kind((SOMETHING,), failures=4, **ASYNC),
+    "checkpoints in a thread: SIGTERM to one agent": Kind((term(0), term(1)), failures=4, **ASYNC),
     "killed during a validation": Kind((SOMETHING,), moment="validation", failures=4),
     "fewer or more nodes at the next start": Kind(
         (resize(1, term(0, 1)), resize(2, term(0)), resize(1, host(1)), resize(2, host(0))),
