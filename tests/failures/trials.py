@@ -25,7 +25,6 @@ training: {{batch_size: {batch_size}, epochs: {epochs}, patience: null, eval_bat
 """
 #: Longest wait for training to go on, and for a start: a busy machine takes a minute for one.
 _GOES_ON_WITHIN_S = 400.0
-_NAMES = ("h1", "h2")
 
 
 @dataclass
@@ -106,7 +105,7 @@ def run_training(
 ) -> list[Trial]:
     """Train with failures of one kind; the last trial holds the faults of the training as a whole, too."""
     job = make_job(kind, hosts, folder, config)
-    job.away = dict.fromkeys(range(kind.first_hosts, len(_NAMES)), float("inf"))
+    job.away = dict.fromkeys(range(kind.first_hosts, len(hosts.names)), float("inf"))
     trials: list[Trial] = []
     try:
         job.starts = 1 if job.elastic else 0
