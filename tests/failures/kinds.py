@@ -46,14 +46,15 @@ class Kind:
     options: tuple[str, ...] = ()
 
 
-def worker(rank: int) -> Act:
-    """The kernel kills a rank, as for memory."""
+def worker(rank: int, how: signal.Signals = signal.SIGKILL) -> Act:
+    """The kernel kills a rank, as for memory; or it stops."""
 
     def act(job: Job, _: Random) -> tuple[str, int | None]:
         for number in job.running:
             if job.rank(number) == rank:
-                job.kill(job.worker(number))
-                return f"rank {rank} on {job.hosts.names[number]} killed", None
+                job.kill(job.worker(number), how)
+                done = "killed" if how == signal.SIGKILL else "stopped"
+                return f"rank {rank} on {job.hosts.names[number]} {done}", None
         raise Fault(f"no process of rank {rank}")
 
     return act
@@ -169,6 +170,9 @@ KINDS = {
     "link cut for good, timeout 60": Kind((cut(1), cut(0)), timeout=60),
     "SIGTERM to one agent": Kind((term(0), term(1)), failures=4),
     "SIGTERM to both agents": Kind((term(0, 1),)),
+    "rank stopped for good (SIGSTOP)": Kind((worker(1, signal.SIGSTOP), worker(0, signal.SIGSTOP)), failures=4),
+    "SIGTERM before the first step": Kind((term(0), term(1), term(0, 1)), moment="start", errors=(0, 1)),
+    "link cut before the first step": Kind((cut(1), cut(0)), moment="start", errors=(0, 1), failures=4),
     "killed before the first step": Kind((SOMETHING,), moment="start", errors=(0, 1)),
     "killed during a checkpoint": Kind((SOMETHING,), moment="checkpoint", failures=4),
     "checkpoints in a thread: killed during one": Kind((SOMETHING,), moment="checkpoint", failures=4, **ASYNC),
@@ -182,6 +186,9 @@ KINDS = {
         same_bits=False,
     ),
     "restarts in place: a rank killed": Kind((worker(0), worker(1)), failures=4, max_restarts=10),
+    "elastic: link cut for 5 s": Kind(
+        (cut(1, 5), cut(0, 5)), errors=(0, 0), goes_on=True, nodes="1:2", max_restarts=10, timeout=30
+    ),
     "elastic: a rank killed": Kind((worker(0), worker(1)), **ELASTIC),
     "elastic: second host killed, comes back": Kind((host(1, returns=False), come(1)), failures=6, errors=(0, 1), **ELASTIC),
     "elastic: first host killed": Kind((host(0),), errors=(0, 1), **ELASTIC),

@@ -81,7 +81,9 @@ def make_job(kind: Kind, hosts: Hosts, folder: Path, config: Path) -> Job:
     options = [f"training.timeout={kind.timeout}", *kind.options]
     # A host that comes back and fails to meet the others at once is started again.
     retries = 4 * kind.failures if isinstance(kind.nodes, str) else kind.failures
-    return Job(hosts, folder, preset, config, options, retries=retries, step_seconds=kind.step_seconds)
+    # Nodes that have not met yet wait for each other ten minutes.
+    ends_rest = kind.moment == "start"
+    return Job(hosts, folder, preset, config, options, retries=retries, step_seconds=kind.step_seconds, ends_rest=ends_rest)
 
 
 def train_unbroken(hosts: Hosts, folder: Path, config: Path) -> None:
