@@ -123,9 +123,18 @@ def requeue(cluster: Cluster, job: str) -> str:
     return job
 
 
-def lose_node(cluster: Cluster, job: str) -> str:
-    """Without a signal to the processes of the node; not the one that runs the batch script."""
+def lose_second_node(cluster: Cluster, job: str) -> str:
+    """Without a signal to its processes."""
     (node,) = set(NODES) - {cluster.slurm.job(job)["BatchHost"]}
+    return lose_node(cluster, job, node)
+
+
+def lose_first_node(cluster: Cluster, job: str) -> str:
+    """Where the batch script runs, and all ranks meet."""
+    return lose_node(cluster, job, cluster.slurm.job(job)["BatchHost"])
+
+
+def lose_node(cluster: Cluster, job: str, node: str) -> str:
     cluster.slurm.kill_node(node)
     cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster.slow.unlink()
@@ -188,7 +197,8 @@ def reach_time_limit(cluster: Cluster, job: str) -> str:
 #: What ends a job -> how it is submitted, whether it saves before it ends, and how often Slurm starts it again.
 ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, int]] = {
     requeue: ("two", True, 1),
-    lose_node: ("two", False, 1),
+    lose_second_node: ("two", False, 1),
+    lose_first_node: ("two", False, 1),
     kill_rank: ("two", False, 1),
     cancel: ("two", True, 0),
     come_near_time_limit: ("two", True, 1),
