@@ -135,6 +135,20 @@ def process_group(timeout: float = TIMEOUT, quiet: float = QUIET) -> Iterator[Wo
     quiet_libraries()
     keep_freed_memory()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    configure_logging(rank)
+    joined: list[Heartbeat] = []
+
+    def where() -> str:
+        return joined[0].where() if joined else f"waiting for all of {world_size} ranks to join"
+
+    with signs_of_life(logger, where, quiet) if rank == 0 else contextlib.nullcontext(), _joined(timeout, joined) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
+    """See `process_group`; the heartbeat goes into `joined` once all ranks are there."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -162,15 +176,12 @@ def process_group(timeout: float = TIMEOUT, quiet: float = QUIET) -> Iterator[Wo
         storage = dist.new_group(backend="gloo")
         distributed_c10d._set_pg_timeout(_NO_LIMIT, storage)
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        configure_logging(rank)
         start = [uuid.uuid4().hex[:12]]
         if world_size > 1:
             dist.broadcast_object_list(start, src=0, group=control)
         heartbeat.start()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(parts.seeing_waits())
-            if rank == 0:
-                stack.enter_context(signs_of_life(logger, heartbeat.where, quiet))
+        joined.append(heartbeat)
+        with parts.seeing_waits():
             yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, storage, parts)
     except Exception as error:
         if world_size == 1:

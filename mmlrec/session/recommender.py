@@ -18,7 +18,6 @@ from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
-from mmlrec.output import Output
 from mmlrec.schema import Setting
 
 #: Where the tables are inside `Recommender`; sharding plans and checkpoints name them by it.
@@ -95,38 +94,33 @@ class Head(nn.Module):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
                 output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
         with self.parts.of(LOSS):
-            return self._loss(output, x, fields, scenario, batch)
-
-    def _loss(
-        self, output: Output, x: Tensor, fields: dict[str, Tensor], scenario: Tensor, batch: Batch
-    ) -> tuple[Tensor, Predictions]:
-        labels, logits = batch.labels, output.logits.detach()
-        if self.label_mean is not None and self.label_deviation is not None:
-            labels = (labels - self.label_mean) / self.label_deviation
-            logits = logits.float() * self.label_deviation + self.label_mean
-        local = self.loss.denominators(labels, batch.mask, scenario, batch.weight)
-        sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
-        world_size = dist.get_world_size()
-        if world_size > 1:
-            dist.all_reduce(sums)
-        denominators = sums[:-1].view_as(local)
-        losses = self.loss(output, labels, batch.mask, scenario, batch.weight, denominators, world_size)
-        objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
-        weighted = objectives * self.loss_weights
-        if self.training:
-            total = self.balancing(weighted, x, dict(self.network.named_parameters()), self.step)
-        else:
-            total = torch.sum(weighted)
-        for method_term in losses.values():
-            total = total + method_term
-        if self.l2_tables and fields:
-            looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
-            total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
-        if self.l2_dense:
-            named = dict(self.network.named_parameters())
-            away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
-            total = total + self.l2_dense * torch.stack(away).sum()
-        return total, Predictions(logits, objectives.detach())
+            labels, logits = batch.labels, output.logits.detach()
+            if self.label_mean is not None and self.label_deviation is not None:
+                labels = (labels - self.label_mean) / self.label_deviation
+                logits = logits.float() * self.label_deviation + self.label_mean
+            local = self.loss.denominators(labels, batch.mask, scenario, batch.weight)
+            sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
+            world_size = dist.get_world_size()
+            if world_size > 1:
+                dist.all_reduce(sums)
+            denominators = sums[:-1].view_as(local)
+            losses = self.loss(output, labels, batch.mask, scenario, batch.weight, denominators, world_size)
+            objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
+            weighted = objectives * self.loss_weights
+            if self.training:
+                total = self.balancing(weighted, x, dict(self.network.named_parameters()), self.step)
+            else:
+                total = torch.sum(weighted)
+            for method_term in losses.values():
+                total = total + method_term
+            if self.l2_tables and fields:
+                looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
+                total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
+            if self.l2_dense:
+                named = dict(self.network.named_parameters())
+                away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
+                total = total + self.l2_dense * torch.stack(away).sum()
+            return total, Predictions(logits, objectives.detach())
 
     def diagnostics(self) -> dict[str, float]:
         """What strategy and network say about the newest training step, by key, for the log."""

@@ -6,14 +6,12 @@ import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
-from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
@@ -23,7 +21,6 @@ from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
-from mmlrec.distributed.step_parts import INPUT, StepParts
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
@@ -36,10 +33,9 @@ from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
-from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
+from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
+from mmlrec.session.recommender import TABLES, Head, Recommender
 from mmlrec.storage.places import Place, place
-
-Pipeline: TypeAlias = TrainPipeline[Batch, Predictions]
 
 _MEASURED = (
     "Evaluation measures the model as it was trained: leave these keys away, or train another run with them. It takes"
@@ -47,52 +43,6 @@ _MEASURED = (
     " embeddings.sharding."
 )
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
-
-
-class _WithTables(TrainPipelineSparseDist[Batch, Predictions]):
-    """TorchRec's pipeline, which tells `StepParts` where it is."""
-
-    def __init__(
-        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, parts: StepParts
-    ) -> None:
-        super().__init__(model, optimizer, device)
-        self._parts = parts
-
-    def start_sparse_data_dist(self, batch: Batch | None, context: TrainPipelineContext) -> None:
-        """See the base class."""
-        with self._parts.of(INPUT):
-            super().start_sparse_data_dist(batch, context)
-
-    def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
-        """See the base class."""
-        with self._parts.of(INPUT):
-            super().wait_sparse_data_dist(context)
-
-    def _backward(self, losses: Tensor) -> None:
-        with self._parts.backward_of(losses):
-            super()._backward(losses)
-
-
-class _WithoutTables(TrainPipelineBase[Batch, Predictions]):
-    """The pipeline where nothing is looked up; as the other one it begins anew with the next iterator."""
-
-    def __init__(
-        self, model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, parts: StepParts
-    ) -> None:
-        super().__init__(model, optimizer, device)
-        self._parts = parts
-
-    def _backward(self, losses: Tensor) -> None:
-        with self._parts.backward_of(losses):
-            super()._backward(losses)
-
-    def progress(self, dataloader_iter: Iterator[Batch]) -> Predictions:
-        """One step. Raises StopIteration behind the last batch."""
-        try:
-            return super().progress(dataloader_iter)
-        except StopIteration:
-            self.reset()
-            raise
 
 
 @dataclass
@@ -400,7 +350,7 @@ def build_session(
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
     optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)
-    kind = _WithTables if manifest.sparse_features else _WithoutTables
+    kind = WithTables if manifest.sparse_features else WithoutTables
     pipeline: Pipeline = kind(model, optimizer, world.device, world.parts)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_deviations" in begun

@@ -1,6 +1,6 @@
 """`apps.train` on two ranks where long times pass without a line, and "ten minutes" are half a second.
 
-Rank 1 waits for its 21st batch, rank 0 computes metrics, and rank 1 writes files of a checkpoint, two seconds each.
+Rank 1 starts late, waits for its 21st batch, rank 0 computes metrics, and rank 1 writes files of a checkpoint: two seconds each.
 """
 
 import functools
@@ -44,4 +44,6 @@ def init(self, *arguments):
 Reader.epoch, evaluation.build_report, os.fsync, Heartbeat.__init__ = epoch, build_report, fsync, init
 world.process_group = functools.partial(world.process_group, quiet=0.5)
 sys.argv[0] = "apps.train"
+if RANK == 1:
+    time.sleep(2)
 runpy.run_module("apps.train", run_name="__main__")

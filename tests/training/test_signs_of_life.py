@@ -31,6 +31,7 @@ def said(tmp_path_factory):
 @pytest.mark.parametrize(
     "place",
     [
+        "waiting for all of 2 ranks to join",
         # The pipeline takes batches two ahead.
         r"(training|reading a batch) since \S+ \(\d+ s\), at step 18; 1 of 2 ranks wait for rank 1 \(process \d+ on \S+\):"
         r" at step 18, reading a batch for \d+ s",
@@ -38,7 +39,7 @@ def said(tmp_path_factory):
         r"saving a checkpoint since \S+ \(\d+ s\), at step 30; 1 of 2 ranks wait for rank 1 \(process \d+ on \S+\): at step 30,"
         r" saving a checkpoint for \d+ s",
     ],
-    ids=["data", "metrics", "checkpoint"],
+    ids=["start", "data", "metrics", "checkpoint"],
 )
 def test_where_it_is_and_whom_it_waits_for(said, place):
     pattern = rf"\d\d:\d\d:\d\d no line for \d+ s; still at work: (\d+ steps since the last such line; )?{place}"
