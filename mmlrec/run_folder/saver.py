@@ -50,6 +50,7 @@ class Saver:
 
     Args:
         lost: why this run may not write in its folder any more, if so.
+        before: what is to happen on rank 0 before a checkpoint takes its place.
         background: write in a thread while training goes on. The tensors are copied first, into buffers that stay.
         most_failures: checkpoints in a row that may fail, each after several attempts, before `wait` raises.
         longest_wait: in seconds for a checkpoint after an error of this rank.
@@ -60,11 +61,12 @@ class Saver:
         world: World,
         lost: Callable[[], UserError | None],
         *,
+        before: Callable[[], None] = lambda: None,
         background: bool,
         most_failures: int,
         longest_wait: float,
     ) -> None:
-        self._world, self._lost, self._background = world, lost, background
+        self._world, self._lost, self._before, self._background = world, lost, before, background
         self._most_failures, self._longest_wait = most_failures, longest_wait
         self._parts: dict[frozenset[str], Parts] = {}
         self._buffers: dict[MetadataIndex, Tensor] = {}
@@ -238,7 +240,9 @@ class Saver:
     def _write(self, job: _Job) -> None:
         for attempt, pause in enumerate([*RETRY_AFTER_S, None], start=1):
             try:
-                checkpoint.write(job.folder, job.parts, job.state, self._world, lost=self._lost, delete=self.delete)
+                checkpoint.write(
+                    job.folder, job.parts, job.state, self._world, lost=self._lost, before=self._before, delete=self.delete
+                )
                 return
             except CheckpointError as error:
                 if pause is None:
