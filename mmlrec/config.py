@@ -128,7 +128,19 @@ class TrainingConfig(StrictModel):
     )
     validate_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
     checkpoint_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
+    checkpoint_every_minutes: float | None = Field(
+        default=None, gt=0, description="In addition, when so much time has passed since the checkpoint before."
+    )
+    checkpoint_async: bool = Field(
+        default=False, description="Write checkpoints while training goes on, from a copy of each rank's shards in memory."
+    )
     keep_checkpoints: int = Field(default=2, gt=0)
+    keep_every_steps: int | None = Field(
+        default=None, gt=0, description="In addition, a checkpoint at each multiple of these steps, which stays."
+    )
+    max_failed_checkpoints: int = Field(
+        default=3, gt=0, description="The run ends when so many in a row could not be written, each after several attempts."
+    )
     log_every_steps: int = Field(default=50, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     timeout: float = Field(default=600.0, ge=1, le=86400, description="Longest wait for another rank, in seconds.")

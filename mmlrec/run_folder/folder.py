@@ -34,7 +34,11 @@ _MAY_DIFFER = (
     "training.eval_batch_size",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes",
+    "training.checkpoint_async",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.max_failed_checkpoints",
     "training.timeout",
 )
 
@@ -101,7 +105,11 @@ class RunFolder:
         Raises:
             UserError: it was moved, deleted or replaced; another run may write there by now.
         """
-        world.raise_together(self._lock.lost() if self._lock is not None else None)
+        world.raise_together(self.lost())
+
+    def lost(self) -> UserError | None:
+        """What to say where this is not the folder that the run has locked any more; None where it is."""
+        return None if self._lock is None else self._lock.lost()
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""

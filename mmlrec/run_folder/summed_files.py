@@ -12,17 +12,22 @@ from typing import Any, cast
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from mmlrec.run_folder.whole import Sums
+
 
 class _SummedStream:
-    """A file to append to, and the checksum of what it was given."""
+    """A file to append to, and size and checksum of what it was given."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self.crc32 = 0
+        self.sums: Sums = {"bytes": 0, "crc32": 0}
 
     def write(self, content: Any) -> int:
         """As of a file."""
-        self.crc32 = zlib.crc32(content, self.crc32)
+        self.sums = {
+            "bytes": self.sums["bytes"] + memoryview(content).nbytes,
+            "crc32": zlib.crc32(content, self.sums["crc32"]),
+        }
         return int(self._file.write(content))
 
     def __getattr__(self, name: str) -> Any:
@@ -35,30 +40,45 @@ class _SummedFiles(FileSystem):
     """DCP's files, with size and checksum of each one written."""
 
     def __init__(self) -> None:
-        self.written: dict[str, dict[str, int]] = {}
+        self.written: dict[str, Sums] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         """A file to write."""
-        with super().create_stream(path, mode) as file:
+        path = cast(Path, path)
+        with path.open(mode) as file:
             stream = _SummedStream(file)
             yield stream
-        self.written[Path(path).name] = {"bytes": Path(path).stat().st_size, "crc32": stream.crc32}
+        self.written[path.name] = stream.sums
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> Path:
+        """A file of the folder."""
+        return cast(Path, path) / suffix
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file is there."""
+        return cast(Path, path).exists()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """The index gets its name when it is whole."""
-        super().rename(path, new_path)
-        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+        path, new_path = cast(Path, path), cast(Path, new_path)
+        path.rename(new_path)
+        self.written[new_path.name] = self.written.pop(path.name)
 
 
 class Writer(FileSystemWriter):
     """DCP's writer of a folder, with checksums of the files of this rank."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.fs = _SummedFiles()
+        super().__init__("")
+        self.fs, self.path = _SummedFiles(), folder
 
     @property
-    def written(self) -> dict[str, dict[str, int]]:
+    def checkpoint_id(self) -> str:
+        """What the index says of where it was written."""
+        return str(self.path)
+
+    @property
+    def written(self) -> dict[str, Sums]:
         """File name -> bytes and crc32."""
         return cast(_SummedFiles, self.fs).written

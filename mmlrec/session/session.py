@@ -412,7 +412,7 @@ def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
     """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
     if list(folder.best.parent.glob(f"{folder.best.name}*")):
         return None
-    steps = [path for path in sorted(folder.checkpoints.glob("step_*")) if checkpoint.damage(path) is None]
+    steps = checkpoint.with_state(folder.checkpoints)
     if any(checkpoint.read_state(path)["selection"]["best"] for path in steps):
         return None
     newest = f"Its newest checkpoint is {steps[-1].name}." if steps else "It has no checkpoint, so it begins at step 0."

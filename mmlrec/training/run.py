@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed.stopping import StopSignal
@@ -152,7 +152,7 @@ def _train(
     _create(folder, world)
     with log_file(folder.log, world):
         if restart:
-            checkpoint.discard(folder.checkpoints, world)
+            checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:
             trainer.resume(found)
         checkpoint.settle_best(folder.best, trainer.best_known_until, world)
@@ -171,7 +171,7 @@ def _train(
             for warning in [doubt, short, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
-        with StopSignal(world) as stop:
+        with StopSignal(world) as stop, trainer.saver:
             try:
                 trainer.fit(stop)
             except Exception as error:
@@ -204,7 +204,7 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
     """Refuse to begin again, in silence, where a run has been trained but cannot be resumed, or not be finished."""
     reasons: list[str] = []
     if found is None:
-        reasons = cast("list[str]", world.from_main(checkpoint.step_damage(folder.checkpoints) if world.is_main else []))
+        reasons = checkpoint.step_damage(folder.checkpoints, world)
     elif known := checkpoint.read_state(found)["selection"]["best_step"]:
         reason = checkpoint.best_damage(folder.best, max(known.values()), world)
         reasons = [reason] if reason else []

@@ -1,0 +1,251 @@
+"""Folders that are whole or absent: written under another name, sealed by a marker with size and checksum of every file.
+
+What has no such marker, or does not match it, is damaged. All that happens to the folders of checkpoints as such happens here:
+they are made, sealed, put in place, checked and taken away. Ranks that check one together read equal shares of its bytes, in
+ranges where files are large: the checksum of a file (crc32) follows from those of its pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import cast
+
+from mmlrec.distributed.world import World
+
+MARKER = "COMPLETE.json"
+TEMPORARY = ".tmp"
+REPLACED = ".old"
+#: Bytes and crc32 of a file, as the marker has them.
+Sums = dict[str, int]
+#: Bytes read at a time for a checksum.
+_CHUNK = 1 << 22
+#: The polynomial of crc32, without its highest term, lowest coefficient in the highest bit.
+_POLYNOMIAL = 0xEDB88320
+
+
+def make(folder: Path, start: str) -> Path:
+    """A new, empty folder in which to write what is to become `folder`.
+
+    Args:
+        start: of this run alone: what ranks of another one may still write is never taken for a part of this.
+    """
+    temporary = folder.with_name(f"{folder.name}.{start}-{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def seal(folder: Path, files: Mapping[str, Sums]) -> None:
+    """Write the marker of a folder that is written to the end.
+
+    Raises:
+        OSError: it cannot be written, or a file is not here.
+    """
+    for name, sums in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != sums["bytes"]:
+            raise OSError(f"{path} was written by another rank and is not here, or not whole: all ranks must see one folder")
+    write_synced(folder / MARKER, json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode())
+    sync(folder)
+
+
+def put(temporary: Path, folder: Path, delete: Callable[[Path], None]) -> None:
+    """Give a sealed folder its name. One that has it already is kept as the one that was replaced, for `prune` to delete."""
+    former = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        # The former one stays until `prune`: should this process die now, the newest step checkpoint knows that one.
+        if former.exists():
+            former = folder.with_name(f"{temporary.name}{TEMPORARY}")
+        folder.rename(former)
+    # Next, as others may be about to read it.
+    temporary.rename(folder)
+    if former.suffix == TEMPORARY:
+        delete(former)
+    sync(folder.parent)
+
+
+def retire(folder: Path, delete: Callable[[Path], None]) -> None:
+    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it.
+
+    Raises:
+        OSError: it stays.
+    """
+    # Under a name that nothing has: by the time it is deleted, there may be another folder of its own.
+    left = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+    folder.rename(left)
+    delete(left)
+
+
+def delete(folder: Path) -> None:
+    """Delete what is left of a folder, as far as that can be done."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_synced(path: Path, content: bytes) -> Sums:
+    """Write a small file, down to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return sums(content)
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sums(content: bytes) -> Sums:
+    """Bytes and checksum of a content."""
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def damage(folder: Path, world: World | None = None) -> str | None:
+    """Why a folder is not whole, naming the file, or None when it is.
+
+    Args:
+        world: of the ranks that share the checksums out, each an equal number of bytes; all call it, and get one answer.
+            Without it this process does all.
+    """
+    world = None if world is None else world.without_limit()
+    found = _sized(folder) if world is None or world.is_main else None
+    if world is not None:
+        world.at(f"checking {folder.name}")
+        found = cast("str | dict[str, tuple[int, int]]", world.from_main(found))
+    assert found is not None
+    if isinstance(found, str):
+        return found
+    rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
+    own: list[tuple[str, int, int | str]] = []  # file, bytes of the piece, its checksum or what is wrong
+    for name, start, length in shares({name: size for name, (size, _) in found.items()}, world_size)[rank]:
+        try:
+            own.append((name, length, _crc32(folder / name, start, length)))
+        except OSError as error:
+            own.append((name, length, f"{folder / name} cannot be read: {error}"))
+    # In order of rank, so that the pieces of a file are in the order of its bytes.
+    pieces = [piece for some in ([own] if world is None else world.gather(own)) for piece in some]
+    for name, (_, expected) in found.items():
+        value = 0
+        for _, length, piece in (piece for piece in pieces if piece[0] == name):
+            if isinstance(piece, str):
+                return piece
+            value = combined(value, piece, length)
+        if value != expected:
+            return f"{folder / name} does not match its checksum: it is corrupt"
+    return None
+
+
+def file_damage(folder: Path, name: str) -> str | None:
+    """Why one file of a folder is not usable, or the folder has no such file; None where it is. The others are not read."""
+    found = _listed(folder)
+    if isinstance(found, str):
+        return found
+    path = folder / name
+    if name not in found:
+        return f"{path} is missing"
+    size, crc32 = found[name]
+    reason = _size_damage(path, size)
+    if reason is None and _crc32(path, 0, size) != crc32:
+        reason = f"{path} does not match its checksum: it is corrupt"
+    return reason
+
+
+def shares(sizes: Mapping[str, int], count: int) -> list[list[tuple[str, int, int]]]:
+    """Files cut into `count` shares of equal bytes.
+
+    Args:
+        sizes: file -> bytes.
+
+    Returns:
+        For each share its pieces: file, first byte, number of bytes. Shares and pieces are in the order of the bytes.
+    """
+    total = sum(sizes.values())
+    found = []
+    for index in range(count):
+        first, last = index * total // count, (index + 1) * total // count
+        pieces, begin = [], 0
+        for name, size in sizes.items():
+            low, high = max(first, begin), min(last, begin + size)
+            if low < high:
+                pieces.append((name, low - begin, high - low))
+            begin += size
+        found.append(pieces)
+    return found
+
+
+def combined(first: int, second: int, num_bytes: int) -> int:
+    """The crc32 of two contents in a row, from that of each.
+
+    Args:
+        num_bytes: of the second one.
+    """
+    # That of the first, times x to the power of the bits that follow it, modulo the polynomial.
+    power, square = 1 << 31, 1 << 23  # x^0, x^8
+    while num_bytes:
+        if num_bytes & 1:
+            power = _product(power, square)
+        square = _product(square, square)
+        num_bytes >>= 1
+    return _product(power, first) ^ second
+
+
+def _product(a: int, b: int) -> int:
+    """Of two polynomials over GF(2), modulo that of crc32."""
+    product = 0
+    for place in range(31, -1, -1):
+        if a >> place & 1:
+            product ^= b
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+def _listed(folder: Path) -> str | dict[str, tuple[int, int]]:
+    """Bytes and checksum of each file by its name, or why there are none."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        return f"{folder} has no {MARKER}: it was not written to the end"
+    try:
+        listed = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
+        files = {name: (expected["bytes"], expected["crc32"]) for name, expected in listed}
+        if not all(type(number) is int for sums in files.values() for number in sums):
+            raise ValueError("sizes and checksums are integers")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{marker} cannot be read: {error}"
+    return files
+
+
+def _sized(folder: Path) -> str | dict[str, tuple[int, int]]:
+    """Bytes and checksum of each file by its name, all of them here with these bytes; or what is wrong."""
+    found = _listed(folder)
+    if not isinstance(found, str):
+        for name, (size, _) in found.items():
+            if (reason := _size_damage(folder / name, size)) is not None:
+                return reason
+    return found
+
+
+def _size_damage(path: Path, num_bytes: int) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if (size := path.stat().st_size) != num_bytes:
+        return f"{path} has {size} bytes instead of {num_bytes}: it is truncated or was changed"
+    return None
+
+
+def _crc32(path: Path, start: int, num_bytes: int) -> int:
+    value = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while num_bytes > 0 and (chunk := file.read(min(num_bytes, _CHUNK))):
+            value = zlib.crc32(chunk, value)
+            num_bytes -= len(chunk)
+    return value
