@@ -87,8 +87,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def whole(cluster) -> Path:
     """The run folder of a job that nothing happened to."""
     job = cluster.submit("whole")
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
+    assert cluster.slurm.ends(job, "COMPLETED", 300), cluster.logs(job)
     return cluster.folder / "runs/whole"
 
 
@@ -146,8 +145,7 @@ def lose_node(cluster: Cluster, job: str, node: str) -> str:
 
 def cancel(cluster: Cluster, job: str) -> str:
     cluster.slurm.call("scancel", job)
-    cluster.slurm.wait(job, 60)
-    assert cluster.slurm.job(job)["JobState"] == "CANCELLED"
+    assert cluster.slurm.ends(job, "CANCELLED", 60), cluster.logs(job)
     cluster.slow.unlink()
     return cluster.submit("cancel")
 
@@ -179,8 +177,7 @@ def come_near_time_limit(cluster: Cluster, job: str) -> str:
 def reach_time_limit(cluster: Cluster, job: str) -> str:
     """Slurm does not start such a job again."""
     limit_time(cluster, job)
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "TIMEOUT"
+    assert cluster.slurm.ends(job, "TIMEOUT", 240), cluster.logs(job)
     cluster.slow.unlink()
     return cluster.submit("reach_time_limit", "once")
 
@@ -204,8 +201,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     job = cluster.submit(end.__name__, preset)
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
+    assert cluster.slurm.ends(job, "COMPLETED", 300), cluster.logs(job)
     assert cluster.slurm.job(job)["Restarts"] == str(restarts)
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
