@@ -142,6 +142,8 @@ class Slurm:
     def start_requeued(self, job: str) -> None:
         """Take away the two minutes for which Slurm holds a job that is started again, each time that it does."""
         self.wait_for_requeue(job)
+        self.wait_for_nodes()
+        time.sleep(2)  # In the second in which it has ended, what is left of it would be taken for the new start.
         limit = time.monotonic() + 90
         while self.job(job)["JobState"] == "PENDING":
             assert time.monotonic() < limit, self.logs()

@@ -136,9 +136,7 @@ def lose_node(cluster: Cluster, job: str, node: str) -> str:
     cluster.slurm.kill_node(node)
     cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster.slow.unlink()
-    time.sleep(2)
-    cluster.slurm.start_node(node)
-    cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.slurm.start_node(node)  # which brings it back: ReturnToService
     cluster.slurm.start_requeued(job)
     return job
 
