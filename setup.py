@@ -60,21 +60,27 @@ setup(
         "spark": ["pyspark>=4"],  # brings Spark itself, but not Java 17
         "launch": ["torchx-nightly==2026.10.26", "pyyaml>=6"],
         "kubernetes": ["torchx-nightly==2026.10.26", "kubernetes>=32"],
+        "s3": ["s3fs>=2026.9", "universal_pathlib>=0.3.10"],
         "plots": ["matplotlib>=3.9"],
         "dev": [
+            "flask>=3",  # with flask-cors and moto: the S3 server of the tests
+            "flask-cors>=5",
             "hypothesis>=6.100",
             "kubeflow-trainer-api>=2",
             "kubernetes>=32",
             "kubernetes-validate>=1.34",
             "matplotlib>=3.9",
+            "moto>=5",
             "mypy>=2",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "s3fs>=2026.9",
             "types-PyYAML",
             "types-tabulate",
             "types-tqdm",
+            "universal_pathlib>=0.3.10",
         ],
     },
     entry_points={

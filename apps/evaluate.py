@@ -9,7 +9,7 @@ import argparse
 
 from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
-from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 
 def parse() -> argparse.Namespace:
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
         epilog="examples:\n  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0\n"
         "  python -m apps.evaluate --run-dir runs/mtl-movielens-mmoe-seed0 dataset.path=data/next-week",
     )
-    parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
+    parser.add_argument("--run-dir", type=place, required=True, help="run folder")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. embeddings.sharding=row_wise")

@@ -10,7 +10,7 @@ import argparse
 from apps.cli import add_import, run
 from mmlrec.evaluation.score_files import ENDINGS, ending
 from mmlrec.extensions import import_modules
-from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 
 def parse() -> argparse.Namespace:
@@ -22,13 +22,11 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.predict --run-dir runs/NAME --input data/movielens-1m --output scores.parquet",
     )
-    parser.add_argument("--run-dir", type=local_path, required=True, help="run folder")
+    parser.add_argument("--run-dir", type=place, required=True, help="run folder")
     parser.add_argument(
-        "--input", type=local_path, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
+        "--input", type=place, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
     )
-    parser.add_argument(
-        "--output", type=local_path, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}"
-    )
+    parser.add_argument("--output", type=place, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}")
     parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
     add_import(parser)
     return parser.parse_args()

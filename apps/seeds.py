@@ -10,7 +10,7 @@ from pathlib import Path
 
 from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
-from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 
 def _seeds(text: str) -> list[int]:
@@ -34,9 +34,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
-    parser.add_argument(
-        "--run-dir", type=local_path, help="folder for one run folder per seed; default: as apps.train names them"
-    )
+    parser.add_argument("--run-dir", type=place, help="folder for one run folder per seed; default: as apps.train names them")
     add_import(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     return parser.parse_intermixed_args()
@@ -59,7 +57,7 @@ def main() -> None:
         for config in configs:
             base = arguments.run_dir or config.run_dir
             default = default_run_dir(config, Path(arguments.config))
-            run_dir = Path(base) / f"seed{config.training.seed}" if base else default
+            run_dir = place(base) / f"seed{config.training.seed}" if base else default
             reports.append(train(config, run_dir, world, source=arguments.config))
         if world.is_main:
             print(

@@ -13,7 +13,7 @@ from typing import Any
 
 from apps.cli import Parser, add_import, run
 from mmlrec.extensions import import_modules
-from mmlrec.paths import local_path
+from mmlrec.storage.places import place
 
 _EPILOG = """\
 examples:
@@ -64,7 +64,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
     parser.add_argument(
-        "--run-dir", type=local_path, help="where to write; default: run_dir of the config, else a name made from it"
+        "--run-dir",
+        type=place,
+        help="where to write, a folder or s3://bucket/name; default: run_dir of the config, else a name made from it",
     )
     parser.add_argument("--resume", action="store_true", help="fail unless the run folder holds a checkpoint to resume from")
     backwards = parser.add_mutually_exclusive_group()
@@ -100,7 +102,7 @@ def main() -> None:
 
     config = load(arguments.config, arguments.overrides)
     if arguments.show:
-        if Path(config.dataset.path).is_dir():
+        if place(config.dataset.path).is_dir():
             from mmlrec.session.session import branches_of, build_parts
             from mmlrec.training.monitor import build_monitor, metrics_of_cvr
 

@@ -31,11 +31,11 @@ from benchmarks.paired import median_interval
 from benchmarks.throughput import SHAPES, Shape, generate
 from mmlrec.config import load_config
 from mmlrec.distributed.step_parts import StepParts
-from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.stopping import Asked, StopSignal
 from mmlrec.distributed.world import log_file, process_group
 from mmlrec.paths import local_path
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.run_folder.lock import hold
+from mmlrec.run_folder.one_writer import hold
 from mmlrec.session.session import build_session
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.trainer import Trainer
@@ -65,7 +65,7 @@ class _Alternating(Trainer):
     def _segment_end(self) -> int:
         return min(super()._segment_end(), self.progress.step + self.window)
 
-    def _train_segment(self, stop: StopSignal, reporter: Reporter) -> bool:
+    def _train_segment(self, stop: StopSignal, reporter: Reporter) -> Asked:
         number = len(self.seconds)
         self._reports = number % 4 in (0, 3)
         first = self.progress.step
@@ -78,7 +78,7 @@ class _Alternating(Trainer):
             self.seconds.append((self._reports, seconds / self.window))
         self._losses.zero_()
         self._loss_steps = 0
-        return False
+        return Asked.NOTHING
 
     def _report(self, reporter: Reporter) -> None:
         if self._reports:

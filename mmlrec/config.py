@@ -15,8 +15,9 @@ import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from mmlrec.errors import ConfigError, did_you_mean
-from mmlrec.paths import config_file, refusal, shipped_configs
+from mmlrec.paths import config_file, scheme_of, shipped_configs
 from mmlrec.schema import Setting
+from mmlrec.storage.places import Place, place, refusal
 from mmlrec.yaml_config import Loader, StrictModel, keys_of, load_with_base, merge, missing, validate_section
 
 
@@ -31,7 +32,7 @@ class DatasetConfig(StrictModel):
 
     @field_validator("path")
     @classmethod
-    def _of_this_machine(cls, path: str) -> str:
+    def _can_be_reached(cls, path: str) -> str:
         return _checked_path(path)
 
 
@@ -128,7 +129,19 @@ class TrainingConfig(StrictModel):
     )
     validate_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
     checkpoint_every_steps: int | None = Field(default=None, gt=0, description="In addition to the end of each epoch.")
+    checkpoint_every_minutes: float | None = Field(
+        default=None, gt=0, description="In addition, when so much time has passed since the checkpoint before."
+    )
+    checkpoint_async: bool = Field(
+        default=False, description="Write checkpoints while training goes on, from a copy of each rank's shards in memory."
+    )
     keep_checkpoints: int = Field(default=2, gt=0)
+    keep_every_steps: int | None = Field(
+        default=None, gt=0, description="In addition, a checkpoint at each multiple of these steps, which stays."
+    )
+    max_failed_checkpoints: int = Field(
+        default=3, gt=0, description="The run ends when so many in a row could not be written, each after several attempts."
+    )
     log_every_steps: int = Field(default=50, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     timeout: float = Field(default=600.0, ge=1, le=86400, description="Longest wait for another rank, in seconds.")
@@ -228,7 +241,7 @@ class RunConfig(StrictModel):
 
     @field_validator("run_dir")
     @classmethod
-    def _of_this_machine(cls, path: str | None) -> str | None:
+    def _can_be_reached(cls, path: str | None) -> str | None:
         return None if path is None else _checked_path(path)
 
     @field_validator("balancing", mode="before")
@@ -247,7 +260,12 @@ class RunConfig(StrictModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _found(path: str | Path) -> Path:
+def _found(path: str | Place) -> Place:
+    if not isinstance(path, str | Path) or scheme_of(path):
+        file = place(path)
+        if not file.is_file():
+            raise ConfigError(f"{file}: no such config file.")
+        return file
     file = config_file(path)
     if not file.exists():
         names = shipped_configs()
@@ -257,19 +275,19 @@ def _found(path: str | Path) -> Path:
 
 
 def load_config(
-    path: str | Path, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
+    path: str | Place, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
 ) -> RunConfig:
     """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything but options.
 
     Those of method and strategy stand in the files of these: `registry.load` checks them, too.
 
     Args:
-        path: of the file, or the name of a shipped one: see `paths.config_file`.
+        path: of the file, an address, or the name of a shipped one: see `paths.config_file`.
         options: gives the dotted keys of such options, for hints about an unknown key.
 
     Raises:
         ConfigError: naming the file or the command line, the key, what is allowed, and the nearest valid key.
-        UserError: `path` is an address.
+        UserError: `path` is an address that cannot be read.
     """
     origin: dict[str, str] = {}
     content = load_with_base(_found(path), origin)

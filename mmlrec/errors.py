@@ -26,6 +26,20 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged, or belongs to another run."""
 
 
+class StorageError(UserError):
+    """An object store that refuses a request, or could not be reached: the message names address and server.
+
+    Args:
+        lost: it could not be reached for as long as it was tried. The exit code says that a later start may do better.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
+        if lost:
+            self.exit_code = 1
+
+
 class RankError(UserError):
     """One rank of several failed in a way that nobody foresaw, or is lost: which one, when and why.
 

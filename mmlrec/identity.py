@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Encoding, Part, facts_digest
+from mmlrec.storage.parquet import open_parquet, stored_sha256
+from mmlrec.storage.places import Place
 
 #: Of `data_facts`. Raised when they say something else; those of older forms are then still made, for the runs that hold them.
 DATA_FORM = 1
@@ -36,12 +37,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_part(folder: Path, part: Part) -> None:
+def check_part(folder: Place, part: Part) -> None:
     """Raise DataError when a part of a dataset cannot be read, or is not, to the bit, what was written."""
     path = folder / part.path
     try:
-        found = file_sha256(path)
-    except OSError as error:
+        found = file_sha256(path) if isinstance(path, Path) else stored_sha256(path, part.num_bytes, part.sha256)
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: the file cannot be read: {error}. {_RESTORE}") from error
     if found != part.sha256:
         raise DataError(
@@ -56,7 +57,7 @@ def type_name(kind: pa.DataType) -> str:
     return names.get(kind, str(kind))
 
 
-def vocabulary_digest(path: Path, num_entries: int | None = None) -> str:
+def vocabulary_digest(path: Place, num_entries: int | None = None) -> str:
     """Digest of the values of a vocabulary file, or of a file of quantiles, in the order of their ids.
 
     Args:
@@ -68,7 +69,7 @@ def vocabulary_digest(path: Path, num_entries: int | None = None) -> str:
     """
     lengths, values, total = hashlib.sha256(), hashlib.sha256(), 0
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             kind = file.schema_arrow.field("value").type
             text = type_name(kind) == "string"
             for batch in file.iter_batches(_BATCH_ROWS, columns=["value"]):
@@ -94,7 +95,7 @@ def vocabulary_digest(path: Path, num_entries: int | None = None) -> str:
     return facts_digest([type_name(kind), total, lengths.hexdigest(), values.hexdigest()])
 
 
-def check_vocabulary(path: Path, facts: Mapping[str, Any]) -> None:
+def check_vocabulary(path: Place, facts: Mapping[str, Any]) -> None:
     """Raise DataError when a vocabulary file cannot be read, or does not hold the values that its dataset's encoding says.
 
     Args:
@@ -109,7 +110,7 @@ def check_vocabulary(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def encoding_differences(
-    before: Encoding, manifest: DatasetManifest, folder: Path, *, scenario: bool, labels: bool
+    before: Encoding, manifest: DatasetManifest, folder: Place, *, scenario: bool, labels: bool
 ) -> list[str]:
     """What a dataset encodes otherwise than the data of a run, a line each; empty where equal cells give equal inputs.
 
@@ -146,7 +147,7 @@ def encoding_differences(
     return lines
 
 
-def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Path) -> bool:
+def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Place) -> bool:
     """Whether a vocabulary is the old one with more values behind it."""
     path = next((table.vocabulary for table in manifest.tables if table.name == name), None)
     same_kind = old.get("ids") == new.get("ids") == "vocabulary" and old.get("type") == new.get("type")

@@ -1,4 +1,4 @@
-"""Paths given from outside, on a command line or in a configuration: of this machine's file systems, or refused by name.
+"""Paths given from outside that must be of this machine's file systems: others are refused by name.
 
 And where the shipped configurations lie. Standard library only: the doctor needs it in a broken environment.
 """
@@ -17,25 +17,23 @@ PRESETS_FILE = "torchx.yaml"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def refusal(text: str | Path) -> str | None:
-    """Why something is no path of this machine (`s3://…` would make a folder called `s3:`); None where it is one."""
+def scheme_of(text: str | Path) -> str | None:
+    """`s3` of `s3://bucket/data`; None for a path of this machine."""
     scheme = _SCHEME.match(str(text))
-    if scheme is None:
-        return None
-    return (
-        f"{text}: addresses with {scheme[1]}:// are neither read nor written; copy the files to a disk of this machine, or"
-        " mount what the address names and give the folder where it is mounted"
-    )
+    return scheme[1] if scheme else None
 
 
 def local_path(text: str | Path) -> Path:
-    """A path as it was given; the `type` of every option that takes one.
+    """A path as it was given; the `type` of every option that takes one of this machine only.
 
     Raises:
-        UserError: it is an address, such as s3://bucket/data.
+        UserError: it is an address, such as s3://bucket/data, which would make a folder called `s3:`.
     """
-    if message := refusal(text):
-        raise UserError(f"{message}.")
+    if scheme := scheme_of(text):
+        raise UserError(
+            f"{text}: addresses with {scheme}:// are neither read nor written here; copy the file to a disk of this machine, or"
+            " mount what the address names and give the folder where it is mounted."
+        )
     return Path(text)
 
 

@@ -20,12 +20,12 @@ import json
 import re
 import warnings
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmlrec.errors import DataError, UserAdvice
+from mmlrec.storage.places import Place, place
 
 #: What this release writes. Raised when a reader of the version before would read something wrong: docs/architecture.md.
 SCHEMA_VERSION = 1
@@ -300,21 +300,21 @@ class DatasetManifest(_Contract):
         values = self.statistics.get("label_values", {}).get(task, {}).get("train", {})
         return {name: (of["mean"], of["deviation"]) for name, of in values.items() if of["mean"] is not None}
 
-    def save(self, folder: Path) -> None:
-        """Write `manifest.json`. Preprocessing calls this last, inside the temporary folder that it then renames."""
+    def save(self, folder: Place) -> None:
+        """Write `manifest.json`. Preprocessing calls this last, inside the temporary folder that it then renames or uploads."""
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> DatasetManifest:
+    def load(cls, folder: str | Place) -> DatasetManifest:
         """Read and check a dataset folder's manifest. Keys that this release does not know are told and passed over.
 
         Raises:
             DataError: the folder or its manifest is missing, unreadable, or of a schema version that is not read.
         """
-        path = Path(folder) / MANIFEST
+        path = place(folder) / MANIFEST
         if not path.is_file():
-            hint = "the folder does not exist" if not Path(folder).is_dir() else "it has no manifest.json"
+            hint = "the folder does not exist" if not path.parent.is_dir() else "it has no manifest.json"
             raise DataError(
                 f"{folder} is not a dataset: {hint}. Make one with: python -m preprocessing NAME --raw RAW_DIR --out {folder}"
             )

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.storage.places import Place, read
 
 #: Most keys elsewhere that a message about an unknown key names; a name that more keys have, such as `name`, is no hint.
 _MOST_KEYS = 3
@@ -83,14 +83,14 @@ Loader.add_implicit_resolver(
 Section = TypeVar("Section", bound=BaseModel)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Place) -> dict[str, Any]:
     """Read one YAML mapping strictly. Its keys that begin with `x-` hold what other keys repeat by anchors, and are left out.
 
     Raises:
         ConfigError: the file is missing, unreadable, not YAML, or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read(path).decode()
     except FileNotFoundError:
         raise ConfigError(missing(path)) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -107,14 +107,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not str(key).startswith("x-")}
 
 
-def missing(path: Path) -> str:
+def missing(path: Place) -> str:
     """What to say of a file that is not there."""
     near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
     beside = f" Beside it: {', '.join(near)}." if near else ""
     return f"{path}: no such config file.{did_you_mean(str(path), near)}{beside}"
 
 
-def load_with_base(path: Path, origin: dict[str, str], above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_with_base(path: Place, origin: dict[str, str], above: tuple[Place, ...] = ()) -> dict[str, Any]:
     """A YAML mapping over those that its `base:` names. `origin` learns which file gave each dotted key.
 
     Raises:

@@ -76,32 +76,68 @@ class Slurm:
         key.chmod(0o400)
         files = {"key-file": key, "socket": folder / "munge.sock", "pid-file": folder / "munged.pid"}
         files |= {"log-file": folder / "munged.log", "seed-file": folder / "munge.seed"}
-        self._call("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
+        self.call("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=_free_ports(3)))
-        self._call("slurmctld", "-c")
+        self.call("slurmctld", "-c")
         # The nodes' names have to lead somewhere: the first one's is where ranks meet.
         (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
         for node in NODES:
-            start = f"mount --bind {folder}/hosts /etc/hosts && exec slurmd -N {node}"
-            self._call("unshare", "--mount", "--propagation", "private", "sh", "-c", start)
+            self.start_node(node)
+        self.wait_for_nodes()
+
+    def start_node(self, node: str) -> None:
+        """Start its daemon, in a mount namespace of its own."""
+        start = f"mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -N {node}"
+        self.call("unshare", "--mount", "--propagation", "private", "sh", "-c", start)
+
+    def kill_node(self, node: str) -> None:
+        """Kill the daemon and all that it has started, at once: what is in its mount namespace."""
+        daemon = (self.folder / f"{node}.pid").read_text().strip()
+        place = os.readlink(f"/proc/{daemon}/ns/mnt")
+        assert place != os.readlink("/proc/self/ns/mnt")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.readlink(process / "ns/mnt") == place:
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    def wait_for_nodes(self) -> None:
+        """Until both are idle."""
         limit = time.monotonic() + 60
-        while self._call("sinfo", "-h", "-N", "-o", "%T").split().count("idle") < len(NODES):
-            assert time.monotonic() < limit, "\n".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
+        while self.call("sinfo", "-h", "-N", "-o", "%T").split().count("idle") < len(NODES):
+            assert time.monotonic() < limit, "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
             time.sleep(0.3)
 
-    def _call(self, *command: str) -> str:
+    def call(self, *command: str) -> str:
+        """What a command of Slurm prints."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    def job(self, job: str) -> dict[str, str]:
+        """What Slurm says of the first component of a job, which is the batch script's: JobState, Restarts, BatchHost, ..."""
+        line = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()[0]
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
     def wait(self, job: str, seconds: float) -> None:
         """Until a job has left the queue."""
         limit = time.monotonic() + seconds
-        while self._call("squeue", "-h", "-j", job, "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING", "-o", "%i").split():
-            assert time.monotonic() < limit, self._call("squeue")
+        while self.call("squeue", "-h", "-j", job, "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING", "-o", "%i").split():
+            assert time.monotonic() < limit, self.call("squeue")
             time.sleep(0.5)
+
+    def wait_for_requeue(self, job: str) -> None:
+        """Until a job that is started again is in the queue."""
+        limit = time.monotonic() + 90
+        while (state := self.job(job))["JobState"] != "PENDING":
+            assert time.monotonic() < limit, state
+            time.sleep(0.3)
+
+    def start_requeued(self, job: str) -> None:
+        """Take away the two minutes for which Slurm holds a job that is started again."""
+        self.wait_for_requeue(job)
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(subprocess.SubprocessError, OSError):
-            self._call("scancel", "--user", "root")
+            self.call("scancel", "--user", "root")
         for name in (*NODES, "slurmctld", "munged"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGTERM)

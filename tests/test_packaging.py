@@ -124,7 +124,7 @@ def test_lock_is_complete_and_holds_nothing_else():
     if "fbgemm-gpu-cpu" not in {name for name in pins("cpu.txt") if is_installed(name)}:
         pytest.skip("not the CPU environment")
     direct = ["torch", "torchrec", "fbgemm-gpu-cpu", "torchx-nightly", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy"]
-    direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel"]
+    direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel", "s3fs", "universal-pathlib"]
     assert reached(direct) == pins("cpu.txt").keys()
     tools = [
         "hypothesis",
@@ -140,6 +140,9 @@ def test_lock_is_complete_and_holds_nothing_else():
         "kubernetes",
         "kubernetes-validate",
         "kubeflow-trainer-api",
+        "moto",
+        "flask",
+        "flask-cors",
     ]
     assert reached(tools) - pins("cpu.txt").keys() == pins("dev.txt").keys()
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmlrec.errors import DataError
 from mmlrec.schema import Part, label_column
+from mmlrec.storage.parquet import open_parquet
+from mmlrec.storage.places import Place
 
 
-def count_violations(folder: Path, parts: Sequence[Part], chain: Sequence[str]) -> list[int]:
+def count_violations(folder: Place, parts: Sequence[Part], chain: Sequence[str]) -> list[int]:
     """Rows in which a step of the chain is positive and the one before is not; a missing label violates nothing.
 
     Args:
@@ -32,7 +32,7 @@ def count_violations(folder: Path, parts: Sequence[Part], chain: Sequence[str]) 
     for part in parts:
         path = folder / part.path
         try:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path, part.num_bytes, part.sha256) as file:
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
                     for step, (before, this) in enumerate(pairwise(columns)):
                         counts[step] += pc.sum(pc.greater(batch[this], batch[before])).as_py() or 0

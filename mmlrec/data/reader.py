@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from mmlrec.data.prefetch import prefetch
 from mmlrec.data.row_groups import Ragged, RowGroupCache, RowGroups, Rows
 from mmlrec.errors import ConfigError
 from mmlrec.schema import DatasetManifest
+from mmlrec.storage.places import Place, place
 
 _BATCHES_AHEAD = 4  # finished batches that wait for the consumer
 _ROW_GROUPS_AHEAD = 2  # row groups decoded before they are needed
@@ -52,7 +52,7 @@ class Reader:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         manifest: DatasetManifest,
         split: str,
         *,
@@ -63,7 +63,7 @@ class Reader:
         seed: int = 0,
         cache_bytes: int = 256 * 1024**2,
     ) -> None:
-        self._groups = RowGroups(Path(folder), manifest, split, tasks)
+        self._groups = RowGroups(place(folder), manifest, split, tasks)
         self._cache = RowGroupCache(self._groups, cache_bytes)
         self._manifest = manifest
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Part, Task, key_column, label_column
+from mmlrec.storage.parquet import open_parquet, stored_size
+from mmlrec.storage.places import Place, is_local
 
+_FOOTERS = 8  # fetched at a time
 _REMEDY = "Run the preprocessing again, or restore the file."
 
 
@@ -77,7 +79,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    path: Path
+    path: Place
+    part: Part
     index: int
     row_in_file: int
     row_in_split: int
@@ -95,7 +98,7 @@ class RowGroups:
         DataError: the split is empty, or a part is missing, damaged or not as the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: DatasetManifest, split: str, tasks: Sequence[str]) -> None:
+    def __init__(self, folder: Place, manifest: DatasetManifest, split: str, tasks: Sequence[str]) -> None:
         weighted = [f.name for f in manifest.features if f.weighted]
         if weighted:
             raise ConfigError(
@@ -116,17 +119,22 @@ class RowGroups:
         self._groups = self._open(folder, split)
         self.num_rows = np.array([g.num_rows for g in self._groups], np.int64)
 
-    def _open(self, folder: Path, split: str) -> list[_RowGroup]:
+    def _open(self, folder: Place, split: str) -> list[_RowGroup]:
         if split not in self._manifest.splits:
             held = ", ".join(self._manifest.splits) or "none"
             raise DataError(f"{folder}: the dataset has no split '{split}'. Splits: {held}.")
         groups: list[_RowGroup] = []
         total = 0
-        for part in self._manifest.splits[split].parts:
+        parts = self._manifest.splits[split].parts
+        # Of an object store many footers are waited for together.
+        with ThreadPoolExecutor(1 if is_local(folder) else _FOOTERS) as pool:
+            opened = list(pool.map(lambda part: self._open_part(folder / part.path, part), parts))
+        for part, (schema, group_rows) in zip(parts, opened, strict=True):
             path = folder / part.path
+            self._check_columns(path, schema)
             row = 0
-            for index, rows in enumerate(self._check_part(path, part)):
-                groups.append(_RowGroup(path, index, row, total + row, rows))
+            for index, rows in enumerate(group_rows):
+                groups.append(_RowGroup(path, part, index, row, total + row, rows))
                 row += rows
             total += row
         expected = self._manifest.splits[split].num_rows
@@ -138,26 +146,26 @@ class RowGroups:
             raise DataError(f"{folder}: split '{split}' has no rows. Run the preprocessing with another split rule.")
         return [g for g in groups if g.num_rows]
 
-    def _check_part(self, path: Path, part: Part) -> list[int]:
-        """Check a part's size, footer and columns; returns the rows of each of its row groups."""
-        if not path.is_file():
+    @staticmethod
+    def _open_part(path: Place, part: Part) -> tuple[pa.Schema, list[int]]:
+        """Check a part's size and footer; returns its columns and the rows of each of its row groups."""
+        size = stored_size(path)
+        if size is None:
             raise DataError(f"{path}: the file is missing, but the manifest lists it. {_REMEDY}")
-        size = path.stat().st_size
         if size != part.num_bytes:
             raise DataError(
                 f"{path}: the file has {size} bytes, the manifest says {part.num_bytes}: cut off or changed. {_REMEDY}"
             )
         try:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path, part.num_bytes, part.sha256) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a readable Parquet file: {error}. {_REMEDY}") from error
         if metadata.num_rows != part.num_rows:
             raise DataError(f"{path}: the file has {metadata.num_rows} rows, the manifest says {part.num_rows}. {_REMEDY}")
-        self._check_columns(path, schema)
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return schema, [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
-    def _check_columns(self, path: Path, schema: pa.Schema) -> None:
+    def _check_columns(self, path: Place, schema: pa.Schema) -> None:
         expected = _expected_types(self._manifest)
         for name, types in expected.items():
             if name not in schema.names:
@@ -195,7 +203,7 @@ class RowGroups:
         columns += [SCENARIO_COLUMN] * self.has_scenario + [WEIGHT_COLUMN] * bool(self._weight)
         columns += [self._group] if self._group else []
         try:
-            with pq.ParquetFile(place.path) as file:
+            with open_parquet(place.path, place.part.num_bytes, place.part.sha256) as file:
                 table = file.read_row_group(place.index, columns=columns, use_threads=True)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise DataError(f"{place.path}: row group {place.index} cannot be read: {error}. {_REMEDY}") from error
@@ -309,7 +317,7 @@ class RowGroupCache:
         return rows
 
 
-def _select_tasks(folder: Path, manifest: DatasetManifest, names: Sequence[str]) -> list[Task]:
+def _select_tasks(folder: Place, manifest: DatasetManifest, names: Sequence[str]) -> list[Task]:
     by_name = {task.name: task for task in manifest.tasks}
     for name in names:
         if name not in by_name:

@@ -51,7 +51,7 @@ class Heartbeat:
         self._interval = min(1.0, timeout / 4)
         self._step, self._doing, self._points, self._beats = 0, "starting", 0, 0
         self._since, self._told_step = time.time(), 0
-        self._ended = threading.Event()
+        self._ended, self._cut_off = threading.Event(), False
         self._thread: threading.Thread | None = None
         if world_size > 1:
             # A connection of its own: one that waits for an answer keeps others from asking.
@@ -79,7 +79,7 @@ class Heartbeat:
     def stop(self) -> None:
         """End in order: whoever watches this rank is told."""
         self._ended.set()
-        if self._thread is not None:
+        if self._thread is not None and not self._cut_off:
             self._thread.join(timeout=2 * self._interval)
             _within(_STORE_TIMEOUT, lambda: self._beat(ended=True), None)
 
@@ -118,13 +118,25 @@ class Heartbeat:
 
         Takes some beats, to see who has none.
         """
-        error = RankError(self._who_is_missing())
-        error.told = self.told()
+        message = self._who_is_missing()
+        error = RankError(message)
+        error.told = self.told(message)
         return error
 
-    def told(self) -> bool:
-        """Whether another rank tells the user; rank 1 tells where nobody can be asked: rank 0 hosts the store, and hangs."""
-        return _within(_STORE_TIMEOUT, lambda: self._told(self._store), self._rank != 1)
+    def told(self, message: str) -> bool:
+        """Whether another rank tells the user that `message`, or one like it.
+
+        Where nobody can be asked, rank 1 tells: rank 0 hosts the store, and hangs. But where not even its host answers, this
+        one is the one that is lost, perhaps. Then it says the same, and does not call it an error.
+        """
+        answer = _within(_STORE_TIMEOUT, lambda: self._told(self._store), None)
+        if answer is not None:
+            return answer
+        known, self._cut_off = self._cut_off, not reachable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+        if self._cut_off and not known and os.environ["LOCAL_RANK"] == "0":
+            sys.stderr.write(f"cut off: {message}\n")
+            sys.stderr.flush()
+        return self._cut_off or self._rank != 1
 
     def _beat(self, ended: bool = False) -> None:
         self._beats += 1
@@ -159,7 +171,7 @@ class Heartbeat:
 
     def _end(self, message: str) -> None:
         """End this process from its thread: the main one waits for the rank that is lost, and cannot be woken."""
-        if not self.told():
+        if not self.told(message):
             sys.stderr.write(f"error: {message}\n")
             sys.stderr.flush()
         elif self._ended.wait(10):
@@ -168,8 +180,10 @@ class Heartbeat:
 
     def _who_is_missing(self) -> str:
         first = _within(_STORE_TIMEOUT, self._read, None)
-        time.sleep(3 * self._interval)
-        second = _within(_STORE_TIMEOUT, self._read, None)
+        second = None
+        if first is not None:
+            time.sleep(3 * self._interval)
+            second = _within(_STORE_TIMEOUT, self._read, None)
         if first is None or second is None:
             return (
                 f"rank 0, which keeps the ranks together, has not answered for {self._timeout:g} s (training.timeout);"
@@ -230,3 +244,17 @@ def _within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
     thread.start()
     thread.join(seconds)
     return found[0]
+
+
+def reachable(address: str) -> bool:
+    """Whether the host of `host:port` answers, if only to say that nobody listens there. True where no port is known."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or port == "0":
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _STORE_TIMEOUT).close()
+    except ConnectionError:
+        return True
+    except OSError:
+        return False
+    return True

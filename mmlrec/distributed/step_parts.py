@@ -48,6 +48,7 @@ class StepParts:
         self._thread = threading.get_ident()
         self._inner = 0.0  # seconds of the parts within the innermost one that is open
         self._current = OTHER
+        self._other_thread = _Waited()
 
     @property
     def waiting(self) -> bool:
@@ -61,6 +62,15 @@ class StepParts:
             mark: what a trace calls it; as the part unless told.
         """
         return _Part(self, part, mark or part)
+
+    def waited_in_thread(self) -> float:
+        """Seconds that the calling thread, another than the one of these parts, has spent in collectives."""
+        return self._other_thread.seconds
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Count some seconds of a part as such of another one, once it is known whose they were."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -98,8 +108,12 @@ class StepParts:
         plain: Callable[..., bool] = Work.wait
 
         def wait(work: Work, *arguments: Any, **options: Any) -> bool:
-            if threading.get_ident() != self._thread:  # a checkpoint that is written in the background
-                return plain(work, *arguments, **options)
+            if threading.get_ident() != self._thread:  # a checkpoint that is being written
+                begun = time.perf_counter()
+                try:
+                    return plain(work, *arguments, **options)
+                finally:
+                    self._other_thread.seconds += time.perf_counter() - begun
             with self.of(WAITING):
                 return plain(work, *arguments, **options)
 
@@ -108,6 +122,12 @@ class StepParts:
             yield
         finally:
             Work.wait = plain  # type: ignore[method-assign]
+
+
+class _Waited(threading.local):
+    """Of each thread."""
+
+    seconds = 0.0
 
 
 class _Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import signal
 from types import FrameType
 
@@ -10,6 +11,15 @@ from mmlrec.errors import UserError
 
 #: Steps between agreements of all ranks whether one of them was asked to stop.
 _AGREE_EVERY = 10
+
+
+class Asked(enum.IntEnum):
+    """What a loop is asked to do before its next step."""
+
+    NOTHING = 0
+    #: To end here and go on later.
+    PAUSE = 1
+    STOP = 2
 
 
 class Interrupted(UserError):
@@ -52,22 +62,24 @@ class StopSignal:
             signal.raise_signal(signal.SIGINT)
         self._received = number
 
-    def before(self, index: int, *, also: bool = False) -> bool:
-        """Whether to stop before step `index` (0, 1, ...) of a loop in which all ranks take the same steps.
+    def before(self, index: int, *, also: bool = False, pause: bool = False) -> Asked:
+        """Whether to stop, or to pause, before step `index` (0, 1, ...) of a loop in which all ranks take the same steps.
 
         Args:
-            also: this rank has a reason of its own.
+            also: this rank has a reason of its own to stop.
+            pause: this rank has a reason to pause.
         """
-        if self._world.world_size == 1:
-            return self.received or also
-        return index % _AGREE_EVERY == 0 and self.agreed(also)
+        if self._world.world_size > 1 and index % _AGREE_EVERY != 0:
+            return Asked.NOTHING
+        return self.agreed(also, pause)
 
-    def agreed(self, also: bool = False) -> bool:
+    def agreed(self, also: bool = False, pause: bool = False) -> Asked:
         """Whether a rank was asked to stop, or has a reason of its own, the same on all; each calls it."""
-        found = self._world.highest(2 * (self._received or 0) + also)
-        if found > 1 and self._received is None:
-            self._received = found // 2
-        return found > 0
+        # One small number: the signal, then the reasons, so that the largest says the most.
+        found = self._world.highest(4 * (self._received or 0) + 2 * also + pause)
+        if found >= 4 and self._received is None:
+            self._received = found // 4
+        return Asked(min(found, Asked.STOP))
 
     def interrupted(self, message: str) -> Interrupted:
         """The error to raise: exit code 130 after SIGINT, as shells do; PREEMPTED otherwise."""

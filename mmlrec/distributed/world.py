@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ logger = logging.getLogger("mmlrec")
 
 #: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
 TIMEOUT = 600.0
+_NO_LIMIT = timedelta(days=365)
 
 #: Most bytes of a log file; what is older is kept in one more, `NAME.1`, and then dropped.
 _LOG_BYTES = 32 << 20
@@ -49,6 +50,7 @@ class World:
         control: a gloo group for small CPU collectives (flags, gathered predictions), on every device.
         start: a word that no other start of a run has, the same on all ranks.
         heartbeat: tells the other ranks how far this one is.
+        storage: a gloo group in which no wait is cut short; None: that of `control` serves.
         parts: where the time of this rank goes.
     """
 
@@ -59,12 +61,21 @@ class World:
     control: dist.ProcessGroup
     start: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     heartbeat: Heartbeat | None = None
+    storage: dist.ProcessGroup | None = None
     parts: StepParts = field(default_factory=StepParts)
 
     @property
     def is_main(self) -> bool:
         """True on rank 0, which alone speaks, and writes the files of the run but checkpoints and logs of the ranks."""
         return self.rank == 0
+
+    def without_limit(self) -> World:
+        """The same ranks, meeting in a group of its own, where they wait for each other as long as it takes: for work on files.
+
+        They have met before they begin such work, and one that ends or stops meanwhile is noticed all the same. One thread of a
+        process may use it at a time.
+        """
+        return replace(self, control=self.storage or self.control)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -162,6 +173,8 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         assert control is not None
+        storage = dist.new_group(backend="gloo")
+        distributed_c10d._set_pg_timeout(_NO_LIMIT, storage)
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         start = [uuid.uuid4().hex[:12]]
         if world_size > 1:
@@ -169,7 +182,7 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         heartbeat.start()
         joined.append(heartbeat)
         with parts.seeing_waits():
-            yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, parts)
+            yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, storage, parts)
     except Exception as error:
         if world_size == 1:
             raise

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
-from mmlrec.errors import DataError, UserError
+from mmlrec.errors import DataError, StorageError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences
@@ -19,11 +21,13 @@ from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
+from mmlrec.storage.parquet import open_parquet
+from mmlrec.storage.places import Place, place
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
 
-def write_predictions(session: Session, dataset: Path, split: str, output: Path, stop: StopSignal | None = None) -> None:
+def write_predictions(session: Session, dataset: Place, split: str, output: Place, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario, labels and `score.<task>` in row order; on rank 0.
 
     The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split.
@@ -50,14 +54,14 @@ def write_predictions(session: Session, dataset: Path, split: str, output: Path,
         try:
             _write(session, manifest, dataset, split, rows.logits, output, stop)
             logger.info("%s: %d rows", output, len(rows.logits))
-        except Interrupted as cause:
+        except (Interrupted, StorageError) as cause:
             error = cause
         except OSError as cause:
             error = UserError(f"{output}: cannot be written: {cause}. Free space or choose another --output.")
     session.world.raise_together(error)
 
 
-def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -> None:
+def _check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
     trained = session.manifest
     if trained.features != given.features:
         missing = sorted({f.name for f in trained.features} - {f.name for f in given.features})
@@ -92,12 +96,12 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Path) -
                 f" {_OTHER_IDS}"
             )
         if table.vocabulary is not None and before is None:
-            _check_same_vocabulary(Path(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+            _check_same_vocabulary(place(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
 
 
-def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Path) -> list[str]:
+def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Place) -> list[str]:
     """Of datasets that do not record their encoding, or in a form that this release does not know: ranges, a line each."""
-    own = Path(session.config.dataset.path)
+    own = place(session.config.dataset.path)
     if own.resolve() == folder.resolve():
         return []
     without = [str(place) for place, m in ((own, session.manifest), (folder, given)) if m.encoding is None]
@@ -119,38 +123,41 @@ def _hashing(table: Table) -> str:
     return "not hashed" if table.hash_seed is None else f"{table.num_hashes} hash(es) with seed {table.hash_seed}"
 
 
-def _check_same_vocabulary(trained: Path, given: Path, table: str) -> None:
+def _check_same_vocabulary(trained: Place, given: Place, table: str) -> None:
     if trained.resolve() == given.resolve():
         return
     try:
-        before, now = (pq.read_table(path, columns=["value", "id"]) for path in (trained, given))
+        before, now = (_vocabulary(path) for path in (trained, given))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"vocabulary of table '{table}': training data and input cannot be compared: {error}.") from error
     if not before.equals(now):
         raise DataError(f"{given}: not the vocabulary the run was trained with ({trained}): {_OTHER_IDS}")
 
 
+def _vocabulary(path: Place) -> pa.Table:
+    with open_parquet(path) as file:
+        return file.read(columns=["value", "id"])
+
+
 def _write(
     session: Session,
     manifest: DatasetManifest,
-    dataset: Path,
+    dataset: Place,
     split: str,
     logits: np.ndarray,
-    output: Path,
+    output: Place,
     stop: StopSignal | None,
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
-    temporary = output.with_name(f"{output.name}.{session.world.start}.tmp")  # another start may write the same output
     network = session.network
     branches = list(session.network.branches) or range(session.spec.num_heads)
     trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
-    writer: ScoreFile | None = None
     start = 0
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
+        writer: ScoreFile | None = None
         for part in manifest.splits[split].parts:
-            with pq.ParquetFile(dataset / part.path) as file:
+            with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
                 for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
                     if stop is not None and stop.received:  # of this rank, which alone writes
                         raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")
@@ -172,17 +179,34 @@ def _write(
                         arrays.append(pa.array(rate.astype(np.float32)))
                         names.append("score.cvr")
                     table = pa.table(arrays, names=names)
-                    writer = writer or ScoreFile(temporary, ending(output), table.schema)
+                    if writer is None:
+                        writer = ScoreFile(temporary, ending(output), table.schema)
+                        stack.callback(writer.close)
                     writer.write(table)
                     start += len(scores)
-        if writer is not None:
-            writer.close()
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(output)
+
+
+@contextlib.contextmanager
+def _written_beside(output: Place, start: str) -> Iterator[Path]:
+    """A file of this machine to write, which takes the place of the output when it is whole; nothing is left of it if not.
+
+    Args:
+        start: of this process: another one may write the same output.
+    """
+    if isinstance(output, Path):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f"{output.name}.{start}.tmp")
+    else:
+        temporary = Path(tempfile.gettempdir()) / f"{output.name}.{start}.tmp"
+    try:
+        yield temporary
+        if isinstance(output, Path):
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(output)
+        else:
+            output.fs.put_file(str(temporary), output.path)
     finally:
-        if writer is not None:
-            writer.close()
         temporary.unlink(missing_ok=True)
 
 

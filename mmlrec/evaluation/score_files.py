@@ -11,12 +11,13 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mmlrec.errors import UserError
+from mmlrec.storage.places import Place
 
 #: Endings of names that say how scores are written.
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 
 
-def ending(output: Path) -> str:
+def ending(output: Place) -> str:
     """The one of `ENDINGS` that the name has.
 
     Raises:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_NNNNNNNNN` of the files of torch.distributed.checkpoint, `state.json` (progress, selection,
 configuration) and, written last inside a temporary folder that is then renamed, `COMPLETE.json` with size and checksum of
-every file. What has no such marker, or does not match it, is no checkpoint. Each rank takes the checksum of its files while it
-writes them; where they are checked, the ranks share them out.
+every file (see whole.py). Each rank takes the checksum of its files while it writes them; where they are checked, the ranks
+share the bytes out.
 
 `amended.json` holds what became known after the checkpoint was sealed: the validation of its step, or that the run went back
 to it. It is no part of the whole: without it that is found out again.
@@ -13,30 +13,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.distributed.world import World, logger
-from mmlrec.errors import CheckpointError, UserError
+from mmlrec.errors import CheckpointError, StorageError, UserError
+from mmlrec.run_folder import whole
 from mmlrec.run_folder.folder import write_atomically
 from mmlrec.run_folder.index import Reader
-from mmlrec.run_folder.summed_files import Writer
+from mmlrec.run_folder.parts import Parts
+from mmlrec.run_folder.stored import MARKER, REPLACED
+from mmlrec.run_folder.whole import damage
+from mmlrec.storage.places import Place, read
 
-MARKER = "COMPLETE.json"
 STATE = "state.json"
 AMENDED = "amended.json"
-_TEMPORARY = ".tmp"
-_REPLACED = ".old"
 
 
 def model_tensors(model: DistributedModelParallel) -> dict[str, Any]:
@@ -55,138 +54,80 @@ def training_tensors(model: DistributedModelParallel, optimizer: CombinedOptimiz
     return tensors
 
 
-def save(folder: Path, tensors: Mapping[str, Any], state: dict[str, Any], world: World) -> None:
+def save(folder: Place, tensors: Mapping[str, Any], state: dict[str, Any], world: World) -> None:
     """Write a checkpoint so that `folder` is either complete or as it was before.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    # Of this start alone: what ranks of another one may still write is never taken for a part of this checkpoint.
-    temporary = folder.with_name(f"{folder.name}.{world.start}{_TEMPORARY}")
-    error: UserError | None = None
-    if world.is_main:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as cause:
-            error = _unwritable(folder, cause)
-    world.raise_together(error)
-    try:
-        writer = Writer(temporary)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=world.control, no_dist=False)
-        files = {name: sums for written in world.gather(writer.written) for name, sums in written.items()}
-        if world.is_main:
-            text = json.dumps(state, indent=1).encode()
-            (temporary / STATE).write_bytes(text)
-            _seal(temporary, {**files, STATE: _sums(text)})
-    except (CheckpointException, OSError) as cause:
-        error = _unwritable(folder, cause)
-    try:
-        world.raise_together(error)
-    except CheckpointError:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if world.is_main:
-        former = folder.with_name(folder.name + _REPLACED)
-        if folder.exists():
-            # The former one stays until `prune`: should this process die now, the newest step checkpoint knows that one.
-            if former.exists():
-                former = folder.with_name(f"{temporary.name}{_TEMPORARY}")
-            folder.rename(former)
-        # Next, as others may be about to read it.
-        temporary.rename(folder)
-        if former.suffix == _TEMPORARY:
-            shutil.rmtree(former)
-        _sync(folder.parent)
-    world.barrier()
+    write(folder, Parts(tensors, world), state, world)
 
 
-def _unwritable(folder: Path, cause: CheckpointException | OSError) -> CheckpointError:
-    reasons = [str(e[0]) for e in cause.failures.values()] if isinstance(cause, CheckpointException) else [str(cause)]
-    return CheckpointError(f"{folder}: cannot write a checkpoint: {'; '.join(reasons)}. Free space or choose another run_dir.")
-
-
-def _seal(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
-    for name, sums in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != sums["bytes"]:
-            raise OSError(f"{path} was written by another rank and is not here, or not whole: all ranks must see one folder")
-    marker = folder / MARKER
-    marker.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1), encoding="utf-8")
-    for path in (folder / STATE, marker, folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sums(content: bytes) -> dict[str, int]:
-    return {"bytes": len(content), "crc32": zlib.crc32(content)}
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def damage(folder: Path, world: World | None = None) -> str | None:
-    """Why a folder is no usable checkpoint, naming the file, or None when it is whole.
+def write(
+    folder: Place,
+    parts: Parts,
+    state: dict[str, Any],
+    world: World,
+    *,
+    lost: Callable[[], UserError | None] = lambda: None,
+    delete: Callable[[Place], None] = whole.delete,
+) -> None:
+    """Write a checkpoint, as `save`, of tensors that were looked at before. All ranks call it; they meet for files only.
 
     Args:
-        world: of the ranks that share the checksums out; all call it, and get one answer. Without it this process does all.
+        lost: why this run may not write there any more, if so; rank 0 asks at the begin, and before the checkpoint takes its
+            place.
+        delete: takes what a former checkpoint of this name leaves.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full; nothing is left behind.
+        UserError: what `lost` returns.
     """
-    main = world is None or world.is_main
-    found = _listed(folder) if main else None
-    if world is not None:
-        world.at(f"checking {folder.name}")
-        found = cast("str | dict[str, tuple[int, int]]", world.from_main(found))
-    assert found is not None
-    if isinstance(found, str):
-        return found
-    # The largest first, so that the shares are about equal.
-    names = sorted(found, key=lambda name: (-found[name][0], name))
-    own = names if world is None else names[world.rank :: world.world_size]
-    reasons = {name: reason for name in own if (reason := _file_damage(folder / name, *found[name])) is not None}
-    if world is not None:
-        reasons = {name: reason for some in world.gather(reasons) for name, reason in some.items()}
-    return next((reasons[name] for name in found if name in reasons), None)
-
-
-def _listed(folder: Path) -> str | dict[str, tuple[int, int]]:
-    """Bytes and checksum of each file by its name, or why there are none."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return f"{folder} has no {MARKER}: it was not written to the end"
+    world = world.without_limit()
+    temporary = folder
+    error: UserError | None = None
+    if world.is_main and (error := lost()) is None:
+        try:
+            temporary = whole.make(folder, world.start)
+        except whole.FAILURES as cause:
+            error = unwritable(folder, cause)
+    world.raise_together(error)
+    temporary = whole.made(folder, cast(str, world.from_main(temporary.name)))
+    results: list[WriteResult] = []
+    files: dict[str, whole.Sums] = {}
     try:
-        listed = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
-        files = {name: (expected["bytes"], expected["crc32"]) for name, expected in listed}
-        if not all(type(number) is int for sums in files.values() for number in sums):
-            raise ValueError("sizes and checksums are integers")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{marker} cannot be read: {error}"
-    return files
+        results, files = parts.write(temporary)
+    except whole.FAILURES as cause:
+        error = unwritable(folder, cause)
+    written = world.gather((error, results, files))
+    error = next((error for error, _, _ in written if error is not None), None)
+    if error is None and world.is_main:
+        try:
+            sums = {name: of_file for _, _, files in written for name, of_file in files.items()}
+            sums |= parts.write_index(temporary, [results for _, results, _ in written])
+            sums[STATE] = whole.write_synced(temporary / STATE, json.dumps(state, indent=1).encode())
+            whole.seal(temporary, sums)
+            if (error := lost()) is None:
+                whole.put(temporary, folder, delete)
+        except whole.FAILURES as cause:
+            error = unwritable(folder, cause)
+    if (
+        error is not None and world.is_main and isinstance(temporary, Path)
+    ):  # a store may be out of reach: `prune` does it there
+        whole.delete(temporary)
+    world.raise_together(error)
 
 
-def _file_damage(path: Path, num_bytes: int, crc32: int) -> str | None:
-    if not path.is_file():
-        return f"{path} is missing"
-    if path.stat().st_size != num_bytes:
-        return f"{path} has {path.stat().st_size} bytes instead of {num_bytes}: it is truncated or was changed"
-    if _crc32(path) != crc32:
-        return f"{path} does not match its checksum: it is corrupt"
-    return None
+def unwritable(folder: Place, cause: OSError | StorageError) -> CheckpointError:
+    """What to say of a checkpoint that cannot be written."""
+    if isinstance(cause, StorageError):
+        error = CheckpointError(f"cannot write a checkpoint: {cause}")
+        error.exit_code = cause.exit_code
+        return error
+    return CheckpointError(f"{folder}: cannot write a checkpoint: {cause}. Free space or choose another run_dir.")
 
 
-def verify(folder: Path, world: World) -> None:
+def verify(folder: Place, world: World) -> None:
     """Check every file of a checkpoint once, the ranks together.
 
     Raises:
@@ -198,7 +139,7 @@ def verify(folder: Path, world: World) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(folder: Path, world: World) -> Iterator[None]:
+def unchanged(folder: Place, world: World) -> Iterator[None]:
     """While a checkpoint of a run is read that may be alive, and replace it; all ranks enter it.
 
     Raises:
@@ -213,16 +154,16 @@ def unchanged(folder: Path, world: World) -> Iterator[None]:
     world.raise_together(None if _marker(folder) == before else replaced)
 
 
-def _marker(folder: Path) -> bytes | None:
+def _marker(folder: Place) -> bytes | None:
     try:
-        return (folder / MARKER).read_bytes()
-    except OSError:
+        return read(folder / MARKER)
+    except whole.FAILURES:
         return None
 
 
-def latest(folder: Path, world: World) -> Path | None:
+def latest(folder: Place, world: World) -> Place | None:
     """The newest whole checkpoint of a run, the same on every rank; damaged ones are named in a warning and passed over."""
-    names = [p.name for p in sorted(folder.glob("step_*"), reverse=True) if not p.suffix] if world.is_main else []
+    names = [path.name for path in reversed(_steps(folder))] if world.is_main else []
     for name in cast("list[str]", world.from_main(names)):
         reason = damage(folder / name, world)
         if reason is None:
@@ -232,23 +173,24 @@ def latest(folder: Path, world: World) -> Path | None:
     return None
 
 
-def step_damage(folder: Path) -> list[str]:
+def step_damage(folder: Place, world: World) -> list[str]:
     """Why the step checkpoints of a run are not usable, one reason for each that is not, the newest first."""
-    reasons = [damage(path) for path in sorted(folder.glob("step_*"), reverse=True) if not path.suffix]
+    names = [path.name for path in reversed(_steps(folder))] if world.is_main else []
+    reasons = [damage(folder / name, world) for name in cast("list[str]", world.from_main(names))]
     return [reason for reason in reasons if reason is not None]
 
 
-def best_damage(best: Path, known: int, world: World) -> str | None:
+def best_damage(best: Place, known: int, world: World) -> str | None:
     """Why neither `best` nor the one that it was replacing is usable; None where `settle_best` finds one. All ranks call it.
 
     Args:
         known: step of the best that the checkpoint to resume from knows.
     """
     reason = _best_damage(best, known, world)
-    return None if reason is None or _best_damage(best.with_name(best.name + _REPLACED), known, world) is None else reason
+    return None if reason is None or _best_damage(best.with_name(best.name + REPLACED), known, world) is None else reason
 
 
-def _best_damage(best: Path, known: int, world: World) -> str | None:
+def _best_damage(best: Place, known: int, world: World) -> str | None:
     reason = damage(best, world)
     if reason is None and (step := read_state(best)["step"]) < known:
         # As in a copy that was made, file by file, while the run was alive.
@@ -256,15 +198,19 @@ def _best_damage(best: Path, known: int, world: World) -> str | None:
     return reason
 
 
-def discard(folder: Path, world: World) -> None:
-    """Delete all checkpoints of a run."""
+def discard(folder: Place, world: World, delete: Callable[[Place], None] = whole.delete) -> None:
+    """Take all checkpoints of a run away.
+
+    Args:
+        delete: takes what is left of each.
+    """
     if world.is_main:
         for path in folder.glob("step_*"):
-            shutil.rmtree(path, ignore_errors=True)
-    world.barrier()
+            whole.retire(path, delete)
+    world.without_limit().barrier()
 
 
-def settle_best(best: Path, step: int | None, world: World) -> None:
+def settle_best(best: Place, step: int | None, world: World) -> None:
     """Make `best` the one that the step checkpoint to resume from knows, after a death during or since its replacement.
 
     Args:
@@ -272,25 +218,24 @@ def settle_best(best: Path, step: int | None, world: World) -> None:
     """
     chosen = None if step is None else _settled(best, step, world)
     if world.is_main:
-        old = best.with_name(best.name + _REPLACED)
+        old = best.with_name(best.name + REPLACED)
         if step is None:
-            shutil.rmtree(best, ignore_errors=True)
+            whole.delete(best)
         elif chosen == old:
-            shutil.rmtree(best, ignore_errors=True)
-            old.rename(best)
-        shutil.rmtree(old, ignore_errors=True)
-    world.barrier()
+            whole.bring_back(old, best)
+        whole.delete(old)
+    world.without_limit().barrier()
 
 
-def _settled(best: Path, step: int, world: World) -> Path:
+def _settled(best: Place, step: int, world: World) -> Place:
     """Which of best and the one it replaced a checkpoint of `step` knows."""
-    old = best.with_name(best.name + _REPLACED)
+    old = best.with_name(best.name + REPLACED)
     if damage(old, world) is None and (damage(best, world) is not None or read_state(best)["step"] > step):
         return old
     return best
 
 
-def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
+def go_back(folder: Place, step: int, best: Place, world: World) -> Place:
     """Make the checkpoint of `step` the newest of a run; those after it are deleted.
 
     Where no best checkpoint of that time is left, the choice begins anew, with a validation of this step. A death on the way
@@ -302,7 +247,7 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
     path = step_folder(folder, step)
     reason = damage(path, world)
     if reason is not None:
-        left = ", ".join(str(int(p.name.removeprefix("step_"))) for p in _marked(folder))
+        left = ", ".join(str(step_of(p)) for p in _marked(folder))
         raise CheckpointError(f"--from-step {step}: {reason}. There are checkpoints of steps {left or 'none'}.")
     state = read_state(path)
     changes: dict[str, Any] = {"went_back_to": step, "finished": False}
@@ -310,89 +255,106 @@ def go_back(folder: Path, step: int, best: Path, world: World) -> Path:
     known = max(state["selection"]["best_step"].values(), default=0)
     if known and (_best_damage(chosen, known, world) is not None or read_state(chosen)["step"] > step):
         changes |= {"selection": {"best": {}, "stale": {}, "best_step": {}}, "validation_due": True}
-    amend(path, changes, world)
+    error: UserError | None = None
     if world.is_main:
-        for later in reversed([p for p in _marked(folder) if p > path]):
-            _delete(later)
-        _sync(folder)
-    world.barrier()
+        try:
+            amend(path, changes)
+        except whole.FAILURES as cause:
+            error = unwritable(path, cause)
+    world.raise_together(error)
+    if world.is_main:
+        for later in reversed([p for p in _marked(folder) if step_of(p) > step]):
+            whole.retire(later, whole.delete)
+        whole.sync(folder)
+    world.without_limit().barrier()
     return path
 
 
-def prune(folder: Path, keep: int, world: World, *, step: int) -> None:
-    """Delete what the checkpoint of `step`, just saved, makes superfluous.
+def prune(
+    folder: Place,
+    keep: int,
+    *,
+    step: int,
+    every: int | None = None,
+    delete: Callable[[Place], None] = whole.delete,
+) -> None:
+    """Take away what the checkpoint of `step`, just saved, makes superfluous; on rank 0.
 
     That is: all but the newest `keep` up to `step`, those beyond it (damaged ones, passed over by the resume), and what
     interrupted or replaced saves left.
+
+    Args:
+        every: those of steps that are multiples of this are kept, too.
+        delete: takes what is left of each.
     """
-    if not world.is_main:
-        return
-    for leftover in [*folder.glob(f"*{_TEMPORARY}"), *folder.glob(f"*{_REPLACED}")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in whole.leftovers(folder):
+        delete(leftover)
+    for replaced in whole.replaced(folder):
+        whole.retire(replaced, delete)
     marked = _marked(folder)
-    kept = [p for p in marked if p <= step_folder(folder, step)][-keep:]
-    for path in set(marked) - set(kept):
-        _delete(path)
+    until = [p for p in marked if step_of(p) <= step]
+    kept = until[-keep:] + [p for p in until if every is not None and step_of(p) % every == 0]
+    for path in marked:
+        if path not in kept:
+            whole.retire(path, delete)
 
 
-def _marked(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if not p.suffix and (p / MARKER).is_file())
+def _marked(folder: Place) -> list[Place]:
+    return [path for path in _steps(folder) if (path / MARKER).is_file()]
 
 
-def _delete(path: Path) -> None:
-    # The marker goes first: a deletion that is cut short leaves no folder that passes for a checkpoint.
-    (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+def _steps(folder: Place) -> list[Place]:
+    """What is there by the names of step checkpoints, the oldest first."""
+    return sorted((path for path in folder.glob("step_*") if not path.suffix), key=lambda path: path.name)
 
 
-def step_folder(folder: Path, step: int) -> Path:
+def with_state(folder: Place) -> list[Place]:
+    """Step checkpoints whose state can be read, the oldest first. Their other files are not looked at."""
+    return [path for path in _marked(folder) if whole.file_damage(path, STATE) is None]
+
+
+def step_folder(folder: Place, step: int) -> Place:
     """Where the checkpoint of a step lies; names sort as steps do."""
     return folder / f"step_{step:09d}"
 
 
-def amend(folder: Path, changes: dict[str, Any], world: World) -> None:
-    """Note what became known of a checkpoint after it was written: keys that take the place of those of its state.
+def step_of(path: Place) -> int:
+    """The step of the checkpoint that lies there."""
+    return int(path.name.removeprefix("step_"))
+
+
+def amend(folder: Place, changes: dict[str, Any]) -> None:
+    """Note what became known of a checkpoint after it was written: keys that take the place of those of its state; on rank 0.
 
     Raises:
-        CheckpointError: it cannot be written.
+        OSError: it cannot be written.
     """
-    error: UserError | None = None
-    if world.is_main:
-        try:
-            text = json.dumps(_amendments(folder) | changes)
-            write_atomically(folder / AMENDED, json.dumps({**_sums(text.encode()), "state": text}, indent=1))
-        except OSError as cause:
-            error = _unwritable(folder, cause)
-    world.raise_together(error)
+    text = json.dumps(_amendments(folder) | changes)
+    write_atomically(whole.inside(folder) / AMENDED, json.dumps({**whole.sums(text.encode()), "state": text}, indent=1))
 
 
-def _amendments(folder: Path) -> dict[str, Any]:
+def _amendments(folder: Place) -> dict[str, Any]:
     try:
-        content = json.loads((folder / AMENDED).read_text(encoding="utf-8"))
+        content = json.loads(read(whole.inside(folder) / AMENDED))
         text = content["state"]
-        return dict(json.loads(text)) if _sums(text.encode())["crc32"] == content["crc32"] else {}
+        return dict(json.loads(text)) if whole.sums(text.encode())["crc32"] == content["crc32"] else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Place) -> dict[str, Any]:
     """The `state.json` of a checkpoint, with its amendments. The other files are not looked at: see `verify`.
 
     Raises:
         CheckpointError: it is damaged.
     """
-    listed = _listed(folder)
-    path = folder / STATE
-    if isinstance(listed, str):
-        reason: str | None = listed
-    else:
-        reason = _file_damage(path, *listed[STATE]) if STATE in listed else f"{path} is missing"
+    reason = whole.file_damage(folder, STATE)
     if reason is not None:
         raise CheckpointError(f"{reason}. Choose another checkpoint or train again.")
-    return dict(json.loads(path.read_text(encoding="utf-8"))) | _amendments(folder)
+    return dict(json.loads(read(whole.inside(folder) / STATE))) | _amendments(folder)
 
 
-def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
+def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
     """Fill `tensors` in place from a whole checkpoint, whatever world size and plan it was written with.
 
     Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone. A counter of batches that it lacks, as
@@ -401,7 +363,7 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
     Raises:
         CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model.
     """
-    reader = Reader(folder)
+    reader = Reader(whole.inside(folder))
     saved = reader.read_metadata().state_dict_metadata
     tensors = {key: value for key, value in tensors.items() if key in saved or not key.startswith("random.")}
     uncounted = [tensors.pop(key) for key in list(tensors) if key.endswith("num_batches_tracked") and key not in saved]
@@ -424,14 +386,14 @@ def load(folder: Path, tensors: dict[str, Any], world: World) -> None:
             )
     world.raise_together(error)
     try:
-        dcp.load(tensors, storage_reader=reader, process_group=world.control)
+        dcp.load(tensors, storage_reader=reader, process_group=world.without_limit().control)
     except CheckpointException as cause:
         raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from cause
     for counter in uncounted:
         counter.fill_(torch.iinfo(torch.int32).max)
 
 
-def load_training(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:
+def load_training(folder: Place, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:
     """Restore weights, optimizer state and random state of this rank."""
     tensors = training_tensors(model, optimizer, world.rank)
     load(folder, tensors, world)

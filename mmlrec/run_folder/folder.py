@@ -19,8 +19,11 @@ from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest, rows_alone_differ
-from mmlrec.run_folder.lock import Lock, unwritable
+from mmlrec.run_folder.lock import unwritable
+from mmlrec.run_folder.one_writer import Holder
+from mmlrec.run_folder.reports import Reports, log_name
 from mmlrec.schema import DatasetManifest, Encoding
+from mmlrec.storage.places import Place, place, read
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -34,7 +37,11 @@ _MAY_DIFFER = (
     "training.eval_batch_size",
     "training.log_every_steps",
     "training.checkpoint_every_steps",
+    "training.checkpoint_every_minutes",
+    "training.checkpoint_async",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.max_failed_checkpoints",
     "training.timeout",
 )
 
@@ -57,28 +64,33 @@ class RunFolder:
     """Paths and small files of one run. Rank 0 alone writes.
 
     Args:
-        lock: of the folder, held by this process; None where it only reads.
+        holder: of the folder, in this process; None where it only reads.
+        reports: where this process writes files that are appended to, if not into the folder.
     """
 
-    def __init__(self, path: Path, lock: Lock | None = None) -> None:
+    def __init__(self, path: Place, holder: Holder | None = None, reports: Reports | None = None) -> None:
         self.path = path
-        self._lock = lock
+        self._holder = holder
+        self.reports = reports
         self.config = path / "config.yaml"
         self.environment = path / "environment.json"
         self.plan = path / "plan.json"
         self.dataset = path / "dataset.json"
-        self.metrics = path / "metrics.jsonl"
-        self.log = path / "train.log"
-        self.logs = path / "logs"
-        self.profile = path / "profile"
-        self.tensorboard = path / "tensorboard"
+        #: Paths of this machine, also where the run folder is none.
+        written = path if isinstance(path, Path) else Path() if reports is None else reports.written
+        self.metrics = written / "metrics.jsonl"
+        self.log = written / log_name(0)
+        self.logs = written / "logs"
+        self._written = written
+        self.profile = written / "profile"
+        self.tensorboard = written / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.best = path / "checkpoints" / "best"
         self.result = path / "result.json"
 
     def log_of(self, rank: int) -> Path:
         """Where a rank logs."""
-        return self.log if rank == 0 else self.logs / f"rank-{rank:05d}.log"
+        return self._written / log_name(rank)
 
     def create(self) -> None:
         """Make the folders and prove that they can be written.
@@ -86,8 +98,10 @@ class RunFolder:
         Raises:
             UserError: they cannot, or a file that is appended to is a link.
         """
+        if not isinstance(self.path, Path):
+            return  # its lease has been written there
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
             probe.write_text("", encoding="utf-8")
             probe.unlink()
@@ -99,19 +113,23 @@ class RunFolder:
             ):  # which are appended to: a folder from elsewhere could name any file
                 if path.is_symlink() and path.is_file():
                     raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
-            for path in (self.config, self.environment, self.plan, self.dataset, self.metrics):
-                for leftover in self.path.glob(f"{path.name}.*.tmp"):
+            for name in (self.config, self.environment, self.plan, self.dataset, self.metrics):
+                for leftover in self.path.glob(f"{name.name}.*.tmp"):
                     leftover.unlink()
         except OSError as error:
             raise unwritable(self.path, error) from error
 
     def check_held(self, world: World) -> None:
-        """Before checkpoints are written or deleted: is this still the folder that the run has locked? All ranks call it.
+        """Before checkpoints are written or deleted: does the run still hold this folder? All ranks call it.
 
         Raises:
-            UserError: it was moved, deleted or replaced; another run may write there by now.
+            UserError: it was moved, deleted or replaced, or its lease was taken over; another run may write there by now.
         """
-        world.raise_together(self._lock.lost() if self._lock is not None else None)
+        world.raise_together(self.lost())
+
+    def lost(self) -> UserError | None:
+        """What to say where the run does not hold this folder any more; None where it does."""
+        return None if self._holder is None else self._holder.lost()
 
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
@@ -141,7 +159,7 @@ class RunFolder:
         if not self.result.is_file():
             return {}
         try:
-            return dict(json.loads(self.result.read_text(encoding="utf-8")))
+            return dict(json.loads(read(self.result)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.result} is damaged: {error}. Delete it; evaluation writes it again.") from error
 
@@ -180,8 +198,8 @@ class RunFolder:
             ConfigError: listing what differs, with both values where they are short.
             DataError: the dataset or its manifest is damaged.
         """
-        place = Path(config.dataset.path)
-        manifest = DatasetManifest.load(place)
+        there = place(config.dataset.path)
+        manifest = DatasetManifest.load(there)
         recorded = state.get("data")
         if isinstance(recorded, dict) and recorded.get("form") == DATA_FORM:
             different = data_differences(recorded, data_facts(manifest))
@@ -194,7 +212,7 @@ class RunFolder:
         encoded: list[str] = []
         if before is not None and comparable:
             # Where rows are the same to the bit, so are labels, whatever their rule.
-            encoded = encoding_differences(before, manifest, place, scenario=True, labels=bool(different))
+            encoded = encoding_differences(before, manifest, there, scenario=True, labels=bool(different))
         if not different and not encoded:
             return True
         if other_rows and comparable and not encoded and rows_alone_differ(recorded, data_facts(manifest)):
@@ -208,10 +226,10 @@ class RunFolder:
             remedy = (
                 "Whether both are encoded alike is not on record, so no metrics are made of them. Scores, with what can be"
                 f" compared: python -m apps.predict --run-dir {shlex.quote(str(self.path))} --input"
-                f" {shlex.quote(str(place))} --output scores.parquet"
+                f" {shlex.quote(str(there))} --output scores.parquet"
             )
         raise ConfigError(
-            f"{self.path} holds a run on other data than {place} has now:\n" + "\n".join(different + encoded) + f"\n{remedy}"
+            f"{self.path} holds a run on other data than {there} has now:\n" + "\n".join(different + encoded) + f"\n{remedy}"
         )
 
     def keep_metrics_until(self, step: int, *, validated: bool = True) -> None:
@@ -232,7 +250,7 @@ class RunFolder:
                 broken.append(number)
         if broken:
             lines = f"line {broken[0]} is" if len(broken) == 1 else f"lines {', '.join(map(str, broken))} are"
-            logger.warning("%s: %s no report, as a power cut may leave it; dropped.", self.metrics, lines)
+            logger.warning("%s: %s no report, as a power cut may leave it; dropped.", self.path / self.metrics.name, lines)
         write_atomically(self.metrics, "".join(kept))
 
 
@@ -247,8 +265,11 @@ def data_state(manifest: DatasetManifest) -> dict[str, Any]:
     return {"dataset": parts_digest(manifest), "data": data_facts(manifest), "encoding": encoding}
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Place, text: str) -> None:
     """Write a small text file so that readers see the old or the new content, never a part, whoever else writes it, too."""
+    if not isinstance(path, Path):
+        path.write_text(text, encoding="utf-8")  # as every put
+        return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:

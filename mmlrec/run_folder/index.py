@@ -6,14 +6,16 @@ anything. Here it may name only what an index consists of.
 
 from __future__ import annotations
 
+import io
 import pickle
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
-from mmlrec.errors import CheckpointError
+from mmlrec.errors import CheckpointError, StorageError
+from mmlrec.run_folder.summed_files import Files
+from mmlrec.storage.places import Place, read
 
 _INDEX = ".metadata"
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -56,8 +58,10 @@ def _memory_format(kind: Any, name: Any) -> Any:
 class Reader(FileSystemReader):
     """DCP's reader of a folder, with an index that cannot run code."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Place) -> None:
+        super().__init__("")
+        self.fs = Files()
+        self.path = cast(Any, folder)
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -69,8 +73,9 @@ class Reader(FileSystemReader):
         """
         path = self.folder / _INDEX
         try:
-            with path.open("rb") as file:
-                found = _Unpickler(file).load()
+            found = _Unpickler(io.BytesIO(read(path))).load()
+        except StorageError:
+            raise
         # A damaged pickle may raise anything.
         except Exception as error:
             raise CheckpointError(f"{path} is not the index of a checkpoint: {error}. Do not use this run folder.") from error

@@ -18,13 +18,12 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mmlrec.distributed.world import World, logger
+from mmlrec.distributed.world import logger
 from mmlrec.errors import UserError
+from mmlrec.storage.places import Place
 
 LOCK = ".lock"
 #: Ranks that outlive their rank 0 are about to notice it; longest wait for their end.
@@ -37,36 +36,6 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 _FLOCK = "hhlli0l"
 #: Options of a mount under which fcntl locks stay on this host: of nfs (two versions), lustre, cifs.
 _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "nobrl"}
-#: Environment variable of a job's id -> its words.
-_JOBS = {"SLURM_JOB_ID": "Slurm job", "TORCHX_JOB_ID": "job"}
-
-
-@contextlib.contextmanager
-def hold(folder: Path, world: World) -> Iterator[Lock]:
-    """Keep every other run out of a run folder; it is made where it is absent, and removed if nothing was put in.
-
-    Every rank holds its part of the lock: the folder is free only when the last one has ended. Where the file system has no
-    locks, or keeps them to this host, a warning says so. A folder that cannot be written needs no lock.
-
-    Raises:
-        UserError: another run writes there, the folder cannot be written, or not every rank sees it.
-    """
-    lock = Lock(folder)
-    ranks = world.gather((socket.gethostname(), os.getpid()))
-    error, writable = None, True
-    try:
-        if world.is_main:
-            try:
-                writable = lock.take({"start": world.start, "since": _now(), "job": _job(), "ranks": ranks})
-            except UserError as cause:
-                error = cause
-        world.raise_together(error)
-        if world.from_main(writable):
-            seen = world.is_main or lock.join(world.start, world.rank)
-            _check_shared(folder, world.gather((seen, str(folder.absolute()))), ranks)
-        yield lock
-    finally:
-        lock.leave()
 
 
 class Lock:
@@ -204,31 +173,30 @@ class Lock:
         while not (current := _is_of_holder(content, descriptor)) and time.monotonic() < deadline:
             time.sleep(0.05)
             content = _read(descriptor)
-        who = "another run"
-        if current:
-            names = [f"{host}, process {process}" for host, process in (content["ranks"][rank] for rank in ranks)]
-            which = "" if ranks == [0] else f"rank {' and '.join(map(str, ranks))} of "
-            job = f", {content['job']}" if content["job"] else ""
-            who = f"{which}a run that was started at {content['since']} on {' and '.join(names)}{job}"
-        return UserError(
-            f"{self._folder} is taken: {who} is writing there. Wait for its end or stop it, or choose another folder with"
-            " --run-dir."
-        )
+        return taken(self._folder, content if current else {}, ranks)
 
 
-def unwritable(folder: Path, error: OSError) -> UserError:
+def taken(folder: Place, holder: dict[str, Any], ranks: list[int]) -> UserError:
+    """What to say where another run writes.
+
+    Args:
+        holder: what it has written of itself; empty where that is not known.
+        ranks: those of its ranks that hold the folder.
+    """
+    who = "another run"
+    if holder:
+        names = [f"{host}, process {process}" for host, process in (holder["ranks"][rank] for rank in ranks)]
+        which = "" if ranks == [0] else f"rank {' and '.join(map(str, ranks))} of "
+        job = f", {holder['job']}" if holder["job"] else ""
+        who = f"{which}a run that was started at {holder['since']} on {' and '.join(names)}{job}"
+    return UserError(
+        f"{folder} is taken: {who} is writing there. Wait for its end or stop it, or choose another folder with --run-dir."
+    )
+
+
+def unwritable(folder: Place, error: OSError) -> UserError:
     """What to say of a run folder that cannot be made or written."""
     return UserError(f"{folder}: the run folder cannot be written: {error}. Choose another with --run-dir.")
-
-
-def _check_shared(folder: Path, seen: list[tuple[bool, str]], ranks: list[tuple[str, int]]) -> None:
-    blind = [f"rank {rank} on {ranks[rank][0]} ({path})" for rank, (sees, path) in enumerate(seen) if not sees]
-    if blind:
-        raise UserError(
-            f"{folder}: not all ranks share this run folder: what rank 0 on {ranks[0][0]} ({seen[0][1]}) has written there is"
-            f" not seen by {', '.join(blind)}. Each rank writes its part of a checkpoint there: give --run-dir a folder that"
-            " all hosts mount, under the same path."
-        )
 
 
 def _read(descriptor: int) -> dict[str, Any]:
@@ -272,11 +240,3 @@ def _keeps_locks_to_itself(folder: Path, mounts: Path) -> str | None:
             local = _LOCAL_LOCKS & set(options.split(","))
             found, longest = f"{kind}, {' '.join(sorted(local))}" if local else None, len(point)
     return found
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-
-
-def _job() -> str | None:
-    return next((f"{words} {os.environ[name]}" for name, words in _JOBS.items() if os.environ.get(name)), None)

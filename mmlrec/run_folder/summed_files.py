@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,17 +11,26 @@ from typing import Any, cast
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
+from mmlrec.run_folder.whole import Sums
+from mmlrec.storage.places import Place
+
+#: Of an object, in bytes: many tensors are small, and each read would be a request.
+_READ_AHEAD = {"block_size": 4 << 20, "cache_type": "readahead"}
+
 
 class _SummedStream:
-    """A file to append to, and the checksum of what it was given."""
+    """A file to append to, and size and checksum of what it was given."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
-        self.crc32 = 0
+        self.sums: Sums = {"bytes": 0, "crc32": 0}
 
     def write(self, content: Any) -> int:
         """As of a file."""
-        self.crc32 = zlib.crc32(content, self.crc32)
+        self.sums = {
+            "bytes": self.sums["bytes"] + memoryview(content).nbytes,
+            "crc32": zlib.crc32(content, self.sums["crc32"]),
+        }
         return int(self._file.write(content))
 
     def __getattr__(self, name: str) -> Any:
@@ -31,34 +39,61 @@ class _SummedStream:
         return getattr(self._file, name)
 
 
-class _SummedFiles(FileSystem):
+class Files(FileSystem):
+    """DCP's files in a folder of this machine or on an object store."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
+        """A file to write or read."""
+        with path.open(mode) if isinstance(path, Path) else path.open(mode, **({} if "w" in mode else _READ_AHEAD)) as file:
+            yield file
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        """A file of the folder."""
+        return path / suffix
+
+    def exists(self, path: Any) -> bool:
+        """Whether a file is there."""
+        return bool(path.exists())
+
+
+class _SummedFiles(Files):
     """DCP's files, with size and checksum of each one written."""
 
     def __init__(self) -> None:
-        self.written: dict[str, dict[str, int]] = {}
+        self.written: dict[str, Sums] = {}
 
     @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+    def create_stream(self, path: Any, mode: str) -> Generator[Any, None, None]:
         """A file to write."""
         with super().create_stream(path, mode) as file:
             stream = _SummedStream(file)
             yield stream
-        self.written[Path(path).name] = {"bytes": Path(path).stat().st_size, "crc32": stream.crc32}
+        self.written[path.name] = stream.sums
 
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """The index gets its name when it is whole."""
-        super().rename(path, new_path)
-        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+    def rename(self, path: Any, new_path: Any) -> None:
+        """The index gets its name when it is whole. An object is whole whenever it is there, but DCP gives it another name."""
+        if isinstance(path, Path):
+            path.rename(new_path)
+        else:
+            path.fs.mv(path.path, new_path.path)
+        self.written[new_path.name] = self.written.pop(path.name)
 
 
 class Writer(FileSystemWriter):
     """DCP's writer of a folder, with checksums of the files of this rank."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Place) -> None:
+        super().__init__("", sync_files=isinstance(folder, Path))
         self.fs = _SummedFiles()
+        self.path = cast(Any, folder)
 
     @property
-    def written(self) -> dict[str, dict[str, int]]:
+    def checkpoint_id(self) -> str:
+        """What the index says of where it was written."""
+        return str(self.path)
+
+    @property
+    def written(self) -> dict[str, Sums]:
         """File name -> bytes and crc32."""
         return cast(_SummedFiles, self.fs).written

@@ -6,7 +6,6 @@ import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
+from mmlrec.storage.places import Place, place
 
 _MEASURED = (
     "Evaluation measures the model as it was trained: leave these keys away, or train another run with them. It takes"
@@ -68,7 +68,7 @@ class Session:
 
     def __post_init__(self) -> None:
         local = self.world.local_world_size
-        self.verification = Verification(self.world.rank % local, local)
+        self.verification = Verification(self.world.rank % local, local, (self.world.rank, self.world.world_size))
 
     @property
     def network(self) -> MultiTaskModel:
@@ -85,16 +85,16 @@ class Session:
         """Names of the losses of a step."""
         return self.head.loss.objectives
 
-    def reader(self, split: str, folder: Path | None = None) -> Reader:
+    def reader(self, split: str, folder: Place | None = None) -> Reader:
         """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration.
 
         Its parts are hashed from now on; `check_parts` tells what came out.
         """
         training = self.config.training
-        place = folder or Path(self.config.dataset.path)
+        there = folder or place(self.config.dataset.path)
         manifest = self.manifest if folder is None else DatasetManifest.load(folder)
         reader = Reader(
-            place,
+            there,
             manifest,
             split,
             tasks=[task.name for task in self.spec.tasks],
@@ -103,7 +103,7 @@ class Session:
             world_size=self.world.world_size,
             seed=training.seed,
         )
-        self.verification.add(place, manifest.splits[split].parts)
+        self.verification.add(there, manifest.splits[split].parts)
         return reader
 
     def check_parts(self, stop: StopSignal | None = None, *, wait: bool = True) -> bool:
@@ -288,7 +288,7 @@ def build_parts(config: RunConfig, source: str = "config", begun: dict[str, Any]
         ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
         DataError: the dataset folder or its manifest is missing or damaged.
     """
-    manifest = DatasetManifest.load(Path(config.dataset.path))
+    manifest = DatasetManifest.load(config.dataset.path)
     spec = build_spec(config, manifest)
     options = model_config(config.model, config.model_defaults, source)
     network_class = method(config.model["name"])
@@ -399,7 +399,7 @@ def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
     """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
     if list(folder.best.parent.glob(f"{folder.best.name}*")):
         return None
-    steps = [path for path in sorted(folder.checkpoints.glob("step_*")) if checkpoint.damage(path) is None]
+    steps = checkpoint.with_state(folder.checkpoints)
     if any(checkpoint.read_state(path)["selection"]["best"] for path in steps):
         return None
     newest = f"Its newest checkpoint is {steps[-1].name}." if steps else "It has no checkpoint, so it begins at step 0."

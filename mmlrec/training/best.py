@@ -6,7 +6,7 @@ the tensors of each branch come from that branch's best step.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,25 +14,36 @@ from torch import Tensor
 
 from mmlrec.embeddings.tables import local_shards
 from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.saver import Saver
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 
 
-def save_best(session: Session, folder: Path, improved: list[str], state: dict[str, Any]) -> None:
-    """Write the weights of the whole model, or of the branches that improved and the former best of the others."""
+def save_best(
+    session: Session, saver: Saver, folder: Place, improved: list[str], state: dict[str, Any], then: Callable[[], None]
+) -> None:
+    """Save the weights of the whole model, or of the branches that improved and the former best of the others.
+
+    Args:
+        then: what is to happen on rank 0 once they are whole.
+    """
     tensors = checkpoint.model_tensors(session.model)
     branches = [name for name, _, _ in session.branches()]
-    if branches and set(improved) != set(branches) and checkpoint.damage(folder, session.world) is None:
+    mixed = bool(branches) and set(improved) != set(branches)
+    if mixed:
+        saver.finish()  # The former best is read.
+    if mixed and checkpoint.damage(folder, session.world) is None:
         current = {key: [piece.clone() for piece, _ in local_shards(value)] for key, value in tensors.items()}
         checkpoint.load(folder, tensors, session.world)
         for name in improved:
             _copy_branch(tensors, current, branches.index(name), name, len(branches))
-        checkpoint.save(folder, tensors, state, session.world)
+        saver.save(folder, tensors, state, then, indispensable=True)
         with torch.no_grad():
             for key, pieces in current.items():
                 for (piece, _), kept in zip(local_shards(tensors[key]), pieces, strict=True):
                     piece.copy_(kept)
         return
-    checkpoint.save(folder, tensors, state, session.world)
+    saver.save(folder, tensors, state, then, indispensable=True)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +11,7 @@ from mmlrec.data.chain import count_violations
 from mmlrec.errors import DataError, UserError
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.session.session import Session
+from mmlrec.storage.places import place
 
 
 def check_chain(session: Session) -> str | None:
@@ -27,7 +27,7 @@ def check_chain(session: Session) -> str | None:
     if not isinstance(network, ChainModel):
         return None
     chain = [session.spec.tasks[index].name for index in network.chain]
-    folder = Path(session.config.dataset.path)
+    folder = place(session.config.dataset.path)
     split = session.manifest.splits["train"]
     counts, error = [0] * (len(chain) - 1), None
     try:

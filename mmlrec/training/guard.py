@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from mmlrec.distributed.world import World
 from mmlrec.embeddings.tables import local_shards
 from mmlrec.errors import UserError
+from mmlrec.storage.places import Place
 
 #: A mean loss so many times that of the first step, or of 1 where that is smaller, comes from scores in the thousands: the run
 #: diverges, though nothing has overflowed yet. What trains well stays below ten times.
@@ -21,7 +21,7 @@ _MOST_GROWTH = 1e4
 _LOWER = "Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm"
 
 
-def remedy(run_dir: Path, saved_step: int | None) -> str:
+def remedy(run_dir: Place, saved_step: int | None) -> str:
     """What to do about a run that diverged.
 
     Args:

@@ -175,7 +175,7 @@ class Reporter:
         if len(shown) < len(scenarios) and not self._told_of_scenarios:
             self._told_of_scenarios = True
             told = "TensorBoard has curves of the %d scenarios with most rows; %s has those of all %d."
-            logger.info(told, len(shown), self._folder.metrics, len(scenarios))
+            logger.info(told, len(shown), self._folder.path / self._folder.metrics.name, len(scenarios))
         for value in shown:
             self._plot_metrics("valid_scenarios", f"{name}/{value}", scenarios[value], step)
         if scenarios:

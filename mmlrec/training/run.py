@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed.stopping import StopSignal
@@ -18,8 +18,10 @@ from mmlrec.metrics.notes import report_text
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
-from mmlrec.run_folder.lock import hold
+from mmlrec.run_folder.one_writer import hold
+from mmlrec.run_folder.reports import reports
 from mmlrec.session.session import Session, build_session
+from mmlrec.storage.places import Place, place
 from mmlrec.training.advice import advise_on_speed, advise_on_warmup
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
@@ -28,14 +30,14 @@ from mmlrec.training.trainer import Trainer
 _SPELT_OUT, _SPELT_LENGTH = 3, 80
 
 
-def default_run_dir(config: RunConfig, source: Path) -> Path:
+def default_run_dir(config: RunConfig, source: Path) -> Place:
     """`run_dir` of the configuration, else a name: config file, method, strategy (if not static), seed, and what differs.
 
     That is what the configuration has beyond the file with this method, strategy and seed: `key=value` where such pieces are
     few and short, else a digest of them. Configurations between which no run may be resumed have different names.
     """
     if config.run_dir is not None:
-        return Path(config.run_dir)
+        return place(config.run_dir)
     name, strategy = config.model["name"], config.balancing["name"]
     balanced = "" if strategy == "static" or name in ALIASES else f"-{strategy}"
     stem = f"{config.dataset.setting}-{source.stem}-{name}{balanced}-seed{config.training.seed}"
@@ -74,7 +76,7 @@ def _short(value: Any) -> str | None:
 
 def train(
     config: RunConfig,
-    run_dir: Path,
+    run_dir: Place,
     world: World,
     *,
     resume: bool = False,
@@ -101,8 +103,8 @@ def train(
             run.
     """
     config = resolve(config, source)
-    with hold(run_dir, world) as lock:
-        folder = RunFolder(run_dir, lock)
+    with hold(run_dir, world) as holder, reports(run_dir, world) as written:
+        folder = RunFolder(run_dir, holder, written)
         return _train(
             config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source, profiled=profiled
         )
@@ -159,7 +161,7 @@ def _train(
     _create(folder, world)
     with log_file(folder.log_of(world.rank), world):
         if restart:
-            checkpoint.discard(folder.checkpoints, world)
+            checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:
             world.at("loading the checkpoint")
             trainer.resume(found)
@@ -182,7 +184,7 @@ def _train(
             for warning in [doubt, short, late, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
-        with StopSignal(world) as stop:
+        with StopSignal(world) as stop, trainer.saver:
             try:
                 trainer.fit(stop)
             except Exception as error:
@@ -211,11 +213,11 @@ def _create(folder: RunFolder, world: World) -> None:
     world.raise_together(error)
 
 
-def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restart: bool) -> None:
+def _check_usable(folder: RunFolder, found: Place | None, world: World, *, restart: bool) -> None:
     """Refuse to begin again, in silence, where a run has been trained but cannot be resumed, or not be finished."""
     reasons: list[str] = []
     if found is None:
-        reasons = cast("list[str]", world.from_main(checkpoint.step_damage(folder.checkpoints) if world.is_main else []))
+        reasons = checkpoint.step_damage(folder.checkpoints, world)
     elif known := checkpoint.read_state(found)["selection"]["best_step"]:
         reason = checkpoint.best_damage(folder.best, max(known.values()), world)
         reasons = [reason] if reason else []
@@ -239,7 +241,7 @@ def _check_usable(folder: RunFolder, found: Path | None, world: World, *, restar
         )
 
 
-def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> bool:
+def _went_back(folder: RunFolder, found: Place, step: int, config: RunConfig) -> bool:
     """Whether the run went back to this step under this configuration already: a scheduler that repeats the command goes on."""
     try:
         folder.check_same_run(config)
@@ -248,7 +250,7 @@ def _went_back(folder: RunFolder, found: Path, step: int, config: RunConfig) -> 
     return checkpoint.read_state(found).get("went_back_to") == step
 
 
-def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
+def _complete(folder: RunFolder, found: Place, config: RunConfig) -> bool:
     """True when the run has its test result and this configuration asks for no more steps than it took."""
     result, state = folder.read_result(), checkpoint.read_state(found)
     # While a run is alive, `apps.evaluate` may put there what the best checkpoint of then gives.
@@ -259,7 +261,7 @@ def _complete(folder: RunFolder, found: Path, config: RunConfig) -> bool:
     return bool(state["finished"]) and same_length
 
 
-def _announce(session: Session, trainer: Trainer, run_dir: Path, found: Path | None) -> None:
+def _announce(session: Session, trainer: Trainer, run_dir: Place, found: Place | None) -> None:
     world, config = session.world, session.config
     dense = sum(p.numel() for p in session.network.parameters())
     tables = sum(row["rows"] * row["dim"] for row in session.plan)

@@ -6,12 +6,10 @@ at its end rows read = rows trained, and the position that a checkpoint holds is
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,13 +17,15 @@ import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import CHECKPOINT, DATA, OTHER, PARTS
-from mmlrec.distributed.stopping import Interrupted, StopSignal
-from mmlrec.distributed.world import World, logger
+from mmlrec.distributed.stopping import Asked, Interrupted, StopSignal
+from mmlrec.distributed.world import World
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder, data_state
+from mmlrec.run_folder.saver import Saver
 from mmlrec.session.optim import Schedule
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses, remedy
@@ -43,15 +43,6 @@ class Progress:
     step: int = 0
     epoch: int = 0
     rows: int = 0
-
-
-def _as_checkpoint(save: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
-    @functools.wraps(save)
-    def timed(trainer: Trainer) -> None:
-        with trainer.world.parts.of(CHECKPOINT):
-            save(trainer)
-
-    return timed
 
 
 class Trainer:
@@ -72,7 +63,16 @@ class Trainer:
         self.progress = Progress()
         self._profile = None if profiled is None else Profile(profiled, folder, session.world)
         self._reported = dict(session.world.parts.seconds)
-        self._saved_step: int | None = None
+        self.saver = Saver(
+            self.world,
+            folder.lost,
+            background=self.config.checkpoint_async,
+            most_failures=self.config.max_failed_checkpoints,
+            longest_wait=self.config.timeout / 2,
+        )
+        #: When the newest checkpoint was begun.
+        self._saved_at = time.monotonic()
+        self._asked = Asked.NOTHING
         self._checked_step: int | None = None
         #: True from the end of a segment with a validation until that is done; a checkpoint is saved in between.
         self.validation_due = False
@@ -112,14 +112,14 @@ class Trainer:
         """True when nothing is left to train."""
         return self.selection.stop or self.progress.step >= self.total_steps
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Place) -> None:
         """Continue from a checkpoint: weights, optimizer state, random state, position and selection."""
         state = checkpoint.read_state(path)
         checkpoint.load_training(path, self.session.model, self.session.optimizer, self.world)
         self.progress = Progress(**state["progress"])
         self.session.head.step = self.progress.step
         self.selection.load_state(state["selection"])
-        self._saved_step = self.progress.step
+        self.saver.newest = path
         if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one
             self._losses.copy_(torch.tensor(state["window"]["losses"]) * self.world.world_size)
         self._loss_steps = state["window"]["steps"]
@@ -153,24 +153,24 @@ class Trainer:
             if self.validation_due:
                 self._validate(reporter, stop)
             while not self.finished:
-                stopped = self._train_segment(stop, reporter)
+                asked = self._train_segment(stop, reporter)
                 reporter.stop_clock()
-                if stopped:
+                if asked is Asked.STOP:
                     self.session.check_parts(wait=False)
-                    self._save()
+                    self._save(final=True)
                     raise self._interrupted(stop)
                 self.validation_due = self._due(self.config.validate_every_steps)
                 if self.validation_due and self._loss_steps:
                     self._report(reporter)
                 # Before the validation: what kills the process while that takes its time, kills no epoch.
-                if self._due(self.config.checkpoint_every_steps):
+                if self._checkpoint_due(asked):
                     self.session.check_parts(stop)
                     self._save()
                 if self.validation_due:
                     self._validate(reporter, stop)
                 if self.finished:
                     self.session.check_parts(stop)
-                    self._save()
+                    self._save(final=True)
                 reporter.restart_clock()
 
     def _interrupted(self, stop: StopSignal) -> Interrupted:
@@ -179,21 +179,33 @@ class Trainer:
             " Run the same command again to continue."
         )
 
-    def _due(self, every: int | None) -> bool:
+    def _due(self, *every: int | None) -> bool:
         step, end_of_epoch = self.progress.step, self.progress.rows >= self.reader.num_rows
-        return end_of_epoch or step >= self.total_steps or (every is not None and step % every == 0)
+        return end_of_epoch or step >= self.total_steps or any(n is not None and step % n == 0 for n in every)
+
+    def _checkpoint_due(self, asked: Asked) -> bool:
+        """Whether to save at the end of a segment: of `asked`, of this step, or of this time by the clock of rank 0."""
+        if asked is Asked.PAUSE or self._due(self.config.checkpoint_every_steps, self.config.keep_every_steps):
+            return True
+        return self.config.checkpoint_every_minutes is not None and self.world.any(self._minutes_over())
+
+    def _minutes_over(self) -> bool:
+        """On rank 0, whether it is time for a checkpoint."""
+        every = self.config.checkpoint_every_minutes
+        return every is not None and self.world.is_main and time.monotonic() - self._saved_at >= 60 * every
 
     def _segment_end(self) -> int:
         """The step at which the next validation, checkpoint, end of epoch or end of training is."""
         step = self.progress.step
         left_in_epoch = -(-(self.reader.num_rows - self.progress.rows) // self.config.batch_size)
         ends = [step + left_in_epoch, self.total_steps]
-        for every in (self.config.validate_every_steps, self.config.checkpoint_every_steps):
+        config = self.config
+        for every in (config.validate_every_steps, config.checkpoint_every_steps, config.keep_every_steps):
             ends += [] if every is None else [(step // every + 1) * every]
         return min(ends)
 
-    def _train_segment(self, stop: StopSignal, reporter: Reporter) -> bool:
-        """Train up to the segment's end; True when a signal, or a damaged part of the data, ended it before."""
+    def _train_segment(self, stop: StopSignal, reporter: Reporter) -> Asked:
+        """Train up to the segment's end, or to where it is ended by a signal, a damaged part of the data, or the clock."""
         if self.progress.rows >= self.reader.num_rows:
             self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
         end, parts = self._segment_end(), self.world.parts
@@ -224,11 +236,13 @@ class Trainer:
         if self._profile is not None:
             self._profile.end(self.progress.step)
         source.close()
-        return self.progress.step < end
+        return self._asked
 
     def _feed(self, batches: Iterator[Batch], count: int, stop: StopSignal) -> Iterator[Batch]:
         for index in range(count):
-            if stop.before(index, also=self.session.verification.failure is not None):
+            failed = self.session.verification.failure is not None
+            self._asked = stop.before(index, also=failed, pause=index > 0 and self._minutes_over())
+            if self._asked:
                 return
             self.world.at("reading a batch")
             with self.world.parts.of(DATA):
@@ -272,7 +286,8 @@ class Trainer:
         return values, RankTimes(times.tolist())
 
     def _remedy(self) -> str:
-        return remedy(self.folder.path, self._saved_step)
+        newest = self.saver.newest
+        return remedy(self.folder.path, None if newest is None else checkpoint.step_of(newest))
 
     def _by_name(self, losses: torch.Tensor) -> dict[str, float]:
         return dict(zip(self.session.objectives, losses.tolist(), strict=True))
@@ -284,11 +299,13 @@ class Trainer:
                 report = evaluate_split(self.session, "valid", stop)
         except Interrupted:
             self.session.check_parts(wait=False)
-            self._save()
+            self._save(final=True)
             raise self._interrupted(stop) from None
         values = self.monitor.values(report)
         improved = self.selection.update(values, self.progress.step)
         self.folder.check_held(self.world)
+        self.validation_due = False
+        then = partial(self._note, checkpoint.step_folder(self.folder.checkpoints, self.progress.step), self._validated())
         if improved:
             state = {
                 "step": self.progress.step,
@@ -300,22 +317,25 @@ class Trainer:
             unknown = [name for name, _, _ in self.session.branches() if name not in values]
             self.world.at("saving the best checkpoint")
             with self.world.parts.of(CHECKPOINT):
-                save_best(self.session, self.folder.best, [*improved, *unknown], state)
+                save_best(self.session, self.saver, self.folder.best, [*improved, *unknown], state, then)
         note = (
             "best so far"
             if improved
             else f"no better for {min(self.selection.stale.values())} of {self.config.patience or '-'}"
         )
         reporter.validation(self.progress.step, self.progress.epoch, report, values, note)
-        self.validation_due = False
-        if self._saved_step == self.progress.step:
-            folder = self.folder.checkpoints
-            checkpoint.amend(checkpoint.step_folder(folder, self.progress.step), self._validated(), self.world)
-            self._prune()
+        if not improved:
+            self.saver.then(then)
 
-    def _prune(self) -> None:
-        self.folder.check_held(self.world)
-        checkpoint.prune(self.folder.checkpoints, self.config.keep_checkpoints, self.world, step=self.progress.step)
+    def _note(self, folder: Place, changes: dict[str, Any]) -> None:
+        """Amend the checkpoint of a step by what its validation found, where there is one; on rank 0."""
+        if self.saver.newest == folder:
+            checkpoint.amend(folder, changes)
+            self._prune(checkpoint.step_of(folder))
+
+    def _prune(self, step: int) -> None:
+        folder, config = self.folder.checkpoints, self.config
+        checkpoint.prune(folder, config.keep_checkpoints, step=step, every=config.keep_every_steps, delete=self.saver.delete)
 
     def _validated(self) -> dict[str, Any]:
         """What a validation changes in the state."""
@@ -335,34 +355,38 @@ class Trainer:
             self._checked_step = self.progress.step
         return tensors
 
-    @_as_checkpoint
-    def _save(self) -> None:
-        if self._saved_step == self.progress.step:
-            return
-        before = time.perf_counter()
-        self.folder.check_held(self.world)
-        tensors = self._check()
-        self.world.at("saving a checkpoint")
-        window = self._losses.clone()
-        if self.world.world_size > 1:
-            dist.all_reduce(window)
-        state: dict[str, Any] = {
-            "progress": asdict(self.progress),
-            "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
-            "first_losses": self._first_losses,
-            "went_back_to": self._went_back_to,
-            **self._validated(),
-            **self.session.label_state,
-            "world_size": self.world.world_size,
-            "config": self.session.config.model_dump(mode="json"),
-            **data_state(self.session.manifest),
-        }
-        folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
-        checkpoint.save(folder, tensors, state, self.world)
-        self._prune()
-        self._saved_step = self.progress.step
-        logger.debug("saved step %d", self.progress.step)
-        if self.world.is_main:
-            num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-            now = time.perf_counter()
-            self._saving_time.add(now - before, now - self._started, num_bytes)
+    def _save(self, *, final: bool = False) -> None:
+        """Save this step, unless that is done.
+
+        Args:
+            final: nothing is trained after it, so it has to be whole now.
+        """
+        with self.world.parts.of(CHECKPOINT):
+            folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
+            if final:
+                self.saver.finish()
+            if self.saver.has(folder):
+                return
+            before = time.perf_counter()
+            self._saved_at = time.monotonic()
+            self.folder.check_held(self.world)
+            tensors = self._check()
+            self.world.at("saving a checkpoint")
+            window = self._losses.clone()
+            if self.world.world_size > 1:
+                dist.all_reduce(window)
+            state: dict[str, Any] = {
+                "progress": asdict(self.progress),
+                "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
+                "first_losses": self._first_losses,
+                "went_back_to": self._went_back_to,
+                **self._validated(),
+                **self.session.label_state,
+                "world_size": self.world.world_size,
+                "config": self.session.config.model_dump(mode="json"),
+                **data_state(self.session.manifest),
+            }
+            self.saver.save(folder, tensors, state, partial(self._prune, self.progress.step), must=final)
+            if self.world.is_main:
+                now = time.perf_counter()
+                self._saving_time.add(now - before, now - self._started, self.saver.num_bytes)

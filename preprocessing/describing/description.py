@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from mmlrec.errors import DataError
 from mmlrec.hashing import mix64
 from mmlrec.identity import check_part, check_vocabulary
 from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, Feature, Part, Table, key_column, label_column
+from mmlrec.storage.parquet import open_parquet
+from mmlrec.storage.places import Place
 from preprocessing.progress import progress
 from preprocessing.workers import in_order, num_cores
 from preprocessing.writing.output import REMEDY, check_files
@@ -222,7 +223,7 @@ class Description:
         examples: the first train rows, decoded: column -> value.
     """
 
-    folder: Path
+    folder: Place
     manifest: DatasetManifest
     ids: dict[str, IdCounts]
     numbers: dict[str, NumberCounts]
@@ -230,7 +231,7 @@ class Description:
     examples: list[dict[str, Any]]
 
 
-def describe(folder: Path, num_examples: int) -> Description:
+def describe(folder: Place, num_examples: int) -> Description:
     """Read a dataset folder through.
 
     Raises:
@@ -263,7 +264,7 @@ def describe(folder: Path, num_examples: int) -> Description:
     return Description(folder, manifest, ids, numbers, groups, _examples(folder, manifest, num_examples))
 
 
-def _check_files(folder: Path, manifest: DatasetManifest) -> None:
+def _check_files(folder: Place, manifest: DatasetManifest) -> None:
     check_files(folder, manifest)
     for table in manifest.tables:
         if table.vocabulary is not None:
@@ -284,14 +285,15 @@ def _check_files(folder: Path, manifest: DatasetManifest) -> None:
             done.update(num_bytes)
 
 
-def _metadata(path: Path) -> pq.FileMetaData:
+def _metadata(path: Place, num_bytes: int = 0, sha256: str = "") -> pq.FileMetaData:
     try:
-        return pq.read_metadata(path)
+        with open_parquet(path, num_bytes, sha256) as file:
+            return file.metadata
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
 
 
-def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, Part, pa.RecordBatch]]:
+def _row_groups(folder: Place, manifest: DatasetManifest) -> Iterator[tuple[str, Part, pa.RecordBatch]]:
     """Split, part and rows of all row groups, with the columns that are counted; some are read ahead."""
     names = [f.name for f in manifest.features]
     names += [SCENARIO_COLUMN] if manifest.scenario else []
@@ -300,7 +302,7 @@ def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, 
     def jobs() -> Iterator[tuple[str, Part, int]]:
         for name in SPLITS:
             for part in manifest.splits[name].parts:
-                metadata = _metadata(folder / part.path)
+                metadata = _metadata(folder / part.path, part.num_bytes, part.sha256)
                 if metadata.num_rows != part.num_rows:
                     raise _damaged(folder / part.path, f"{metadata.num_rows} rows, {part.num_rows} are listed")
                 for group in range(metadata.num_row_groups):
@@ -309,7 +311,7 @@ def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, 
     def read(job: tuple[str, Part, int]) -> tuple[str, Part, pa.RecordBatch]:
         name, part, group = job
         try:
-            with pq.ParquetFile(folder / part.path) as file:
+            with open_parquet(folder / part.path, part.num_bytes, part.sha256) as file:
                 table = file.read_row_group(group, columns=names, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise _damaged(folder / part.path, error) from error
@@ -321,11 +323,11 @@ def _row_groups(folder: Path, manifest: DatasetManifest) -> Iterator[tuple[str, 
     return in_order(read, jobs(), num_cores())
 
 
-def _damaged(path: Path, why: object) -> DataError:
+def _damaged(path: Place, why: object) -> DataError:
     return DataError(f"{path} is damaged: {why}. {REMEDY}")
 
 
-def _ids(path: Path, rows: pa.RecordBatch, feature: Feature, table: Table) -> tuple[IntArray, IntArray | None]:
+def _ids(path: Place, rows: pa.RecordBatch, feature: Feature, table: Table) -> tuple[IntArray, IntArray | None]:
     """Ids of a feature, [occurrences], and those of a row counted, [rows]; None for one id a row."""
     column = rows[feature.name]
     multi = feature.kind == "multi"
@@ -335,10 +337,10 @@ def _ids(path: Path, rows: pa.RecordBatch, feature: Feature, table: Table) -> tu
     return values, column.value_lengths().to_numpy() if multi else None
 
 
-def _examples(folder: Path, manifest: DatasetManifest, num_rows: int) -> list[dict[str, Any]]:
+def _examples(folder: Place, manifest: DatasetManifest, num_rows: int) -> list[dict[str, Any]]:
     """The first train rows with raw values for ids and numbers."""
-    path = folder / manifest.splits["train"].parts[0].path
-    with pq.ParquetFile(path) as file:
+    part = manifest.splits["train"].parts[0]
+    with open_parquet(folder / part.path, part.num_bytes, part.sha256) as file:
         table = next(file.iter_batches(max(num_rows, 1))).slice(0, num_rows)
     rows = table.to_pylist()
     names = {table.name: [f for f in manifest.sparse_features if f.table == table.name] for table in manifest.tables}
@@ -365,7 +367,7 @@ def _listed(ids: int | list[int]) -> list[int]:
     return ids if isinstance(ids, list) else [ids]
 
 
-def _raw_values(folder: Path, manifest: DatasetManifest, name: str, wanted: set[int]) -> dict[int, Any]:
+def _raw_values(folder: Place, manifest: DatasetManifest, name: str, wanted: set[int]) -> dict[int, Any]:
     """Raw values of some ids of a table, which are in the order of ids; without a vocabulary, the ids themselves."""
     vocabulary = manifest.table(name).vocabulary
     if vocabulary is None:
@@ -374,7 +376,7 @@ def _raw_values(folder: Path, manifest: DatasetManifest, name: str, wanted: set[
     found: dict[int, Any] = {}
     first = 1
     try:
-        with pq.ParquetFile(folder / vocabulary) as file:
+        with open_parquet(folder / vocabulary) as file:
             for group in range(file.num_row_groups):
                 end = first + file.metadata.row_group(group).num_rows
                 if here := [i for i in wanted if first <= i < end]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.schema import DatasetManifest
+from mmlrec.storage.parquet import open_parquet
+from mmlrec.storage.places import Place
 from preprocessing.reading.cells import TYPICAL_MARKS
 
 _SHOWN = 8
@@ -34,7 +35,7 @@ class _Found:
     pointed: list[str] = field(default_factory=list)
 
 
-def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
+def suspicious_ids(folder: Place, manifest: DatasetManifest) -> list[str]:
     """A line for each kind of suspicious id, by vocabulary, with the key of the configuration that mends it.
 
     Only of datasets that `table` made: those with a file of their own know what their values mean.
@@ -47,7 +48,7 @@ def suspicious_ids(folder: Path, manifest: DatasetManifest) -> list[str]:
         if table.vocabulary is None:
             continue
         found = _Found()
-        with pq.ParquetFile(folder / table.vocabulary) as file:
+        with open_parquet(folder / table.vocabulary) as file:
             if not pa.types.is_string(file.schema_arrow.field("value").type):
                 continue
             for values, counts in _entries(file):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mmlrec.schema import SPLITS, DatasetManifest, Feature, Table, Task
+from mmlrec.storage.places import Place
 from preprocessing.describing.marks import suspicious_ids
 
 _SQUEEZED = 0.99  # of the values at one end of the range
@@ -14,7 +14,7 @@ _FEW = 10  # values, of which nothing can be said
 _COPIED = 0.01  # of a split's rows
 
 
-def look_at_this(manifest: DatasetManifest, folder: Path) -> list[str]:
+def look_at_this(manifest: DatasetManifest, folder: Place) -> list[str]:
     """One sentence or two for each thing: what it is about, and what to do.
 
     Folders made before a fact was recorded get no line about it.

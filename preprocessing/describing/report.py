@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from mmlrec.paths import local_path
 from mmlrec.schema import SPLITS, DatasetManifest
+from mmlrec.storage.places import place
 from preprocessing.describing.description import Description, describe
 from preprocessing.describing.notes import block, look_at_this
 from preprocessing.describing.page import require_matplotlib, write_page
@@ -33,7 +34,7 @@ class Section:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `describe`."""
-    parser.add_argument("folder", type=local_path, metavar="DIR", help="the dataset folder")
+    parser.add_argument("folder", type=place, metavar="DIR", help="the dataset folder")
     parser.add_argument("--page", type=local_path, metavar="PAGE.html", help="write the tables and plots as one page, too")
     parser.add_argument(
         "--rows", type=_num_examples, default=3, metavar="N", help="train rows to show as examples (default: 3)"

@@ -12,17 +12,19 @@ from pathlib import Path
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest
+from mmlrec.storage.parquet import stored_size
+from mmlrec.storage.places import Place
 
 REMEDY = "Make the dataset again with --overwrite."
 
 
-def check_files(folder: Path, manifest: DatasetManifest) -> None:
+def check_files(folder: Place, manifest: DatasetManifest) -> None:
     """Raise DataError when a part of the dataset is missing or cut, or a vocabulary is missing."""
     parts = {part.path: part.num_bytes for split in manifest.splits.values() for part in split.parts}
     for name in [*parts, *(table.vocabulary for table in manifest.tables if table.vocabulary)]:
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != parts.get(name, path.stat().st_size):
-            raise DataError(f"{path} is missing or cut. {REMEDY}")
+        size = stored_size(folder / name)
+        if size is None or size != parts.get(name, size):
+            raise DataError(f"{folder / name} is missing or cut. {REMEDY}")
 
 
 @contextmanager

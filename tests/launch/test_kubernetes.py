@@ -158,6 +158,19 @@ def test_an_elastic_job_asks_for_the_most_and_starts_with_the_least():
     assert "--nnodes 1:4 " in job["spec"]["tasks"][3]["template"]["spec"]["containers"][0]["command"][-1]
 
 
+def test_a_mistake_of_the_user_costs_one_start_and_a_lost_pod_another():
+    for task in volcano.dry_run(train_app(load_preset("kubernetes-2n"), config=CONFIGS[0], overrides=[]))["spec"]["tasks"]:
+        for code in (2, 3):
+            assert volcano.action(task, "PodFailed", code) == "TerminateJob"
+        for code in (1, 85, 137):
+            assert volcano.action(task, "PodFailed", code) == "RestartJob"
+        assert volcano.action(task, "PodEvicted", 0) == "RestartJob"
+        # Volcano refuses a policy with both, and a code that is named twice.
+        assert all(("event" in policy) != ("exitCode" in policy) for policy in task["policies"])
+        codes = [policy["exitCode"] for policy in task["policies"] if "exitCode" in policy]
+        assert len(codes) == len(set(codes))
+
+
 def test_pods_pass_the_strict_schema():
     validate = pytest.importorskip("kubernetes_validate")
     job = volcano.dry_run(train_app(load_preset("kubernetes-2n"), config=CONFIGS[0], overrides=[]))

@@ -39,7 +39,7 @@ def test_prune_keeps_the_newest_whole_ones(tmp_path, world):
     os.truncate(damaged, 1)
     assert checkpoint.latest(tmp_path, world) == checkpoint.step_folder(tmp_path, 6)
     save(checkpoint.step_folder(tmp_path, 7), 7, world)
-    checkpoint.prune(tmp_path, 2, world, step=7)
+    checkpoint.prune(tmp_path, 2, step=7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000006", "step_000000007"]
 
 

@@ -193,7 +193,7 @@ def test_prune_keeps_the_one_just_saved_the_newest_before_it_and_best(saved, wor
     others = {name: (5, fault) for name, fault in left.items()} | ({"best": best} if best else {})
     with run_folder(saved, steps, others) as folder:
         marked = {s for s, fault in steps.items() if not (fault and repr(fault) == f"{checkpoint.MARKER}: missing")}
-        checkpoint.prune(folder, keep, world, step=step)
+        checkpoint.prune(folder, keep, step=step)
         expected = sorted(s for s in marked if s <= step)[-keep:] + [s for s in steps if s not in marked]
         names = {checkpoint.step_folder(folder, s).name for s in expected} | ({"best"} if best else set())
         assert {path.name for path in folder.iterdir()} == names

@@ -25,6 +25,7 @@ from mmlrec.distributed.world import process_group
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.run_folder import checkpoint, lock
 from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.saver import Saver
 from mmlrec.session.session import load_session
 from mmlrec.training import run as run_module
 from mmlrec.training.trainer import Trainer
@@ -140,7 +141,7 @@ def test_a_run_whose_folder_is_moved_saves_nothing_into_the_one_in_its_place(roo
     assert code == 0, error
     place, name, number = {
         "train": (Trainer, "_train_segment", 3),
-        "save": (checkpoint, "save", 3),
+        "save": (Saver, "save", 3),
         "test": (run_module, "evaluate_split", 1),
     }[after]
     plain, calls = getattr(place, name), []
@@ -394,12 +395,12 @@ import os
 import torch
 from mmlrec.run_folder import checkpoint
 start = int(os.environ["START"])
-plain_tensors, plain_save = checkpoint.training_tensors, checkpoint.save
+plain_tensors, plain_write = checkpoint.training_tensors, checkpoint.write
 def training_tensors(model, optimizer, rank):
     return plain_tensors(model, optimizer, rank) | {f"random.{rank}.writer": torch.tensor([start])}
-def save(folder, tensors, state, world):
-    plain_save(folder, tensors, state | {"writer": start}, world)
-checkpoint.training_tensors, checkpoint.save = training_tensors, save
+def write(folder, parts, state, world, **options):
+    plain_write(folder, parts, state | {"writer": start}, world, **options)
+checkpoint.training_tensors, checkpoint.write = training_tensors, write
 """
 KILLS = ("agent", "rank 0", "rank 1", "agent of a stopped rank 1", "both agents")
 

@@ -110,8 +110,8 @@ def test_signal_leaves_a_usable_run_folder(root, number, code):
 HANG_IN_SAVE = """
 import sys, time
 from pathlib import Path
-from mmlrec.run_folder import checkpoint
-plain, saves, flag = checkpoint._seal, [], Path(sys.argv[-1])
+from mmlrec.run_folder import whole
+plain, saves, flag = whole.seal, [], Path(sys.argv[-1])
 def seal(folder, files):
     if folder.name.startswith("step_"):
         saves.append(folder)
@@ -120,7 +120,7 @@ def seal(folder, files):
         flag.touch()
         time.sleep(600)
     plain(folder, files)
-checkpoint._seal = seal
+whole.seal = seal
 sys.argv = ["train", *sys.argv[1:-1]]
 from apps.cli import run
 from apps.train import main
