@@ -11,10 +11,10 @@ from types import FrameType
 from typing import Any, get_args
 
 import mmlrec
-from mmlrec.errors import DataError, UserError, discard_output
+from mmlrec.errors import ConfigError, DataError, UserError, discard_output
 from mmlrec.extensions import import_modules
-from mmlrec.paths import local_path
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest
+from mmlrec.storage.places import Place, is_local, place
 from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets, natural
 from preprocessing.describing import report as description_report
@@ -23,8 +23,10 @@ from preprocessing.downloading.download import download
 from preprocessing.engines import spark
 from preprocessing.engines.local import build
 from preprocessing.reading.raw_files import RawFolder
+from preprocessing.reading.spool import Spool, spooled
 from preprocessing.split_rules import Duplicates
 from preprocessing.writing.output import check_files
+from preprocessing.writing.upload import MARK
 
 _EXAMPLES = """examples:
   python -m preprocessing movielens-100k --raw raw/ml-100k --out data/movielens-100k --download
@@ -82,7 +84,17 @@ def _run(arguments: list[str]) -> None:
     if options.dataset == _DESCRIBE:
         description_report.run(options)
         return
-    kind = kinds[options.dataset]
+    given = options.raw
+    if options.engine == "spark" and not (is_local(options.out) and (given is None or is_local(given))):
+        raise ConfigError("--engine spark: --raw and --out must be folders that all its machines see; addresses are refused.")
+    if options.download and not is_local(given):
+        raise ConfigError(f"--download: files are fetched into a folder, and {given} is none. Fetch them, then put them there.")
+    with spooled(Path() if given is None else given) as spool:
+        options.raw = given and spool.folder
+        _make(kinds[options.dataset], options, spool)
+
+
+def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool) -> None:
     dataset = kind(options)
     dataset.duplicates = options.duplicates or dataset.duplicates
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
@@ -92,6 +104,7 @@ def _run(arguments: list[str]) -> None:
     if options.download:
         download(dataset, options.raw)
     raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
+    spool.fetch(raw.paths.values())
     if _holds_dataset(options.out):
         if not options.overwrite:
             _refuse_other(options.out, kind.name, recorded, raw)
@@ -142,14 +155,14 @@ def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
             epilog=kind.examples or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--out", type=local_path, required=True, help="the dataset folder to make")
+        command.add_argument("--out", type=place, required=True, help="the dataset folder to make; or s3://bucket/name")
         command.add_argument("--overwrite", action="store_true", help="replace --out, once the new one is complete")
         command.add_argument("--seed", type=_seed, default=2024, help="of the split and of generated data (default: 2024)")
         command.add_argument("--workers", type=_positive, metavar="N", help=_WORKERS)
         command.add_argument("--memory", type=_gib, default=4.0, metavar="GIB", help=_MEMORY)
         command.add_argument("--engine", choices=["local", "spark"], default="local", help=_ENGINE)
         if kind.raw_files:
-            command.add_argument("--raw", type=local_path, required=True, help="folder of the raw files")
+            command.add_argument("--raw", type=place, required=True, help="folder of the raw files; or s3://bucket/name")
             command.add_argument("--parity", action="store_true", help=_PARITY)
         if kind.raw_files or kind.rows is not Dataset.rows:
             command.add_argument("--max-bad-rows", type=natural, metavar="N", help=_BAD_ROWS)
@@ -238,11 +251,13 @@ def _advice(kind: Dataset | type[Dataset]) -> str:
     return "\n".join(lines)
 
 
-def _holds_dataset(out: Path) -> bool:
+def _holds_dataset(out: Place) -> bool:
     """Whether there is a dataset to keep or to replace. Anything else that has content is never replaced."""
     try:
         if (out / MANIFEST).is_file():
             return True
+        if not is_local(out) and (out / MARK).is_file():
+            return False  # left behind by an attempt that was killed
         other = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     except OSError as error:
         raise DataError(f"{out} cannot be used: {error.strerror}. Choose another --out.") from error
@@ -251,9 +266,9 @@ def _holds_dataset(out: Path) -> bool:
     return False
 
 
-def _refuse_more(out: Path) -> None:
+def _refuse_more(out: Place) -> None:
     """Raise when a folder that is to be replaced holds more than a dataset."""
-    more = sorted({path.name for path in out.iterdir()} - {MANIFEST, "vocab", *SPLITS})
+    more = sorted({path.name for path in out.iterdir()} - {MANIFEST, MARK, "vocab", *SPLITS})
     if more:
         raise DataError(
             f"{out} holds more than a dataset ({', '.join(more[:5])}), which --overwrite would delete. Move that away, or"
@@ -261,7 +276,7 @@ def _refuse_more(out: Path) -> None:
         )
 
 
-def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder) -> None:
+def _refuse_other(out: Place, name: str, recorded: dict[str, Any], raw: RawFolder) -> None:
     """Raise unless `out` is a complete dataset of the same raw files and options."""
     remedy = "Choose another --out, or --overwrite it."
     manifest = DatasetManifest.load(out)
@@ -275,7 +290,7 @@ def _refuse_other(out: Path, name: str, recorded: dict[str, Any], raw: RawFolder
     check_files(out, manifest)
 
 
-def _print_summary(manifest: DatasetManifest, out: Path, config: str) -> None:
+def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
     statistics = manifest.statistics
     print(f"{manifest.name}: {statistics['rows']:,} rows")
     print("  " + ", ".join(f"{name} {split.num_rows:,}" for name, split in manifest.splits.items()))

@@ -47,6 +47,8 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMe
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 NODES = ("n1", "n2")
+#: States of a job that does not run any more, and does not wait.
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 class Slurm:
@@ -104,23 +106,30 @@ class Slurm:
         """Until both are idle."""
         limit = time.monotonic() + 60
         while self.call("sinfo", "-h", "-N", "-o", "%T").split().count("idle") < len(NODES):
-            assert time.monotonic() < limit, "\n".join(log.read_text()[-2000:] for log in self.folder.glob("*.log"))
+            assert time.monotonic() < limit, self.logs()
             time.sleep(0.3)
+
+    def logs(self) -> str:
+        """What its daemons have to say."""
+        return "\n".join(f"--- {log.name}:\n{log.read_text()[-2000:]}" for log in sorted(self.folder.glob("*.log")))
 
     def call(self, *command: str) -> str:
         """What a command of Slurm prints."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """What Slurm says of the first component of a job, which is the batch script's: JobState, Restarts, BatchHost, ..."""
-        line = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()[0]
-        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+        """What Slurm says of the first component of a job, which runs the batch script: JobState, Restarts, BatchHost, ..."""
+        return self._components(job)[0]
+
+    def _components(self, job: str) -> list[dict[str, str]]:
+        lines = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines if line]
 
     def wait(self, job: str, seconds: float) -> None:
-        """Until a job has left the queue."""
+        """Until a job has ended on all its nodes."""
         limit = time.monotonic() + seconds
-        while self.call("squeue", "-h", "-j", job, "-t", "PENDING,RUNNING,COMPLETING,CONFIGURING", "-o", "%i").split():
-            assert time.monotonic() < limit, self.call("squeue")
+        while {component["JobState"] for component in self._components(job)} - ENDED:
+            assert time.monotonic() < limit, self.logs()
             time.sleep(0.5)
 
     def wait_for_requeue(self, job: str) -> None:

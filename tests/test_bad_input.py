@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.config import load_config
-from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder import checkpoint, saver
 from mmlrec.schema import DatasetManifest
 from tests import processes
 from tests.datasets import rewrite_part, write_dataset
@@ -508,21 +509,41 @@ def test_tables_beyond_memory(data, app, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def limit_files(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    saver.RETRY_AFTER_S = (0.01, 0.01)
+
+
 def limited(arguments: list[str], limit: int, folder: Path) -> subprocess.CompletedProcess:
-    """A process that cannot write files beyond `limit` bytes, as on a full disk."""
-
-    limit_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-    return processes.run([sys.executable, "-m", *arguments], prepare=limit_files)
+    """A process that cannot write files beyond `limit` bytes, as on a full disk, and soon tries again."""
+    return processes.run([sys.executable, "-m", *arguments], prepare=functools.partial(limit_files, limit))
 
 
-def test_disk_full_while_saving(data, tmp_path):
+@pytest.mark.parametrize(
+    ("overrides", "failed"),
+    [
+        (
+            ["training.max_failed_checkpoints=1"],
+            "It is number 1 in a row that could not be written (training.max_failed_checkpoints)",
+        ),
+        (["training.max_failed_checkpoints=9"], "The run goes on, its newest checkpoint is none"),
+        (["training.max_failed_checkpoints=9", "training.checkpoint_async=true"], "this is number 2"),
+    ],
+    ids=["the-first-ends-it", "the-last-ends-it", "in-the-background"],
+)
+def test_disk_full_while_saving(data, tmp_path, overrides, failed):
     (tmp_path / "big.yaml").write_text(CONFIG.format(dataset=data.folder).replace("dim: 4", "dim: 256"))
     run_dir = tmp_path / "run"
-    done = limited(["apps.train", "--config", str(tmp_path / "big.yaml"), "--run-dir", str(run_dir)], 100_000, tmp_path)
+    arguments = ["apps.train", "--config", str(tmp_path / "big.yaml"), "--run-dir", str(run_dir), *overrides]
+    done = limited([*arguments, "training.checkpoint_every_steps=1"], 100_000, tmp_path)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "cannot write a checkpoint" in done.stderr
-    assert "Free space" in done.stderr
+    assert re.search(r"note: attempt 1 of 3: \S+/step_\d+: cannot write a checkpoint: .*File too large", done.stderr)
+    assert failed in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "cannot write a checkpoint" in errors[0]
+    assert "Free space" in errors[0]
     left = list((run_dir / "checkpoints").iterdir())
     assert all(checkpoint.damage(path) is None for path in left)
     assert not (run_dir / "result.json").exists()

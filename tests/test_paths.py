@@ -1,4 +1,4 @@
-"""An address such as s3://bucket/data is no path: it is refused by name wherever a path can be given."""
+"""An address that is not supported is refused by name wherever a path can be given, and s3:// where a file must be."""
 
 import importlib
 import sys
@@ -10,12 +10,12 @@ from apps.cli import run
 from mmlrec.config import load_config
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.launch.presets import Preset, ResourceConfig
-from mmlrec.launch.spec import train_app
-from mmlrec.paths import local_path, refusal
+from mmlrec.launch.spec import predict_app, preprocess_app, train_app
+from mmlrec.paths import local_path, scheme_of
 from preprocessing.command_line import main as preprocess
 
 CONFIG = "dataset: {path: data, setting: mtl}\nmodel: {name: mmoe}\n"
-ADDRESS = "s3://bucket/some/data"
+ADDRESS = "gs://bucket/some/data"
 
 APPS = {
     "train --config": ["train", "--config", ADDRESS],
@@ -47,15 +47,14 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]  # no folder `s3:`
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]  # no folder `gs:`
 
 
-def check(code: int, error: str) -> None:
+def check(code: int, error: str, scheme: str = "gs") -> None:
     assert code == 2
     assert error.count("error: ") == 1
-    assert "s3:" in error
-    assert "bucket/some/data" in error
-    assert "addresses with s3:// are neither read nor written" in error
+    assert f"{scheme}://bucket/some/data" in error
+    assert f"addresses with {scheme}:// are neither read nor written" in error
 
 
 @pytest.mark.parametrize("case", APPS)
@@ -72,6 +71,21 @@ def test_preprocessing_refuses_addresses(folder, capfd, case):
     check(preprocess(PREPROCESSING[case]), capfd.readouterr().err)
 
 
+@pytest.mark.parametrize("case", ["train --config", "seeds --config", "strategies --pages"])
+def test_a_file_of_this_machine_is_at_no_address(folder, monkeypatch, capfd, case):
+    name, *arguments = APPS[case]
+    monkeypatch.setattr(sys, "argv", [name, *(text.replace("gs://", "s3://") for text in arguments)])
+    with pytest.raises(SystemExit) as end:
+        run(importlib.import_module(f"apps.{name}").main)
+    check(end.value.code, capfd.readouterr().err, "s3")
+
+
+@pytest.mark.parametrize("case", ["table --config", "describe --page"])
+def test_nor_is_one_of_preprocessing(folder, capfd, case):
+    code = preprocess([text.replace("gs://", "s3://") for text in PREPROCESSING[case]])
+    check(code, capfd.readouterr().err, "s3")
+
+
 def test_a_config_names_the_key(folder):
     with pytest.raises(ConfigError, match=r"command line: run_dir: hdfs://a/b: addresses with hdfs:// are neither"):
         load_config("config.yaml", ["run_dir=hdfs://a/b"])
@@ -83,13 +97,23 @@ def test_a_config_names_the_key(folder):
 def test_a_job_is_not_submitted_with_an_address(folder):
     preset = Preset(nproc=1, resource=ResourceConfig(cpu=1, memMB=100))
     for more in ({"run_dir": ADDRESS, "config": "config.yaml"}, {"config": ADDRESS}):
-        with pytest.raises(UserError, match="addresses with s3:// are neither read nor written"):
+        with pytest.raises(UserError, match="addresses with gs:// are neither read nor written"):
             train_app(preset, overrides=[], **more)
+
+
+def test_a_job_takes_addresses_that_all_its_nodes_see(folder):
+    preset = Preset(nproc=1, image="mmlrec:1", resource=ResourceConfig(cpu=1, memMB=100))
+    app = preprocess_app(preset, dataset="movielens-1m", raw="s3://a/raw", out="s3://a/data", options=[])
+    assert "--raw s3://a/raw --out s3://a/data" in app.roles[0].args[-1]
+    app = predict_app(preset, run_dir="s3://a/run", data="s3://a/data", output="s3://a/scores.csv", split="test")
+    assert "--input s3://a/data" in app.roles[0].args[-1]
 
 
 @pytest.mark.parametrize("text", ["s3://a", "file:///data", "abfss://a@b/c", Path("gs://a/b"), "http://h/x"])
 def test_what_is_an_address(text):
-    assert refusal(text) is not None
+    assert scheme_of(text) is not None
+    with pytest.raises(UserError, match="are neither read nor written here"):
+        local_path(text)
 
 
 @pytest.mark.parametrize(

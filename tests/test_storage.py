@@ -82,7 +82,8 @@ def test_one_of_many_writers_wins(store):
     assert [str(number).encode() for number in won] == [(folder / "lease").read_bytes()]
 
 
-def test_a_lost_connection_is_tried_again(store):
+def test_a_lost_connection_is_tried_again(store, monkeypatch):
+    monkeypatch.setenv("MMLREC_STORAGE_SECONDS", "30")
     folder = place(store.address)
     (folder / "a").write_bytes(b"first")
     store.link.cut()
@@ -91,6 +92,7 @@ def test_a_lost_connection_is_tried_again(store):
 
 
 def test_a_connection_lost_for_good_is_named(store, monkeypatch):
+    monkeypatch.setenv("MMLREC_STORAGE_SECONDS", "0.5")
     folder = place(store.address)
     (folder / "a").write_bytes(b"first")
     store.link.cut()
@@ -166,7 +168,8 @@ def test_what_is_a_path(text):
 
 
 @pytest.mark.cluster
-def test_a_store_that_is_killed_keeps_what_was_written(disk_store):
+def test_a_store_that_is_killed_keeps_what_was_written(disk_store, monkeypatch):
+    monkeypatch.setenv("MMLREC_STORAGE_SECONDS", "30")
     folder = place(disk_store.address)
     create(folder / "a", b"first")
     with pytest.raises(FileExistsError):

@@ -48,12 +48,12 @@ class StepParts:
         self._thread = threading.get_ident()
         self._inner = 0.0  # seconds of the parts within the innermost one that is open
         self._current = OTHER
-        self._other_thread = _Waited()
+        self._other_thread, self._thread_waits = _Waited(), False
 
     @property
     def waiting(self) -> bool:
-        """Whether this rank is in a collective now."""
-        return self._current == WAITING
+        """Whether this rank is in a collective now, itself or the thread that writes the checkpoint it waits for."""
+        return self._current == WAITING or (self._current == CHECKPOINT and self._thread_waits)
 
     def of(self, part: str, mark: str | None = None) -> _Part:
         """Context manager: what happens within it belongs to a part.
@@ -109,10 +109,11 @@ class StepParts:
 
         def wait(work: Work, *arguments: Any, **options: Any) -> bool:
             if threading.get_ident() != self._thread:  # a checkpoint that is being written
-                begun = time.perf_counter()
+                begun, self._thread_waits = time.perf_counter(), True
                 try:
                     return plain(work, *arguments, **options)
                 finally:
+                    self._thread_waits = False
                     self._other_thread.seconds += time.perf_counter() - begun
             with self.of(WAITING):
                 return plain(work, *arguments, **options)

@@ -34,7 +34,12 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.launcher import api as launcher
 
 from mmlrec.distributed.heartbeat import reachable
@@ -67,6 +72,8 @@ def outcome(codes: Iterable[int], stopped_by: int = 0) -> int:
     """
     stopped = INTERRUPTED if stopped_by == signal.SIGINT else PREEMPTED
     found = {stopped if stopped_by and code == -stopped_by else code for code in codes} - {0}
+    if len(found) > 1:
+        found.discard(-signal.SIGTERM)  # With it the agent ends the others, which may be about to end by themselves.
     for mistake in MISTAKES:  # Other ranks have ended because of it.
         if mistake in found:
             return mistake
@@ -103,7 +110,7 @@ class Agent(LocalElasticAgent):
         except RendezvousError as error:
             Agent.code = self._agree(outcome(self._codes()) or LOST)
             if Agent.code == LOST and not self._told():
-                Agent.reason = f"the nodes do not meet at {self.first} (any more): {type(error).__name__}: {error} {_AGAIN}"
+                Agent.reason = _why(error)
             raise
         Agent.code = 0
         if result.is_failed():
@@ -233,10 +240,20 @@ def main() -> None:
         pass
     except RendezvousError as error:
         if Agent.code is None:
-            Agent.reason = f"the first node ({Agent.first}) is not reached: {type(error).__name__}: {error} {_AGAIN}"
+            Agent.reason = _why(error)
     if Agent.reason:
         _tell(f"error: {Agent.reason}")
     _end(LOST if Agent.code is None else Agent.code)
+
+
+def _why(error: RendezvousError) -> str:
+    """Why the nodes of a job do not meet, or no more, in words."""
+    whys = {
+        RendezvousConnectionError: f"the first node ({Agent.first}) has ended, or cannot be reached.",
+        RendezvousTimeoutError: f"fewer nodes than the job needs came to {Agent.first} in time (join_timeout).",
+        RendezvousClosedError: f"the job has ended on another node, as {Agent.first} says.",
+    }
+    return f"{whys.get(type(error), f'the nodes do not meet at {Agent.first}: {error}')} {_AGAIN}"
 
 
 def _end(code: int) -> NoReturn:

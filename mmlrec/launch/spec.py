@@ -15,12 +15,13 @@ from typing import Any
 from torchx import specs
 from torchx.specs.overlays import set_overlay
 
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
 from mmlrec.launch.pods import check_overlay, end_at_mistakes
 from mmlrec.launch.presets import MountConfig, Preset
-from mmlrec.paths import config_file, local_path, shipped_folder
+from mmlrec.paths import config_file, scheme_of, shipped_folder
 from mmlrec.registry import load
+from mmlrec.storage.places import refusal
 
 # torchrun forwards only what it handles; SIGUSR1 is how Slurm announces the end of the time limit (`--signal`).
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -47,13 +48,13 @@ def train_app(
         config: path of the training config, relative to the current folder, where the job runs as well; of an image, the
             same path below its working folder, or one below a mount; or the name of a shipped one.
         overrides: `key.path=value` for the config; checked here, before anything is submitted.
-        run_dir: folder of the run; in a container, on a mount.
+        run_dir: folder of the run; in a container, on a mount, or an address.
         imports: modules with a method or strategy from outside the package, for `--import`.
         python: interpreter on the nodes; of this process unless told, which must be visible there, or that of the image.
 
     Raises:
         ConfigError: the config is missing or wrong, or a path is of this machine and the job runs in a container.
-        UserError: a module of `imports` cannot be used, or a path is an address.
+        UserError: a module of `imports` cannot be used, or a path is an address that cannot be used.
     """
     _check_paths(preset, read=[config], written=[run_dir or "runs"])
     import_modules(imports)
@@ -97,7 +98,7 @@ def predict_app(
     """The job that runs `apps.predict` under torchrun. Arguments and errors as of `train_app`.
 
     Args:
-        data: the dataset folder that is scored.
+        data: the dataset folder that is scored, or its address.
         output: file to write; in a container, on a mount.
     """
     _check_paths(preset, read=[run_dir, data], written=[output])
@@ -122,14 +123,14 @@ def preprocess_app(
 
     Args:
         dataset: name of the dataset.
-        raw: folder with its raw files; in a container, on a mount.
-        out: dataset folder to write; in a container, on a mount.
+        raw: folder with its raw files; in a container, on a mount, or an address.
+        out: dataset folder to write; in a container, on a mount, or an address.
         options: of the dataset's command line.
 
     Raises:
         ConfigError: the job runs in a container, and a path is one of this machine.
         DataError: no such dataset.
-        UserError: a path is an address, or a module of `imports` cannot be used.
+        UserError: a path is an address that cannot be used, or a module of `imports` cannot be used.
     """
     _check_paths(preset, read=[raw] if raw else [], written=[out])
     import_modules(imports)
@@ -230,14 +231,17 @@ def _mount(mount: MountConfig) -> specs.BindMount | specs.VolumeMount | specs.De
 
 
 def _check_paths(preset: Preset, *, read: Sequence[str] = (), written: Sequence[str] = ()) -> None:
-    """Refuse addresses, and paths that a container does not have.
+    """Refuse addresses that cannot be used, and paths that a container does not have. All nodes see an object store.
 
     Raises:
-        UserError: an address.
+        UserError: an address of a scheme that is not supported.
         ConfigError: the job runs in a container, and a path is one of this machine, or what is written would end with it.
     """
     for text in (*read, *written):
-        local_path(text)
+        if message := refusal(text):
+            raise UserError(f"{message}.")
+    read, written = ([text for text in texts if scheme_of(text) is None] for texts in (read, written))
+    for text in (*read, *written):
         if preset.image and (".." in PurePosixPath(text).parts or text.startswith("~")):
             raise ConfigError(f"{text}: leads out of the current folder, and the job runs in the image {preset.image}.")
     if not preset.image:
@@ -259,7 +263,7 @@ def _check_paths(preset: Preset, *, read: Sequence[str] = (), written: Sequence[
 
 def _check_run(preset: Preset, run_dir: str) -> None:
     """Refuse a run folder without a run, where it can be seen from here."""
-    if not preset.image and not (Path(run_dir) / "config.yaml").is_file():
+    if not preset.image and scheme_of(run_dir) is None and not (Path(run_dir) / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no run folder in {Path.cwd()}: it holds no config.yaml.")
 
 

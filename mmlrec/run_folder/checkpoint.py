@@ -111,9 +111,8 @@ def write(
                 whole.put(temporary, folder, delete)
         except whole.FAILURES as cause:
             error = unwritable(folder, cause)
-    if (
-        error is not None and world.is_main and isinstance(temporary, Path)
-    ):  # a store may be out of reach: `prune` does it there
+    if error is not None and world.is_main and isinstance(temporary, Path):
+        # On a store, which may be out of reach, `prune` does it.
         whole.delete(temporary)
     world.raise_together(error)
 
@@ -205,7 +204,7 @@ def discard(folder: Place, world: World, delete: Callable[[Place], None] = whole
         delete: takes what is left of each.
     """
     if world.is_main:
-        for path in folder.glob("step_*"):
+        for path in _steps(folder):
             whole.retire(path, delete)
     world.without_limit().barrier()
 
@@ -305,7 +304,7 @@ def _marked(folder: Place) -> list[Place]:
 
 def _steps(folder: Place) -> list[Place]:
     """What is there by the names of step checkpoints, the oldest first."""
-    return sorted((path for path in folder.glob("step_*") if not path.suffix), key=lambda path: path.name)
+    return sorted((path for path in whole.folders(folder) if path.name.startswith("step_")), key=lambda path: path.name)
 
 
 def with_state(folder: Place) -> list[Place]:
@@ -388,7 +387,8 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
     try:
         dcp.load(tensors, storage_reader=reader, process_group=world.without_limit().control)
     except CheckpointException as cause:
-        raise CheckpointError(f"{folder}: cannot be loaded: {cause}") from cause
+        lost = next((error for error, _ in cause.failures.values() if isinstance(error, StorageError)), None)
+        raise lost or CheckpointError(f"{folder}: cannot be loaded: {cause}") from cause
     for counter in uncounted:
         counter.fill_(torch.iinfo(torch.int32).max)
 

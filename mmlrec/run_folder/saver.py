@@ -183,7 +183,7 @@ class Saver:
             raise error
         if self._failures >= self._most_failures:
             raise CheckpointError(
-                f"{error} {self._failures} checkpoints in a row could not be written (training.max_failed_checkpoints)."
+                f"{error} It is number {self._failures} in a row that could not be written (training.max_failed_checkpoints)."
             )
         if job is not None and job.indispensable:
             if not job.parts.copied:
@@ -229,7 +229,7 @@ class Saver:
                     self._pending.remove(job)
                 if not job.indispensable:
                     self.newest = job.folder
-                logger.debug("saved %s", job.folder.name)
+                logger.debug("saved %s", job.folder)
                 self._do(job.then)
         except BaseException as error:  # for `wait` to raise
             self._error = error

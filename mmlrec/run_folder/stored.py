@@ -25,12 +25,12 @@ MARKER, REPLACED_MARKER = "COMPLETE.json", "REPLACED.json"
 REPLACED = ".old"
 
 
-def base(folder: UPath) -> UPath:
+def base(folder: Place) -> Place:
     """Where the names that its marker lists begin: `NAME` of `NAME.old`."""
     return folder.with_name(folder.name.removesuffix(REPLACED))
 
 
-def marker(folder: UPath) -> UPath:
+def marker(folder: Place) -> Place:
     """Where its marker lies."""
     return base(folder) / (REPLACED_MARKER if folder.name.endswith(REPLACED) else MARKER)
 
@@ -76,7 +76,7 @@ def retire(folder: UPath, delete: Callable[[Place], None]) -> None:
         delete(base(folder) / name)
 
 
-def bring_back(old: UPath, folder: Place) -> None:
+def bring_back(old: Place, folder: Place) -> None:
     """Let a folder be what it was before it was replaced."""
     (folder / MARKER).write_bytes(read(marker(old)))
     marker(old).unlink()
@@ -84,11 +84,21 @@ def bring_back(old: UPath, folder: Place) -> None:
 
 def delete(folder: UPath) -> None:
     """Delete what is left of a folder, as far as that can be done. Of a replaced one the files are left over."""
-    with contextlib.suppress(StorageError):
+    with contextlib.suppress(OSError, StorageError):
         # The marker goes first: a deletion that is cut short leaves nothing that passes for whole.
         marker(folder).unlink(missing_ok=True)
         if not folder.name.endswith(REPLACED):
             remove_tree(folder)
+
+
+def folders(folder: UPath) -> list[UPath]:
+    """The folders in this one that have a marker."""
+    return [folder / name for name, files in _below(folder).items() if MARKER in files]
+
+
+def is_there(folder: UPath) -> bool:
+    """Whether a folder has a marker, or one that it was replacing."""
+    return not {MARKER, REPLACED_MARKER}.isdisjoint(sizes(folder))
 
 
 def replaced(folder: UPath) -> list[UPath]:
@@ -101,12 +111,8 @@ def leftovers(folder: UPath) -> list[UPath]:
     found = []
     for name, files in _below(folder).items():
         there = folder / name
-        known = {
-            listed.partition("/")[0]
-            for kind in (MARKER, REPLACED_MARKER)
-            if kind in files
-            for listed in _names(_read(there / kind))
-        }
+        markers = [there / kind for kind in (MARKER, REPLACED_MARKER) if kind in files]
+        known = {listed.partition("/")[0] for path in markers for listed in _names(_read(path))}
         inner = {file.partition("/")[0] for file in files if "/" in file}
         found += [there / each for each in sorted(inner - known)]
     return found
@@ -128,7 +134,7 @@ def _below(folder: UPath) -> dict[str, list[str]]:
     return found
 
 
-def _read(path: UPath) -> bytes | None:
+def _read(path: Place) -> bytes | None:
     try:
         return read(path)
     except FileNotFoundError:

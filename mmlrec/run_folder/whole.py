@@ -1,13 +1,13 @@
 """Folders that are whole or absent: written under another name, sealed by a marker with size and checksum of every file.
 
 What has no such marker, or does not match it, is damaged. All that happens to the folders of checkpoints as such happens here:
-they are made, sealed, put in place, checked and taken away; on object storage as stored.py says. Ranks that check one together read equal shares of its bytes, in
-ranges where files are large: the checksum of a file (crc32) follows from those of its pieces.
+they are made, sealed, put in place, checked and taken away; on object storage, which knows no renaming, as stored.py says.
+Ranks that check one together read equal shares of its bytes, in ranges where files are large: the checksum of a file (crc32)
+follows from those of its pieces.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -87,15 +87,18 @@ def put(temporary: Place, folder: Place, delete: Callable[[Place], None]) -> Non
 
 
 def retire(folder: Place, delete: Callable[[Place], None]) -> None:
-    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it."""
+    """Take a folder away, at once and in one step; `delete` may take its time with what is left of it.
+
+    Raises:
+        OSError, StorageError: it stays.
+    """
     if not isinstance(folder, Path):
         stored.retire(folder, delete)
         return
     # Under a name that nothing has: by the time it is deleted, there may be another folder of its own.
     left = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
-    with contextlib.suppress(OSError):
-        folder.rename(left)
-        delete(left)
+    folder.rename(left)
+    delete(left)
 
 
 def delete(folder: Place) -> None:
@@ -108,11 +111,25 @@ def delete(folder: Place) -> None:
 
 def bring_back(old: Place, folder: Place) -> None:
     """Let a folder be what it was before it was replaced."""
-    if not isinstance(old, Path):
+    if not (isinstance(old, Path) and isinstance(folder, Path)):
         stored.bring_back(old, folder)
         return
     delete(folder)
     old.rename(folder)
+
+
+def folders(folder: Place) -> Sequence[Place]:
+    """The folders in this one, whole or damaged. On object storage those that have a marker: the others are being written."""
+    if not isinstance(folder, Path):
+        return stored.folders(folder)
+    return [path for path in folder.glob("*") if not path.suffix]
+
+
+def is_there(folder: Place) -> bool:
+    """Whether there is one of this name, or one that it was replacing."""
+    if not isinstance(folder, Path):
+        return stored.is_there(folder)
+    return any(folder.parent.glob(f"{folder.name}*"))
 
 
 def replaced(folder: Place) -> Sequence[Place]:
@@ -204,7 +221,7 @@ def damage(folder: Place, world: World | None = None) -> str | None:
 
 
 def inside(folder: Place) -> Place:
-    """Where the files of a folder lie that is whole: in itself, or on object storage, and in a copy from there, one below it."""
+    """Where the files of a whole folder lie: in itself, or on object storage, and in a copy from there, one level below it."""
     found = _listed(folder)
     names = [] if isinstance(found, str) else list(found)
     return _base(folder) / names[0].rpartition("/")[0] if names and "/" in names[0] else folder
@@ -323,7 +340,8 @@ def _crc32(path: Place, start: int, num_bytes: int) -> int:
     value = 0
     if not isinstance(path, Path):
         for first in range(start, start + num_bytes, _CHUNK):
-            value = zlib.crc32(path.fs.cat_file(path.path, first, min(first + _CHUNK, start + num_bytes)), value)
+            last = min(first + _CHUNK, start + num_bytes)
+            value = zlib.crc32(path.fs.cat_file(path.path, start=first, end=last), value)
         return value
     with path.open("rb") as file:
         file.seek(start)

@@ -29,7 +29,7 @@ from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
-from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
@@ -397,7 +397,7 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
 
 def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
     """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
-    if list(folder.best.parent.glob(f"{folder.best.name}*")):
+    if whole.is_there(folder.best):
         return None
     steps = checkpoint.with_state(folder.checkpoints)
     if any(checkpoint.read_state(path)["selection"]["best"] for path in steps):

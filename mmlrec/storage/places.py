@@ -9,7 +9,7 @@ Local paths import nothing but the standard library; fsspec comes with the first
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmlrec.errors import UserError
@@ -23,6 +23,7 @@ Place: TypeAlias = "Path | UPath"
 
 #: s3:// is what is offered. memory:// ends with the process: the contract of all that uses places is tested on it.
 SCHEMES = ("s3", "memory")
+_PIECE_BYTES = 16 << 20
 EXTRA = "pip install 'mmlrec[s3]'"
 
 
@@ -80,13 +81,15 @@ def is_local(there: Place) -> bool:
 
 
 def read(there: Place) -> bytes:
-    """The whole of a file, as it is at one moment. (To open an object and to read it are two requests; it may change in between.)
+    """The whole of a file, as it is at one moment, in one request.
+
+    To open an object and to read from it are two, between which it may be replaced.
 
     Raises:
         FileNotFoundError: it is not there.
         StorageError: the store cannot be reached, or refuses.
     """
-    return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path))
+    return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path, max_concurrency=1))
 
 
 def create(there: Place, data: bytes) -> None:
@@ -104,6 +107,37 @@ def create(there: Place, data: bytes) -> None:
             file.write(data)
     else:
         there.fs.pipe_file(there.path, data, mode="create")
+
+
+def objects_below(there: UPath) -> dict[str, int]:
+    """Name of each object below an address, relative to it -> its bytes."""
+    found = there.fs.find(there.path, detail=True)
+    return {
+        PurePosixPath(name).relative_to(there.path).as_posix(): int(of["size"]) for name, of in found.items() if name[-1] != "/"
+    }
+
+
+def put_file(path: Path, there: Place) -> None:
+    """Copy a file of this machine to a place; large ones in pieces, a few of them in memory.
+
+    Raises:
+        StorageError: the store cannot be reached, or refuses.
+    """
+    if isinstance(there, Path):
+        shutil.copyfile(path, there)
+        return
+    pieces = {"chunksize": _PIECE_BYTES, "max_concurrency": 2} if there.protocol == "s3" else {}
+    there.fs.put_file(str(path), there.path, **pieces)
+
+
+def get_file(there: UPath, path: Path) -> None:
+    """Copy an object to a file of this machine; large ones in pieces, a few of them in memory.
+
+    Raises:
+        StorageError: the store cannot be reached, or refuses.
+    """
+    pieces = {"chunksize": _PIECE_BYTES, "max_concurrency": 4} if there.protocol == "s3" else {}
+    there.fs.get_file(there.path, str(path), **pieces)
 
 
 def remove_tree(there: Place) -> None:

@@ -97,13 +97,13 @@ class RetryingS3(S3FileSystem):
                 if not _is_lost(cause):
                     raise self._named(cause, error, method, arguments) from cause
                 seconds = time.monotonic() - began
-                if seconds + wait > patience:
+                if seconds >= patience:
                     raise StorageError(
                         f"{self._what(method, arguments)}: {_text(cause)} Tried {tries} times in {seconds:.0f} s. Look whether"
                         f" the server can be reached from here, then start again; {SECONDS} sets how long it is tried.",
                         lost=True,
                     ) from cause
-            await asyncio.sleep(wait * random.uniform(0.5, 1))  # not all ranks at once
+            await asyncio.sleep(min(wait * random.uniform(0.5, 1), patience - seconds))  # not all ranks at once
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _what(self, method: str, arguments: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
 from mmlrec.schema import Scenario, Task
+from mmlrec.storage.places import place
 from preprocessing.dataset import (
     PLACE_KEYS,
     Column,
@@ -141,9 +142,9 @@ class Table(Dataset):
         parser.add_argument("--config", type=local_path, required=True, metavar="YAML", help="what the columns mean; see below")
         parser.add_argument(
             "--raw",
-            type=local_path,
+            type=place,
             default=None,
-            help="folder of the files that the configuration names (default: where it is)",
+            help="folder of the files that the configuration names; or s3://bucket/name (default: where the configuration is)",
         )
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmlrec.errors import DataError
 from mmlrec.schema import SPLITS, DatasetManifest, Feature
+from mmlrec.storage.places import Place
 from preprocessing.dataset import Dataset
 from preprocessing.encoding.encoder import Encoder
 from preprocessing.encoding.identity import encoding_of
@@ -33,7 +34,7 @@ MEMORY_BYTES = 4 << 30
 def build(
     dataset: Dataset,
     raw: RawFolder,
-    out: Path,
+    out: Place,
     *,
     seed: int,
     parity: bool,

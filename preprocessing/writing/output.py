@@ -1,4 +1,4 @@
-"""The dataset folder comes into being at once: built beside its place, then renamed. Never half."""
+"""The dataset folder comes into being at once: built beside its place, then renamed, or uploaded. Never half."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest
 from mmlrec.storage.parquet import stored_size
 from mmlrec.storage.places import Place
+from preprocessing.writing import upload
 
 REMEDY = "Make the dataset again with --overwrite."
 
@@ -28,17 +29,38 @@ def check_files(folder: Place, manifest: DatasetManifest) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Place) -> Iterator[Path]:
     """A temporary folder beside `out`; at a clean exit it takes the place of `out`, otherwise it is removed.
 
-    What a killed run left behind is removed at the start. An old `out` is replaced only when the new one is complete.
+    What a killed run left behind is removed at the start. An old `out` is replaced only when the new one is complete. Of an
+    address the folder is one of this machine, uploaded at a clean exit: see upload.py.
 
     Raises:
         DataError: the place cannot be written, the disk is full, or another run is writing there.
+        StorageError: the object store refuses, or cannot be reached.
     """
+    if not isinstance(out, Path):
+        with _temporary_folder(out, upload.staging_folder(out)) as staging, upload.target(out) as target:
+            yield staging
+            target.fill(staging)
+        return
     out = out.resolve()
     temporary, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
-    lock, parents = None, absent_parents(out)
+    with _temporary_folder(out, temporary):
+        _mend(out, old)
+        yield temporary
+        _sync(temporary)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+        _sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _temporary_folder(out: Place, temporary: Path) -> Iterator[Path]:
+    """An empty folder, of this process alone; it is removed in the end, if it is there."""
+    lock, parents = None, absent_parents(temporary)
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY)
@@ -48,18 +70,14 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.close(lock)
             lock = None
             raise DataError(f"{out}: another run is writing this dataset. Wait for it, or choose another --out.") from None
-        _mend(out, temporary, old)
+        _empty(temporary)
         yield temporary
-        _sync(temporary)
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)
-        _sync_folder(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error
+        where = "" if isinstance(out, Path) else f" in {temporary.parent}, where it is made (TMPDIR names another folder),"
         raise DataError(
-            f"{out}: the dataset cannot be written: {reason}. Free space, or choose another --out; nothing was left behind."
+            f"{out}: the dataset cannot be written: {reason}. Free space{where} or choose another --out; nothing was left"
+            " behind."
         ) from error
     finally:
         if lock is not None:
@@ -80,13 +98,16 @@ def remove_if_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _mend(out: Path, temporary: Path, old: Path) -> None:
+def _mend(out: Path, old: Path) -> None:
     if old.exists():  # killed between the two renames, or just after them
         if out.exists():
             shutil.rmtree(old)
         else:
             old.rename(out)
-    for path in temporary.iterdir():
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         else:

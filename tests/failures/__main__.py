@@ -36,12 +36,14 @@ def main() -> None:
     if arguments.table:
         print(table(arguments.table))
         return
-    print(f"seed {arguments.seed}", flush=True)
+    # Ranks go by name: the host where all meet is that of rank 0, or it is not.
+    names = Random(arguments.seed).sample(["h1", "h2"], 2)
+    print(f"seed {arguments.seed}, first host {names[0]}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which takes the hosts down
     out = arguments.out.resolve()
     config, faults = prepare(out), 0
     try:
-        with Hosts(["h1", "h2"], out) as hosts:
+        with Hosts(names, out) as hosts:
             if not (out / "unbroken").exists():
                 train_unbroken(hosts, out / "unbroken", config)
             for count in range(arguments.rounds):

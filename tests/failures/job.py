@@ -51,18 +51,30 @@ class Job:
     Args:
         folder: gets `run`, the rows of each step, and the logs.
         options: keys of the training configuration.
-        step_seconds: what a step takes more than it would.
+        step_seconds: see `pace`.
+        ends_rest: where one command has ended and the others do not, they get SIGTERM, as from Slurm; otherwise it is a fault.
     """
 
     def __init__(
-        self, hosts: Hosts, folder: Path, preset: Preset, config: Path, options: list[str], *, retries: int, step_seconds: float
+        self,
+        hosts: Hosts,
+        folder: Path,
+        preset: Preset,
+        config: Path,
+        options: list[str],
+        *,
+        retries: int,
+        step_seconds: float,
+        ends_rest: bool = False,
     ) -> None:
         self.hosts, self.folder, self.preset, self.retries = hosts, folder, preset, retries
         self.run, self.rows, self.logs = folder / "run", folder / "rows", folder / "logs"
         for path in (self.rows, self.logs):
             path.mkdir(parents=True)
-        self._config, self._options = config, options
-        self._variables = {"MMLREC_TEST_ROWS": str(self.rows), "MMLREC_TEST_STEP_SECONDS": str(step_seconds)}
+        self._config, self._options, self._ends_rest = config, options, ends_rest
+        self._pace = folder / "step_seconds"
+        self._variables = {"MMLREC_TEST_ROWS": str(self.rows), "MMLREC_TEST_STEP_SECONDS": str(self._pace)}
+        self.pace(step_seconds)
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self._log: dict[int, Path] = {}
         self.ends: list[End] = []
@@ -77,6 +89,12 @@ class Job:
     def elastic(self) -> bool:
         """Whether a host's command is started again by itself."""
         return self.preset.least_nodes < self.preset.most_nodes
+
+    def pace(self, step_seconds: float) -> None:
+        """What a step takes more than it would, from the next one on."""
+        new = self._pace.with_name("step_seconds.new")
+        new.write_text(str(step_seconds))
+        new.replace(self._pace)
 
     def start(self, number: int) -> None:
         """Start the command on a host, whatever the scheduler would."""
@@ -128,7 +146,10 @@ class Job:
                 self.start_all()
         elif len(self.running) < self.preset.most_nodes and time.time() - self.ends[-1].time > _ALL_END_WITHIN_S:
             left = ", ".join(self.hosts.names[number] for number in self.running)
-            raise Fault(f"{left} did not end within {_ALL_END_WITHIN_S:g} s of the other")
+            if not self._ends_rest:
+                raise Fault(f"{left} did not end within {_ALL_END_WITHIN_S:g} s of the other")
+            for number in self.running:
+                self.kill(self.agent(number), signal.SIGTERM)
 
     def _tend_each(self) -> None:
         if any(end.code == 0 for end in self.ends):

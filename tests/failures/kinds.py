@@ -28,6 +28,7 @@ class Kind:
         goes_on: the same processes train on.
         same_bits: all weights equal those of a run without failures; otherwise its losses are equal to 1e-5.
         first_hosts: hosts that are there at the beginning.
+        last_steps: so many at the end without a failure.
     """
 
     acts: tuple[Act, ...]
@@ -41,17 +42,19 @@ class Kind:
     max_restarts: int = 0
     timeout: int = 20
     step_seconds: float = 0.03
+    last_steps: int = 0
     options: tuple[str, ...] = ()
 
 
-def worker(rank: int) -> Act:
-    """The kernel kills a rank, as for memory."""
+def worker(rank: int, how: signal.Signals = signal.SIGKILL) -> Act:
+    """The kernel kills a rank, as for memory; or it stops."""
 
     def act(job: Job, _: Random) -> tuple[str, int | None]:
         for number in job.running:
             if job.rank(number) == rank:
-                job.kill(job.worker(number))
-                return f"rank {rank} on {job.hosts.names[number]} killed", None
+                job.kill(job.worker(number), how)
+                done = "killed" if how == signal.SIGKILL else "stopped"
+                return f"rank {rank} on {job.hosts.names[number]} {done}", None
         raise Fault(f"no process of rank {rank}")
 
     return act
@@ -81,9 +84,10 @@ def host(number: int, returns: bool = True) -> Act:
 
 
 def come(number: int) -> Act:
-    """A host comes, or comes back."""
+    """A host comes, or comes back. Training is slow until it is there, as it might be over before."""
 
     def act(job: Job, _: Random) -> tuple[str, int | None]:
+        job.pace(1.0)
         for other in range(2):
             job.hosts.heal(other)
         job.away[number] = 0.0
@@ -151,7 +155,8 @@ def resize(nodes: int, how: Act) -> Act:
 
 
 SOMETHING = any_of(worker(0), worker(1), agent(0), agent(1), host(0), host(1))
-ELASTIC = {"nodes": "1:2", "max_restarts": 10, "same_bits": False, "step_seconds": 0.15}
+ASYNC = {"options": ("training.checkpoint_async=true",)}
+ELASTIC = {"nodes": "1:2", "max_restarts": 10, "same_bits": False, "step_seconds": 0.15, "last_steps": 60}
 
 KINDS = {
     "rank 0 killed": Kind((worker(0),)),
@@ -165,8 +170,14 @@ KINDS = {
     "link cut for good, timeout 60": Kind((cut(1), cut(0)), timeout=60),
     "SIGTERM to one agent": Kind((term(0), term(1)), failures=4),
     "SIGTERM to both agents": Kind((term(0, 1),)),
+    "rank stopped for good (SIGSTOP)": Kind((worker(1, signal.SIGSTOP), worker(0, signal.SIGSTOP)), failures=4),
+    "SIGTERM before the first step": Kind((term(0), term(1), term(0, 1)), moment="start", errors=(0, 1)),
+    "link cut before the first step": Kind((cut(1), cut(0)), moment="start", errors=(0, 1), failures=4),
     "killed before the first step": Kind((SOMETHING,), moment="start", errors=(0, 1)),
     "killed during a checkpoint": Kind((SOMETHING,), moment="checkpoint", failures=4),
+    "checkpoints in a thread: killed during one": Kind((SOMETHING,), moment="checkpoint", failures=4, **ASYNC),
+    "checkpoints in a thread: killed at any step": Kind((SOMETHING,), failures=4, **ASYNC),
+    "checkpoints in a thread: SIGTERM to one agent": Kind((term(0), term(1)), failures=4, **ASYNC),
     "killed during a validation": Kind((SOMETHING,), moment="validation", failures=4),
     "fewer or more nodes at the next start": Kind(
         (resize(1, term(0, 1)), resize(2, term(0)), resize(1, host(1)), resize(2, host(0))),
@@ -175,6 +186,9 @@ KINDS = {
         same_bits=False,
     ),
     "restarts in place: a rank killed": Kind((worker(0), worker(1)), failures=4, max_restarts=10),
+    "elastic: link cut for 5 s": Kind(
+        (cut(1, 5), cut(0, 5)), errors=(0, 0), goes_on=True, nodes="1:2", max_restarts=10, timeout=30
+    ),
     "elastic: a rank killed": Kind((worker(0), worker(1)), **ELASTIC),
     "elastic: second host killed, comes back": Kind((host(1, returns=False), come(1)), failures=6, errors=(0, 1), **ELASTIC),
     "elastic: first host killed": Kind((host(0),), errors=(0, 1), **ELASTIC),

@@ -1,7 +1,7 @@
 """A method from outside, for `--import`: MMoE by another name, with which a run notes which rows each step trained.
 
-Each rank of each start writes a file of its own into the folder MMLREC_TEST_ROWS, a line for each step. A step takes
-MMLREC_TEST_STEP_SECONDS more than it would.
+Each rank of each start writes a file of its own into the folder MMLREC_TEST_ROWS, a line for each step. A step takes so many
+seconds more than it would as stand in the file MMLREC_TEST_STEP_SECONDS.
 """
 
 import collections
@@ -53,7 +53,7 @@ def advance(self):
         "rows": rows,
     }
     self.recorded.write((json.dumps(line) + "\n").encode())
-    time.sleep(float(os.environ["MMLREC_TEST_STEP_SECONDS"]))
+    time.sleep(float(Path(os.environ["MMLREC_TEST_STEP_SECONDS"]).read_text()))
 
 
 Reader.epoch, Reporter.__init__, Reporter.advance = epoch, init, advance

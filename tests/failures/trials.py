@@ -25,7 +25,6 @@ training: {{batch_size: {batch_size}, epochs: {epochs}, patience: null, eval_bat
 """
 #: Longest wait for training to go on, and for a start: a busy machine takes a minute for one.
 _GOES_ON_WITHIN_S = 400.0
-_NAMES = ("h1", "h2")
 
 
 @dataclass
@@ -82,7 +81,9 @@ def make_job(kind: Kind, hosts: Hosts, folder: Path, config: Path) -> Job:
     options = [f"training.timeout={kind.timeout}", *kind.options]
     # A host that comes back and fails to meet the others at once is started again.
     retries = 4 * kind.failures if isinstance(kind.nodes, str) else kind.failures
-    return Job(hosts, folder, preset, config, options, retries=retries, step_seconds=kind.step_seconds)
+    # Nodes that have not met yet wait for each other ten minutes.
+    ends_rest = kind.moment == "start"
+    return Job(hosts, folder, preset, config, options, retries=retries, step_seconds=kind.step_seconds, ends_rest=ends_rest)
 
 
 def train_unbroken(hosts: Hosts, folder: Path, config: Path) -> None:
@@ -106,7 +107,7 @@ def run_training(
 ) -> list[Trial]:
     """Train with failures of one kind; the last trial holds the faults of the training as a whole, too."""
     job = make_job(kind, hosts, folder, config)
-    job.away = dict.fromkeys(range(kind.first_hosts, len(_NAMES)), float("inf"))
+    job.away = dict.fromkeys(range(kind.first_hosts, len(hosts.names)), float("inf"))
     trials: list[Trial] = []
     try:
         job.starts = 1 if job.elastic else 0
@@ -155,6 +156,7 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
         return again or next_step() is not None
 
     went_on = job.wait(over, _GOES_ON_WITHIN_S)
+    job.pace(kind.step_seconds)
     trial.ended = [(job.hosts.names[end.host], end.code, round(end.time - failed_at, 1)) for end in job.ends[ends:]]
     trial.errors, trial.starts = job.said("error: ", marks), job.starts - starts
     if not went_on:
@@ -180,8 +182,8 @@ def _wait_for_moment(kind: Kind, job: Job, number: int, random: Random) -> str:
         if not job.wait(lambda: bool(job.running) and time.time() - job.started_at > after, 120):
             raise Fault("the job was not started")
         return f"{after:.1f} s after the start"
-    third = STEPS // kind.failures
-    step = random.randrange(number * third + 3, (number + 1) * third - 3)
+    part = (STEPS - kind.last_steps) // kind.failures
+    step = random.randrange(number * part + 3, (number + 1) * part - 3)
     if kind.moment == "validation":
         step = max(20, step // 20 * 20)
     if not job.wait(lambda: job.newest_step() >= step, _GOES_ON_WITHIN_S, interval=0.005):

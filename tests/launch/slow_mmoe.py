@@ -17,5 +17,5 @@ class SlowMmoe(MMoE):
     def forward(self, *arguments, **options):
         self.taken += self.training
         if self.training and self.taken > FAST_STEPS and Path(os.environ["SLOW_WHILE"]).exists():
-            time.sleep(0.3)
+            time.sleep(0.5)
         return super().forward(*arguments, **options)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from tests.datasets import write_dataset
 from tests.launch.slow_mmoe import FAST_STEPS
 from tests.processes import ROOT
 from tests.slurm import NODES, Slurm
-from tests.training.launch import losses, tensors, validations
+from tests.training.launch import losses, rank_process, tensors, validations
 
 pytestmark = pytest.mark.cluster
 PRESETS = """
@@ -45,14 +46,14 @@ class Cluster:
         variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
         self.environment = processes.environment() | variables | {"SLOW_WHILE": str(self.slow)}
 
-    def launch(self, run: str, preset: str):
-        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe"]
+    def launch(self, run: str, preset: str, *options: str):
+        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe", *options]
         command = [sys.executable, "-m", "apps.launch", "train", *job]
         return processes.run(command, cwd=self.folder, env=self.environment, timeout=120)
 
-    def submit(self, run: str, preset: str = "two") -> str:
+    def submit(self, run: str, preset: str = "two", *options: str) -> str:
         """Give a job to Slurm; its number."""
-        done = self.launch(run, preset)
+        done = self.launch(run, preset, *options)
         assert done.returncode == 0, done.stderr
         handle = done.stdout.splitlines()[-1]
         assert re.fullmatch(r"slurm://torchx/\d+", handle)
@@ -65,8 +66,12 @@ class Cluster:
             time.sleep(0.1)
 
     def logs(self, job: str = "") -> str:
+        """Of one job or all, and of Slurm."""
         files = sorted(self.folder.glob(f"slurm-{job}*"))
-        return "\n".join(f"--- {file.name}:\n{file.read_text(errors='replace')[-4000:]}" for file in files)
+        own = [f"--- {file.name}:\n{file.read_text(errors='replace')[-4000:]}" for file in files]
+        return "\n".join(
+            [*own, self.slurm.call("scontrol", "--oneliner", "show", "job", *([job] if job else [])), self.slurm.logs()]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +123,32 @@ def requeue(cluster: Cluster, job: str) -> str:
     return job
 
 
-def lose_node(cluster: Cluster, job: str) -> str:
-    """Without a signal to the processes of the node; not the one that runs the batch script."""
+def lose_second_node(cluster: Cluster, job: str) -> str:
+    """Without a signal to its processes."""
     (node,) = set(NODES) - {cluster.slurm.job(job)["BatchHost"]}
+    return lose_node(cluster, job, node)
+
+
+def lose_first_node(cluster: Cluster, job: str) -> str:
+    """Where the batch script runs, and all ranks meet."""
+    return lose_node(cluster, job, cluster.slurm.job(job)["BatchHost"])
+
+
+def lose_node(cluster: Cluster, job: str, node: str) -> str:
     cluster.slurm.kill_node(node)
     cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster.slow.unlink()
     time.sleep(2)
     cluster.slurm.start_node(node)
     cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.slurm.start_requeued(job)
+    return job
+
+
+def kill_rank(cluster: Cluster, job: str) -> str:
+    """As the kernel does where memory is short."""
+    os.kill(rank_process("runs/kill_rank", 1), signal.SIGKILL)
+    cluster.slow.unlink()
     cluster.slurm.start_requeued(job)
     return job
 
@@ -139,12 +161,24 @@ def cancel(cluster: Cluster, job: str) -> str:
     return cluster.submit("cancel")
 
 
+def components(job: str) -> tuple[str, str]:
+    """Numbers of the parts of a job, one for each node, which have a time limit each."""
+    return job, str(int(job) + 1)
+
+
+def limit_time(cluster: Cluster, job: str) -> None:
+    """Whole minutes: one or two from now. Slurm looks each half minute."""
+    hours, minutes, seconds = map(int, cluster.slurm.job(job)["RunTime"].split(":"))
+    limit = -(-(3600 * hours + 60 * minutes + seconds + 65) // 60)
+    for each in components(job):
+        cluster.slurm.call("scontrol", "update", f"JobId={each}", f"TimeLimit={limit}")
+
+
 def come_near_time_limit(cluster: Cluster, job: str) -> str:
     """A job that may be started again is asked to stop before it gets there, and asks for the start."""
-    for each in (job, str(int(job) + 1)):  # Each component has its own.
-        cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=1")
+    limit_time(cluster, job)
     cluster.slurm.wait_for_requeue(job)
-    for each in (job, str(int(job) + 1)):
+    for each in components(job):
         cluster.slurm.call("scontrol", "update", f"JobId={each}", "TimeLimit=10")
     cluster.slow.unlink()
     cluster.slurm.start_requeued(job)
@@ -153,8 +187,8 @@ def come_near_time_limit(cluster: Cluster, job: str) -> str:
 
 def reach_time_limit(cluster: Cluster, job: str) -> str:
     """Slurm does not start such a job again."""
-    cluster.slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-    cluster.slurm.wait(job, 180)
+    limit_time(cluster, job)
+    cluster.slurm.wait(job, 240)
     assert cluster.slurm.job(job)["JobState"] == "TIMEOUT"
     cluster.slow.unlink()
     return cluster.submit("reach_time_limit", "once")
@@ -163,7 +197,9 @@ def reach_time_limit(cluster: Cluster, job: str) -> str:
 #: What ends a job -> how it is submitted, whether it saves before it ends, and how often Slurm starts it again.
 ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, int]] = {
     requeue: ("two", True, 1),
-    lose_node: ("two", False, 1),
+    lose_second_node: ("two", False, 1),
+    lose_first_node: ("two", False, 1),
+    kill_rank: ("two", False, 1),
     cancel: ("two", True, 0),
     come_near_time_limit: ("two", True, 1),
     reach_time_limit: ("once", True, 0),
@@ -179,7 +215,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
     cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", f"{cluster.slurm.job(job)}\n{cluster.logs(job)}"
+    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
     assert cluster.slurm.job(job)["Restarts"] == str(restarts)
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
@@ -191,3 +227,12 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     assert losses(run_dir) == losses(whole)
     assert validations(run_dir) == validations(whole)
     assert (run_dir / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+def test_a_mistake_of_the_user_costs_one_start(cluster):
+    job = cluster.submit("mistake", "two", "dataset.path=dataa")
+    cluster.slurm.wait(job, 240)
+    state = cluster.slurm.job(job)
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), cluster.logs(job)
+    said = [line for line in cluster.logs(job).splitlines() if "error: " in line and "dataa" in line]
+    assert len(said) == 1, cluster.logs(job)

@@ -43,6 +43,17 @@ def test_prune_keeps_the_newest_whole_ones(tmp_path, world):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000006", "step_000000007"]
 
 
+def test_prune_keeps_multiples_for_good(tmp_path, world):
+    for step in range(1, 10):
+        save(checkpoint.step_folder(tmp_path, step), step, world)
+    deleted = []
+    checkpoint.prune(tmp_path, 2, step=8, every=3, delete=deleted.append)
+    # 9 is beyond the one just saved.
+    assert [checkpoint.step_of(path) for path in sorted(tmp_path.glob("step_*")) if not path.suffix] == [3, 6, 7, 8]
+    assert sorted(path.name[:14] for path in deleted) == [f"step_{step:09d}" for step in (1, 2, 4, 5, 9)]
+    assert all(path.suffix == ".tmp" and path.is_dir() for path in deleted)
+
+
 @pytest.mark.parametrize(("resumed_from", "expected"), [(7, 5.0), (10, 10.0), (12, 10.0)])
 def test_best_goes_back_to_what_the_resumed_step_knew(tmp_path, world, resumed_from, expected):
     # Best of step 5, replaced at step 10; the process dies before the step checkpoint of 10 is whole, or after.

@@ -17,7 +17,7 @@ from mmlrec.errors import DataError, UserError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.registry import resolve
-from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
 from mmlrec.training import guard
@@ -180,18 +180,18 @@ def test_a_run_goes_back_and_trains_on_with_other_rates(runs, config, tmp_path, 
     class Death(BaseException):
         pass
 
-    plain = checkpoint._delete
+    plain = whole.retire
 
-    def delete(path):
+    def retire(path, delete):
         deleted.append(path.name)
         if len(deleted) == deaths:
             raise Death
-        plain(path)
+        plain(path, delete)
 
     with process_group() as world:
         if deaths:
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, "_delete", delete)
+                patch.setattr(whole, "retire", retire)
                 with pytest.raises(Death):
                     train(config(*LOWER), run_dir, world, from_step=4)
             assert deleted == ["step_000000012", "step_000000008"][:deaths]
@@ -202,7 +202,7 @@ def test_a_run_goes_back_and_trains_on_with_other_rates(runs, config, tmp_path, 
 def test_a_death_on_the_way_back_leaves_the_run_as_it_was(runs, config, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     shutil.copytree(runs / "whole", run_dir)
-    monkeypatch.setattr(checkpoint, "_delete", lambda path: sys.exit(9))
+    monkeypatch.setattr(whole, "retire", lambda path, delete: sys.exit(9))
     with process_group() as world:
         with pytest.raises(SystemExit):
             train(config(*LOWER), run_dir, world, from_step=4)
