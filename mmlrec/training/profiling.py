@@ -70,7 +70,8 @@ class Profile:
             logger.warning("note: %s: %s; the run goes on without it.", folder, error)
         if self._world.is_main:
             shorter = "" if step == self._last else f" (not {self._last}: a validation or checkpoint came)"
-            logger.info("profile of steps %d to %d%s in %s\n%s", self._begun_at, step, shorter, folder, text)
+            shown = self._folder.path / folder.name
+            logger.info("profile of steps %d to %d%s in %s\n%s", self._begun_at, step, shorter, shown, text)
 
 
 def parts_table(milliseconds: list[list[float]]) -> str:

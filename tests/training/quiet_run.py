@@ -1,6 +1,6 @@
 """`apps.train` on two ranks where long times pass without a line, and "ten minutes" are half a second.
 
-Rank 1 starts late, waits for its 21st batch, rank 0 computes metrics, and rank 1 writes files of a checkpoint: two seconds each.
+Rank 1 starts late and waits for its 21st batch, rank 0 computes metrics, rank 1 writes files of a checkpoint: two seconds each.
 """
 
 import functools
