@@ -6,20 +6,18 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from tabulate import tabulate
-
-_COLUMNS = ("failure", "times", "went on", "exit codes", "starts", "seconds", "steps again", "what is said")
+_COLUMNS = ("failure", "times", "went on", "exit codes", "ended within, s", "starts", "seconds", "steps again", "what is said")
 
 
 def table(files: list[Path]) -> str:
-    """A table in Markdown, a row for each kind: how often, outcome, exit codes of the hosts, starts, seconds, message."""
+    """A table in Markdown, a row for each kind: how often, outcome, exit codes of the hosts, starts, seconds, messages."""
     kinds: dict[str, list[dict]] = {}
     for file in files:
         for line in file.read_text().splitlines():
             trial = json.loads(line)
             kinds.setdefault(trial["kind"], []).append(trial)
-    rows = [_row(kind, trials) for kind, trials in kinds.items()]
-    return tabulate(rows, headers=_COLUMNS, tablefmt="github")
+    rows = [list(_COLUMNS), ["---"] * len(_COLUMNS), *(_row(kind, trials) for kind, trials in sorted(kinds.items()))]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def _row(kind: str, trials: list[dict]) -> list[object]:
@@ -32,10 +30,11 @@ def _row(kind: str, trials: list[dict]) -> list[object]:
         len(trials),
         sum(trial["fault"] is None for trial in trials),
         ", ".join(f"{code}" for code, _ in codes.most_common()) or "-",
+        f"{max((seconds for trial in trials for _, _, seconds in trial['ended']), default=0):.0f}" if codes else "-",
         _range([trial["starts"] for trial in trials]),
         f"{median(seconds):.0f}, at most {max(seconds):.0f}" if seconds else "-",
         _range(lost) if lost else "-",
-        " / ".join(line for line, _ in messages.most_common(3)) or "nothing",
+        "; ".join(f"`{line}`" for line, _ in messages.most_common()) or "nothing",
     ]
 
 
@@ -44,6 +43,6 @@ def _range(numbers: list[int]) -> str:
 
 
 def _general(line: str) -> str:
-    """A message without its numbers, and without what stands behind its first sentence."""
-    line = re.sub(r"\d+(\.\d+)?", "N", line.removeprefix("error: "))
-    return re.sub(r"/\S*/(?=[^/\s])", "…/", line).partition(". ")[0][:160]
+    """The beginning of a message, without numbers, processes and folders."""
+    line = re.sub(r"\d+(\.\d+)?", "N", line.removeprefix("error: ")).replace(" (process N on hN)", "")
+    return re.split(r"[.:;] | \(training| \(any", line)[0]
