@@ -201,17 +201,7 @@ def test_a_killed_rank_is_started_again_in_place_and_sigterm_saves(tmp_path):
     data = write_dataset(tmp_path / "data", rows=200)
     (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=data.folder))
     run, log = tmp_path / "run", tmp_path / "log"
-    options = [
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-        "--log-dir",
-        str(tmp_path / "ranks"),
-        "--tee",
-        "3",
-    ]
+    options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--tee", "3"]
     train = ["-m", "apps.train", "--config", str(tmp_path / "config.yaml"), "--run-dir", str(run)]
     agent = Command([sys.executable, "-m", "mmlrec.launch.agent", *options, *train], log=log)
     try:
