@@ -1,6 +1,5 @@
 """torchrun with an honest end: what the agents end with, the same on all nodes, and when."""
 
-import contextlib
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import pytest
 from mmlrec.launch.agent import outcome
 from tests.datasets import write_dataset
 from tests.processes import Command, environment
-from tests.training.launch import free_port, losses
+from tests.training.launch import free_port, losses, rank_process
 
 # A rank that needs no torch: ends with its code, kills itself with it, or trains until it is told to stop.
 RANK = """
@@ -197,16 +196,6 @@ def wait_for_step(run: Path, step: int, agent: Command, log: Path) -> None:
         time.sleep(0.05)
 
 
-def rank_process(run: Path, rank: str) -> int:
-    """The process of a rank of the run in that folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            variables = (process / "environ").read_bytes().split(b"\0")
-            if str(run).encode() in (process / "cmdline").read_bytes() and f"RANK={rank}".encode() in variables:
-                return int(process.name)
-    raise AssertionError(f"no rank {rank}")
-
-
 def test_a_killed_rank_is_started_again_in_place_and_sigterm_saves(tmp_path):
     """Training itself, which meets anew each time, and goes on from its newest checkpoint."""
     data = write_dataset(tmp_path / "data", rows=200)
@@ -228,7 +217,7 @@ def test_a_killed_rank_is_started_again_in_place_and_sigterm_saves(tmp_path):
     try:
         wait_for_step(run, 25, agent, log)
         killed_at = max(losses(run))
-        os.kill(rank_process(run, "1"), signal.SIGKILL)
+        os.kill(rank_process(run, 1), signal.SIGKILL)
         wait_for_step(run, killed_at + 25, agent, log)
         agent.send_signal(signal.SIGTERM)
         assert agent.wait(120) == 85, log.read_text()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from tests.datasets import write_dataset
 from tests.launch.slow_mmoe import FAST_STEPS
 from tests.processes import ROOT
 from tests.slurm import NODES, Slurm
-from tests.training.launch import losses, tensors, validations
+from tests.training.launch import losses, rank_process, tensors, validations
 
 pytestmark = pytest.mark.cluster
 PRESETS = """
@@ -45,14 +46,14 @@ class Cluster:
         variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
         self.environment = processes.environment() | variables | {"SLOW_WHILE": str(self.slow)}
 
-    def launch(self, run: str, preset: str):
-        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe"]
+    def launch(self, run: str, preset: str, *options: str):
+        job = ["--preset", preset, "--config", "config.yaml", "--run_dir", f"runs/{run}", "--imports", "slow_mmoe", *options]
         command = [sys.executable, "-m", "apps.launch", "train", *job]
         return processes.run(command, cwd=self.folder, env=self.environment, timeout=120)
 
-    def submit(self, run: str, preset: str = "two") -> str:
+    def submit(self, run: str, preset: str = "two", *options: str) -> str:
         """Give a job to Slurm; its number."""
-        done = self.launch(run, preset)
+        done = self.launch(run, preset, *options)
         assert done.returncode == 0, done.stderr
         handle = done.stdout.splitlines()[-1]
         assert re.fullmatch(r"slurm://torchx/\d+", handle)
@@ -141,6 +142,14 @@ def lose_node(cluster: Cluster, job: str, node: str) -> str:
     return job
 
 
+def kill_rank(cluster: Cluster, job: str) -> str:
+    """As the kernel does where memory is short."""
+    os.kill(rank_process("runs/kill_rank", 1), signal.SIGKILL)
+    cluster.slow.unlink()
+    cluster.slurm.start_requeued(job)
+    return job
+
+
 def cancel(cluster: Cluster, job: str) -> str:
     cluster.slurm.call("scancel", job)
     assert cluster.slurm.ends(job, "CANCELLED", 60), cluster.logs(job)
@@ -185,6 +194,7 @@ ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, int]] = {
     requeue: ("two", True, 1),
     lose_second_node: ("two", False, 1),
     lose_first_node: ("two", False, 1),
+    kill_rank: ("two", False, 1),
     cancel: ("two", True, 0),
     come_near_time_limit: ("two", True, 1),
     reach_time_limit: ("once", True, 0),
@@ -211,3 +221,11 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     assert losses(run_dir) == losses(whole)
     assert validations(run_dir) == validations(whole)
     assert (run_dir / "result.json").read_text() == (whole / "result.json").read_text()
+
+
+def test_a_mistake_of_the_user_costs_one_start(cluster):
+    job = cluster.submit("mistake", "two", "dataset.path=dataa")
+    assert cluster.slurm.ends(job, "FAILED", 240), cluster.logs(job)
+    assert cluster.slurm.job(job)["Restarts"] == "0"
+    said = [line for line in cluster.logs(job).splitlines() if "error: " in line and "dataa" in line]
+    assert len(said) == 1, cluster.logs(job)
