@@ -129,7 +129,7 @@ def lose_second_node(cluster: Cluster, job: str) -> str:
 
 
 def lose_first_node(cluster: Cluster, job: str) -> str:
-    """Where the batch script runs, and all ranks meet."""
+    """Where the batch script runs, and all ranks meet. Slurm starts this part of the job again, beside the other one."""
     return lose_node(cluster, job, cluster.slurm.job(job)["BatchHost"])
 
 
