@@ -101,9 +101,9 @@ class Slurm:
                     os.kill(int(process.name), signal.SIGKILL)
 
     def wait_for_nodes(self) -> None:
-        """Until both are idle."""
+        """Until both are there, and end nothing any more."""
         limit = time.monotonic() + 60
-        while self.call("sinfo", "-h", "-N", "-o", "%T").split().count("idle") < len(NODES):
+        while not set(self.call("sinfo", "-h", "-N", "-o", "%T").split()) <= {"idle", "mixed", "allocated"}:
             assert time.monotonic() < limit, self.logs()
             time.sleep(0.3)
 

@@ -129,7 +129,7 @@ def lose_second_node(cluster: Cluster, job: str) -> str:
 
 
 def lose_first_node(cluster: Cluster, job: str) -> str:
-    """Where the batch script runs, and all ranks meet."""
+    """Where the batch script runs, and all ranks meet. Slurm starts this part of the job again, beside the other one."""
     return lose_node(cluster, job, cluster.slurm.job(job)["BatchHost"])
 
 
@@ -225,8 +225,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
 
 def test_a_mistake_of_the_user_costs_one_start(cluster):
     job = cluster.submit("mistake", "two", "dataset.path=dataa")
-    cluster.slurm.wait(job, 240)
-    state = cluster.slurm.job(job)
-    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0"), cluster.logs(job)
+    assert cluster.slurm.ends(job, "FAILED", 240), cluster.logs(job)
+    assert cluster.slurm.job(job)["Restarts"] == "0"
     said = [line for line in cluster.logs(job).splitlines() if "error: " in line and "dataa" in line]
     assert len(said) == 1, cluster.logs(job)
