@@ -47,8 +47,6 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMe
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 NODES = ("n1", "n2")
-#: States of a job that does not run any more, and does not wait.
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
 class Slurm:
@@ -125,12 +123,14 @@ class Slurm:
         lines = self.call("scontrol", "--oneliner", "show", "job", job).splitlines()
         return [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines if line]
 
-    def wait(self, job: str, seconds: float) -> None:
-        """Until a job has ended on all its nodes."""
+    def ends(self, job: str, state: str, seconds: float) -> bool:
+        """Whether a job ends on all its nodes in this JobState. One that is started again passes through several."""
         limit = time.monotonic() + seconds
-        while {component["JobState"] for component in self._components(job)} - ENDED:
-            assert time.monotonic() < limit, self.logs()
+        while {component["JobState"] for component in self._components(job)} != {state}:
+            if time.monotonic() > limit:
+                return False
             time.sleep(0.5)
+        return True
 
     def wait_for_requeue(self, job: str) -> None:
         """Until a job that is started again is in the queue."""
@@ -140,9 +140,17 @@ class Slurm:
             time.sleep(0.3)
 
     def start_requeued(self, job: str) -> None:
-        """Take away the two minutes for which Slurm holds a job that is started again."""
+        """Take away the two minutes for which Slurm holds a job that is started again, each time that it does."""
         self.wait_for_requeue(job)
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.wait_for_nodes()
+        time.sleep(2)  # In the second in which it has ended, what is left of it would be taken for the new start.
+        limit = time.monotonic() + 90
+        while self.job(job)["JobState"] == "PENDING":
+            assert time.monotonic() < limit, self.logs()
+            # Refused where it has just begun.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+            time.sleep(1)
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(subprocess.SubprocessError, OSError):

@@ -208,6 +208,7 @@ def _app(preset: Preset, name: str, command: str, nodes: tuple[int, int] | None 
         num_replicas=most,
         min_replicas=least if least < most else None,
         max_retries=preset.max_retries,
+        retry_policy=specs.RetryPolicy.REPLICA if least < most else specs.RetryPolicy.APPLICATION,
         resource=specs.Resource(cpu=preset.resource.cpu, gpu=preset.resource.gpu, memMB=preset.resource.memMB),
         port_map={"c10d": preset.rdzv_port} if preset.rdzv_port else {},
         mounts=[_mount(mount) for mount in preset.mounts],

@@ -70,6 +70,7 @@ def write(
     world: World,
     *,
     lost: Callable[[], UserError | None] = lambda: None,
+    before: Callable[[], None] = lambda: None,
     delete: Callable[[Place], None] = whole.delete,
 ) -> None:
     """Write a checkpoint, as `save`, of tensors that were looked at before. All ranks call it; they meet for files only.
@@ -77,6 +78,7 @@ def write(
     Args:
         lost: why this run may not write there any more, if so; rank 0 asks at the begin, and before the checkpoint takes its
             place.
+        before: what is to happen on rank 0 before it takes its place.
         delete: takes what a former checkpoint of this name leaves.
 
     Raises:
@@ -107,6 +109,7 @@ def write(
             sums |= parts.write_index(temporary, [results for _, results, _ in written])
             sums[STATE] = whole.write_synced(temporary / STATE, json.dumps(state, indent=1).encode())
             whole.seal(temporary, sums)
+            before()
             if (error := lost()) is None:
                 whole.put(temporary, folder, delete)
         except whole.FAILURES as cause:

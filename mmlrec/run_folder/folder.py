@@ -131,6 +131,11 @@ class RunFolder:
         """What to say where the run does not hold this folder any more; None where it does."""
         return None if self._holder is None else self._holder.lost()
 
+    def put_reports(self) -> None:
+        """On rank 0, before a checkpoint is whole: what was reported up to it is there, too, as far as that can be done."""
+        if self.reports is not None:
+            self.reports.put()
+
     def write_description(self, config: RunConfig, world: World, plan: list[dict[str, Any]], manifest: DatasetManifest) -> None:
         """Write the resolved configuration, the environment, the sharding plan, and which data the run is trained on."""
         write_atomically(self.config, config.to_yaml())

@@ -1,8 +1,8 @@
 """Files that a run appends to (`metrics.jsonl`, logs, TensorBoard's): where they are written, and put into its folder.
 
 On a file system that is the run folder itself. On object storage nothing can be appended to: each rank writes its own into a
-folder of its machine, and a thread puts those that have changed, each as a whole, every few seconds and at checkpoints.
-Training never waits for that, and never ends for it.
+folder of its machine, and a thread puts those that have changed, each as a whole, every few seconds; and before a checkpoint
+gets its marker, so that a resume loses none. Training never ends for that, and waits for it at checkpoints only.
 """
 
 from __future__ import annotations
@@ -74,12 +74,8 @@ class Reports:
                 " TMPDIR names another place for it."
             ) from error
         self._out_of_reach = False
-        self._wake, self._ended = threading.Event(), threading.Event()
+        self._putting, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
-
-    def put_soon(self) -> None:
-        """At a checkpoint: what has been reported up to it should not be lost after it."""
-        self._wake.set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -87,10 +83,9 @@ class Reports:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._wake.set()
         self._thread.join()
         # Where the store has not been reached of late, nobody has to wait for another refusal.
-        if not self._out_of_reach and self._put_changed():
+        if not self._out_of_reach and self.put():
             shutil.rmtree(self.written, ignore_errors=True)
         else:
             logger.warning(
@@ -99,17 +94,17 @@ class Reports:
 
     def _run(self) -> None:
         pause = _PUT_EVERY_S
-        while True:
-            self._wake.wait(pause)
-            if self._ended.is_set():
-                return
-            self._wake.clear()
+        while not self._ended.wait(pause):
             begun = time.monotonic()
-            self._put_changed()
+            self.put()
             pause = max(_PUT_EVERY_S, (time.monotonic() - begun) / _SHARE)
 
-    def _put_changed(self) -> bool:
+    def put(self) -> bool:
         """Put what has changed since it was put; False where not all could be. Told when that begins, and when it is over."""
+        with self._putting:
+            return self._put_changed()
+
+    def _put_changed(self) -> bool:
         try:
             for path in sorted(path for path in self.written.rglob("*") if path.is_file() and path.suffix not in _UNFINISHED):
                 state = _state(path)

@@ -50,6 +50,7 @@ class Saver:
 
     Args:
         lost: why this run may not write in its folder any more, if so.
+        before: what is to happen on rank 0 before a checkpoint takes its place.
         background: write in a thread while training goes on. The tensors are copied first, into buffers that stay.
         most_failures: checkpoints in a row that may fail, each after several attempts, before `wait` raises.
         longest_wait: in seconds for a checkpoint after an error of this rank.
@@ -60,11 +61,12 @@ class Saver:
         world: World,
         lost: Callable[[], UserError | None],
         *,
+        before: Callable[[], None] = lambda: None,
         background: bool,
         most_failures: int,
         longest_wait: float,
     ) -> None:
-        self._world, self._lost, self._background = world, lost, background
+        self._world, self._lost, self._before, self._background = world, lost, before, background
         self._most_failures, self._longest_wait = most_failures, longest_wait
         self._parts: dict[frozenset[str], Parts] = {}
         self._buffers: dict[MetadataIndex, Tensor] = {}
@@ -129,7 +131,7 @@ class Saver:
         self._pending = [job for job in self._pending if job.folder != folder]
         # The best has weights alone: another plan.
         kind = frozenset(key.partition(".")[0] for key in tensors)
-        parts = self._parts[kind] = Parts(tensors, self._world, self._parts.get(kind))
+        parts = self._parts[kind] = Parts(tensors, self._world.without_limit(), self._parts.get(kind))
         self.num_bytes = parts.num_bytes
         if self._background and not must:
             parts.copy(self._buffers)
@@ -173,11 +175,13 @@ class Saver:
         self._world.parts.move(waited, CHECKPOINT, WAITING)
         job, self._job = self._job, None
         error, self._error = self._error, None
+        if error is not None and not isinstance(error, CheckpointError):
+            raise error
+        # Rank 0 has done a little more.
+        self._world.without_limit().barrier()
         if error is None:
             self._failures = 0
             return
-        if not isinstance(error, CheckpointError):
-            raise error
         self._failures += 1
         if must:
             raise error
@@ -204,6 +208,7 @@ class Saver:
         """On rank 0, once what is being saved is whole: note something beside it, or take something away."""
         self.wait()
         self._do(action)
+        self._world.without_limit().barrier()
 
     def delete(self, folder: Place) -> None:
         """Delete a folder in a thread of its own: nobody waits for it."""
@@ -238,7 +243,9 @@ class Saver:
     def _write(self, job: _Job) -> None:
         for attempt, pause in enumerate([*RETRY_AFTER_S, None], start=1):
             try:
-                checkpoint.write(job.folder, job.parts, job.state, self._world, lost=self._lost, delete=self.delete)
+                checkpoint.write(
+                    job.folder, job.parts, job.state, self._world, lost=self._lost, before=self._before, delete=self.delete
+                )
                 return
             except CheckpointError as error:
                 if pause is None:

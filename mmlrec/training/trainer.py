@@ -66,6 +66,7 @@ class Trainer:
         self.saver = Saver(
             self.world,
             folder.lost,
+            before=folder.put_reports,
             background=self.config.checkpoint_async,
             most_failures=self.config.max_failed_checkpoints,
             longest_wait=self.config.timeout / 2,

@@ -155,6 +155,9 @@ def test_odd_arguments_survive_torchx_the_kubelet_and_the_shell(stand_in):
 def test_an_elastic_job_asks_for_the_most_and_starts_with_the_least():
     job = volcano.dry_run(train_app(load_preset("kubernetes-2n", nodes="1:4"), config=CONFIGS[0], overrides=[]))
     assert [task["minAvailable"] for task in job["spec"]["tasks"]] == [1, 0, 0, 0]
+    for task in job["spec"]["tasks"]:  # A pod that goes does not end the others.
+        assert volcano.action(task, "PodFailed", 2) == "TerminateJob"
+        assert volcano.action(task, "PodFailed", 85) == volcano.action(task, "PodEvicted", 0) == "RestartTask"
     assert "--nnodes 1:4 " in job["spec"]["tasks"][3]["template"]["spec"]["containers"][0]["command"][-1]
 
 

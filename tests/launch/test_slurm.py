@@ -88,8 +88,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 def whole(cluster) -> Path:
     """The run folder of a job that nothing happened to."""
     job = cluster.submit("whole")
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
+    assert cluster.slurm.ends(job, "COMPLETED", 300), cluster.logs(job)
     return cluster.folder / "runs/whole"
 
 
@@ -138,9 +137,7 @@ def lose_node(cluster: Cluster, job: str, node: str) -> str:
     cluster.slurm.kill_node(node)
     cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     cluster.slow.unlink()
-    time.sleep(2)
-    cluster.slurm.start_node(node)
-    cluster.slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    cluster.slurm.start_node(node)  # which brings it back: ReturnToService
     cluster.slurm.start_requeued(job)
     return job
 
@@ -155,8 +152,7 @@ def kill_rank(cluster: Cluster, job: str) -> str:
 
 def cancel(cluster: Cluster, job: str) -> str:
     cluster.slurm.call("scancel", job)
-    cluster.slurm.wait(job, 60)
-    assert cluster.slurm.job(job)["JobState"] == "CANCELLED"
+    assert cluster.slurm.ends(job, "CANCELLED", 60), cluster.logs(job)
     cluster.slow.unlink()
     return cluster.submit("cancel")
 
@@ -188,8 +184,7 @@ def come_near_time_limit(cluster: Cluster, job: str) -> str:
 def reach_time_limit(cluster: Cluster, job: str) -> str:
     """Slurm does not start such a job again."""
     limit_time(cluster, job)
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "TIMEOUT"
+    assert cluster.slurm.ends(job, "TIMEOUT", 240), cluster.logs(job)
     cluster.slow.unlink()
     return cluster.submit("reach_time_limit", "once")
 
@@ -214,8 +209,7 @@ def test_a_job_goes_on_to_the_bit(cluster, whole, end):
     job = cluster.submit(end.__name__, preset)
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
-    cluster.slurm.wait(job, 240)
-    assert cluster.slurm.job(job)["JobState"] == "COMPLETED", cluster.logs(job)
+    assert cluster.slurm.ends(job, "COMPLETED", 300), cluster.logs(job)
     assert cluster.slurm.job(job)["Restarts"] == str(restarts)
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
