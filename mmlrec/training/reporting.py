@@ -107,8 +107,9 @@ class Reporter:
         speed = steps * self._batch_size / seconds
         share = min(1.0, times.of("data wait")[0] / seconds)
         slowest = times.slowest()
+        behind = f" | {slowest}" if slowest else ""
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}", refresh=False)
+        self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}{behind}", refresh=False)
         logger.log(
             logging.INFO if self._bar.disable else logging.DEBUG,
             "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%%s",
@@ -118,7 +119,7 @@ class Reporter:
             shown,
             f"{speed:,.0f}",
             100 * share,
-            f" | {slowest}" if slowest else "",
+            behind,
         )
         record: dict[str, Any] = {
             "step": step,
