@@ -18,7 +18,7 @@ from torchx.runner import config as torchxconfig
 from torchx.runner import get_runner
 from urllib3.exceptions import HTTPError
 
-from apps.cli import run
+from apps.cli import all_imported, run
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.launch.cluster import check_options, check_size
 from mmlrec.launch.presets import SchedulerConfig, load_preset
@@ -52,6 +52,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     """Check what can be checked, then submit."""
+    all_imported()
     own, arguments = parse()
     scheduler = load_preset(own.preset).scheduler
     if scheduler is None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from apps.cli import Parser, add_import, run
+from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 
@@ -94,6 +94,7 @@ def main() -> None:
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
+    all_imported()
     with process_group(config.training.timeout) as world:
         report = train(
             config,
