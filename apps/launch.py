@@ -19,7 +19,7 @@ from torchx.runner import get_runner
 from torchx.schedulers.slurm_scheduler import SlurmBatchRequest
 from urllib3.exceptions import HTTPError
 
-from apps.cli import run
+from apps.cli import all_imported, run
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.launch.cluster import check_options, check_size
 from mmlrec.launch.presets import Preset, SchedulerConfig, load_preset
@@ -55,6 +55,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     """Check what can be checked, then submit."""
+    all_imported()
     own, arguments = parse()
     preset = load_preset(own.preset)
     scheduler = preset.scheduler

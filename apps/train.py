@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from apps.cli import Parser, add_import, run
+from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -124,6 +124,7 @@ def main() -> None:
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
+    all_imported()
     with process_group(config.training.timeout) as world:
         report = train(
             config,

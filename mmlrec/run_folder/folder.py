@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
@@ -311,7 +310,7 @@ def _flat(config: StrictModel) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    visit(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), "")
+    visit(config.model_dump(mode="json"), "")
     return flat
 
 
