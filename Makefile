@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks"
 	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
 	@echo "make test-all    the same with the long tests"
-	@echo "make test-cluster  pretend hosts, containers, a Slurm; installs what it needs where it may, and skips the rest"
+	@echo "make test-cluster  pretend hosts, containers, a Slurm, an S3 server; installs what it needs where it may, and skips the rest"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
@@ -66,11 +66,14 @@ tests: $(ENVIRONMENT)
 tests-all: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not cluster"
 
-# Debian's packages for pretend hosts, containers and Slurm, where this is Debian and we may; a test that lacks something says so.
+# Debian's packages for pretend hosts, containers and Slurm, where this is Debian and we may, and an S3 server that keeps its data on
+# disk, where there is npm; a test that lacks something says so.
 test-cluster: $(ENVIRONMENT)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		apt-get update -qq; apt-get install -y -qq --no-install-recommends iproute2 util-linux podman buildah runc debootstrap slurm-wlm munge > /dev/null \
 			|| echo "apt-get could not install all packages; tests that lack them are skipped"; fi
+	@if command -v npm > /dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/s3rver s3rver@3.7.1 > /dev/null \
+		|| echo "npm could not install s3rver; tests that need it are skipped"; fi
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs tests -m cluster
 
 clean:

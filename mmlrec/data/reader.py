@@ -122,7 +122,8 @@ class Reader:
         return prefetch(self._batches(order, 0), _BATCHES_AHEAD)
 
     def _batches(self, order: Order, first_batch: int) -> Generator[Batch, None, None]:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="mmlrec-decode")
+        threads = _ROW_GROUPS_AHEAD if self._groups.fetched else 1
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="mmlrec-decode")
         try:
             for spans in _loaded(_plan(order, first_batch), order, self._cache, pool):
                 yield self._batch([piece.rows.slice(start, stop) for piece, start, stop in spans])

@@ -93,6 +93,9 @@ class RowGroups:
     Args:
         tasks: names of the T tasks to read, in order.
 
+    Attributes:
+        fetched: they come from an object store, so that several are waited for together.
+
     Raises:
         ConfigError: an unknown task, or weighted features, which this release does not read.
         DataError: the split is empty, or a part is missing, damaged or not as the manifest says.
@@ -105,6 +108,7 @@ class RowGroups:
                 f"{folder}: weighted multi-valued features are not supported yet: {', '.join(weighted)}."
                 " Run the preprocessing without weights for them."
             )
+        self.fetched = not is_local(folder)
         self.tasks = _select_tasks(folder, manifest, tasks)
         self.single = [f for f in manifest.sparse_features if f.kind == "sparse"]
         self.multi = [f for f in manifest.sparse_features if f.kind == "multi"]
@@ -126,8 +130,7 @@ class RowGroups:
         groups: list[_RowGroup] = []
         total = 0
         parts = self._manifest.splits[split].parts
-        # Of an object store many footers are waited for together.
-        with ThreadPoolExecutor(1 if is_local(folder) else _FOOTERS) as pool:
+        with ThreadPoolExecutor(_FOOTERS if self.fetched else 1) as pool:
             opened = list(pool.map(lambda part: self._open_part(folder / part.path, part), parts))
         for part, (schema, group_rows) in zip(parts, opened, strict=True):
             path = folder / part.path

@@ -20,7 +20,6 @@ from botocore.exceptions import (
     ConnectionError,
     HTTPClientError,
     IncompleteReadError,
-    ParamValidationError,
 )
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync_wrapper
@@ -80,7 +79,7 @@ class RetryingS3(S3FileSystem):
             FileExistsError: there is one, and `IfNoneMatch` forbids it.
             StorageError: the store refuses, or was not reached for `MMLREC_STORAGE_SECONDS`.
         """
-        patience = float(os.environ.get(SECONDS, _DEFAULT_SECONDS))
+        patience = _patience()
         began, tries, wait = time.monotonic(), 0, _FIRST_WAIT
         while True:
             tries += 1
@@ -95,15 +94,18 @@ class RetryingS3(S3FileSystem):
             except Exception as error:
                 cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
                 if not _is_lost(cause):
-                    raise self._named(cause, error, method, arguments) from cause
+                    named = self._named(cause, error, method, arguments)
+                    if named is error:
+                        raise
+                    raise named from cause
                 seconds = time.monotonic() - began
-                if seconds + wait > patience:
+                if seconds >= patience:
                     raise StorageError(
                         f"{self._what(method, arguments)}: {_text(cause)} Tried {tries} times in {seconds:.0f} s. Look whether"
                         f" the server can be reached from here, then start again; {SECONDS} sets how long it is tried.",
                         lost=True,
                     ) from cause
-            await asyncio.sleep(wait * random.uniform(0.5, 1))  # not all ranks at once
+            await asyncio.sleep(min(wait * random.uniform(0.5, 1), patience - seconds))  # not all ranks at once
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _what(self, method: str, arguments: dict[str, Any]) -> str:
@@ -122,7 +124,8 @@ class RetryingS3(S3FileSystem):
             return FileExistsError(f"s3://{arguments['Bucket']}/{arguments['Key']}")
         if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
             return error
-        if code or isinstance(cause, BotoCoreError | ParamValidationError):
+        setting_up = self._s3 is None and isinstance(cause, ValueError)  # of what a variable holds
+        if code or setting_up or isinstance(cause, BotoCoreError):
             return StorageError(f"{self._what(method, arguments)}: {_text(cause)} {_REFUSED_REMEDY}.")
         return error
 
@@ -152,6 +155,14 @@ class RetryingS3(S3FileSystem):
     exists = sync_wrapper(_exists)
     mkdir = sync_wrapper(_mkdir)
     makedirs = sync_wrapper(_makedirs)
+
+
+def _patience() -> float:
+    text = os.environ.get(SECONDS, str(_DEFAULT_SECONDS))
+    try:
+        return float(text)
+    except ValueError:
+        raise StorageError(f"{SECONDS}={text}: a number of seconds is needed.") from None
 
 
 def _is_lost(cause: BaseException) -> bool:

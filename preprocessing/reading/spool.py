@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,28 @@ class Spool:
 
 
 @contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that goes with this process; those that killed ones left behind go at once."""
+    prefix = f"mmlrec-raw-{os.geteuid()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError), _held(left):
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
+        yield folder
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder for as long as this process lives. Raises BlockingIOError when another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def spooled(raw: Place) -> Iterator[Spool]:
     """The raw files of a folder or an address. Complaints about a copy name the object.
 
@@ -73,7 +97,7 @@ def spooled(raw: Place) -> Iterator[Spool]:
     sizes = {name: size for name, size in objects_below(raw).items() if ".." not in PurePosixPath(name).parts}
     if not sizes:
         raise DataError(f"{raw}: there is nothing, so no raw files. Give the address of their folder as --raw.")
-    with tempfile.TemporaryDirectory(prefix="mmlrec-raw-") as folder:
+    with _temporary_folder() as folder:
         for name in sizes:
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).touch()

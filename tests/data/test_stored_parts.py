@@ -199,15 +199,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         Cache(tmp_path / "file", 1000).get("a", "b", bytes)
 
 
-def test_a_connection_that_is_cut_while_batches_are_read(written, on_s3, store):
+def test_a_connection_that_is_cut_while_batches_are_read(written, on_s3, store, monkeypatch):
+    monkeypatch.setenv("MMLREC_STORAGE_SECONDS", "30")
     reader = Reader(on_s3, DatasetManifest.load(on_s3), "train", tasks=TASKS, batch_size=4_000)
     store.link.cut_after(3)
     threading.Timer(0.8, store.link.mend).start()
     equal(list(reader.epoch(0)), batches(written.folder))
 
 
-def test_a_connection_that_is_cut_for_good(written, on_s3, store):
+def test_a_connection_that_is_cut_for_good(written, on_s3, store, monkeypatch):
     reader = Reader(on_s3, DatasetManifest.load(on_s3), "train", tasks=TASKS, batch_size=4_000)
     store.link.cut_after(3)
+    monkeypatch.setenv("MMLREC_STORAGE_SECONDS", "0.3")
     with pytest.raises(StorageError, match=rf"^{on_s3}/train/part-\d+.parquet: reading failed at http://127"):
         list(reader.epoch(0))
