@@ -129,7 +129,7 @@ class Saver:
         self._pending = [job for job in self._pending if job.folder != folder]
         # The best has weights alone: another plan.
         kind = frozenset(key.partition(".")[0] for key in tensors)
-        parts = self._parts[kind] = Parts(tensors, self._world, self._parts.get(kind))
+        parts = self._parts[kind] = Parts(tensors, self._world.without_limit(), self._parts.get(kind))
         self.num_bytes = parts.num_bytes
         if self._background and not must:
             parts.copy(self._buffers)
@@ -168,11 +168,13 @@ class Saver:
         self._thread = None
         job, self._job = self._job, None
         error, self._error = self._error, None
+        if error is not None and not isinstance(error, CheckpointError):
+            raise error
+        # Rank 0 has done a little more.
+        self._world.without_limit().barrier()
         if error is None:
             self._failures = 0
             return
-        if not isinstance(error, CheckpointError):
-            raise error
         self._failures += 1
         if must:
             raise error
@@ -199,6 +201,7 @@ class Saver:
         """On rank 0, once what is being saved is whole: note something beside it, or take something away."""
         self.wait()
         self._do(action)
+        self._world.without_limit().barrier()
 
     def delete(self, folder: Place) -> None:
         """Delete a folder in a thread of its own: nobody waits for it."""
@@ -223,6 +226,8 @@ class Saver:
                     self._pending.remove(job)
                 if not job.indispensable:
                     self.newest = job.folder
+                if self._world.is_main:
+                    logger.debug("saved %s", job.folder)
                 self._do(job.then)
         except BaseException as error:  # for `wait` to raise
             self._error = error

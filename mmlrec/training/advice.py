@@ -119,8 +119,9 @@ class SavingTime:
         self._told = True
         warnings.warn(
             f"checkpoints took {self._saving:.0f} of {total_seconds:.0f} s so far, {num_bytes / 2**30:.2f} GiB each, one at"
-            " the end of each epoch and every training.checkpoint_every_steps. A run folder on a faster disk, rarer checkpoints"
-            " inside an epoch, or embeddings.optimizer.name=rowwise_adagrad, whose state is small, make it less.",
+            " the end of each epoch and every training.checkpoint_every_steps. training.checkpoint_async=true (training goes on"
+            " while they are written, from a copy in memory), a run folder on a faster disk, rarer checkpoints inside an epoch,"
+            " or embeddings.optimizer.name=rowwise_adagrad, whose state is small, make it less.",
             UserAdvice,
             stacklevel=2,
         )

@@ -1,11 +1,15 @@
 """Checkpoint folders: what is kept, restored and refused."""
 
+import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
 
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import CheckpointError
@@ -41,6 +45,17 @@ def test_prune_keeps_the_newest_whole_ones(tmp_path, world):
     save(checkpoint.step_folder(tmp_path, 7), 7, world)
     checkpoint.prune(tmp_path, 2, step=7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000006", "step_000000007"]
+
+
+def test_prune_keeps_multiples_for_good(tmp_path, world):
+    for step in range(1, 10):
+        save(checkpoint.step_folder(tmp_path, step), step, world)
+    deleted = []
+    checkpoint.prune(tmp_path, 2, step=8, every=3, delete=deleted.append)
+    # 9 is beyond the one just saved.
+    assert [checkpoint.step_of(path) for path in sorted(tmp_path.glob("step_*")) if not path.suffix] == [3, 6, 7, 8]
+    assert sorted(path.name[:14] for path in deleted) == [f"step_{step:09d}" for step in (1, 2, 4, 5, 9)]
+    assert all(path.suffix == ".tmp" and path.is_dir() for path in deleted)
 
 
 @pytest.mark.parametrize(("resumed_from", "expected"), [(7, 5.0), (10, 10.0), (12, 10.0)])
@@ -83,6 +98,19 @@ def test_a_new_run_has_no_best(tmp_path, world):
     save(tmp_path / "best", 5, world)
     checkpoint.settle_best(tmp_path / "best", None, world)
     assert not (tmp_path / "best").exists()
+
+
+def test_what_an_earlier_release_wrote_is_found_and_loaded(tmp_path, world):
+    """It left the plan and the files to DCP, and had one checksum for each file."""
+    folder = checkpoint.step_folder(tmp_path, 1)
+    dcp.save({"model.w": torch.full((3,), 1.0)}, storage_writer=FileSystemWriter(folder), process_group=world.control)
+    (folder / checkpoint.STATE).write_text('{"step": 1}')
+    contents = {file.name: file.read_bytes() for file in folder.iterdir()}
+    files = {name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in contents.items()}
+    (folder / checkpoint.MARKER).write_text(json.dumps({"files": files}))
+    assert checkpoint.latest(tmp_path, world) == folder
+    assert checkpoint.read_state(folder) == {"step": 1}
+    assert load(folder, world) == [1.0] * 3
 
 
 def test_another_shape_or_key_is_refused(tmp_path, world):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -92,10 +93,29 @@ def wait_for_step(run_dir: Path, step: int, process: Command) -> None:
     raise AssertionError(f"step {step} not reached")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
-def test_signal_leaves_a_usable_run_folder(root, number, code):
-    run_dir = root / f"signal-{number}"
-    process = Command(command(root, run_dir))
+def test_saved_in_the_background_by_steps_and_by_the_clock_is_the_same_to_the_bit(root):
+    """At two ranks, with a resume. The clock says so at each point where ranks agree: every ten steps, and where they meet."""
+    run_dir = root / "background"
+    options = ["checkpoint_async=true", "checkpoint_every_steps=null", "checkpoint_every_minutes=1e-6", "keep_every_steps=13"]
+    overrides = [f"training.{option}" for option in (*options, "keep_checkpoints=1")]
+    first = train(root, run_dir, *overrides, "training.max_steps=28", name="first")
+    launch(2, [first, train(root, run_dir, *overrides, name="rest")], root / "logs-background")
+    assert_same_end(root, run_dir, 2)
+    # 13, 26 and 39 by steps, 14, 28 and 42 at the ends of epochs, the others ten steps into a segment.
+    log = (run_dir / "train.log").read_text()
+    saved = [int(step) for step in re.findall(r"saved \S+/step_(\d+)", log)]
+    assert saved == [10, 13, 14, 24, 26, 28, 38, 39, 42]
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["best", *(f"step_{step:09d}" for step in (13, 26, 39, 42))]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "asynchronous"),
+    [(signal.SIGINT, 130, "false"), (signal.SIGTERM, 85, "false"), (signal.SIGTERM, 85, "true")],
+)
+def test_signal_leaves_a_usable_run_folder(root, number, code, asynchronous):
+    run_dir = root / f"signal-{number}-{asynchronous}"
+    process = Command(command(root, run_dir, f"training.checkpoint_async={asynchronous}"))
     wait_for_step(run_dir, 3, process)
     process.send_signal(number)
     _, output = process.communicate(timeout=120)
@@ -128,17 +148,18 @@ run(main)
 """
 
 
+@pytest.mark.parametrize("asynchronous", ["false", "true"], ids=["blocking", "background"])
 @pytest.mark.parametrize(
     "how",
     ["pass", "plain(folder, files)"],
     ids=["before-the-marker", "after-the-marker"],
 )
-def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how):
+def test_kill_during_a_save_leaves_the_checkpoint_before(root, tmp_path, how, asynchronous):
     run_dir, flag = tmp_path / "run", tmp_path / "in-save"
     script = tmp_path / "hang.py"
     script.write_text(HANG_IN_SAVE.format(how=how))
-    arguments = [sys.executable, str(script), *command(root, run_dir)[3:], str(flag)]
-    process = Command(arguments)
+    arguments = [sys.executable, str(script), *command(root, run_dir)[3:]]
+    process = Command([*arguments, f"training.checkpoint_async={asynchronous}", str(flag)])
     deadline = time.monotonic() + 120
     while not flag.exists():
         assert process.poll() is None, process.communicate()
