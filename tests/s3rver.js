@@ -10,6 +10,24 @@ const S3rver = require(home);
 fs.mkdirSync(directory, { recursive: true });
 const server = new S3rver({ address: '127.0.0.1', port: Number(port), directory, silent: true });
 
+const writeWhole = async (there, content) => {
+  const before = path.join(directory, crypto.randomUUID());
+  await fs.promises.writeFile(before, content);
+  await fs.promises.rename(before, there);
+};
+
+server.store.putMetadata = async function (bucket, key, metadata, md5) {
+  if (md5) await writeWhole(this.getResourcePath(bucket, key, 'object.md5'), md5);
+  await writeWhole(this.getResourcePath(bucket, key, 'metadata.json'), JSON.stringify(metadata));
+};
+
+// The object goes first: without it, what describes it is nothing.
+const deleteObject = server.store.deleteObject;
+server.store.deleteObject = async function (bucket, key) {
+  await fs.promises.rm(this.getResourcePath(bucket, key, 'object'), { force: true });
+  return deleteObject.call(this, bucket, key);
+};
+
 server.store.putObject = async function (object) {
   const pieces = [];
   if (Buffer.isBuffer(object.content)) pieces.push(object.content);
@@ -18,10 +36,8 @@ server.store.putObject = async function (object) {
   const md5 = crypto.createHash('md5').update(content).digest('hex');
   const there = this.getResourcePath(object.bucket, object.key, 'object');
   await fs.promises.mkdir(path.dirname(there), { recursive: true });
-  const before = `${path.join(directory, crypto.randomUUID())}`;
-  await fs.promises.writeFile(before, content);
   await this.putMetadata(object.bucket, object.key, object.metadata, md5);
-  await fs.promises.rename(before, there);
+  await writeWhole(there, content);
   return { size: content.length, md5 };
 };
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mmlrec.errors import StorageError
-from mmlrec.storage.places import Place, create, read, remove_tree
+from mmlrec.storage.places import Place, create, read
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -25,12 +25,12 @@ MARKER, REPLACED_MARKER = "COMPLETE.json", "REPLACED.json"
 REPLACED = ".old"
 
 
-def base(folder: Place) -> Place:
+def base(folder: UPath) -> UPath:
     """Where the names that its marker lists begin: `NAME` of `NAME.old`."""
     return folder.with_name(folder.name.removesuffix(REPLACED))
 
 
-def marker(folder: Place) -> Place:
+def marker(folder: UPath) -> UPath:
     """Where its marker lies."""
     return base(folder) / (REPLACED_MARKER if folder.name.endswith(REPLACED) else MARKER)
 
@@ -70,25 +70,27 @@ def retire(folder: UPath, delete: Callable[[Place], None]) -> None:
         StorageError: it stays.
     """
     files = {name.partition("/")[0] for name in _names(_read(marker(folder)))}
-    marker(folder).unlink(missing_ok=True)
+    _remove(base(folder), {marker(folder).name} & set(sizes(base(folder))))
     # One by one: by the time they are deleted, there may be others beside them.
     for name in sorted(files):
         delete(base(folder) / name)
 
 
-def bring_back(old: Place, folder: Place) -> None:
+def bring_back(old: UPath, folder: UPath) -> None:
     """Let a folder be what it was before it was replaced."""
     (folder / MARKER).write_bytes(read(marker(old)))
-    marker(old).unlink()
+    _remove(folder, {marker(old).name})
 
 
 def delete(folder: UPath) -> None:
     """Delete what is left of a folder, as far as that can be done. Of a replaced one the files are left over."""
     with contextlib.suppress(OSError, StorageError):
+        names = set(sizes(base(folder)))
         # The marker goes first: a deletion that is cut short leaves nothing that passes for whole.
-        marker(folder).unlink(missing_ok=True)
+        first = names & {marker(folder).name}
+        _remove(base(folder), first)
         if not folder.name.endswith(REPLACED):
-            remove_tree(folder)
+            _remove(folder, names - first)
 
 
 def folders(folder: UPath) -> list[UPath]:
@@ -132,6 +134,12 @@ def _below(folder: UPath) -> dict[str, list[str]]:
         if rest:
             found.setdefault(first, []).append(rest)
     return found
+
+
+def _remove(folder: UPath, names: Iterable[str]) -> None:
+    """Remove files; nothing asks before whether they are there."""
+    if paths := [(folder / name).path for name in names]:
+        folder.fs.rm(paths)
 
 
 def _read(path: Place) -> bytes | None:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from mmlrec.run_folder.whole import Sums
-from mmlrec.storage.places import Place
+from mmlrec.storage.places import Place, read
 
 #: Of an object, in bytes: many tensors are small, and each read would be a request.
 _READ_AHEAD = {"block_size": 4 << 20, "cache_type": "readahead"}
@@ -72,11 +72,12 @@ class _SummedFiles(Files):
         self.written[path.name] = stream.sums
 
     def rename(self, path: Any, new_path: Any) -> None:
-        """The index gets its name when it is whole. An object is whole whenever it is there, but DCP gives it another name."""
+        """The index gets its name when it is whole. An object is whole whenever it is there, but has no other name."""
         if isinstance(path, Path):
             path.rename(new_path)
         else:
-            path.fs.mv(path.path, new_path.path)
+            new_path.write_bytes(read(path))
+            path.unlink()
         self.written[new_path.name] = self.written.pop(path.name)
 
 

@@ -111,11 +111,11 @@ def delete(folder: Place) -> None:
 
 def bring_back(old: Place, folder: Place) -> None:
     """Let a folder be what it was before it was replaced."""
-    if not (isinstance(old, Path) and isinstance(folder, Path)):
+    if isinstance(old, Path) and isinstance(folder, Path):
+        delete(folder)
+        old.rename(folder)
+    elif not (isinstance(old, Path) or isinstance(folder, Path)):
         stored.bring_back(old, folder)
-        return
-    delete(folder)
-    old.rename(folder)
 
 
 def folders(folder: Place) -> Sequence[Place]:

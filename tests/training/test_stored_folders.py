@@ -105,9 +105,8 @@ def deaths(monkeypatch, at: int) -> list[str]:
 
     kind = type(place("memory://x/y"))
     monkeypatch.setattr(stored, "create", counted("create", stored.create))
-    monkeypatch.setattr(stored, "remove_tree", counted("remove", stored.remove_tree))
+    monkeypatch.setattr(stored, "_remove", counted("remove", stored._remove))
     monkeypatch.setattr(kind, "write_bytes", counted("put", kind.write_bytes))
-    monkeypatch.setattr(kind, "unlink", counted("unlink", kind.unlink))
     return requests
 
 
