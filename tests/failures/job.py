@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchx.specs import macros
@@ -38,8 +38,6 @@ class End:
     host: int
     code: int
     time: float
-    log: Path
-    text: str = field(default="", repr=False)
 
 
 class Job:
@@ -52,7 +50,8 @@ class Job:
         folder: gets `run`, the rows of each step, and the logs.
         options: keys of the training configuration.
         step_seconds: see `pace`.
-        ends_rest: where one command has ended and the others do not, they get SIGTERM, as from Slurm; otherwise it is a fault.
+        ends_rest: where one command has ended and the others do not, they get SIGTERM, as from Slurm; otherwise, and where
+            that does not help, it is a fault.
     """
 
     def __init__(
@@ -76,9 +75,8 @@ class Job:
         self._variables = {"MMLREC_TEST_ROWS": str(self.rows), "MMLREC_TEST_STEP_SECONDS": str(self._pace)}
         self.pace(step_seconds)
         self.running: dict[int, subprocess.Popen[bytes]] = {}
-        self._log: dict[int, Path] = {}
         self.ends: list[End] = []
-        self.starts, self.started_at = 0, 0.0
+        self.starts, self.started_at, self._rest_is_told = 0, 0.0, False
         #: Host -> time before which nothing is started there.
         self.away: dict[int, float] = {}
         self.finished = False
@@ -105,7 +103,6 @@ class Job:
         role = values.apply(role)
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder), "TORCHX_RANK0_HOST": self.hosts.names[0]}
         log = self.logs / f"{len(list(self.logs.iterdir())):02d}-{self.hosts.names[number]}.log"
-        self._log[number] = log
         self.running[number] = self.hosts.start(
             number, [role.entrypoint, *role.args], env=environment | role.env, cwd=ROOT, log=log
         )
@@ -113,7 +110,7 @@ class Job:
 
     def start_all(self) -> None:
         """Start the job on the hosts that are there."""
-        self.starts += 1
+        self.starts, self._rest_is_told = self.starts + 1, False
         for number in range(self.preset.most_nodes):
             if time.time() >= self.away.get(number, 0.0):
                 self.start(number)
@@ -126,8 +123,7 @@ class Job:
         """
         for number, process in list(self.running.items()):
             if (code := process.poll()) is not None:
-                log = self._log[number]
-                self.ends.append(End(number, code, time.time(), log))
+                self.ends.append(End(number, code, time.time()))
                 del self.running[number]
                 if code == MISTAKE:
                     raise Fault(f"{self.hosts.names[number]} asks for no other start: exit code {code}")
@@ -144,12 +140,18 @@ class Job:
                 for number in range(self.preset.most_nodes):
                     self.hosts.heal(number)
                 self.start_all()
-        elif len(self.running) < self.preset.most_nodes and time.time() - self.ends[-1].time > _ALL_END_WITHIN_S:
+        elif len(self.running) < self.preset.most_nodes:
+            self._wait_for_rest()
+
+    def _wait_for_rest(self) -> None:
+        if time.time() - self.ends[-1].time < _ALL_END_WITHIN_S * (1 + self._rest_is_told):
+            return
+        if self._rest_is_told or not self._ends_rest:
             left = ", ".join(self.hosts.names[number] for number in self.running)
-            if not self._ends_rest:
-                raise Fault(f"{left} did not end within {_ALL_END_WITHIN_S:g} s of the other")
-            for number in self.running:
-                self.kill(self.agent(number), signal.SIGTERM)
+            raise Fault(f"{left} did not end within {_ALL_END_WITHIN_S:g} s of the other")
+        self._rest_is_told = True
+        for number in self.running:
+            self.kill(self.agent(number), signal.SIGTERM)
 
     def _tend_each(self) -> None:
         if any(end.code == 0 for end in self.ends):
@@ -198,13 +200,11 @@ class Job:
             return None if pid is None else int(_variables(pid)[b"RANK"])
         return None
 
-    def kill(self, pid: int | None, how: int = signal.SIGKILL) -> bool:
-        """Send a signal; False where that process is none any more."""
+    def kill(self, pid: int | None, how: int = signal.SIGKILL) -> None:
+        """Send a signal to a process, if it is still one."""
         with contextlib.suppress(ProcessLookupError):
             if pid is not None:
                 os.kill(pid, how)
-                return True
-        return False
 
     def steps(self) -> list[dict]:
         """What all ranks of all starts have noted, in order of time."""

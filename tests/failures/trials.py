@@ -110,18 +110,15 @@ def run_training(
     job.away = dict.fromkeys(range(kind.first_hosts, len(hosts.names)), float("inf"))
     trials: list[Trial] = []
     try:
-        job.starts = 1 if job.elastic else 0
-        if job.elastic:
-            for number in range(kind.first_hosts):
-                job.start(number)
-        else:
-            job.start_all()
+        job.start_all()
         for number in range(kind.failures):
             trials.append(Trial(name, folder.name, number, ""))
             _fail_once(kind, job, trials[-1], random)
         job.wait(lambda: job.finished, _GOES_ON_WITHIN_S)
         faults = [] if job.finished else ["the training did not come to its end"]
         faults = faults or differences(job, unbroken, kind)
+        if len(job.said("error: ")) != sum(len(trial.errors) for trial in trials):
+            faults.append("lines beginning with error: at other times")
     except Fault as fault:
         faults = [str(fault)]
     finally:
