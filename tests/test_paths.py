@@ -71,7 +71,7 @@ def test_preprocessing_refuses_addresses(folder, capfd, case):
     check(preprocess(PREPROCESSING[case]), capfd.readouterr().err)
 
 
-@pytest.mark.parametrize("case", ["train --config", "seeds --config", "strategies --pages"])
+@pytest.mark.parametrize("case", ["strategies --pages"])
 def test_a_file_of_this_machine_is_at_no_address(folder, monkeypatch, capfd, case):
     name, *arguments = APPS[case]
     monkeypatch.setattr(sys, "argv", [name, *(text.replace("gs://", "s3://") for text in arguments)])
