@@ -231,8 +231,10 @@ def main() -> None:
     processes._terminate_process_handler = _stop  # type: ignore[assignment]
     for name in arguments.signals_to_handle.split(","):
         signal.signal(getattr(signal, name.strip()), _stop)  # which torchrun does when it has ranks
+    # Where somebody wants to know the first error in a file, as TorchX does on this machine.
+    run = record(torchrun.run) if "TORCHELASTIC_ERROR_FILE" in os.environ else torchrun.run
     try:
-        record(torchrun.run)(arguments)
+        run(arguments)
     except ChildFailedError as failed:
         if Agent.code == LOST:
             _tell(str(failed))
