@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import socket
 import time
@@ -26,6 +25,7 @@ from tabulate import tabulate
 
 from benchmarks.throughput import Shape, generate
 from mmlrec.config import load_config
+from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import process_group
 from mmlrec.paths import local_path
 from mmlrec.run_folder.saver import Saver
@@ -55,16 +55,18 @@ def _rank(rank: int, ranks: int, port: int, config: Path, run_dir: Path, overrid
     """One rank of a run: what it measured goes into a file of its own."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    count, pauses, copies, checksums = Count(), [], [], []
+    count, pauses, copies, checksums, memory = Count(), [], [], [], []
     plain_save, plain_copy, plain_resume = Trainer._save, Saver.save, Trainer.resume
 
     def save(self: Trainer, *, final: bool = False) -> None:
         if not final:
+            memory.append(_memory("VmRSS"))
             before, bytes_before = time.perf_counter(), count.bytes
             plain_save(self)
             pauses.append(time.perf_counter() - before)
             self.saver.wait()  # between checkpoints there are more than two steps
             checksums.append(count.bytes - bytes_before)
+            memory.append(_memory("VmHWM"))
         else:
             plain_save(self, final=True)
 
@@ -74,18 +76,29 @@ def _rank(rank: int, ranks: int, port: int, config: Path, run_dir: Path, overrid
         if folder.name.startswith("step_"):
             copies.append(time.perf_counter() - before)
 
+    plain_fit = Trainer.fit
+
+    def fit(self: Trainer, stop: StopSignal) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew: tables took more while they were made
+        plain_fit(self, stop)
+
     found: dict[str, Any] = {}
 
     def resume(self: Trainer, path: Path) -> None:
         found["resume"] = count.bytes
         plain_resume(self, path)
 
-    Trainer._save, Saver.save, Trainer.resume = save, copy, resume  # type: ignore[method-assign]
+    Trainer.fit, Trainer._save, Saver.save, Trainer.resume = fit, save, copy, resume  # type: ignore[method-assign]
     with process_group() as world:
         train(load_config(config, overrides), run_dir, world)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found |= {"pauses": pauses, "copies": copies, "checksums": checksums, "peak": peak}
+    found |= {"pauses": pauses, "copies": copies, "checksums": checksums, "memory": memory}
     output.with_suffix(f".{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def _memory(name: str) -> int:
+    """Bytes of memory of this process: VmRSS is what it has, VmHWM the most it has had."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
 def _run(ranks: int, config: Path, run_dir: Path, overrides: list[str], output: Path) -> list[dict[str, Any]]:
@@ -135,7 +148,8 @@ def main() -> None:
                 f"{pause:.2f}",
                 f"{copy:.2f}",
                 f"{copy / blocking:.0%}",
-                " ".join(f"{one['peak'] / _GIB:.2f}" for one in found),
+                " ".join(f"{one['memory'][0] / _GIB:.2f}" for one in found),
+                " ".join(f"{one['memory'][-1] / _GIB:.2f}" for one in found),
             ]
         )
     found = _run(ranks, config, folder / "run-true", [f"training.max_steps={(_SAVES + 1) * _EVERY}"], folder / "resumed")
@@ -147,7 +161,8 @@ def main() -> None:
         "later pauses, s",
         "of these, saving",
         "of blocking",
-        "peak memory of each rank, GiB",
+        "memory of each rank before, GiB",
+        "at most",
     ]
     print(tabulate(table, headers=headers, disable_numparse=True, stralign="right"))
     # What was looked at: that checkpoint and the best, of weights alone.
