@@ -5,6 +5,7 @@ Needs root and Debian's packages slurm-wlm and munge, whose slurmd is built for 
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import pytest
 
 CONF = """
 ClusterName=test
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
@@ -77,7 +79,9 @@ class Slurm:
         files = {"key-file": key, "socket": folder / "munge.sock", "pid-file": folder / "munged.pid"}
         files |= {"log-file": folder / "munged.log", "seed-file": folder / "munge.seed"}
         self.call("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
-        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=_free_ports(3)))
+        # Jobs meet at a port that goes by their number: those of another Slurm on this machine have others.
+        first = random.SystemRandom().randint(1, 50_000)
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=host, ports=_free_ports(3), first=first))
         self.call("slurmctld", "-c")
         # The nodes' names have to lead somewhere: the first one's is where ranks meet.
         (folder / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(NODES)}\n")
