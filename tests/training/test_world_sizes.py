@@ -17,7 +17,9 @@ pytestmark = pytest.mark.timeout(2400)
 WORLD_SIZES = (4, 2, 1, 3)
 PLANS = ("table_wise", "row_wise", "auto")
 SGD = ["embeddings.optimizer={name: sgd, lr: 0.05}", "dense.optimizer={name: sgd, lr: 0.05}"]
-ROWS = 987  # batches of 50: the 20th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4
+# Batches of 50: the 20th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4. Of 997 rows, one's value before
+# a ReLU is 2e-9 in step 6: on another number of ranks it has the other sign, and losses drift apart from there.
+ROWS = 987
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
