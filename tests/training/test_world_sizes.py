@@ -17,7 +17,9 @@ pytestmark = pytest.mark.timeout(2400)
 WORLD_SIZES = (4, 2, 1, 3)
 PLANS = ("table_wise", "row_wise", "auto")
 SGD = ["embeddings.optimizer={name: sgd, lr: 0.05}", "dense.optimizer={name: sgd, lr: 0.05}"]
-ROWS = 997  # batches of 50: the 20th, last of the epoch, has 47 rows, and neither is divisible by 3 or 4
+# Batches of 50: the 20th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4. Of 997 rows, one's value before
+# a ReLU is 2e-9 in step 6: on another number of ranks it has the other sign, and losses drift apart from there.
+ROWS = 987
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
@@ -110,7 +112,7 @@ def test_ranks_share_the_batches_of_one_process(runs, case, world_size):
     expected = rows_of_steps(runs / "1" / case, "all", 1)
     assert rows_of_steps(runs / str(world_size) / case, "all", world_size) == expected
     if case == "sgd-row_wise":
-        assert [len(step) for step in expected] == [50] * 19 + [47]
+        assert [len(step) for step in expected] == [50] * 19 + [37]
         assert sorted(row for step in expected for row in step) == list(range(ROWS))
 
 
