@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from apps.cli import Parser, add_import, run
+from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -43,6 +43,7 @@ def main() -> None:
 
     folder = RunFolder(arguments.run_dir)
     timeout = folder.read_config(arguments.overrides).training.timeout
+    all_imported()
     with process_group(timeout) as world:
         session, step, otherwise = load_session(folder, world, arguments.overrides)
         with StopSignal(world) as stop:

@@ -16,14 +16,17 @@ from typing import Any
 from torchx.cli.main import main as torchx
 from torchx.runner import config as torchxconfig
 from torchx.runner import get_runner
+from torchx.schedulers.slurm_scheduler import SlurmBatchRequest
 from urllib3.exceptions import HTTPError
 
-from apps.cli import run
+from apps.cli import all_imported, run
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.launch.cluster import check_options, check_size
-from mmlrec.launch.presets import SchedulerConfig, load_preset
+from mmlrec.launch.presets import Preset, SchedulerConfig, load_preset
 
 COMPONENTS = Path(__file__).with_name("components.py")
+#: Seconds for the batch script to ask that the job be started again, after the last process had its time to save.
+_TO_START_AGAIN = 30
 _EPILOG = """\
 examples:
   python -m apps.launch train --preset local --config configs/mtl/movielens.yaml
@@ -52,8 +55,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     """Check what can be checked, then submit."""
+    all_imported()
     own, arguments = parse()
-    scheduler = load_preset(own.preset).scheduler
+    preset = load_preset(own.preset)
+    scheduler = preset.scheduler
     if scheduler is None:
         raise ConfigError(
             f"preset '{own.preset}' names no scheduler. Add one, such as `scheduler: {{name: slurm}}`, or choose it on the"
@@ -68,17 +73,30 @@ def main() -> None:
         torchxconfig.apply(scheduler.name, options)
         if own.dryrun:
             options |= {"validate_spec": False} if scheduler.name == "kubernetes" else {}  # which would ask the cluster
-            print(runner.dryrun_component(address, arguments, scheduler.name, cfg=options))
+            job = runner.dryrun_component(address, arguments, scheduler.name, cfg=options)
+            _stop_before_time_limit(own.component, job.request, preset)
+            print(job)
             return
         with _refusals(scheduler.name):
             job = runner.dryrun_component(address, arguments, scheduler.name, cfg=options)
             assert job.app is not None
             check_size(job.app, scheduler.name, options)
+            _stop_before_time_limit(own.component, job.request, preset)
             if not scheduler.name.startswith("local"):
                 # Not `torchx run`: behind the submission it asks how the job is, which fails while a Slurm job is pending.
                 print(runner.schedule(job))
                 return
     _follow(scheduler, address, arguments)
+
+
+def _stop_before_time_limit(component: str, request: object, preset: Preset) -> None:
+    """Have Slurm ask a training that may be started again to stop in time: a job that its limit ends is not started again.
+
+    TorchX has no option for it. Slurm may ask up to a minute earlier.
+    """
+    if component == "train" and isinstance(request, SlurmBatchRequest) and preset.max_retries:
+        for replica in request.replicas.values():
+            replica.sbatch_opts["signal"] = f"USR1@{preset.shutdown_timeout + _TO_START_AGAIN}"
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from apps.cli import add_import, run
+from apps.cli import add_import, all_imported, run
 from mmlrec.evaluation.score_files import ENDINGS, ending
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
@@ -44,6 +44,7 @@ def main() -> None:
     from mmlrec.session.session import load_session
 
     folder = RunFolder(arguments.run_dir)
+    all_imported()
     with process_group(folder.read_config().training.timeout) as world:
         session, *_ = load_session(folder, world, [])
         with StopSignal(world) as stop:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import Parser, add_import, run
+from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -52,6 +52,7 @@ def main() -> None:
     from mmlrec.metrics.report import seeds_table
     from mmlrec.training.run import default_run_dir, train
 
+    all_imported()
     with process_group(configs[0].training.timeout) as world:
         reports = []
         for config in configs:

@@ -6,11 +6,12 @@ python -m apps.train --config FILE [key.path=value ...]
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from apps.cli import Parser, add_import, run
+from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -25,6 +26,10 @@ evaluated once, at the end, with the checkpoint that was best in validation.
 """
 
 
+#: Most steps of a profile: each takes megabytes of memory, and a trace must not be too large for its viewer.
+_MOST_STEPS = 200
+
+
 class _ListMethods(argparse.Action):
     """Prints all methods, those of an --import before it, too, and ends, as --help does: nothing else has to be given."""
 
@@ -34,6 +39,22 @@ class _ListMethods(argparse.Action):
         import_modules(namespace.imports)
         print(overview())
         parser.exit()
+
+
+def steps_to_profile(text: str) -> tuple[int, int]:
+    """First and last step of `START:END`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= last < first + _MOST_STEPS:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not START:END, the first and the last step to record, counted from 1, such as 100:110;"
+            f" at most {_MOST_STEPS} steps"
+        )
+    return first, last
 
 
 def parse() -> argparse.Namespace:
@@ -58,6 +79,13 @@ def parse() -> argparse.Namespace:
         metavar="N",
         help="go back to the checkpoint of step N of the run in --run-dir, for one that diverged: learning rates,"
         " dense.clip_norm and schedule may differ; later checkpoints are deleted",
+    )
+    parser.add_argument(
+        "--profile",
+        type=steps_to_profile,
+        metavar="START:END",
+        help="record these steps: a trace of each rank (for https://ui.perfetto.dev) and a table of the step's parts, in"
+        " RUN/profile",
     )
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
@@ -96,6 +124,7 @@ def main() -> None:
     from mmlrec.training.run import default_run_dir, train
 
     run_dir = arguments.run_dir or default_run_dir(config, Path(arguments.config))
+    all_imported()
     with process_group(config.training.timeout) as world:
         report = train(
             config,
@@ -105,6 +134,7 @@ def main() -> None:
             restart=arguments.restart,
             from_step=arguments.from_step,
             source=arguments.config,
+            profiled=arguments.profile,
         )
         if world.is_main:
             print(f"\nTest, best checkpoint by validation ({run_dir}):\n{report_text(report, 'test')}")

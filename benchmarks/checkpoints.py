@@ -29,6 +29,7 @@ from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import process_group
 from mmlrec.paths import local_path
 from mmlrec.run_folder.saver import Saver
+from mmlrec.storage.places import Place
 from mmlrec.training.run import train
 from mmlrec.training.trainer import Trainer
 
@@ -70,7 +71,7 @@ def _rank(rank: int, ranks: int, port: int, config: Path, run_dir: Path, overrid
         else:
             plain_save(self, final=True)
 
-    def copy(self: Saver, folder: Path, *arguments: Any, **options: Any) -> None:
+    def copy(self: Saver, folder: Place, *arguments: Any, **options: Any) -> None:
         before = time.perf_counter()
         plain_copy(self, folder, *arguments, **options)
         if folder.name.startswith("step_"):
@@ -84,7 +85,7 @@ def _rank(rank: int, ranks: int, port: int, config: Path, run_dir: Path, overrid
 
     found: dict[str, Any] = {}
 
-    def resume(self: Trainer, path: Path) -> None:
+    def resume(self: Trainer, path: Place) -> None:
         found["resume"] = count.bytes
         plain_resume(self, path)
 

@@ -1,12 +1,14 @@
 """What tests of several folders share as fixtures."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Callable
 
 import pytest
 
-from apps.cli import run
+# While tests are imported nothing is garbage, and looking for some would take a fifth of the time.
+gc.disable()
 
 pytest_plugins = ("tests.storage",)
 
@@ -21,9 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
+def pytest_collection_finish() -> None:
+    """Collect garbage from here on, and leave what was imported out of it."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture
 def run_app(monkeypatch, capfd) -> Callable[..., tuple[int, str]]:
     """Runs an entry point in this process, `run_app(name, *arguments)`; returns exit code and standard error."""
+    from apps.cli import run  # not above: pytest-xdist loads this file in its controller, too, which needs none of it
 
     def call(name: str, *arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

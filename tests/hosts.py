@@ -4,6 +4,7 @@ Nothing of them is seen outside: the switch is in a namespace of its own, the ho
 Needs root and iproute2.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -75,11 +76,31 @@ class Hosts:
         self._running.append(process)
         return process
 
+    def pids(self, number: int) -> list[int]:
+        """Of the processes on a host."""
+        return [int(pid) for pid in _ip("netns", "pids", f"{self.label}-{number + 1}").split()]
+
+    def kill(self, number: int) -> None:
+        """A host loses power."""
+        for pid in self.pids(number):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def cut(self, number: int) -> None:
+        """Pull the network cable of a host: what others send is lost, and nobody is told."""
+        self._link(number, "down")
+
+    def heal(self, number: int) -> None:
+        """Put it back."""
+        self._link(number, "up")
+
+    def _link(self, number: int, state: str) -> None:
+        _ip("-n", self.label, "link", "set", f"port{number + 1}", state)
+
     def __exit__(self, *_: object) -> None:
-        for number in range(1, len(self.names) + 1):
-            for pid in _ip("netns", "pids", f"{self.label}-{number}").split():
-                os.kill(int(pid), signal.SIGKILL)
-            _ip("netns", "del", f"{self.label}-{number}")
+        for number in range(len(self.names)):
+            self.kill(number)
+            _ip("netns", "del", f"{self.label}-{number + 1}")
         _ip("netns", "del", self.label)
         for process in self._running:
             process.wait(30)

@@ -4,7 +4,11 @@ Some of it is loaded by others when they are first used, at two seconds of a cor
 meets an array, the optimizers that `torch.distributed.optim` compiles by torchrec when it is given one, the TensorBoard writer.
 """
 
+# ruff: noqa: E402
 import gc
+
+gc.disable()  # Nothing of it is garbage, and looking for some would take a fifth of the time.
+
 import importlib
 import pkgutil
 
@@ -26,3 +30,4 @@ for package in (mmlrec.models, mmlrec.balancing.strategies):
         importlib.import_module(module.name)
 end_with_parent()
 gc.freeze()  # so that collections in children leave the pages shared
+gc.enable()

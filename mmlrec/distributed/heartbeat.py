@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from mmlrec.distributed.step_parts import StepParts
 from mmlrec.errors import RankError
 
 T = TypeVar("T")
@@ -34,15 +35,23 @@ class Heartbeat:
         store: of the process group.
         timeout: seconds after which a rank that does not answer is taken for lost.
         told: whether another rank tells the user already, asked by way of the store that it is given.
+        parts: tells whether this rank is in a collective.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, timeout: float, told: Callable[[dist.Store], bool]
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        told: Callable[[dist.Store], bool],
+        parts: StepParts,
     ) -> None:
-        self._rank, self._world_size, self._timeout, self._told = rank, world_size, timeout, told
+        self._rank, self._world_size, self._timeout, self._told, self._parts = rank, world_size, timeout, told, parts
         self._interval = min(1.0, timeout / 4)
         self._step, self._doing, self._points, self._beats = 0, "starting", 0, 0
-        self._ended = threading.Event()
+        self._since, self._told_step = time.time(), 0
+        self._ended, self._cut_off = threading.Event(), False
         self._thread: threading.Thread | None = None
         if world_size > 1:
             # A connection of its own: one that waits for an answer keeps others from asking.
@@ -55,6 +64,8 @@ class Heartbeat:
         Args:
             step: training steps taken; as before when None.
         """
+        if doing != self._doing:
+            self._since = time.time()
         self._doing, self._points = doing, self._points + 1
         if step is not None:
             self._step = step
@@ -68,22 +79,64 @@ class Heartbeat:
     def stop(self) -> None:
         """End in order: whoever watches this rank is told."""
         self._ended.set()
-        if self._thread is not None:
+        if self._thread is not None and not self._cut_off:
             self._thread.join(timeout=2 * self._interval)
             _within(_STORE_TIMEOUT, lambda: self._beat(ended=True), None)
+
+    def where(self) -> str:
+        """What this rank does, since when, and which rank the others wait for; steps are counted since the last call.
+
+        Takes some beats, to see who has moved meanwhile.
+        """
+        done, self._told_step = self._step - self._told_step, self._step
+        since = time.strftime("%H:%M:%S", time.localtime(self._since))
+        place = f"{self._doing} since {since} ({time.time() - self._since:.0f} s), at step {self._step}"
+        if done:
+            place = f"{done} steps since the last such line; {place}"
+        return place + self._waits_for()
+
+    def _waits_for(self) -> str:
+        if self._world_size == 1:
+            return ""
+        first = _within(_STORE_TIMEOUT, self._read, None)
+        self._ended.wait(3 * self._interval)
+        second = _within(_STORE_TIMEOUT, self._read, None)
+        if first is None or second is None:
+            return ""
+        still = {rank: beat for rank, beat in second.items() if beat["points"] == first[rank]["points"]}
+        waiting = [rank for rank, beat in still.items() if beat["waiting"] and first[rank]["waiting"]]
+        behind = {rank: beat for rank, beat in still.items() if not beat["waiting"] and not first[rank]["waiting"]}
+        if not waiting or not behind:
+            return ""
+        if list(behind) == [self._rank]:
+            return "; the other ranks wait for this one"
+        longest = max(time.time() - beat["since"] for beat in behind.values())
+        return f"; {len(waiting)} of {self._world_size} ranks wait for {_names(behind)}: {_places(behind)} for {longest:.0f} s"
 
     def lost(self) -> RankError:
         """The error to raise when a collective ran out of time: names the ranks that did not come to it.
 
         Takes some beats, to see who has none.
         """
-        error = RankError(self._who_is_missing())
-        error.told = self.told()
+        message = self._who_is_missing()
+        error = RankError(message)
+        error.told = self.told(message)
         return error
 
-    def told(self) -> bool:
-        """Whether another rank tells the user; rank 1 tells where nobody can be asked: rank 0 hosts the store, and hangs."""
-        return _within(_STORE_TIMEOUT, lambda: self._told(self._store), self._rank != 1)
+    def told(self, message: str) -> bool:
+        """Whether another rank tells the user that `message`, or one like it.
+
+        Where nobody can be asked, rank 1 tells: rank 0 hosts the store, and hangs. But where not even its host answers, this
+        one is the one that is lost, perhaps. Then it says the same, and does not call it an error.
+        """
+        answer = _within(_STORE_TIMEOUT, lambda: self._told(self._store), None)
+        if answer is not None:
+            return answer
+        known, self._cut_off = self._cut_off, not reachable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+        if self._cut_off and not known and os.environ["LOCAL_RANK"] == "0":
+            sys.stderr.write(f"cut off: {message}\n")
+            sys.stderr.flush()
+        return self._cut_off or self._rank != 1
 
     def _beat(self, ended: bool = False) -> None:
         self._beats += 1
@@ -92,6 +145,8 @@ class Heartbeat:
             "points": self._points,
             "step": self._step,
             "doing": self._doing,
+            "since": self._since,
+            "waiting": self._parts.waiting,
             "process": f"process {os.getpid()} on {socket.gethostname()}",
             "ended": ended,
         }
@@ -116,7 +171,7 @@ class Heartbeat:
 
     def _end(self, message: str) -> None:
         """End this process from its thread: the main one waits for the rank that is lost, and cannot be woken."""
-        if not self.told():
+        if not self.told(message):
             sys.stderr.write(f"error: {message}\n")
             sys.stderr.flush()
         elif self._ended.wait(10):
@@ -125,8 +180,10 @@ class Heartbeat:
 
     def _who_is_missing(self) -> str:
         first = _within(_STORE_TIMEOUT, self._read, None)
-        time.sleep(3 * self._interval)
-        second = _within(_STORE_TIMEOUT, self._read, None)
+        second = None
+        if first is not None:
+            time.sleep(3 * self._interval)
+            second = _within(_STORE_TIMEOUT, self._read, None)
         if first is None or second is None:
             return (
                 f"rank 0, which keeps the ranks together, has not answered for {self._timeout:g} s (training.timeout);"
@@ -187,3 +244,17 @@ def _within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
     thread.start()
     thread.join(seconds)
     return found[0]
+
+
+def reachable(address: str) -> bool:
+    """Whether the host of `host:port` answers, if only to say that nobody listens there. True where no port is known."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or port == "0":
+        return True
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _STORE_TIMEOUT).close()
+    except ConnectionError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -1,10 +1,11 @@
-"""Process group, device, seeds, and a logger that speaks on rank 0 only."""
+"""Process group, device, seeds, and the log: rank 0 speaks, each rank writes a file."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import logging
+import logging.handlers
 import os
 import re
 import signal
@@ -26,6 +27,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from mmlrec.distributed.heartbeat import Heartbeat
+from mmlrec.distributed.sign_of_life import QUIET, signs_of_life
+from mmlrec.distributed.step_parts import StepParts
 from mmlrec.errors import RankError, UserAdvice, UserError
 from mmlrec.terminal import plain
 
@@ -34,6 +37,9 @@ logger = logging.getLogger("mmlrec")
 #: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
 TIMEOUT = 600.0
 _NO_LIMIT = timedelta(days=365)
+
+#: Most bytes of a log file; what is older is kept in one more, `NAME.1`, and then dropped.
+_LOG_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class World:
         start: a word that no other start of a run has, the same on all ranks.
         heartbeat: tells the other ranks how far this one is.
         storage: a gloo group in which no wait is cut short; None: that of `control` serves.
+        parts: where the time of this rank goes.
     """
 
     rank: int
@@ -55,10 +62,11 @@ class World:
     start: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     heartbeat: Heartbeat | None = None
     storage: dist.ProcessGroup | None = None
+    parts: StepParts = field(default_factory=StepParts)
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which alone logs and writes files."""
+        """True on rank 0, which alone speaks, and writes the files of the run but checkpoints and logs of the ranks."""
         return self.rank == 0
 
     def without_limit(self) -> World:
@@ -112,19 +120,34 @@ class World:
 
 
 @contextlib.contextmanager
-def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
+def process_group(timeout: float = TIMEOUT, quiet: float = QUIET) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     NCCL when there is a GPU, gloo otherwise.
 
     Args:
         timeout: longest wait in a collective of this group and of every other, in seconds (`training.timeout`).
+        quiet: longest time in which rank 0 logs nothing, in seconds.
 
     Raises:
         RankError: a rank failed or was lost, or did not come to a collective in time.
     """
     quiet_libraries()
     keep_freed_memory()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    configure_logging(rank)
+    joined: list[Heartbeat] = []
+
+    def where() -> str:
+        return joined[0].where() if joined else f"waiting for all of {world_size} ranks to join"
+
+    with signs_of_life(logger, where, quiet) if rank == 0 else contextlib.nullcontext(), _joined(timeout, joined) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
+    """See `process_group`; the heartbeat goes into `joined` once all ranks are there."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
@@ -141,7 +164,8 @@ def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
         with _joining(rank, world_size, timeout):
             store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    heartbeat = Heartbeat(store, rank, world_size, timeout, _said_before)
+    parts = StepParts()
+    heartbeat = Heartbeat(store, rank, world_size, timeout, _said_before, parts)
     before = _set_default_timeouts(timedelta(seconds=timeout), timedelta(seconds=timeout))
     with _joining(rank, world_size, timeout):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -152,12 +176,13 @@ def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
         storage = dist.new_group(backend="gloo")
         distributed_c10d._set_pg_timeout(_NO_LIMIT, storage)
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        configure_logging(rank)
         start = [uuid.uuid4().hex[:12]]
         if world_size > 1:
             dist.broadcast_object_list(start, src=0, group=control)
         heartbeat.start()
-        yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, storage)
+        joined.append(heartbeat)
+        with parts.seeing_waits():
+            yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, storage, parts)
     except Exception as error:
         if world_size == 1:
             raise
@@ -306,13 +331,14 @@ def keep_freed_memory() -> None:
 
 
 def configure_logging(rank: int) -> None:
-    """Log to standard error on rank 0, debug messages to the run's log file only; elsewhere only warnings."""
+    """Log to standard error on rank 0, debug messages to the log files only; elsewhere only warnings."""
     logger.handlers.clear()
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.DEBUG)
     handler = logging.StreamHandler(sys.stderr)
     # A filter, not a level: the progress bar's own handler takes over filters only.
-    handler.addFilter(lambda record: record.levelno >= logging.INFO)
+    least = logging.INFO if rank == 0 else logging.WARNING
+    handler.addFilter(lambda record: record.levelno >= least)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     warnings.showwarning = partial(_show_warning, rank)
@@ -321,29 +347,40 @@ def configure_logging(rank: int) -> None:
 def _show_warning(rank: int, message: Warning | str, category: type[Warning], filename: str, lineno: int, *others: Any) -> None:
     if not issubclass(category, UserAdvice):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
-    elif rank == 0:
-        logger.warning("note: %s", message)
+    else:
+        logger.log(logging.WARNING if rank == 0 else logging.DEBUG, "note: %s", message)
 
 
 @contextlib.contextmanager
 def log_file(path: Path, world: World) -> Iterator[None]:
-    """Append the log, debug messages included, to a file; on rank 0."""
-    if not world.is_main:
+    """Append this rank's log, debug messages included, to a file of its own; one that cannot be opened is told of."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        handler = _LogFile(path, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+    except OSError as error:
+        logger.warning("note: %s: %s; the run goes on without it.", path, error.strerror)
         yield
         return
-    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
+    place = f"process {os.getpid()} on {socket.gethostname()}"
+    logger.debug("rank %d of %d: %s, %s", world.rank, world.world_size, place, world.device)
     try:
         yield
+    except BaseException as error:
+        logger.debug("ended by %s: %s", type(error).__name__, error, exc_info=not isinstance(error, UserError))
+        raise
     finally:
         logger.removeHandler(handler)
         with contextlib.suppress(OSError):
             handler.close()
 
 
-class _LogFile(logging.FileHandler):
-    """A log file, plain as it is read at terminals. Its disk may be full: that is told once, where the log is shown as well."""
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A log file of bounded size, plain as it is read at terminals.
+
+    Its disk may be full: that is told once, where the log is shown as well.
+    """
 
     _told = False
 

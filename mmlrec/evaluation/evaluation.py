@@ -84,6 +84,7 @@ def predict_split(
     world = session.world
     if stop is not None and stop.agreed():
         raise stopped(stop, title)
+    world.at(f"{title}: gathering the scores")
     rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
     world.raise_together(None if rows is None else _not_finite(rows))
     return rows
@@ -120,6 +121,7 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     report, error = None, None
+    session.world.at(f"computing the metrics of {split}")
     if rows is not None:
         try:
             network = session.network

@@ -1,4 +1,7 @@
-"""The pod overlay of a preset, checked: TorchX lays it over the pod and drops what Kubernetes does not know, in silence."""
+"""What an AppDef cannot tell TorchX's Volcano job: when not to start again; and the pod overlay of a preset, checked.
+
+TorchX lays the overlay over the pod and drops what Kubernetes does not know, in silence.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,28 @@ import importlib
 import re
 from typing import Any
 
+from torchx.schedulers import kubernetes_scheduler
+from torchx.specs import RetryPolicy
+
 from mmlrec.errors import ConfigError, did_you_mean
 
 _WHERE = "metadata.kubernetes"
+# What mmlrec.launch.agent ends with where starting again would end the same way.
+_MISTAKES = (2, 3)
+_ENDED_BY_MISTAKES = [{"exitCode": code, "action": "TerminateJob"} for code in _MISTAKES]
+_OF_ITS_OWN = [{"event": event, "action": "RestartTask"} for event in ("PodEvicted", "PodFailed")]
+
+
+def end_at_mistakes() -> None:
+    """Have TorchX write into its Volcano jobs that a mistake of the user ends them: of a task's policies the first one holds.
+
+    By itself it starts a job again when a pod fails, whatever the exit code is, and has no way to say otherwise. Of jobs whose
+    replicas may come and go, RetryPolicy.REPLICA, it starts nothing again; here, what has failed.
+    """
+    policies: Any = kubernetes_scheduler.RETRY_POLICIES
+    for kind, own in ((RetryPolicy.APPLICATION, policies[RetryPolicy.APPLICATION]), (RetryPolicy.REPLICA, _OF_ITS_OWN)):
+        if policies[kind][: len(_ENDED_BY_MISTAKES)] != _ENDED_BY_MISTAKES:
+            policies[kind] = [*_ENDED_BY_MISTAKES, *own]
 
 
 def check_overlay(overlay: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Seconds = Annotated[int, Field(ge=1)]
+ELASTIC_RESTARTS = 3
 
 
 class ResourceConfig(StrictModel):
@@ -74,7 +75,11 @@ class Preset(StrictModel):
     env: dict[EnvironmentName, str] = {}
     scheduler: SchedulerConfig | None = None
     max_retries: int = Field(default=0, ge=0, description="How often the scheduler may start a failed job again.")
-    max_restarts: int = Field(default=0, ge=0, description="How often torchrun may start the ranks again in place.")
+    max_restarts: int | None = Field(
+        default=None,
+        ge=0,
+        description="How often torchrun may start the ranks again in place; unless told 0, or 3 where nodes may come and go.",
+    )
     shutdown_timeout: int = Field(default=25, ge=1, description="Seconds between SIGTERM and SIGKILL, for a last checkpoint.")
     rdzv_port: int | None = Field(
         default=None,
@@ -92,6 +97,13 @@ class Preset(StrictModel):
         if isinstance(given, bool) or not found or not 1 <= int(found[1]) <= int(found[2] or found[1]):
             raise ValueError(f"must be a number of nodes, or 'least:most' such as '1:4'; found {given!r}")
         return text if found[2] else int(text)
+
+    @property
+    def restarts(self) -> int:
+        """Starts in place: of a job that trains on as many nodes as there are, some, else none unless told."""
+        if self.max_restarts is None:
+            return ELASTIC_RESTARTS if self.least_nodes < self.most_nodes else 0
+        return self.max_restarts
 
     @property
     def least_nodes(self) -> int:

@@ -17,15 +17,12 @@ from torchx.specs.overlays import set_overlay
 
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
-from mmlrec.launch.pods import check_overlay
+from mmlrec.launch.pods import check_overlay, end_at_mistakes
 from mmlrec.launch.presets import MountConfig, Preset
 from mmlrec.paths import config_file, scheme_of, shipped_folder
 from mmlrec.registry import load
 from mmlrec.storage.places import refusal
 
-# The agents' store is shared with the ranks by default and reused after a restart: new ranks then read the addresses of
-# dead ones and hang (pytorch issue 135712). The variable must be set before torchrun starts.
-AGENT_ENV = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 # torchrun forwards only what it handles; SIGUSR1 is how Slurm announces the end of the time limit (`--signal`).
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # The working folder of the image, which holds configs/ (see Dockerfile): relative paths mean the same there and in a clone.
@@ -166,8 +163,8 @@ def torchrun(preset: Preset, name: str, module: str, arguments: list[str], pytho
     options = {
         "--nnodes": str(preset.nodes),
         "--nproc-per-node": str(preset.nproc),
-        # Unless told otherwise recovery is a new start from the last checkpoint, by the scheduler.
-        "--max-restarts": str(preset.max_restarts),
+        # For a job of fixed size, recovery is a new start from the last checkpoint by the scheduler.
+        "--max-restarts": str(preset.restarts),
         "--shutdown-timeout": str(preset.shutdown_timeout),
         "--signals-to-handle": SIGNALS,
         "--rdzv-backend": "c10d",
@@ -176,7 +173,7 @@ def torchrun(preset: Preset, name: str, module: str, arguments: list[str], pytho
         "--rdzv-id": specs.macros.app_id,
         "--tee": "3",
     }
-    words = [*prepare, "exec", quote(_interpreter(preset, python)), "-m", "torch.distributed.run"]
+    words = [*prepare, "exec", quote(_interpreter(preset, python)), "-m", "mmlrec.launch.agent"]
     words += [word for option in options.items() if option[1] for word in option]
     return " ".join([*words, "-m", module, *(quote(argument) for argument in arguments)])
 
@@ -208,14 +205,15 @@ def _app(preset: Preset, name: str, command: str, nodes: tuple[int, int] | None 
         image=preset.image or "mmlrec",  # ignored by local_cwd and slurm, which run in the current folder
         entrypoint="bash",
         args=["-c", command],
-        env=dict(AGENT_ENV),
         num_replicas=most,
         min_replicas=least if least < most else None,
         max_retries=preset.max_retries,
+        retry_policy=specs.RetryPolicy.REPLICA if least < most else specs.RetryPolicy.APPLICATION,
         resource=specs.Resource(cpu=preset.resource.cpu, gpu=preset.resource.gpu, memMB=preset.resource.memMB),
         port_map={"c10d": preset.rdzv_port} if preset.rdzv_port else {},
         mounts=[_mount(mount) for mount in preset.mounts],
     )
+    end_at_mistakes()
     # A pod is killed only after torchrun has killed what did not end by itself.
     grace: dict[str, Any] = {"spec": {"terminationGracePeriodSeconds": preset.shutdown_timeout + 5}}
     set_overlay(role, "kubernetes", "V1Pod", grace)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
@@ -21,7 +20,7 @@ from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest, rows_alone_differ
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.run_folder.one_writer import Holder
-from mmlrec.run_folder.reports import Reports
+from mmlrec.run_folder.reports import Reports, log_name
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.storage.places import Place, place, read
 from mmlrec.yaml_config import StrictModel
@@ -79,11 +78,18 @@ class RunFolder:
         #: Paths of this machine, also where the run folder is none.
         written = path if isinstance(path, Path) else Path() if reports is None else reports.written
         self.metrics = written / "metrics.jsonl"
-        self.log = written / "train.log"
+        self.log = written / log_name(0)
+        self.logs = written / "logs"
+        self._written = written
+        self.profile = written / "profile"
         self.tensorboard = written / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.best = path / "checkpoints" / "best"
         self.result = path / "result.json"
+
+    def log_of(self, rank: int) -> Path:
+        """Where a rank logs."""
+        return self._written / log_name(rank)
 
     def create(self) -> None:
         """Make the folders and prove that they can be written.
@@ -99,7 +105,11 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
             # What starts that were killed left of files that the holder of the lock alone writes; result.json others may, too.
-            for path in (self.log, self.metrics):  # which are appended to: a folder from elsewhere could name any file
+            for path in (
+                self.log,
+                self.metrics,
+                *self.logs.glob("*"),
+            ):  # which are appended to: a folder from elsewhere could name any file
                 if path.is_symlink() and path.is_file():
                     raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
             for name in (self.config, self.environment, self.plan, self.dataset, self.metrics):
@@ -300,7 +310,7 @@ def _flat(config: StrictModel) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    visit(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), "")
+    visit(config.model_dump(mode="json"), "")
     return flat
 
 

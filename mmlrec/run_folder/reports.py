@@ -1,8 +1,8 @@
-"""Files that a run appends to (`metrics.jsonl`, `train.log`, TensorBoard's): where they are written, and put into its folder.
+"""Files that a run appends to (`metrics.jsonl`, logs, TensorBoard's): where they are written, and put into its folder.
 
-On a file system that is the run folder itself. On object storage nothing can be appended to: rank 0 writes them into a folder
-of its machine, and a thread puts those that have changed, each as a whole, every few seconds; and before a checkpoint gets its
-marker, so that a resume loses none. Training never ends for that, and waits for it at checkpoints only.
+On a file system that is the run folder itself. On object storage nothing can be appended to: each rank writes its own into a
+folder of its machine, and a thread puts those that have changed, each as a whole, every few seconds; and before a checkpoint
+gets its marker, so that a resume loses none. Training never ends for that, and waits for it at checkpoints only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mmlrec.storage.places import Place, read
 if TYPE_CHECKING:
     from upath import UPath
 
-#: What a resumed run appends to. TensorBoard begins a new file at each start.
-CONTINUED = ("metrics.jsonl", "train.log")
+#: Of files that are being written, and get another name when they are whole.
+_UNFINISHED = (".part", ".tmp")
 _PUT_EVERY_S = 10.0
 #: The share of the time, at most, in which reports are put: they grow, and each put is of the whole file.
 _SHARE = 0.05
@@ -32,15 +32,15 @@ _SHARE = 0.05
 
 @contextlib.contextmanager
 def reports(folder: Place, world: World) -> Iterator[Reports | None]:
-    """On rank 0 of a run whose folder lies on object storage; elsewhere None.
+    """Of a run whose folder lies on object storage; elsewhere None.
 
     At the end all reports are there, or a warning says that some are not.
     """
     error: UserError | None = None
     found: Reports | None = None
-    if world.is_main and not isinstance(folder, Path):
+    if not isinstance(folder, Path):
         try:
-            found = Reports(folder)
+            found = Reports(folder, world.rank)
         except UserError as cause:
             error = cause
     world.raise_together(error)
@@ -49,22 +49,25 @@ def reports(folder: Place, world: World) -> Iterator[Reports | None]:
 
 
 class Reports:
-    """Brings files from a folder of this machine to a run folder.
+    """Brings files of one rank from a folder of this machine to a run folder.
 
     Raises:
         UserError: this machine has no room for them, or the store cannot be reached.
     """
 
-    def __init__(self, folder: UPath) -> None:
+    def __init__(self, folder: UPath, rank: int) -> None:
         self._folder = folder
         self._put: dict[Path, tuple[int, int]] = {}
         try:
             #: Where they are written; what a run has appended to so far lies there.
             self.written = Path(tempfile.mkdtemp(prefix="mmlrec-reports-"))
-            for name in CONTINUED:
+            # TensorBoard begins a new file at each start.
+            for name in [log_name(rank), *(["metrics.jsonl"] if rank == 0 else [])]:
+                path = self.written / name
+                path.parent.mkdir(exist_ok=True)
                 with contextlib.suppress(FileNotFoundError):
-                    (self.written / name).write_bytes(read(folder / name))
-                    self._put[self.written / name] = _state(self.written / name)
+                    path.write_bytes(read(folder / name))
+                    self._put[path] = _state(path)
         except OSError as error:
             raise UserError(
                 f"{folder}: reports are written to a folder of this machine before they are put there, and that fails: {error}."
@@ -103,7 +106,7 @@ class Reports:
 
     def _put_changed(self) -> bool:
         try:
-            for path in sorted(path for path in self.written.rglob("*") if path.is_file()):
+            for path in sorted(path for path in self.written.rglob("*") if path.is_file() and path.suffix not in _UNFINISHED):
                 state = _state(path)
                 if self._put.get(path) != state:
                     self._folder.joinpath(*path.relative_to(self.written).parts).write_bytes(path.read_bytes())
@@ -117,6 +120,11 @@ class Reports:
             logger.info("%s: reports are put there again", self._folder)
         self._out_of_reach = False
         return True
+
+
+def log_name(rank: int) -> str:
+    """Where a rank logs, below the run folder."""
+    return "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
 
 
 def _state(path: Path) -> tuple[int, int]:

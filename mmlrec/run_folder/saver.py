@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from mmlrec.distributed.step_parts import CHECKPOINT, WAITING
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import CheckpointError, UserError
 from mmlrec.run_folder import checkpoint, whole
@@ -72,6 +73,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._job: _Job | None = None
         self._error: BaseException | None = None
+        self._own_seconds = 0.0  # of the thread's work
         self._pending: list[_Job] = []
         self._failures = 0
         self._told = False
@@ -161,11 +163,16 @@ class Saver:
         if self._thread is None:
             return
         self._world.at("saving a checkpoint")
-        while self._thread.is_alive():
-            self._thread.join(_SAY_EVERY_S)
-            if self._thread.is_alive() and self._world.is_main:
-                logger.info("a checkpoint is still being written; training waits for it")
+        begun = time.perf_counter()
+        with self._world.parts.of(CHECKPOINT):
+            while self._thread.is_alive():
+                self._thread.join(_SAY_EVERY_S)
+                if self._thread.is_alive() and self._world.is_main:
+                    logger.info("a checkpoint is still being written; training waits for it")
         self._thread = None
+        # What this rank had no work of its own for, it waited for others.
+        waited = max(0.0, time.perf_counter() - begun - self._own_seconds)
+        self._world.parts.move(waited, CHECKPOINT, WAITING)
         job, self._job = self._job, None
         error, self._error = self._error, None
         if error is not None and not isinstance(error, CheckpointError):
@@ -219,6 +226,7 @@ class Saver:
         self._thread.start()
 
     def _run(self, jobs: list[_Job]) -> None:
+        begun = time.perf_counter()
         try:
             if self._world.device.type == "cuda":
                 torch.cuda.set_device(self._world.device)
@@ -228,11 +236,11 @@ class Saver:
                     self._pending.remove(job)
                 if not job.indispensable:
                     self.newest = job.folder
-                if self._world.is_main:
-                    logger.debug("saved %s", job.folder)
+                logger.debug("saved %s", job.folder)
                 self._do(job.then)
         except BaseException as error:  # for `wait` to raise
             self._error = error
+        self._own_seconds = time.perf_counter() - begun - self._world.parts.waited_in_thread()
 
     def _write(self, job: _Job) -> None:
         for attempt, pause in enumerate([*RETRY_AFTER_S, None], start=1):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from mmlrec.config import DenseConfig, DenseOptimizerConfig, ScheduleConfig
+from mmlrec.distributed.step_parts import OPTIMIZER, StepParts
 
 
 class _ClippedOptimizer(KeyedOptimizerWrapper):
@@ -29,7 +30,19 @@ class _ClippedOptimizer(KeyedOptimizerWrapper):
         super().step(closure)
 
 
-def build_optimizer(model: DistributedModelParallel, config: DenseConfig) -> CombinedOptimizer:
+class _TimedOptimizer(CombinedOptimizer):
+    """Tells `StepParts` how long its steps take. The one of the tables takes none: their rows are updated inside backward."""
+
+    def __init__(self, optimizers: list[tuple[str, KeyedOptimizer]], parts: StepParts) -> None:
+        super().__init__(list(optimizers))
+        self._parts = parts
+
+    def step(self, closure: Any = None) -> None:
+        with self._parts.of(OPTIMIZER):
+            super().step(closure)
+
+
+def build_optimizer(model: DistributedModelParallel, config: DenseConfig, parts: StepParts) -> CombinedOptimizer:
     """The fused optimizer of the tables and the optimizer of the network as one, its state initialised.
 
     Dense optimizers make their state at the first step; a checkpoint can only be loaded into state that exists.
@@ -45,7 +58,7 @@ def build_optimizer(model: DistributedModelParallel, config: DenseConfig) -> Com
     else:
         dense = _ClippedOptimizer(parameters, make, config.clip_norm)
     _initialise_state(dense)
-    return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
+    return _TimedOptimizer([("tables", model.fused_optimizer), ("dense", dense)], parts)
 
 
 def _groups(parameters: dict[str, nn.Parameter], model: DistributedModelParallel, lr: float) -> list[dict[str, Any]]:

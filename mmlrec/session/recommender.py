@@ -13,6 +13,7 @@ from torchrec import EmbeddingBagCollection, KeyedTensor
 from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
+from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
@@ -43,6 +44,7 @@ class Head(nn.Module):
         prefixes: prefix of the features of each branch that has its own tables; [""] when tables are shared.
         scales: regression task -> mean and deviation of its labels in train: the network's output z stands for
             mean + deviation * z, and the loss compares z with the standardised label. Tasks without one keep their unit.
+        parts: where the time of this rank goes.
     """
 
     loss_weights: Tensor
@@ -56,9 +58,11 @@ class Head(nn.Module):
         balancing: Balancing,
         config: RunConfig,
         prefixes: list[str],
-        scales: Mapping[str, tuple[float, float]] = {},
+        scales: Mapping[str, tuple[float, float]],
+        parts: StepParts,
     ) -> None:
         super().__init__()
+        self.parts = parts
         self.network = network
         self.loss = loss
         self.balancing = balancing
@@ -84,37 +88,39 @@ class Head(nn.Module):
         Returns:
             The scalar to differentiate, and `Predictions`.
         """
-        x, fields = self.inputs(pooled, batch.dense)
-        scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
-        labels, logits = batch.labels, output.logits.detach()
-        if self.label_mean is not None and self.label_deviation is not None:
-            labels = (labels - self.label_mean) / self.label_deviation
-            logits = logits.float() * self.label_deviation + self.label_mean
-        local = self.loss.denominators(labels, batch.mask, scenario, batch.weight)
-        sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
-        world_size = dist.get_world_size()
-        if world_size > 1:
-            dist.all_reduce(sums)
-        denominators = sums[:-1].view_as(local)
-        losses = self.loss(output, labels, batch.mask, scenario, batch.weight, denominators, world_size)
-        objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
-        weighted = objectives * self.loss_weights
-        if self.training:
-            total = self.balancing(weighted, x, dict(self.network.named_parameters()), self.step)
-        else:
-            total = torch.sum(weighted)
-        for method_term in losses.values():
-            total = total + method_term
-        if self.l2_tables and fields:
-            looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
-            total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
-        if self.l2_dense:
-            named = dict(self.network.named_parameters())
-            away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
-            total = total + self.l2_dense * torch.stack(away).sum()
-        return total, Predictions(logits, objectives.detach())
+        with self.parts.of(NETWORK):
+            x, fields = self.inputs(pooled, batch.dense)
+            scenario = batch.scenario if self.multi_scenario else torch.zeros_like(batch.scenario)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+                output = self.network(x, fields, scenario, valid=batch.valid, noise=self.noise(x.device))
+        with self.parts.of(LOSS):
+            labels, logits = batch.labels, output.logits.detach()
+            if self.label_mean is not None and self.label_deviation is not None:
+                labels = (labels - self.label_mean) / self.label_deviation
+                logits = logits.float() * self.label_deviation + self.label_mean
+            local = self.loss.denominators(labels, batch.mask, scenario, batch.weight)
+            sums = torch.cat([local.flatten(), batch.valid.sum(dtype=local.dtype).view(1)])
+            world_size = dist.get_world_size()
+            if world_size > 1:
+                dist.all_reduce(sums)
+            denominators = sums[:-1].view_as(local)
+            losses = self.loss(output, labels, batch.mask, scenario, batch.weight, denominators, world_size)
+            objectives = torch.stack([losses.pop(name) for name in self.loss.objectives])
+            weighted = objectives * self.loss_weights
+            if self.training:
+                total = self.balancing(weighted, x, dict(self.network.named_parameters()), self.step)
+            else:
+                total = torch.sum(weighted)
+            for method_term in losses.values():
+                total = total + method_term
+            if self.l2_tables and fields:
+                looked_up = torch.stack([field.float().square().sum() for field in fields.values()]).sum()
+                total = total + self.l2_tables * world_size / sums[-1].clamp(min=1) * looked_up
+            if self.l2_dense:
+                named = dict(self.network.named_parameters())
+                away = [(named[name] - target).square().sum() for name, target in self.decays.items()]
+                total = total + self.l2_dense * torch.stack(away).sum()
+            return total, Predictions(logits, objectives.detach())
 
     def diagnostics(self) -> dict[str, float]:
         """What strategy and network say about the newest training step, by key, for the log."""
@@ -160,4 +166,6 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Training loss (a scalar) and predictions of one batch."""
-        return self.head(self.tables(batch.sparse), batch)
+        with self.head.parts.of(LOOKUP):
+            pooled = self.tables(batch.sparse)
+        return self.head(pooled, batch)

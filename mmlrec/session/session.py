@@ -6,13 +6,12 @@ import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
@@ -34,10 +33,9 @@ from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
-from mmlrec.session.recommender import TABLES, Head, Predictions, Recommender
+from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
+from mmlrec.session.recommender import TABLES, Head, Recommender
 from mmlrec.storage.places import Place, place
-
-Pipeline: TypeAlias = TrainPipeline[Batch, Predictions]
 
 _MEASURED = (
     "Evaluation measures the model as it was trained: leave these keys away, or train another run with them. It takes"
@@ -45,18 +43,6 @@ _MEASURED = (
     " embeddings.sharding."
 )
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
-
-
-class _WithoutTables(TrainPipelineBase[Batch, Predictions]):
-    """The pipeline where nothing is looked up; as the other one it begins anew with the next iterator."""
-
-    def progress(self, dataloader_iter: Iterator[Batch]) -> Predictions:
-        """One step. Raises StopIteration behind the last batch."""
-        try:
-            return super().progress(dataloader_iter)
-        except StopIteration:
-            self.reset()
-            raise
 
 
 @dataclass
@@ -139,6 +125,7 @@ class Session:
             self.world.raise_together(self.verification.failure)
             if not waiting or (stop is not None and stop.agreed()):
                 return not waiting
+            self.world.at("comparing parts of the dataset with their checksums")
             if not told:
                 logger.info("waiting until all parts of the dataset have been compared with their checksums")
             told = True
@@ -342,7 +329,7 @@ def build_session(
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales))
+    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
     plan = make_plan(
         recommender,
         TABLES,
@@ -361,10 +348,10 @@ def build_session(
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    optimizer = build_optimizer(model, dense)
+    optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)
-    kind = TrainPipelineSparseDist if manifest.sparse_features else _WithoutTables
-    pipeline: Pipeline = kind(model, optimizer, world.device)
+    kind = WithTables if manifest.sparse_features else WithoutTables
+    pipeline: Pipeline = kind(model, optimizer, world.device, world.parts)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_deviations" in begun
     deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)

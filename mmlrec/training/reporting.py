@@ -1,4 +1,4 @@
-"""What a run tells while it trains: progress bar, log file, metrics.jsonl and TensorBoard. Rank 0 only.
+"""What a run tells while it trains: progress bar, log file, metrics.jsonl and TensorBoard. Rank 0; the others log their times.
 
 A disk that is full stops reports, never the run: it is told when it happens and again at the end.
 """
@@ -24,6 +24,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.metrics.notes import too_good
 from mmlrec.metrics.report import entries_of
 from mmlrec.run_folder.folder import RunFolder
+from mmlrec.training.slowest import REPORTED, RankTimes
 
 #: Scenarios of a task that have curves in TensorBoard; a page of more than these cannot be read.
 _MOST_SCENARIOS = 32
@@ -38,7 +39,7 @@ class Reporter:
     """
 
     def __init__(self, folder: RunFolder, world: World, *, first_step: int, total_steps: int, batch_size: int) -> None:
-        self._main = world.is_main
+        self._main, self._rank = world.is_main, world.rank
         self._folder = folder
         self._batch_size = batch_size
         self._first_step, self._total_steps = first_step, total_steps
@@ -85,35 +86,42 @@ class Reporter:
             self._bar.update()
 
     def train_metrics(
-        self, step: int, epoch: int, losses: dict[str, float], rate: float, waited: float, diagnostics: dict[str, float]
+        self, step: int, epoch: int, losses: dict[str, float], rate: float, times: RankTimes, diagnostics: dict[str, float]
     ) -> None:
         """Report the losses since the last report.
 
         Args:
             rate: factor of the learning-rate schedule.
-            waited: seconds spent waiting for data since the last report.
+            times: of all ranks since the last report.
             diagnostics: of the newest step, by key.
         """
         self.stop_clock()
         seconds, steps = self._trained, step - self._window_step
         self._trained, self._window_step = 0.0, step
-        if not self._main or steps == 0:
+        if steps == 0:
+            return
+        if not self._main:
+            own = ", ".join(f"{name} {times.of(name)[self._rank]:.3f}" for name in REPORTED)
+            logger.debug("epoch %d step %d/%d | %d steps, seconds: %s", epoch, step, self._total_steps, steps, own)
             return
         speed = steps * self._batch_size / seconds
-        share = min(1.0, waited / seconds)
+        share = min(1.0, times.of("data wait")[0] / seconds)
+        slowest = times.slowest()
+        behind = f" | {slowest}" if slowest else ""
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}", refresh=False)
+        self._bar.set_postfix_str(f"{speed:,.0f} samples/s | loss {shown} | data wait {share:.0%}{behind}", refresh=False)
         logger.log(
             logging.INFO if self._bar.disable else logging.DEBUG,
-            "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%",
+            "epoch %d step %d/%d | loss %s | %s samples/s | data wait %.0f%%%s",
             epoch,
             step,
             self._total_steps,
             shown,
             f"{speed:,.0f}",
             100 * share,
+            behind,
         )
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
             "split": "train",
@@ -121,6 +129,7 @@ class Reporter:
             "samples_per_second": round(speed, 1),
             "data_wait_share": round(share, 4),
             "learning_rate_factor": rate,
+            "seconds": times.record(),
         }
         if diagnostics:
             record["diagnostics"] = diagnostics

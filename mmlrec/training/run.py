@@ -83,6 +83,7 @@ def train(
     restart: bool = False,
     from_step: int | None = None,
     source: str = "config",
+    profiled: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
@@ -92,6 +93,7 @@ def train(
         from_step: go back to the checkpoint of this step, with other learning rates perhaps; later ones are deleted. Given
             again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
+        profiled: first and last step of a profile, see `Profile`.
 
     Returns:
         The test report, on every rank.
@@ -103,7 +105,9 @@ def train(
     config = resolve(config, source)
     with hold(run_dir, world) as holder, reports(run_dir, world) as written:
         folder = RunFolder(run_dir, holder, written)
-        return _train(config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source)
+        return _train(
+            config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source, profiled=profiled
+        )
 
 
 def _train(
@@ -115,6 +119,7 @@ def _train(
     restart: bool,
     from_step: int | None,
     source: str,
+    profiled: tuple[int, int] | None,
 ) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
@@ -143,18 +148,22 @@ def _train(
         raise CheckpointError(f"{run_dir}: no whole checkpoint to resume from. Leave out --resume to start the run.")
 
     begun = None if found is None else checkpoint.read_state(found)
+    world.at("building the model")
     session = build_session(config, world, for_training=True, source=source, begun=begun)
-    trainer = Trainer(session, folder)
+    trainer = Trainer(session, folder, profiled)
+    if profiled is not None and profiled[0] > trainer.total_steps:
+        raise ConfigError(f"--profile {profiled[0]}:{profiled[1]}: the run ends at step {trainer.total_steps} at the latest.")
     for split in ("valid", "test"):
         session.reader(split)  # What is missing there is told now, not when the split is needed.
     monitor = trainer.monitor  # That it can be had, too.
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
     _create(folder, world)
-    with log_file(folder.log, world):
+    with log_file(folder.log_of(world.rank), world):
         if restart:
             checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:
+            world.at("loading the checkpoint")
             trainer.resume(found)
         checkpoint.settle_best(folder.best, trainer.best_known_until, world)
         if world.is_main:
@@ -169,7 +178,10 @@ def _train(
         short = advise_on_warmup(*balancing, trainer.total_steps, ended=False)
         if world.is_main:
             logger.info("best checkpoint and early stopping by valid, higher is better: %s", monitor)
-            for warning in [doubt, short, *monitor.notes]:
+            late = None
+            if profiled is not None and profiled[1] <= trainer.progress.step:
+                late = f"--profile {profiled[0]}:{profiled[1]}: these steps are behind this run, so there is nothing to record."
+            for warning in [doubt, short, late, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
         with StopSignal(world) as stop, trainer.saver:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
+from mmlrec.distributed.step_parts import CHECKPOINT, DATA, OTHER, PARTS
 from mmlrec.distributed.stopping import Asked, Interrupted, StopSignal
 from mmlrec.distributed.world import World
 from mmlrec.evaluation.evaluation import evaluate_split
@@ -29,8 +30,10 @@ from mmlrec.training.advice import SavingTime
 from mmlrec.training.best import save_best
 from mmlrec.training.guard import check_finite, check_losses, remedy
 from mmlrec.training.monitor import Monitor, build_monitor, metrics_of_cvr
+from mmlrec.training.profiling import Profile
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.selection import Selection
+from mmlrec.training.slowest import RankTimes
 
 
 @dataclass
@@ -43,9 +46,13 @@ class Progress:
 
 
 class Trainer:
-    """Trains a session to early stopping, `epochs` or `max_steps`, with checkpoints in the run folder."""
+    """Trains a session to early stopping, `epochs` or `max_steps`, with checkpoints in the run folder.
 
-    def __init__(self, session: Session, folder: RunFolder) -> None:
+    Args:
+        profiled: first and last step of a profile.
+    """
+
+    def __init__(self, session: Session, folder: RunFolder, profiled: tuple[int, int] | None = None) -> None:
         self.session = session
         self.folder = folder
         self.config = session.config.training
@@ -54,7 +61,8 @@ class Trainer:
         self.schedule = Schedule(session.config.schedule, session.optimizer)
         self.selection = Selection(self.config.patience)
         self.progress = Progress()
-        self.waited = 0.0
+        self._profile = None if profiled is None else Profile(profiled, folder, session.world)
+        self._reported = dict(session.world.parts.seconds)
         self.saver = Saver(
             self.world,
             folder.lost,
@@ -201,26 +209,33 @@ class Trainer:
         """Train up to the segment's end, or to where it is ended by a signal, a damaged part of the data, or the clock."""
         if self.progress.rows >= self.reader.num_rows:
             self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
-        end = self._segment_end()
+        end, parts = self._segment_end(), self.world.parts
         source = self.reader.epoch(self.progress.epoch, start_row=self.progress.rows)
         feed = self._feed(self.session.prepare(source, training=True), end - self.progress.step, stop)
         pipeline = self.session.pipeline
         while True:
-            self.schedule.apply(self.progress.step)
-            try:
-                predictions = pipeline.progress(feed)
-            except StopIteration:
-                break
-            self.progress.step += 1
-            self.world.at("training", self.progress.step)
-            if self._first is None:
-                self._first = predictions.objectives
-            self.progress.rows = min(self.progress.rows + self.config.batch_size, self.reader.num_rows)
-            self._losses += predictions.objectives
-            self._loss_steps += 1
-            reporter.advance()
+            if self._profile is not None and self.progress.step < end:
+                self._profile.before(self.progress.step + 1)
+            with parts.of(OTHER, f"step {self.progress.step + 1}"):
+                self.schedule.apply(self.progress.step)
+                try:
+                    predictions = pipeline.progress(feed)
+                except StopIteration:
+                    break
+                self.progress.step += 1
+                self.world.at("training", self.progress.step)
+                if self._first is None:
+                    self._first = predictions.objectives
+                self.progress.rows = min(self.progress.rows + self.config.batch_size, self.reader.num_rows)
+                self._losses += predictions.objectives
+                self._loss_steps += 1
+                reporter.advance()
+            if self._profile is not None:
+                self._profile.after(self.progress.step, last=self.progress.step == end)
             if self.progress.step % self.config.log_every_steps == 0:
                 self._report(reporter)
+        if self._profile is not None:
+            self._profile.end(self.progress.step)
         source.close()
         return self._asked
 
@@ -231,30 +246,36 @@ class Trainer:
             if self._asked:
                 return
             self.world.at("reading a batch")
-            before = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - before
+            with self.world.parts.of(DATA):
+                batch = next(batches)
             self.world.at("training")
             yield batch
 
     def _report(self, reporter: Reporter) -> None:
-        values = self._mean_losses()
+        values, times = self._mean_losses()
+        self._reported = dict(self.world.parts.seconds)
         reporter.train_metrics(
             self.progress.step,
             self.progress.epoch,
             values,
             self.schedule.factor(self.progress.step - 1),
-            self.waited,
+            times,
             self.session.head.diagnostics(),
         )
         self._losses.zero_()
-        self._loss_steps, self.waited = 0, 0.0
+        self._loss_steps = 0
 
-    def _mean_losses(self) -> dict[str, float]:
-        """Of the steps since the last report, over all ranks; checked."""
+    def _mean_losses(self) -> tuple[dict[str, float], RankTimes]:
+        """Of the steps since the last report, over all ranks, checked; and where the time of each rank went."""
         mean = self._losses / (self._loss_steps * self.world.world_size)
+        times = torch.zeros(self.world.world_size, len(PARTS))
+        seconds = self.world.parts.seconds
+        times[self.world.rank] = torch.tensor([seconds[part] - self._reported[part] for part in PARTS])
         if self.world.world_size > 1:
-            dist.all_reduce(mean)
+            # The times of each rank in a row of their own: one sum, together with that of the losses, gathers them.
+            both = torch.cat([mean, times.flatten().to(mean)])
+            dist.all_reduce(both)
+            mean, times = both[: len(mean)], both[len(mean) :].view_as(times)
         values = self._by_name(mean)
         if self._first_losses is None:
             assert self._first is not None
@@ -263,7 +284,7 @@ class Trainer:
                 dist.all_reduce(first)
             self._first_losses = self._by_name(first)
         check_losses(values, self._first_losses, self.progress.step, self._remedy())
-        return values
+        return values, RankTimes(times.tolist())
 
     def _remedy(self) -> str:
         newest = self.saver.newest
@@ -275,7 +296,8 @@ class Trainer:
     def _validate(self, reporter: Reporter, stop: StopSignal) -> None:
         self._check()
         try:
-            report = evaluate_split(self.session, "valid", stop)
+            with self.world.parts.left_out():
+                report = evaluate_split(self.session, "valid", stop)
         except Interrupted:
             self.session.check_parts(wait=False)
             self._save(final=True)
@@ -294,7 +316,9 @@ class Trainer:
             }
             # A branch that nothing can be said of goes along with the others.
             unknown = [name for name, _, _ in self.session.branches() if name not in values]
-            save_best(self.session, self.saver, self.folder.best, [*improved, *unknown], state, then)
+            self.world.at("saving the best checkpoint")
+            with self.world.parts.of(CHECKPOINT):
+                save_best(self.session, self.saver, self.folder.best, [*improved, *unknown], state, then)
         note = (
             "best so far"
             if improved
@@ -338,30 +362,32 @@ class Trainer:
         Args:
             final: nothing is trained after it, so it has to be whole now.
         """
-        folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
-        if final:
-            self.saver.finish()
-        if self.saver.has(folder):
-            return
-        before = time.perf_counter()
-        self._saved_at = time.monotonic()
-        self.folder.check_held(self.world)
-        tensors = self._check()
-        window = self._losses.clone()
-        if self.world.world_size > 1:
-            dist.all_reduce(window)
-        state: dict[str, Any] = {
-            "progress": asdict(self.progress),
-            "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
-            "first_losses": self._first_losses,
-            "went_back_to": self._went_back_to,
-            **self._validated(),
-            **self.session.label_state,
-            "world_size": self.world.world_size,
-            "config": self.session.config.model_dump(mode="json"),
-            **data_state(self.session.manifest),
-        }
-        self.saver.save(folder, tensors, state, partial(self._prune, self.progress.step), must=final)
-        if self.world.is_main:
-            now = time.perf_counter()
-            self._saving_time.add(now - before, now - self._started, self.saver.num_bytes)
+        with self.world.parts.of(CHECKPOINT):
+            folder = checkpoint.step_folder(self.folder.checkpoints, self.progress.step)
+            if final:
+                self.saver.finish()
+            if self.saver.has(folder):
+                return
+            before = time.perf_counter()
+            self._saved_at = time.monotonic()
+            self.folder.check_held(self.world)
+            tensors = self._check()
+            self.world.at("saving a checkpoint")
+            window = self._losses.clone()
+            if self.world.world_size > 1:
+                dist.all_reduce(window)
+            state: dict[str, Any] = {
+                "progress": asdict(self.progress),
+                "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
+                "first_losses": self._first_losses,
+                "went_back_to": self._went_back_to,
+                **self._validated(),
+                **self.session.label_state,
+                "world_size": self.world.world_size,
+                "config": self.session.config.model_dump(mode="json"),
+                **data_state(self.session.manifest),
+            }
+            self.saver.save(folder, tensors, state, partial(self._prune, self.progress.step), must=final)
+            if self.world.is_main:
+                now = time.perf_counter()
+                self._saving_time.add(now - before, now - self._started, self.saver.num_bytes)

@@ -57,7 +57,7 @@ def test_a_runs_components_start_its_entry_points(name, given, command, tmp_path
     (tmp_path / "config.yaml").touch()
     app = materialize_appdef(getattr(components, name), ["--run_dir", str(tmp_path), "--nproc", "3", *given])
     (role,) = app.roles
-    assert "-m torch.distributed.run" in role.args[1]
+    assert "-m mmlrec.launch.agent" in role.args[1]
     assert "--nproc-per-node 3 " in role.args[1]
     assert role.args[1].endswith(command.format(run=tmp_path))
 
@@ -69,7 +69,7 @@ def test_preprocessing_runs_once_on_one_node():
     (role,) = materialize_appdef(preprocess, options).roles
     assert (role.num_replicas, role.resource.cpu) == (1, 64)
     assert role.args[1].endswith("-m preprocessing synthetic --out data/x --rows 1e6")
-    assert "torch.distributed.run" not in role.args[1]
+    assert "mmlrec.launch.agent" not in role.args[1]
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict"])

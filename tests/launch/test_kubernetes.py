@@ -155,7 +155,23 @@ def test_odd_arguments_survive_torchx_the_kubelet_and_the_shell(stand_in):
 def test_an_elastic_job_asks_for_the_most_and_starts_with_the_least():
     job = volcano.dry_run(train_app(load_preset("kubernetes-2n", nodes="1:4"), config=CONFIGS[0], overrides=[]))
     assert [task["minAvailable"] for task in job["spec"]["tasks"]] == [1, 0, 0, 0]
+    for task in job["spec"]["tasks"]:  # A pod that goes does not end the others.
+        assert volcano.action(task, "PodFailed", 2) == "TerminateJob"
+        assert volcano.action(task, "PodFailed", 85) == volcano.action(task, "PodEvicted", 0) == "RestartTask"
     assert "--nnodes 1:4 " in job["spec"]["tasks"][3]["template"]["spec"]["containers"][0]["command"][-1]
+
+
+def test_a_mistake_of_the_user_costs_one_start_and_a_lost_pod_another():
+    for task in volcano.dry_run(train_app(load_preset("kubernetes-2n"), config=CONFIGS[0], overrides=[]))["spec"]["tasks"]:
+        for code in (2, 3):
+            assert volcano.action(task, "PodFailed", code) == "TerminateJob"
+        for code in (1, 85, 137):
+            assert volcano.action(task, "PodFailed", code) == "RestartJob"
+        assert volcano.action(task, "PodEvicted", 0) == "RestartJob"
+        # Volcano refuses a policy with both, and a code that is named twice.
+        assert all(("event" in policy) != ("exitCode" in policy) for policy in task["policies"])
+        codes = [policy["exitCode"] for policy in task["policies"] if "exitCode" in policy]
+        assert len(codes) == len(set(codes))
 
 
 def test_pods_pass_the_strict_schema():

@@ -72,6 +72,18 @@ def test_a_dry_run_submits_nothing(slurm):
     assert not (slurm / "given").exists()
 
 
+def test_a_training_that_may_be_started_again_is_asked_to_stop_before_slurms_time_limit(slurm):
+    """Which ends a job for good. Half a minute is for asking Slurm to start it again."""
+    for retries, asked in ((2, 2), (0, 0)):
+        preset(slurm, f"nodes: 2, {BIG}, scheduler: {{name: slurm}}, shutdown_timeout: 40, max_retries: {retries}")
+        for dry in (["--dryrun"], []):
+            done = launch(slurm, *dry, "train", "--preset", "a", "--config", "c.yaml")
+            assert done.returncode == 0, done.stderr
+            said = done.stdout if dry else (slurm / "script").read_text()
+            assert said.count("--signal=USR1@70") == asked
+            assert said.count("--signal=USR1") == asked
+
+
 def refusals() -> list:
     slurm = "scheduler: {name: slurm%s}"
     return [

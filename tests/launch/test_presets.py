@@ -154,7 +154,15 @@ presets:
 
 def test_a_job_of_fixed_size_is_not_restarted_in_place():
     for name in ("local", "slurm-2n", "kubernetes-2n"):
-        assert load_preset(name, path=REPOSITORY / "torchx.yaml").max_restarts == 0
+        assert load_preset(name, path=REPOSITORY / "torchx.yaml").restarts == 0
+
+
+def test_a_job_whose_nodes_come_and_go_is_restarted_in_place_unless_told(tmp_path):
+    path = write(tmp_path, "presets: {a: {nproc: 2, resource: {cpu: 1, memMB: 1}, nodes: '1:4'}}")
+    assert load_preset("a", path=path).restarts == 3
+    assert load_preset("a", path=path, nodes=4).restarts == 0
+    path = write(tmp_path, "presets: {a: {nproc: 2, resource: {cpu: 1, memMB: 1}, nodes: '1:4', max_restarts: 0}}")
+    assert load_preset("a", path=path).restarts == 0
 
 
 def test_the_number_of_nodes_is_read_from_the_command_line(tmp_path):

@@ -32,12 +32,12 @@ def test_app_of_one_node(tmp_path, monkeypatch):
     assert role.entrypoint == "bash"
     assert role.args == [
         "-c",
-        "export OMP_NUM_THREADS=1; exec /py -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --max-restarts 0"
+        "export OMP_NUM_THREADS=1; exec /py -m mmlrec.launch.agent --nnodes 1 --nproc-per-node 2 --max-restarts 0"
         " --shutdown-timeout 25 --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --rdzv-backend c10d"
         " --rdzv-endpoint localhost:0 --rdzv-id ${app_id} --tee 3 -m apps.train --config mtl/ml_1m.yaml --run-dir runs/a"
         " model.name=ple training.seed=3",
     ]
-    assert role.env == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert role.env == {}
     assert (role.num_replicas, role.max_retries) == (1, 0)
     assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (2, 1, 1000)
 

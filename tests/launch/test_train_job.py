@@ -53,10 +53,29 @@ def without_empty(content: Any) -> Any:
     return [without_empty(part) for part in content] if isinstance(content, list) else content
 
 
-def test_kubernetes_takes_the_pod_and_the_claims():
+def test_kubernetes_takes_the_pod_the_job_and_the_claims():
     validate = pytest.importorskip("kubernetes_validate")
-    for content in (pod(), *CLAIMS):
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": replicated_job()["template"]["spec"]}
+    for content in (pod(), job, *CLAIMS):
         validate.validate(content, "1.34", strict=True)
+
+
+@pytest.mark.parametrize(("code", "starts_again"), [(1, True), (2, False), (3, False), (85, True), (137, True)])
+def test_a_mistake_of_the_user_costs_one_start(code, starts_again):
+    """Played as the controllers of Job and JobSet do: the first rule that matches."""
+    spec, policy = replicated_job()["template"]["spec"], RUNTIME["spec"]["template"]["spec"]["failurePolicy"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # without it Kubernetes refuses a podFailurePolicy
+    reason = "BackoffLimitExceeded"
+    for rule in spec["podFailurePolicy"]["rules"]:
+        codes = rule["onExitCodes"]
+        assert codes["containerName"] == container["name"]
+        if codes["operator"] == "In" and code in codes["values"]:
+            reason = {"FailJob": "PodFailurePolicy"}[rule["action"]]
+            break
+    actions = [rule["action"] for rule in policy["rules"] if reason in rule["onJobFailureReasons"]]
+    action = actions[0] if actions else "RestartJobSet"
+    assert (action == "RestartJobSet") == starts_again
 
 
 def test_the_job_names_its_runtime_and_its_queue():

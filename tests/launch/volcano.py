@@ -51,3 +51,11 @@ def pod(job: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
     template = task["template"]
     metadata = template["metadata"] | {"name": f"{job['metadata']['name']}-{task['name']}-0"}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+def action(task: dict[str, Any], event: str, code: int) -> str:
+    """What Volcano's controller does when a pod of a task ends: the first of its policies that holds; else nothing."""
+    for policy in task.get("policies", []):
+        if policy.get("event") == event or (policy.get("exitCode") == code and code != 0):
+            return policy["action"]
+    return "SyncJob"

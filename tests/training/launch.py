@@ -41,6 +41,16 @@ def start_ranks(arguments: list[str], logs: list[Path]) -> list[Command]:
     return ranks
 
 
+def rank_process(run_dir: Path | str, rank: int) -> int:
+    """The id of the process that is a rank of the training in that run folder, as its command line names it."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            named = f"\0{run_dir}\0".encode() in (process / "cmdline").read_bytes()
+            if named and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                return int(process.name)
+    raise AssertionError(f"no rank {rank} of {run_dir}")
+
+
 def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900) -> None:
     """Run actions on `world_size` ranks; raise with their output when one fails."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,13 +24,13 @@ from tests.training.worker import whole
 
 pytestmark = pytest.mark.timeout(1800)
 
-STEPS = 20
+STEPS = 12
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
 model: {{name: mmoe, expert_hidden_units: [12, 8], gate_hidden_units: [4], tower_hidden_units: [4]}}
 embeddings: {{dim: 4, init_std: 0.1, sharding: row_wise, optimizer: {{name: sgd, lr: 0.1}}}}
 dense: {{optimizer: {{name: sgd, lr: 0.1}}}}
-training: {{batch_size: 90, epochs: 1, log_every_steps: 1, checkpoint_every_steps: 11}}
+training: {{batch_size: 90, epochs: 1, log_every_steps: 1, checkpoint_every_steps: 7}}
 """
 MTMSL = ["dataset.setting=mtmsl", "model.name=ple"]
 WINDOWS = {"dwa": ["balancing.window_steps=3"], "stch": ["balancing.window_steps=2"]}
@@ -110,10 +110,10 @@ def root(tmp_path_factory, once):
         for name in WITH_STATE:
             if world_size == 1:
                 actions.append(action("train", f"whole-{name}", *CASES[name]))
-                actions.append(action("train", f"parts-{name}", *CASES[name], "training.max_steps=11"))
+                actions.append(action("train", f"parts-{name}", *CASES[name], "training.max_steps=7"))
                 actions.append(action("train", f"parts-{name}", *CASES[name]))
             else:
-                actions.append(action("train", f"moved-{name}", *CASES[name], "training.max_steps=11"))
+                actions.append(action("train", f"moved-{name}", *CASES[name], "training.max_steps=7"))
                 output = str(root / f"resharded-{name}")
                 actions.append(action("reshard", f"parts-{name}", *CASES[name], output=output))
         launch(world_size, [*actions, *([local, half, *single] if world_size == 2 else [])], root / f"logs-{world_size}")

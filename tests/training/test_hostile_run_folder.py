@@ -74,11 +74,12 @@ def test_a_planted_program_is_refused_by_name_and_does_not_run(trained, tmp_path
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [".lock", "train.log", "metrics.jsonl", "logs/rank-00001.log"])
 def test_a_link_to_another_file_is_refused_and_that_file_left_alone(trained, tmp_path, run_app, name):
     victim = tmp_path / "victim"
     victim.write_text("mine\n")
-    (trained / name).unlink()
+    (trained / name).parent.mkdir(exist_ok=True)
+    (trained / name).unlink(missing_ok=True)
     (trained / name).symlink_to(victim)
     code, error = run_app("train", "--config", tmp_path / "config.yaml", "--run-dir", trained, "training.max_steps=8")
     assert code == 2, error

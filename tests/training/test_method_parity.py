@@ -23,13 +23,13 @@ pytestmark = pytest.mark.timeout(1800)
 OPTIONS = TINY | {key: 0.1 for key in TINY if key.startswith("l0_")}
 PLANS = ("table_wise", "row_wise")
 WITH_BN = "mmoe"  # the method that runs with normalisation too in the short selection
-STEPS = 20
+STEPS = 10
 TOLERANCE = 1e-5  # relative, in float32
 SMALL = 0.01  # size below which a tensor's differences are not measured by its own size
-# 20 batches, the last of 35 rows. A row group has rows of one scenario, and a rank reads two lanes of row groups: few of its
+# 10 batches, the last of 35 rows. A row group has rows of one scenario, and a rank reads two lanes of row groups: few of its
 # batches hold all scenarios, and yet a scenario has enough rows for statistics that do not magnify rounding errors.
 BATCH, GROUP = 96, 32
-ROWS = 19 * BATCH + 35
+ROWS = 9 * BATCH + 35
 
 CONFIG = """
 dataset: {{path: {dataset}}}

@@ -7,10 +7,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmlrec.distributed.step_parts import DATA, PARTS
 from mmlrec.distributed.world import World, logger
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.training import reporting
 from mmlrec.training.reporting import Reporter
+from mmlrec.training.slowest import RankTimes
 
 
 @pytest.fixture
@@ -40,6 +42,10 @@ def heard():
     logger.removeHandler(handler)
 
 
+def waited(seconds):
+    return RankTimes([[seconds if part == DATA else 0.0 for part in PARTS]])
+
+
 def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,9 +57,9 @@ def test_what_happens_between_segments_is_no_training_time(reporter, clock, tmp_
         reporter.stop_clock()
         clock[0] += 60.0
         reporter.restart_clock()
-    reporter.train_metrics(40, 0, {"t": 0.5}, 1.0, 1.0, {})
+    reporter.train_metrics(40, 0, {"t": 0.5}, 1.0, waited(1.0), {})
     clock[0] += 5.0
-    reporter.train_metrics(50, 0, {"t": 0.5}, 1.0, 0.0, {})
+    reporter.train_metrics(50, 0, {"t": 0.5}, 1.0, waited(0.0), {})
     assert [line["samples_per_second"] for line in lines(tmp_path)] == [100.0, 20.0]
     assert lines(tmp_path)[0]["data_wait_share"] == 0.25
 

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.timeout(2400)
 WORLD_SIZES = (4, 2, 1, 3)
 PLANS = ("table_wise", "row_wise", "auto")
 SGD = ["embeddings.optimizer={name: sgd, lr: 0.05}", "dense.optimizer={name: sgd, lr: 0.05}"]
-ROWS = 1987  # batches of 50: the 40th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4
+# Batches of 50: the 20th, last of the epoch, has 37 rows, and neither is divisible by 3 or 4. Of 997 rows, one's value before
+# a ReLU is 2e-9 in step 6: on another number of ranks it has the other sign, and losses drift apart from there.
+ROWS = 987
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
@@ -29,7 +31,7 @@ model_defaults:
   gate_hidden_units: [4]
   tower_hidden_units: [4]
 embeddings: {{dim: 4, init_std: 0.1}}
-training: {{batch_size: 50, eval_batch_size: 64, epochs: 30, max_steps: 10, patience: null, log_every_steps: 1}}
+training: {{batch_size: 50, eval_batch_size: 260, epochs: 30, max_steps: 10, patience: null, log_every_steps: 1}}
 """
 
 
@@ -39,9 +41,9 @@ def training_cases() -> dict[str, list[str]]:
     for plan in PLANS:
         sharding = f"embeddings.sharding={plan}"
         cases[f"configured-{plan}"] = [sharding, "model.use_bn=true"]
-        cases[f"sgd-{plan}"] = [*SGD, sharding, "training.max_steps=40", "model.use_bn=true"]  # a whole epoch
+        cases[f"sgd-{plan}"] = [*SGD, sharding, "training.max_steps=20", "model.use_bn=true"]  # a whole epoch
     # Batches of 5 rows: most steps leave ranks without a row of some scenario and task, or without any row (4 ranks).
-    cases["tiny-batches"] = [*SGD, "training.batch_size=5", "training.max_steps=60", "embeddings.sharding=row_wise"]
+    cases["tiny-batches"] = [*SGD, "training.batch_size=5", "training.max_steps=30", "embeddings.sharding=row_wise"]
     cases["mixed-plan"] = [*SGD, "embeddings.sharding=row_wise", "embeddings.table_sharding={t0: table_wise}"]
     cases["balanced"] = [*SGD, "loss.scenario_reduction=balanced", "embeddings.l2=0.01", "dense.l2=0.001"]
     cases["clipped"] = [*SGD, "dense.clip_norm=0.05", "schedule={name: cosine, warmup_steps: 3, total_steps: 20}"]
@@ -64,6 +66,7 @@ def runs(tmp_path_factory):
         return {"kind": "train", "name": name, "config": str(config), "overrides": overrides, "run_dir": str(run_dir)}
 
     to_end = [f"dataset.path={root / 'large'}", "training.max_steps=null", "training.epochs=2", "training.batch_size=100"]
+    to_end += ["training.eval_batch_size=1000", "training.log_every_steps=50"]  # only its result is looked at
     other_plan = {4: "row_wise", 2: "table_wise", 1: "row_wise", 3: "table_wise"}
     for world_size in WORLD_SIZES:
         folder = root / str(world_size)
@@ -74,22 +77,22 @@ def runs(tmp_path_factory):
             moved = root / f"moved-{trained_at}-{resumed_at}"
             sharding = f"embeddings.sharding={plan}"
             if world_size == trained_at:
-                actions.append(train("first", [*SGD, sharding, "training.max_steps=27"], moved))
+                actions.append(train("first", [*SGD, sharding, "training.max_steps=13"], moved))
                 adagrad = root / f"adagrad-{trained_at}-{resumed_at}"
-                actions.append(train("first", [sharding, "training.max_steps=27"], adagrad))
+                actions.append(train("first", [sharding, "training.max_steps=13"], adagrad))
             if world_size == resumed_at:
                 adagrad = root / f"adagrad-{trained_at}-{resumed_at}"
                 output = str(root / f"resharded-{trained_at}-{resumed_at}")
-                actions.append({**train("", [sharding, "training.max_steps=27"], adagrad), "kind": "reshard", "output": output})
-                actions.append(train("second", [*SGD, sharding, "training.max_steps=60"], moved))
+                actions.append({**train("", [sharding, "training.max_steps=13"], adagrad), "kind": "reshard", "output": output})
+                actions.append(train("second", [*SGD, sharding, "training.max_steps=30"], moved))
         evaluated = {
             "kind": "evaluate",
             "run_dir": str(root / "4" / "configured-row_wise"),
-            "overrides": [f"embeddings.sharding={plan}"],
+            "overrides": [f"embeddings.sharding={plan}", "training.eval_batch_size=64"],
         }
         actions.append({**evaluated, "output": str(folder / "evaluated.json")})
         if world_size == 1:
-            actions.append(train("all", [*SGD, "training.max_steps=60"], root / "uninterrupted"))
+            actions.append(train("all", [*SGD, "training.max_steps=30"], root / "uninterrupted"))
         launch(world_size, actions, folder)
     return root
 
@@ -109,7 +112,7 @@ def test_ranks_share_the_batches_of_one_process(runs, case, world_size):
     expected = rows_of_steps(runs / "1" / case, "all", 1)
     assert rows_of_steps(runs / str(world_size) / case, "all", world_size) == expected
     if case == "sgd-row_wise":
-        assert [len(step) for step in expected] == [50] * 39 + [37]
+        assert [len(step) for step in expected] == [50] * 19 + [37]
         assert sorted(row for step in expected for row in step) == list(range(ROWS))
 
 
@@ -141,7 +144,7 @@ def test_one_checkpoint_evaluates_equally(runs, world_size):
 
 @pytest.mark.parametrize(("trained_at", "resumed_at"), [(4, 2), (2, 1), (2, 3)])
 def test_reshard_loses_nothing(runs, trained_at, resumed_at):
-    before = tensors(runs / f"adagrad-{trained_at}-{resumed_at}" / "checkpoints" / "step_000000027")
+    before = tensors(runs / f"adagrad-{trained_at}-{resumed_at}" / "checkpoints" / "step_000000013")
     after = tensors(runs / f"resharded-{trained_at}-{resumed_at}")
     assert before.keys() == after.keys()
     assert any("momentum1" in key for key in before)
@@ -155,7 +158,7 @@ def test_resume_at_another_world_size(runs, trained_at, resumed_at):
     run = runs / f"moved-{trained_at}-{resumed_at}"
     expected = losses(runs / "uninterrupted")
     found = losses(run)
-    assert list(found) == list(expected) == list(range(1, 61))
+    assert list(found) == list(expected) == list(range(1, 31))
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-5, abs=1e-5), f"step {step}"
     first, second = rows_of_steps(run, "first", trained_at), rows_of_steps(run, "second", resumed_at)
