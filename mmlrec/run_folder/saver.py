@@ -186,9 +186,11 @@ class Saver:
         if must:
             raise error
         if self._failures >= self._most_failures:
-            raise CheckpointError(
+            last = CheckpointError(
                 f"{error} It is number {self._failures} in a row that could not be written (training.max_failed_checkpoints)."
             )
+            last.exit_code = error.exit_code
+            raise last
         if job is not None and job.indispensable:
             if not job.parts.copied:
                 job.parts.copy({})
@@ -262,7 +264,7 @@ class Saver:
         try:
             action()
         except whole.FAILURES as error:
-            logger.warning("note: %s; it is found out again, or deleted later.", error)
+            logger.warning("note: %s; it is found out again, or deleted later.", str(error).rstrip("."))
 
     def _run_deletions(self) -> None:
         while (folder := self._deletions.get()) is not None:

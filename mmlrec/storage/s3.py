@@ -6,6 +6,7 @@ Server, region and keys come from where botocore takes them: AWS_* variables, AW
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -57,6 +58,12 @@ _REFUSED_REMEDY = "Look at the address, and at the keys and the server that AWS_
 def register() -> None:
     """Make this the file system of s3:// in this process."""
     fsspec.register_implementation("s3", RetryingS3, clobber=True)
+    logging.getLogger("asyncio").addFilter(_is_not_of_a_lost_connection)
+
+
+def _is_not_of_a_lost_connection(record: logging.LogRecord) -> bool:
+    """False for what asyncio prints of a task of aiohttp that nobody waits for: the request itself tells that it is lost."""
+    return not (record.exc_info and isinstance(record.exc_info[1], aiohttp.ClientError | ConnectionError))
 
 
 class RetryingS3(S3FileSystem):
