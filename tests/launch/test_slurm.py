@@ -189,28 +189,28 @@ def reach_time_limit(cluster: Cluster, job: str) -> str:
     return cluster.submit("reach_time_limit", "once")
 
 
-#: What ends a job -> how it is submitted, whether it saves before it ends, and how often Slurm starts it again.
-ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, int]] = {
-    requeue: ("two", True, 1),
-    lose_second_node: ("two", False, 1),
-    lose_first_node: ("two", False, 1),
-    kill_rank: ("two", False, 1),
-    cancel: ("two", True, 0),
-    come_near_time_limit: ("two", True, 1),
-    reach_time_limit: ("once", True, 0),
+#: What ends a job -> how it is submitted, whether it saves before it ends, and whether Slurm starts it again.
+ENDS: dict[Callable[[Cluster, str], str], tuple[str, bool, bool]] = {
+    requeue: ("two", True, True),
+    lose_second_node: ("two", False, True),
+    lose_first_node: ("two", False, True),
+    kill_rank: ("two", False, True),
+    cancel: ("two", True, False),
+    come_near_time_limit: ("two", True, True),
+    reach_time_limit: ("once", True, False),
 }
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 def test_a_job_goes_on_to_the_bit(cluster, whole, end):
-    preset, saves, restarts = ENDS[end]
+    preset, saves, started_again = ENDS[end]
     cluster.slow.touch()
     run_dir = cluster.folder / "runs" / end.__name__
     job = cluster.submit(end.__name__, preset)
     cluster.wait_for_step(end.__name__, FAST_STEPS)
     job = end(cluster, job)
     assert cluster.slurm.ends(job, "COMPLETED", 300), cluster.logs(job)
-    assert cluster.slurm.job(job)["Restarts"] == str(restarts)
+    assert (int(cluster.slurm.job(job)["Restarts"]) > 0) == started_again
     starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (run_dir / "train.log").read_text())
     assert [how for how, _ in starts] == ["new run", "resumed"]
     step = int(starts[1][1])
