@@ -68,6 +68,9 @@ class Reports:
                 with contextlib.suppress(FileNotFoundError):
                     path.write_bytes(read(folder / name))
                     self._put[path] = _state(path)
+        except StorageError:
+            shutil.rmtree(self.written, ignore_errors=True)
+            raise
         except OSError as error:
             raise UserError(
                 f"{folder}: reports are written to a folder of this machine before they are put there, and that fails: {error}."

@@ -23,7 +23,7 @@ CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
 model: {{name: mmoe, expert_hidden_units: [12, 8], gate_hidden_units: [4], tower_hidden_units: [4]}}
 embeddings: {{dim: 4}}
-training: {{batch_size: 50, epochs: 1000, max_steps: 22, patience: null, log_every_steps: 1, checkpoint_every_steps: 5}}
+training: {{batch_size: 50, epochs: 1000, max_steps: 16, patience: null, log_every_steps: 1, checkpoint_every_steps: 5}}
 """
 
 
@@ -71,8 +71,8 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run_on_a_disk(root, stor
     whole_run = started(root, local, "local")
     ranks = started(root, run_dir, "first")
     try:
-        marker = run_dir / "checkpoints" / "step_000000010" / "COMPLETE.json"
-        until(lambda: marker.is_file() or ranks[0].poll() is not None, 60, "a second checkpoint")
+        marker = run_dir / "checkpoints" / "step_000000005" / "COMPLETE.json"
+        until(lambda: marker.is_file() or ranks[0].poll() is not None, 60, "a checkpoint")
         for rank in ranks:
             rank.send_signal(signal.SIGSTOP)
         code, error = run_app("train", *train(root, run_dir))
@@ -89,14 +89,14 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run_on_a_disk(root, stor
 
     copy = copied(run_dir, tmp_path / "copy")
     assert losses(copy) == losses(local)
-    assert list(losses(copy)) == list(range(1, 23))
+    assert list(losses(copy)) == list(range(1, 17))
     assert json.loads((copy / "result.json").read_bytes()) == json.loads((local / "result.json").read_bytes())
-    for name in ("best", "step_000000020", "step_000000022"):
+    for name in ("best", "step_000000015", "step_000000016"):
         ours, theirs = tensors(whole.inside(copy / "checkpoints" / name)), tensors(local / "checkpoints" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     kept = {path.name for path in whole.folders(run_dir / "checkpoints")}
-    assert kept == {"best", "step_000000020", "step_000000022"}
+    assert kept == {"best", "step_000000015", "step_000000016"}
     assert whole.leftovers(run_dir / "checkpoints") == []
     assert "resumed from" in (copy / "train.log").read_text()
     assert (copy / "train.log").read_text().count("new run at step 0") == 1
@@ -118,6 +118,29 @@ def test_two_ranks_killed_and_resumed_equal_an_unbroken_run_on_a_disk(root, stor
     code, error = run_app("train", "--config", f"{run_dir}/config.yaml", "--run-dir", run_dir)
     assert code == 0, error
     assert f"{run_dir} is complete; nothing left to train" in error
+
+
+def test_a_run_goes_back_and_begins_anew_where_all_is_damaged(root, store, run_app):
+    run_dir = place(f"{store.address}/runs/e")
+    steps = ("training.max_steps=4", "training.checkpoint_every_steps=1", "training.keep_checkpoints=3")
+    assert run_app("train", *train(root, run_dir, *steps))[0] == 0
+    before = (run_dir / "checkpoints" / "step_000000002" / "COMPLETE.json").read_bytes()
+    code, error = run_app("train", *train(root, run_dir, *steps, "dense.optimizer.lr=1e-5"), "--from-step", "2")
+    assert code == 0, error
+    assert f"resumed from {run_dir}/checkpoints/step_000000002 at step 2" in error
+    assert (run_dir / "checkpoints" / "step_000000002" / "COMPLETE.json").read_bytes() == before
+    for folder in whole.folders(run_dir / "checkpoints"):
+        (whole.inside(folder) / "state.json").write_text("{}")
+    now = (*steps, "dense.optimizer.lr=1e-5")
+    code, error = run_app("train", *train(root, run_dir, *now))
+    assert code == 2
+    assert "step_000000004" in error
+    assert f"{run_dir} holds a run that cannot be resumed" in error
+    code, error = run_app("train", *train(root, run_dir, *now), "--restart")
+    assert code == 0, error
+    assert f"{run_dir}: new run at step 0 of at most 4" in error
+    assert all(whole.damage(folder) is None for folder in whole.folders(run_dir / "checkpoints"))
+    assert whole.leftovers(run_dir / "checkpoints") == []
 
 
 def hasty() -> None:
