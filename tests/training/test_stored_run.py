@@ -143,6 +143,20 @@ def test_a_run_goes_back_and_begins_anew_where_all_is_damaged(root, store, run_a
     assert whole.leftovers(run_dir / "checkpoints") == []
 
 
+def test_the_contract_holds_on_another_file_system_of_fsspec(root, run_app, tmp_path):
+    run_dir = "memory://stored-run/runs/a"
+    assert run_app("train", *train(root, run_dir, "training.max_steps=6"))[0] == 0
+    code, error = run_app("train", *train(root, run_dir), "--resume")
+    assert code == 0, error
+    assert f"resumed from {run_dir}/checkpoints/step_000000006 at step 6" in error
+    code, error = run_app("train", *train(root, tmp_path / "local"))
+    assert code == 0, error
+    ours = json.loads(place(f"{run_dir}/result.json").read_bytes())
+    assert ours == json.loads((tmp_path / "local" / "result.json").read_bytes())
+    code, error = run_app("predict", "--run-dir", run_dir, "--input", root / "data", "--output", tmp_path / "scores.csv")
+    assert code == 0, error
+
+
 def hasty() -> None:
     """A process of a host whose processes nobody else can look up, with a short lease."""
     lease._process_space = lambda: None
