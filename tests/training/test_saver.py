@@ -189,7 +189,7 @@ def test_what_is_lost_meanwhile_gets_nothing(tmp_path, world, background):
 
 
 def test_slow_checksums_and_deletions_let_no_rank_run_out_of_time(tmp_path):
-    """In the group of training, a wait of 1.5 seconds ends the run."""
+    """In the group of training, a wait of two seconds ends the run."""
     spawn(slowly, (str(free_port()), tmp_path), 2)
 
 
