@@ -53,14 +53,19 @@ def write(folder: Path, step: int) -> None:
 def test_the_best_that_is_too_new_is_deleted_after_all_have_read_it(tmp_path, monkeypatch):
     write(tmp_path / "best", 220)
     write(tmp_path / "best.old", 200)
-    plain = checkpoint.read_state
+    plain, delete = checkpoint.read_state, whole.delete
 
     def slow(folder: Path) -> dict:
         if threading.current_thread().name == "1":
-            time.sleep(0.5)
+            time.sleep(0.3)
         return plain(folder)
 
+    def slow_delete(folder: Path) -> None:
+        delete(folder)
+        time.sleep(0.6)
+
     monkeypatch.setattr(checkpoint, "read_state", slow)
+    monkeypatch.setattr(whole, "delete", slow_delete)
     ranks, failures = Threads(), []
 
     def run(number: int) -> None:
