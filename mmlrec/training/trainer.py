@@ -169,10 +169,10 @@ class Trainer:
                     self._save()
                 if self.validation_due:
                     self._validate(reporter, stop)
-                if self.finished:
-                    self.session.check_parts(stop)
-                    self._save(final=True)
                 reporter.restart_clock()
+            # Here, also after a resume that had a validation to do, and nothing to train.
+            self.session.check_parts(stop)
+            self._save(final=True)
 
     def _interrupted(self, stop: StopSignal) -> Interrupted:
         return stop.interrupted(
