@@ -1,6 +1,8 @@
 """A run folder on object storage: trained by two ranks, killed, resumed, refused to a second start, and read."""
 
 import json
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -14,7 +16,7 @@ import torch
 from mmlrec.distributed.world import process_group
 from mmlrec.run_folder import lease, reports, whole
 from mmlrec.run_folder.lease import Lease
-from mmlrec.storage.places import Place, place
+from mmlrec.storage.places import Place, place, read
 from tests.datasets import write_dataset
 from tests.processes import Command
 from tests.training.launch import losses, start_ranks, tensors
@@ -176,12 +178,18 @@ def test_a_run_that_was_stopped_while_another_took_its_folder_saves_nothing_more
         other = Lease(run_dir)
         other.take({"start": "other", "since": "now", "job": None, "ranks": [("host-b", 17)]})
         before = stored_files(run_dir)
+        for name in ("metrics.jsonl", "train.log"):
+            (run_dir / name).write_text("of the other")
         first.send_signal(signal.SIGCONT)
         _, error = first.communicate(60)
         assert first.poll() == 2
         assert error.count("error: ") == 1
         assert f"{run_dir}: another run has taken it over, started at now on host-b, process 17" in error
         assert stored_files(run_dir) == before
+        assert [read(run_dir / name) for name in ("metrics.jsonl", "train.log")] == [b"of the other"] * 2
+        left = re.search("lacks the last reports of this run; they are in (.*) on this machine", error)
+        assert left is not None
+        shutil.rmtree(left[1])
         other.leave()
     finally:
         first.kill()
