@@ -18,8 +18,9 @@ from mmlrec.run_folder import lease, reports, whole
 from mmlrec.run_folder.lease import Lease
 from mmlrec.storage.places import Place, place, read
 from tests.datasets import write_dataset
-from tests.processes import Command
-from tests.training.launch import losses, start_ranks, tensors
+from tests.processes import Command, spawn
+from tests.training.launch import free_port, losses, start_ranks, tensors
+from tests.training.saving_ranks import wait_for_lease
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -193,6 +194,13 @@ def test_a_run_that_was_stopped_while_another_took_its_folder_saves_nothing_more
         other.leave()
     finally:
         first.kill()
+
+
+def test_ranks_with_a_short_timeout_wait_for_a_lease_to_expire(store):
+    dead = {"start": "dead", "since": "then", "job": None, "ranks": [("host-b", 17)]}
+    unseen = {"length": 6.0, "process": {"space": None, "number": 17, "begun": "1"}, "left": False}
+    (place(store.address) / "runs" / "f" / ".lease" / "1").write_text(json.dumps(dead | unseen))
+    spawn(wait_for_lease, (str(free_port()), store.environment, f"{store.address}/runs/f"), 2)
 
 
 def stored_files(run_dir: Place) -> set[str]:
