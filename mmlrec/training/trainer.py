@@ -78,7 +78,7 @@ class Trainer:
         #: True from the end of a segment with a validation until that is done; a checkpoint is saved in between.
         self.validation_due = False
         self._went_back_to: int | None = None
-        self._saving_time = SavingTime()
+        self._saving_time = SavingTime(background=self.config.checkpoint_async)
         self._started = time.perf_counter()
         self._first: torch.Tensor | None = None
         self._first_losses: dict[str, float] | None = None
