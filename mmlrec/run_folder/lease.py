@@ -145,10 +145,13 @@ class Lease:
                 holder["since"],
                 holder["length"],
             )
-            deadline = time.monotonic() + holder["length"]
-            while time.monotonic() < deadline:
+            unchanged, before = 0.0, time.monotonic()
+            while unchanged < holder["length"]:
                 time.sleep(_LOOKED_AT_EVERY_S)
                 now = self._newest()
+                # This process may have been stopped, or the store out of reach for both: what was not seen does not count.
+                moment = time.monotonic()
+                unchanged, before = unchanged + min(moment - before, RENEWED_EVERY_S), moment
                 if now != (number, holder):
                     if not now[1] or now[1]["left"]:
                         return
