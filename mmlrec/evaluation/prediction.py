@@ -22,7 +22,7 @@ from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
-from mmlrec.storage.places import Place, place
+from mmlrec.storage.places import Place, place, put_file
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
@@ -205,7 +205,7 @@ def _written_beside(output: Place, start: str) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.replace(output)
         else:
-            output.fs.put_file(str(temporary), output.path)
+            put_file(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ changes is of a run that is alive; one that has not changed for its whole length
 taken. A run that ends says so in its object. On the machine of the holder nobody has to wait: its process is looked up.
 
 Nothing ends a run that comes back after its lease was taken over, as a process that was stopped does: so it looks for a higher
-number before it makes or deletes a checkpoint, and ends where there is one.
+number before it makes or deletes a checkpoint or puts reports, and ends where there is one.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Lease:
 
     def join(self, start: str, rank: int) -> bool:
         """Whether this host sees the lease that rank 0 of this start has taken; puts are seen at once."""
+        self._content = {"start": start}
         with contextlib.suppress(StorageError):
-            return self._newest()[1].get("start") == start
+            return self._is_own(self._newest()[1])
         return False
 
     def lost(self) -> UserError | None:
@@ -74,8 +75,6 @@ class Lease:
 
         None, too, where the store does not answer: what is written next fails as well, and is told.
         """
-        if self._number is None:
-            return None
         with contextlib.suppress(StorageError):
             if not self._is_own(found := self._newest()[1]):
                 return _lost(self._folder, found)
@@ -146,10 +145,13 @@ class Lease:
                 holder["since"],
                 holder["length"],
             )
-            deadline = time.monotonic() + holder["length"]
-            while time.monotonic() < deadline:
+            unchanged, before = 0.0, time.monotonic()
+            while unchanged < holder["length"]:
                 time.sleep(_LOOKED_AT_EVERY_S)
                 now = self._newest()
+                # This process may have been stopped, or the store out of reach for both: what was not seen does not count.
+                moment = time.monotonic()
+                unchanged, before = unchanged + min(moment - before, RENEWED_EVERY_S), moment
                 if now != (number, holder):
                     if not now[1] or now[1]["left"]:
                         return

@@ -39,7 +39,7 @@ _LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=posix", "localflock", "n
 
 
 class Lock:
-    """Part of this process in of the lock of one folder."""
+    """Part of this process in the lock of one folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

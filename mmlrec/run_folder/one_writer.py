@@ -60,7 +60,8 @@ def hold(folder: Place, world: World) -> Iterator[Holder]:
                 writable = holder.take({"start": world.start, "since": _now(), "job": _job(), "ranks": ranks})
             except UserError as cause:
                 error = cause
-        world.raise_together(error)
+        # Rank 0 may watch another run's lease for longer than the ranks of a short `training.timeout` wait.
+        world.without_limit().raise_together(error)
         if world.from_main(writable):
             seen = world.is_main or holder.join(world.start, world.rank)
             _check_shared(folder, world.gather((seen, str(folder.absolute()))), ranks)

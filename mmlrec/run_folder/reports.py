@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -31,16 +31,19 @@ _SHARE = 0.05
 
 
 @contextlib.contextmanager
-def reports(folder: Place, world: World) -> Iterator[Reports | None]:
+def reports(folder: Place, world: World, lost: Callable[[], UserError | None] = lambda: None) -> Iterator[Reports | None]:
     """Of a run whose folder lies on object storage; elsewhere None.
 
     At the end all reports are there, or a warning says that some are not.
+
+    Args:
+        lost: why this run may not write in its folder any more, if so.
     """
     error: UserError | None = None
     found: Reports | None = None
     if not isinstance(folder, Path):
         try:
-            found = Reports(folder, world.rank)
+            found = Reports(folder, world.rank, lost)
         except UserError as cause:
             error = cause
     world.raise_together(error)
@@ -49,14 +52,14 @@ def reports(folder: Place, world: World) -> Iterator[Reports | None]:
 
 
 class Reports:
-    """Brings files of one rank from a folder of this machine to a run folder.
+    """Brings files of one rank from a folder of this machine to a run folder, as long as that is the run's.
 
     Raises:
         UserError: this machine has no room for them, or the store cannot be reached.
     """
 
-    def __init__(self, folder: UPath, rank: int) -> None:
-        self._folder = folder
+    def __init__(self, folder: UPath, rank: int, lost: Callable[[], UserError | None]) -> None:
+        self._folder, self._lost = folder, lost
         self._put: dict[Path, tuple[int, int]] = {}
         try:
             #: Where they are written; what a run has appended to so far lies there.
@@ -109,11 +112,13 @@ class Reports:
 
     def _put_changed(self) -> bool:
         try:
-            for path in sorted(path for path in self.written.rglob("*") if path.is_file() and path.suffix not in _UNFINISHED):
-                state = _state(path)
-                if self._put.get(path) != state:
-                    self._folder.joinpath(*path.relative_to(self.written).parts).write_bytes(path.read_bytes())
-                    self._put[path] = state
+            files = sorted(path for path in self.written.rglob("*") if path.is_file() and path.suffix not in _UNFINISHED)
+            changed = {path: state for path in files if self._put.get(path) != (state := _state(path))}
+            if changed and self._lost() is not None:  # those of the run that has taken the folder over would be replaced
+                return False
+            for path, state in changed.items():
+                self._folder.joinpath(*path.relative_to(self.written).parts).write_bytes(path.read_bytes())
+                self._put[path] = state
         except (StorageError, OSError) as error:
             if not self._out_of_reach:
                 logger.warning("note: reports cannot be put into the run folder, and that is tried on: %s", error)

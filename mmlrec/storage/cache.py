@@ -80,7 +80,8 @@ class Cache:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.write(hashlib.sha256(data).digest())
-            temporary.rename(path)
+            with suppress(FileNotFoundError):  # another process, with too much there, has dropped it
+                temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
         self._uncounted += len(data)

@@ -99,9 +99,14 @@ def available_cores() -> int:
 
 
 class SavingTime:
-    """Time that checkpoints take, against that of the run; says once when it is much."""
+    """Time that training waits for checkpoints, against that of the run; says once when it is much.
 
-    def __init__(self) -> None:
+    Args:
+        background: they are written while training goes on.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        self._background = background
         self._saving = 0.0
         self._told = False
 
@@ -109,7 +114,7 @@ class SavingTime:
         """Take in one checkpoint.
 
         Args:
-            seconds: it took.
+            seconds: that training waited for it.
             total_seconds: of the run so far, this checkpoint included.
             num_bytes: of this checkpoint.
         """
@@ -117,11 +122,12 @@ class SavingTime:
         if self._told or self._saving < max(_SAVING_SECONDS, _SAVING_SHARE * total_seconds):
             return
         self._told = True
+        beside = "training.checkpoint_async=true (training goes on while they are written, from a copy in memory), "
         warnings.warn(
             f"checkpoints took {self._saving:.0f} of {total_seconds:.0f} s so far, {num_bytes / 2**30:.2f} GiB each, one at"
-            " the end of each epoch and every training.checkpoint_every_steps. training.checkpoint_async=true (training goes on"
-            " while they are written, from a copy in memory), a run folder on a faster disk, rarer checkpoints inside an epoch,"
-            " or embeddings.optimizer.name=rowwise_adagrad, whose state is small, make it less.",
+            " the end of each epoch, and by training.checkpoint_every_steps, checkpoint_every_minutes and keep_every_steps."
+            f" What makes it less: {'' if self._background else beside}a run folder on a faster disk, rarer checkpoints inside"
+            " an epoch, or embeddings.optimizer.name=rowwise_adagrad, whose state is small.",
             UserAdvice,
             stacklevel=2,
         )

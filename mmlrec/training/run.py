@@ -103,7 +103,7 @@ def train(
             run.
     """
     config = resolve(config, source)
-    with hold(run_dir, world) as holder, reports(run_dir, world) as written:
+    with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
         return _train(
             config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source, profiled=profiled

@@ -78,7 +78,7 @@ class Trainer:
         #: True from the end of a segment with a validation until that is done; a checkpoint is saved in between.
         self.validation_due = False
         self._went_back_to: int | None = None
-        self._saving_time = SavingTime()
+        self._saving_time = SavingTime(background=self.config.checkpoint_async)
         self._started = time.perf_counter()
         self._first: torch.Tensor | None = None
         self._first_losses: dict[str, float] | None = None
@@ -169,10 +169,10 @@ class Trainer:
                     self._save()
                 if self.validation_due:
                     self._validate(reporter, stop)
-                if self.finished:
-                    self.session.check_parts(stop)
-                    self._save(final=True)
                 reporter.restart_clock()
+            # Here, also after a resume that had a validation to do, and nothing to train.
+            self.session.check_parts(stop)
+            self._save(final=True)
 
     def _interrupted(self, stop: StopSignal) -> Interrupted:
         return stop.interrupted(

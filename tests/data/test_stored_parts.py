@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -168,6 +169,18 @@ def test_the_cache_keeps_to_its_bound_and_drops_what_was_not_used_for_longest(tm
     get("piece00")
     get("piece01")
     assert fetched[30:] == ["piece01"]
+
+
+def test_a_piece_that_another_process_drops_while_it_is_written_is_only_not_kept(tmp_path, monkeypatch):
+    mine, others, plain = Cache(tmp_path, 100), Cache(tmp_path, 100), Path.rename
+
+    def rename(path, target):
+        monkeypatch.setattr(Path, "rename", plain)
+        assert others.get("file", "b", lambda: b"b" * 1_000) == b"b" * 1_000
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert mine.get("file", "a", lambda: b"a" * 1_000) == b"a" * 1_000
 
 
 FETCH = """

@@ -18,7 +18,9 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from mmlrec.distributed.world import process_group
 from mmlrec.run_folder import checkpoint, summed_files, whole
+from mmlrec.run_folder.one_writer import hold
 from mmlrec.run_folder.saver import Saver
+from mmlrec.storage.places import place
 
 #: Rows of 64 float32 of a table on each of two ranks: the first has little.
 ROWS = (2000, 6000)
@@ -101,6 +103,18 @@ def slowly(rank, port, folder):
             assert waited < 2, waited
         assert checkpoint.latest(folder, world) == path
         assert [p.name for p in sorted(folder.glob("step_*")) if not p.suffix] == [path.name]
+
+
+def wait_for_lease(rank, port, environment, address):
+    """Take a folder whose lease is watched for twice as long as ranks wait for each other in training."""
+    os.environ |= environment
+    join(rank, 2, port)
+    with process_group() as world:
+        folder = place(address)
+        world.without_limit().barrier()
+        distributed_c10d._set_pg_timeout(timedelta(seconds=3), world.control)
+        with hold(folder, world) as holder:
+            assert holder.lost() is None
 
 
 def prune(saving, folder, step):

@@ -100,6 +100,26 @@ def test_a_live_holder_is_not_succeeded_however_its_clock_goes(folder, far, monk
     first.leave()
 
 
+def test_a_start_that_did_not_look_does_not_take_its_holder_for_dead(folder, far, monkeypatch):
+    """It was stopped for longer than the lease, between an answer of the store and the next look."""
+    first = taken(folder, "one")
+    second, looks = Lease(folder), []
+    plain = second._newest
+
+    def newest():
+        found = plain()
+        looks.append(found)
+        if len(looks) == 2:
+            time.sleep(1.5)
+        return found
+
+    monkeypatch.setattr(second, "_newest", newest)
+    with pytest.raises(UserError, match="is taken"):
+        second.take(content("two"))
+    assert first.lost() is None
+    first.leave()
+
+
 def test_of_starts_at_one_moment_one_begins(folder, far):
     won, told, gate = [], [], threading.Barrier(6)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder import checkpoint, whole
 from tests.datasets import write_dataset
 from tests.processes import Command, run
 from tests.training.launch import launch, losses, rows_of_steps, start_ranks, tensors, validations
@@ -107,6 +108,31 @@ def test_saved_in_the_background_by_steps_and_by_the_clock_is_the_same_to_the_bi
     assert saved == [10, 13, 14, 24, 26, 28, 38, 39, 42]
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["best", *(f"step_{step:09d}" for step in (13, 26, 39, 42))]
+
+
+def test_killed_in_the_last_validation_the_best_is_whole_before_it_is_read(root, run_app, monkeypatch):
+    """Nothing is left to train then, so nothing else waits for what is written in the background."""
+    run_dir, plain = root / "last-validation", whole.put
+    options = ["training.epochs=1", "training.checkpoint_async=true", "training.checkpoint_every_steps=null"]
+    arguments = ["--config", str(root / "config.yaml"), "--run-dir", str(run_dir), *options]
+    code, error = run_app("train", *arguments)
+    assert code == 0, error
+    result = (run_dir / "result.json").read_text()
+    # As before the validation of step 14, which is in no file yet.
+    (run_dir / "result.json").unlink()
+    (run_dir / "checkpoints/step_000000014/amended.json").unlink()
+    shutil.rmtree(run_dir / "checkpoints/best")
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        plain(*arguments)
+
+    monkeypatch.setattr(whole, "put", slowly)
+    code, error = run_app("train", *arguments)
+    assert code == 0, error
+    assert (run_dir / "result.json").read_text() == result
+    state = checkpoint.read_state(run_dir / "checkpoints/step_000000014")
+    assert (state["finished"], state["validation_due"]) == (True, False)
 
 
 @pytest.mark.parametrize(

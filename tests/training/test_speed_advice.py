@@ -58,15 +58,17 @@ def test_thousands_of_tiny_batches(rows, steps, slow):
     assert all("16 rows a step, 60,000 steps an epoch" in note and "training.batch_size" in note for note in found)
 
 
-def test_checkpoints_that_take_much_of_the_time_are_told_once():
-    """A third of the time, of which 20 seconds may pass without a word."""
-    saving = SavingTime()
+@pytest.mark.parametrize("background", [False, True])
+def test_checkpoints_that_take_much_of_the_time_are_told_once(background):
+    """A third of the time, of which 20 seconds may pass without a word. Nobody is told to set what is set."""
+    saving = SavingTime(background=background)
     saving.add(10, 30, 3 << 30)
-    with pytest.warns(UserAdvice, match=r"checkpoints took 20 of 60 s so far, 3\.00 GiB each"):
+    with pytest.warns(UserAdvice, match=r"checkpoints took 20 of 60 s so far, 3\.00 GiB each") as told:
         saving.add(10, 60, 3 << 30)
+    assert ("checkpoint_async=true" in str(told[0].message)) == (not background)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saving.add(10, 90, 3 << 30)
-        rare = SavingTime()
+        rare = SavingTime(background=background)
         for total in (500, 1000, 1500):
             rare.add(60, total, 3 << 30)

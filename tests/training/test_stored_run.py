@@ -1,6 +1,8 @@
 """A run folder on object storage: trained by two ranks, killed, resumed, refused to a second start, and read."""
 
 import json
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -14,10 +16,11 @@ import torch
 from mmlrec.distributed.world import process_group
 from mmlrec.run_folder import lease, reports, whole
 from mmlrec.run_folder.lease import Lease
-from mmlrec.storage.places import Place, place
+from mmlrec.storage.places import Place, place, read
 from tests.datasets import write_dataset
-from tests.processes import Command
-from tests.training.launch import losses, start_ranks, tensors
+from tests.processes import Command, spawn
+from tests.training.launch import free_port, losses, start_ranks, tensors
+from tests.training.saving_ranks import wait_for_lease
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
@@ -176,15 +179,28 @@ def test_a_run_that_was_stopped_while_another_took_its_folder_saves_nothing_more
         other = Lease(run_dir)
         other.take({"start": "other", "since": "now", "job": None, "ranks": [("host-b", 17)]})
         before = stored_files(run_dir)
+        for name in ("metrics.jsonl", "train.log"):
+            (run_dir / name).write_text("of the other")
         first.send_signal(signal.SIGCONT)
         _, error = first.communicate(60)
         assert first.poll() == 2
         assert error.count("error: ") == 1
         assert f"{run_dir}: another run has taken it over, started at now on host-b, process 17" in error
         assert stored_files(run_dir) == before
+        assert [read(run_dir / name) for name in ("metrics.jsonl", "train.log")] == [b"of the other"] * 2
+        left = re.search("lacks the last reports of this run; they are in (.*) on this machine", error)
+        assert left is not None
+        shutil.rmtree(left[1])
         other.leave()
     finally:
         first.kill()
+
+
+def test_ranks_with_a_short_timeout_wait_for_a_lease_to_expire(store):
+    dead = {"start": "dead", "since": "then", "job": None, "ranks": [("host-b", 17)]}
+    unseen = {"length": 6.0, "process": {"space": None, "number": 17, "begun": "1"}, "left": False}
+    (place(store.address) / "runs" / "f" / ".lease" / "1").write_text(json.dumps(dead | unseen))
+    spawn(wait_for_lease, (str(free_port()), store.environment, f"{store.address}/runs/f"), 2)
 
 
 def stored_files(run_dir: Place) -> set[str]:
