@@ -57,6 +57,8 @@ _MEANING = {
 _AGREE_WITHIN, _READ_WITHIN = 10.0, 2.0
 #: Longest wait for other nodes whose ranks have not ended when those of this one are done.
 _EXIT_BARRIER = 60.0
+#: How long torchrun waits for the other ranks of a node, when one has ended, before it kills them; and then once more.
+_POLITE = 30.0
 #: A rank has failed for so long, and the main thread has not got on for so long: it waits for an answer that does not come.
 _STUCK_AFTER = 10.0
 #: How long the first node may be out of reach while the nodes meet.
@@ -136,7 +138,7 @@ class Agent(LocalElasticAgent):
         return context is not None and any(Path(file).is_file() for file in context.error_files.values())
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._takes(2 * self._shutdown_timeout)
+        self._takes(2 * _POLITE)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._settle_restarts(outcome(self._codes()))
@@ -152,9 +154,10 @@ class Agent(LocalElasticAgent):
         elif found == PREEMPTED and self._worker_group.spec.max_restarts:
             self._remaining_restarts += 1  # Another node goes, or comes; all ranks have saved.
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
+        """As the base class; ranks have the time of `--shutdown-timeout`, which it gives after a signal only."""
         self._takes(2 * self._shutdown_timeout)
-        self._shutdown(timeout=self._shutdown_timeout)
+        super()._shutdown(death_sig, self._shutdown_timeout)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._meets = True

@@ -20,12 +20,16 @@ RANK = """
 import os, signal, sys, time
 words, parent = sys.argv[1].split(","), os.getppid()
 word, *stopped = words[int(os.environ["RANK"])].split("-")
+def save(*_):
+    time.sleep(float(stopped[1]) if stopped[1:] else 0)
+    open("saved" + os.environ["RANK"], "w").close()
+    os._exit(int(stopped[0]))
 if word != "trains":
     with open("starts", "a") as file:
         file.write(f"{word} {os.environ['TORCHELASTIC_USE_AGENT_STORE']} {os.environ['MASTER_PORT']}\\n")
 if stopped:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN if stopped[0] == "never" else lambda *_: os._exit(int(stopped[0])))
+        signal.signal(number, signal.SIG_IGN if stopped[0] == "never" else save)
 if word == "trains":
     open("trains" + os.environ["RANK"], "w").close()
 while word == "trains" and os.getppid() == parent:
@@ -71,6 +75,9 @@ CASES = {
     "a rank is killed": Case("killed,trains-85", 1, says=[KILLED]),
     "SIGTERM": Case("trains-85,trains-85", 85, send=signal.SIGTERM),
     "SIGUSR1": Case("trains-85,trains-85", 85, send=signal.SIGUSR1, options=("--signals-to-handle", "SIGTERM,SIGUSR1")),
+    "SIGTERM, one rank takes its time": Case(
+        "trains-85,trains-85-14", 85, send=signal.SIGTERM, options=("--shutdown-timeout", "40")
+    ),
     "SIGTERM, not in time": Case("trains-85,trains-never", 1, send=signal.SIGTERM, options=("--shutdown-timeout", "1")),
     "a mistake is not started again in place": Case("2,trains", 2, options=("--max-restarts", "3"), slurm=True),
     "a killed rank is": Case("killed,trains-85", 1, options=("--max-restarts", "2"), starts=3, says=[KILLED]),
@@ -148,6 +155,8 @@ def test_what_the_agents_end_with(ends, name):
         assert [(word, shared) for word, shared, _ in starts] == [(ending[0], "False")] * case.starts
         # Each time in a store of its own: in a former one are the addresses of ranks that are dead.
         assert len({port for *_, port in starts}) == case.starts
+    if case.send and case.code == 85:
+        assert len(list(end.folder.glob("saved*"))) == 2, end.output
     told = end.folder / "scontrol"
     assert told.exists() == case.slurm
     if case.slurm:
