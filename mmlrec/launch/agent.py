@@ -55,8 +55,8 @@ _MEANING = {
 }
 #: Seconds: for other nodes to tell their outcome; for them to read it.
 _AGREE_WITHIN, _READ_WITHIN = 10.0, 2.0
-#: Longest wait for other nodes whose ranks have not ended when those of this one are done.
-_EXIT_BARRIER = 60.0
+#: Longest wait for other nodes whose ranks have not ended when those of this one are done, as of torchrun.
+_EXIT_BARRIER = 300.0
 #: How long torchrun waits for the other ranks of a node, when one has ended, before it kills them; and then once more.
 _POLITE = 30.0
 #: A rank has failed for so long, and the main thread has not got on for so long: it waits for an answer that does not come.
@@ -94,7 +94,7 @@ class Agent(LocalElasticAgent):
     first: ClassVar[str] = ""
 
     def __init__(self, spec: WorkerSpec, **options: Any) -> None:
-        super().__init__(spec, exit_barrier_timeout=_EXIT_BARRIER, **options)
+        super().__init__(spec, **options)
         self._meets = False
         self._takes(0)
 
@@ -114,7 +114,6 @@ class Agent(LocalElasticAgent):
             if Agent.code == LOST and not self._told():
                 Agent.reason = _why(error)
             raise
-        Agent.code = 0
         if result.is_failed():
             Agent.code = self._agree(outcome(self._codes()))
             if Agent.code == LOST and self._worker_group.group_world_size == 1 and not self._told():
@@ -142,7 +141,7 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._settle_restarts(outcome(self._codes()))
-        self._takes(_EXIT_BARRIER if result.state == WorkerState.SUCCEEDED else 0)
+        self._takes(0)
         return result
 
     def _settle_restarts(self, found: int) -> None:
@@ -159,6 +158,10 @@ class Agent(LocalElasticAgent):
         self._takes(2 * self._shutdown_timeout)
         super()._shutdown(death_sig, self._shutdown_timeout)
 
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes when the ranks of this one are done; to the base class's barrier none comes that fails."""
+        Agent.code = self._agree(0, wait=_EXIT_BARRIER)
+
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._meets = True
         try:
@@ -173,19 +176,25 @@ class Agent(LocalElasticAgent):
         Args:
             wait: longest wait for the other nodes, in seconds.
         """
-        self._takes(wait + _READ_WITHIN)
-        _ignore_signals()
+        self._takes(_READ_WITHIN)
+        if own:
+            _ignore_signals()
         group, store = self._worker_group, self._store
         if store is None or group.group_world_size == 1:
             return own
         keys = [f"mmlrec/ended/{rank}" for rank in range(group.group_world_size)]
         told = []
+
+        def told_by_all() -> bool:
+            self._takes(_READ_WITHIN)
+            return store.check(keys)
+
         with contextlib.suppress(RuntimeError, RendezvousError):  # the store is gone, and who hosts it
             store.set(keys[group.group_rank], str(own))
             if wait:
                 # Nodes that want to start again in place must not wait for this one.
                 group.spec.rdzv_handler.set_closed()
-                _wait(lambda: store.check(keys), wait)
+                _wait(told_by_all, wait)
             told = [int(store.get(key)) for key in keys if store.check([key])]
             # One of the agents hosts the store, and should not take it away before all have read.
             store.add("mmlrec/read", 1)

@@ -82,6 +82,7 @@ CASES = {
     "a mistake is not started again in place": Case("2,trains", 2, options=("--max-restarts", "3"), slurm=True),
     "a killed rank is": Case("killed,trains-85", 1, options=("--max-restarts", "2"), starts=3, says=[KILLED]),
     "all nodes know of a mistake": Case("2,1", 2, nodes=2, options=("--max-restarts", "3"), slurm=True),
+    "a node that is done knows, too": Case("0,2", 2, nodes=2, slurm=True),
     "the first node is killed": Case("trains-1,trains-1", None, nodes=2, send=signal.SIGKILL, says=[GONE]),
 }
 
