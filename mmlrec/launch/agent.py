@@ -95,7 +95,7 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
-        self._meets = False
+        self._meets = True
         self._takes(0)
 
     def run(self, role: str = "default") -> RunResult:
@@ -210,14 +210,17 @@ class Agent(LocalElasticAgent):
 
         The agents' store is asked without a limit: when the network is gone, the kernel tries for a quarter of an hour.
         """
-        reached = failed = None
+        failed = None
+        # At a static meeting point (MASTER_ADDR, as of Kubeflow Trainer) agents begin before the first node is there, whose name
+        # may not exist until then. At others they have reached it before.
+        reached = None if self._rdzv_handler.get_backend() == "static" else time.monotonic()
         while True:
             time.sleep(1)
             now, codes = time.monotonic(), self._codes()
             ended = any(codes) or len(codes) == self._worker_group.spec.local_world_size
             failed = (failed or now) if ended and not self._meets else None
-            reached = now if not self._meets or reachable(self.first) else reached or now
-            if now - reached > _OUT_OF_REACH or (failed and now > max(failed + _STUCK_AFTER, self._due)):
+            reached = now if not self._meets or reachable(self.first) else reached
+            if (reached and now - reached > _OUT_OF_REACH) or (failed and now > max(failed + _STUCK_AFTER, self._due)):
                 self._give_up(codes)
 
     def _give_up(self, codes: list[int]) -> NoReturn:
@@ -297,7 +300,11 @@ def _ignore_signals() -> None:
 def _keep_slurm_from_starting_again() -> None:
     """TorchX's batch script asks for that whatever the exit code is; Slurm then refuses it, and the job has failed."""
     if "TORCHX_MAX_RETRIES" in os.environ and "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
-        subprocess.run(["scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", "Requeue=0"], timeout=30, check=False)
+        command = ["scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", "Requeue=0"]
+        try:
+            subprocess.run(command, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:  # The exit code is told all the same.
+            _tell(f"Slurm may start this job again in vain: {error}")
 
 
 def _tell(text: str) -> None:

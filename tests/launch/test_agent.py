@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mmlrec.launch import agent
 from mmlrec.launch.agent import outcome
 from tests.datasets import write_dataset
 from tests.processes import Command, environment
@@ -191,6 +194,58 @@ def test_what_the_agents_end_with(ends, name):
 )
 def test_one_code_of_many(codes, stopped_by, expected):
     assert outcome(codes, stopped_by) == expected
+
+
+class GaveUp(Exception):
+    """The watch would end this process."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "answers", "gives_up_after"),
+    [
+        ("c10d", "", 61),  # reached before the agent began
+        ("c10d", "+" * 100, 161),
+        ("c10d", "-" * 50 + "+", 112),  # away for less than a minute
+        ("static", "", None),  # the first node still comes up
+        ("static", "-" * 200 + "+", 262),
+    ],
+)
+def test_when_an_agent_gives_up_that_waits_for_the_first_node(monkeypatch, backend, answers, gives_up_after):
+    """Answers of the first node, one a second: + when it is reached, - or nothing when it is not. Afterwards it is not."""
+    seconds, waiting = [0.0], agent.Agent.__new__(agent.Agent)
+    waiting._meets, waiting._pcontext, waiting._due = True, None, 0.0
+    waiting._rdzv_handler = SimpleNamespace(get_backend=lambda: backend)
+    waiting._worker_group = SimpleNamespace(spec=SimpleNamespace(local_world_size=1))
+
+    def sleep(given):
+        seconds[0] += given
+        if seconds[0] > 1000:
+            raise TimeoutError
+
+    def give_up(codes):
+        raise GaveUp
+
+    monkeypatch.setattr(agent, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 1.0 + seconds[0]))
+    monkeypatch.setattr(agent, "reachable", lambda _: answers[int(seconds[0]) - 1 :][:1] == "+")
+    monkeypatch.setattr(waiting, "_give_up", give_up)
+    with pytest.raises(GaveUp if gives_up_after else TimeoutError):
+        waiting._watch()
+    assert not gives_up_after or seconds[0] == gives_up_after
+
+
+def test_slurm_that_does_not_answer_changes_no_exit_code(monkeypatch, capsys):
+    def run(command, timeout, check):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(agent, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(agent, "shutil", SimpleNamespace(which=lambda name: name))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHX_MAX_RETRIES", "3")
+    ended = []
+    monkeypatch.setattr(agent, "os", SimpleNamespace(environ=os.environ, _exit=ended.append))
+    agent._end(2)
+    assert ended == [2]
+    assert "Slurm may start this job again in vain" in capsys.readouterr().err
 
 
 CONFIG = """
