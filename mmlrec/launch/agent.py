@@ -55,6 +55,7 @@ _MEANING = {
 }
 #: Seconds: for other nodes to tell their outcome; for them to read it.
 _AGREE_WITHIN, _READ_WITHIN = 10.0, 2.0
+_ASK_EVERY = 0.1
 #: Longest wait for other nodes whose ranks have not ended when those of this one are done, as of torchrun.
 _EXIT_BARRIER = 300.0
 #: How long torchrun waits for the other ranks of a node, when one has ended, before it kills them; and then once more.
@@ -196,9 +197,12 @@ class Agent(LocalElasticAgent):
                 group.spec.rdzv_handler.set_closed()
                 _wait(told_by_all, wait)
             told = [int(store.get(key)) for key in keys if store.check([key])]
-            # One of the agents hosts the store, and should not take it away before all have read.
+            # One of the agents hosts the store, and should not take it away before all have read, and know that all have.
             store.add("mmlrec/read", 1)
             _wait(lambda: store.add("mmlrec/read", 0) >= len(told), min(wait, _READ_WITHIN))
+            if wait:
+                group.spec.rdzv_handler.shutdown = lambda: True  # Closed; nobody asks any more.
+                time.sleep(3 * _ASK_EVERY)
         return outcome([own, *told])
 
     def _takes(self, seconds: float) -> None:
@@ -211,7 +215,7 @@ class Agent(LocalElasticAgent):
         The agents' store is asked without a limit: when the network is gone, the kernel tries for a quarter of an hour.
         """
         failed = None
-        # At a static meeting point (MASTER_ADDR, as of Kubeflow Trainer) agents begin before the first node is there, whose name
+        # At a static meeting point (MASTER_ADDR, as of Kubeflow Trainer) agents begin before the first node is there; its name
         # may not exist until then. At others they have reached it before.
         reached = None if self._rdzv_handler.get_backend() == "static" else time.monotonic()
         while True:
@@ -314,7 +318,7 @@ def _tell(text: str) -> None:
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(_ASK_EVERY)
 
 
 if __name__ == "__main__":
