@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -259,7 +260,7 @@ def main() -> None:
             _tell(str(failed))
     except SignalException:
         pass
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:  # The second is of a static meeting point, as of Kubeflow Trainer.
         if Agent.code is None:
             Agent.reason = _why(error)
     if Agent.reason:
@@ -267,9 +268,9 @@ def main() -> None:
     _end(LOST if Agent.code is None else Agent.code)
 
 
-def _why(error: RendezvousError) -> str:
+def _why(error: Exception) -> str:
     """Why the nodes of a job do not meet, or no more, in words."""
-    whys = {
+    whys: dict[type[Exception], str] = {
         RendezvousConnectionError: f"the first node ({Agent.first}) has ended, or cannot be reached.",
         RendezvousTimeoutError: f"fewer nodes than the job needs came to {Agent.first} in time (join_timeout).",
         RendezvousClosedError: f"the job has ended on another node, as {Agent.first} says.",

@@ -196,6 +196,16 @@ def test_one_code_of_many(codes, stopped_by, expected):
     assert outcome(codes, stopped_by) == expected
 
 
+def test_a_first_node_that_does_not_come_is_one_line_at_a_static_meeting_point_too(tmp_path):
+    meet = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "localhost", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "mmlrec.launch.agent", *meet, "--rdzv-conf", "timeout=2", "none.py"]
+    agent = Command(command, cwd=tmp_path, log=tmp_path / "log")
+    assert agent.wait(120) == 1
+    output = (tmp_path / "log").read_text()
+    assert re.search(rf"^error: the nodes do not meet at localhost:\d+: .*timed out.* {AGAIN}$", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
 class GaveUp(Exception):
     """The watch would end this process."""
 
