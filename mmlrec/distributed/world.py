@@ -204,7 +204,7 @@ def _joining(rank: int, world_size: int, timeout: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _TIMED_OUT.search(str(error)):
+        if not _TIMED_OUT.search(str(error)) and "failed to connect" not in str(error):
             raise
         lost = RankError(
             f"not all of {world_size} ranks have joined within {timeout:g} s (training.timeout); rank {rank} waited for them."

@@ -63,6 +63,8 @@ _EXIT_BARRIER = 300.0
 _POLITE = 30.0
 #: A rank has failed for so long, and the main thread has not got on for so long: it waits for an answer that does not come.
 _STUCK_AFTER = 10.0
+#: In the store of the agents: a node has ended without being done.
+_OVER = "mmlrec/over"
 #: How long the first node may be out of reach while the nodes meet.
 _OUT_OF_REACH = 60.0
 
@@ -98,6 +100,9 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
         self._meets = True
+        #: Since when another node is known to have ended without being done; when that is asked again.
+        self._over_since: float | None = None
+        self._asks_at = 0.0
         self._takes(0)
 
     def run(self, role: str = "default") -> RunResult:
@@ -113,7 +118,7 @@ class Agent(LocalElasticAgent):
             raise
         except RendezvousError as error:
             Agent.code = self._agree(outcome(self._codes()) or LOST)
-            if Agent.code == LOST and not self._told():
+            if Agent.code == LOST and not self._told() and self._over_since is None:
                 Agent.reason = _why(error)
             raise
         if result.is_failed():
@@ -139,12 +144,33 @@ class Agent(LocalElasticAgent):
         return context is not None and any(Path(file).is_file() for file in context.error_files.values())
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._end_ranks_that_hang()
         self._takes(2 * _POLITE)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._settle_restarts(outcome(self._codes()))
         self._takes(0)
         return result
+
+    def _end_ranks_that_hang(self) -> None:
+        """Kill the ranks of this node where another one has ended, and these have not in the time that there is for an end.
+
+        They are the ones that the others did not wait for any longer, and nobody else would end them.
+        """
+        group, store, now = self._worker_group, self._store, time.monotonic()
+        if store is None or group.group_world_size == 1 or now < self._asks_at:
+            return
+        self._asks_at = now + 1
+        with contextlib.suppress(RuntimeError):  # the store is gone, and who hosts it
+            self._over_since = (self._over_since or now) if store.check([_OVER]) else None
+        if self._over_since is not None and now - self._over_since > self._shutdown_timeout + _STUCK_AFTER:
+            self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
+        context = self._context()
+        for handler in context.subprocess_handlers.values() if context else ():
+            with contextlib.suppress(OSError):
+                handler.close(signal.SIGKILL)
 
     def _settle_restarts(self, found: int) -> None:
         """What is not started again in place, and what does not count as a failure."""
@@ -193,6 +219,8 @@ class Agent(LocalElasticAgent):
 
         with contextlib.suppress(RuntimeError, RendezvousError):  # the store is gone, and who hosts it
             store.set(keys[group.group_rank], str(own))
+            if own:
+                store.set(_OVER, "")
             if wait:
                 # Nodes that want to start again in place must not wait for this one.
                 group.spec.rdzv_handler.set_closed()
@@ -232,10 +260,7 @@ class Agent(LocalElasticAgent):
         if not reachable(self.first):
             # Not called an error: a node that reaches the first one tells what it means for the run.
             _tell(f"cut off: the first node ({self.first}) does not answer; it is gone, or the network to it. {_AGAIN}")
-        context = self._context()
-        for handler in context.subprocess_handlers.values() if context else ():
-            with contextlib.suppress(OSError):
-                handler.close(signal.SIGKILL)
+        self._kill_ranks()
         time.sleep(1)  # The threads that show what the ranks wrote get to its end.
         _end(Agent.code if Agent.code is not None else outcome(codes) if codes else LOST)
 

@@ -219,6 +219,7 @@ def settle_best(best: Place, step: int | None, world: World) -> None:
         step: of that checkpoint; None where no validation has chosen one yet.
     """
     chosen = None if step is None else _settled(best, step, world)
+    world.barrier()  # Another rank may still be reading what is deleted now.
     if world.is_main:
         old = best.with_name(best.name + REPLACED)
         if step is None:

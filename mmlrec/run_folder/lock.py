@@ -157,23 +157,30 @@ class Lock:
                 if error.errno not in _TAKEN:
                     raise
             if _holder(descriptor, 0) is not None:
-                raise self._taken(descriptor, [0])
+                if taken_by := self._taken(descriptor):
+                    raise taken_by
+                continue
             if deadline is None:
                 deadline = time.monotonic() + _ORPHANS_END_WITHIN_S
                 logger.info("%s: waiting for the last ranks of the run before to end", self._folder)
             if time.monotonic() > deadline:
-                ranks = range(1, len(_read(descriptor).get("ranks", [])))
-                raise self._taken(descriptor, [rank for rank in ranks if _holder(descriptor, rank) is not None])
+                content = _read(descriptor)
+                ranks = range(1, len(content.get("ranks", [])))
+                raise taken(self._folder, content, [rank for rank in ranks if _holder(descriptor, rank) is not None])
             time.sleep(0.1)
 
-    def _taken(self, descriptor: int, ranks: list[int]) -> UserError:
-        content = _read(descriptor)
+    def _taken(self, descriptor: int) -> UserError | None:
+        """What to say of a rank 0 that holds the folder; None where it has ended meanwhile."""
         deadline = time.monotonic() + 2
-        # Its holder may have it since a moment ago, and is about to write; what stands there is of the one before.
-        while not (current := _is_of_holder(content, descriptor)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while (holder := _holder(descriptor, 0)) is not None:
             content = _read(descriptor)
-        return taken(self._folder, content if current else {}, ranks)
+            if _is_of_holder(content, holder) and _holder(descriptor, 0) == holder:
+                return taken(self._folder, content, [0])
+            # It may have it since a moment ago, and is about to write; what stands there is of the one before.
+            if time.monotonic() > deadline:
+                return taken(self._folder, {}, [0])
+            time.sleep(0.05)
+        return None
 
 
 def taken(folder: Place, holder: dict[str, Any], ranks: list[int]) -> UserError:
@@ -214,12 +221,12 @@ def _holder(descriptor: int, byte: int) -> int | None:
     return None if kind == fcntl.F_UNLCK else int(process)
 
 
-def _is_of_holder(content: dict[str, Any], descriptor: int) -> bool:
+def _is_of_holder(content: dict[str, Any], holder: int) -> bool:
     """False where the file is still empty, or was written on this host by another process than has locked its first byte."""
     if not content:
         return False
-    (host, process), holder = content["ranks"][0], _holder(descriptor, 0)
-    return host != socket.gethostname() or holder is None or holder < 1 or holder == process
+    host, process = content["ranks"][0]
+    return bool(host != socket.gethostname() or holder < 1 or holder == process)
 
 
 def _keeps_locks_to_itself(folder: Path, mounts: Path) -> str | None:

@@ -32,6 +32,7 @@ def bench(tmp_path_factory):
         ("link cut for 5 s", 1),
         ("link cut for good", 1),
         ("SIGTERM to one agent", 1),
+        ("rank stopped for good (SIGSTOP)", 2),
         ("fewer or more nodes at the next start", 2),
         ("elastic: 1 -> 2 -> 1 hosts", 2),
     ],

@@ -119,6 +119,8 @@ def run_training(
         faults = faults or differences(job, unbroken, kind)
         if len(job.said("error: ")) != sum(len(trial.errors) for trial in trials):
             faults.append("lines beginning with error: at other times")
+        if job.said(r"Traceback \(most recent call last\)"):
+            faults.append("a traceback")
     except Fault as fault:
         faults = [str(fault)]
     finally:

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torchrec.distributed import comm
 
-from mmlrec.distributed.world import process_group
+from mmlrec.distributed.world import _joining, process_group
+from mmlrec.errors import RankError
 from tests.datasets import write_dataset
 from tests.processes import ROOT, environment
 from tests.training.launch import start_ranks
@@ -140,6 +141,17 @@ def test_a_rank_that_is_stopped_for_good_under_torchrun(dataset, tmp_path):
         job.kill()
     assert seconds < 90, log.read_text()
     assert_named(log.read_text(), 1, 0, 30, newest_step(tmp_path))
+
+
+@pytest.mark.parametrize("why", ["timed out after 3000ms while trying to connect", "failed to connect to any network address"])
+def test_a_rank_0_that_is_not_reached_is_told_in_words(why):
+    """By rank 0, which waits as well; a host without a route to it is told at once that there is none."""
+    with (
+        pytest.raises(RankError, match=r"not all of 2 ranks have joined within 3 s \(training.timeout\)") as error,
+        _joining(1, 2, 3),
+    ):
+        raise dist.DistNetworkError(f"The client socket has {why} of (h1, 40041).")
+    assert error.value.told is True
 
 
 def test_every_group_has_the_timeout(monkeypatch):

@@ -182,21 +182,36 @@ def test_a_run_whose_folder_is_deleted_makes_no_other_one_and_frees_no_lock_of_a
     assert [path.name for path in run_dir.iterdir()] == [".lock"]
 
 
-def test_a_holder_that_has_not_written_yet_is_not_taken_for_the_one_before(root, tmp_path, app):
-    """As a start finds it between the lock of another one and what that writes into the file."""
-    run_dir = tmp_path / "run"
+def silent_holder(folder: Path, seconds: float) -> tuple[Path, Command]:
+    """A run folder between the lock of a start and what that writes into the file: what stands there is of one before."""
+    run_dir = folder / "run"
     run_dir.mkdir()
     before = {"start": "a", "since": "yesterday", "job": None, "ranks": [[socket.gethostname(), 1]]}
     (run_dir / ".lock").write_text(json.dumps(before))
-    script = tmp_path / "holder.py"
+    script = folder / "holder.py"
     script.write_text(
         "import fcntl, os, sys, time\n"
         f"lock = os.open({str(run_dir / '.lock')!r}, os.O_RDWR)\n"
-        "fcntl.lockf(lock, fcntl.LOCK_EX)\nprint('locked', flush=True)\ntime.sleep(600)\n"
+        f"fcntl.lockf(lock, fcntl.LOCK_EX)\nprint('locked', flush=True)\ntime.sleep({seconds})\n"
     )
-    other = Command([sys.executable, str(script)], log=tmp_path / "log")
+    other = Command([sys.executable, str(script)], log=folder / "log")
+    until(lambda: "locked" in (folder / "log").read_text(), 30, "a lock")
+    return run_dir, other
+
+
+def test_a_holder_that_has_ended_before_it_wrote_leaves_the_folder_free(tmp_path):
+    run_dir, other = silent_holder(tmp_path, 0.5)
+    own = lock.Lock(run_dir)
     try:
-        until(lambda: "locked" in (tmp_path / "log").read_text(), 30, "a lock")
+        assert own.take({"start": "b", "since": "now", "job": None, "ranks": [[socket.gethostname(), os.getpid()]]})
+    finally:
+        own.leave()
+        other.kill()
+
+
+def test_a_holder_that_has_not_written_yet_is_not_taken_for_the_one_before(root, tmp_path, app):
+    run_dir, other = silent_holder(tmp_path, 600)
+    try:
         code, error = app(*train(root, run_dir))
         assert code == 2
         assert f"error: {run_dir} is taken: another run is writing there." in error
