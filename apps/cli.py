@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -19,6 +20,21 @@ from typing import NoReturn
 
 from mmlrec.errors import RankError, UserError, discard_output
 from mmlrec.terminal import plain, plain_output
+
+#: What a disk, a file server or a network says that fails, and that a later start, or one elsewhere, may not meet.
+_MAY_PASS = {
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+}
+_FREE_SPACE = "Free space, or choose another folder."
 
 
 def run(main: Callable[[], None]) -> None:
@@ -111,11 +127,13 @@ def _exit_code(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         discard_output()
     except OSError as error:
+        passes = error.errno in _MAY_PASS
         if not _told(error, False):
-            message = f"{error.filename or 'a file'}: {error.strerror}. Free space, or choose another folder."
+            remedy = "Look after the disk or the server, then run the same command again." if passes else _FREE_SPACE
+            message = f"{error.filename or 'a file'}: {error.strerror}. {remedy}"
             _leave_to_agent(message)
             print(f"error: {message}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if passes else 2
     except ImportError as error:
         if not _told(error, False):
             from mmlrec.doctor import explain

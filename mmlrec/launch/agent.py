@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
+from torch.distributed import DistError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -55,8 +56,11 @@ _MEANING = {
 }
 #: Seconds: for other nodes to tell their outcome; for them to read it.
 _AGREE_WITHIN, _READ_WITHIN = 10.0, 2.0
-#: Longest wait for other nodes whose ranks have not ended when those of this one are done.
-_EXIT_BARRIER = 60.0
+_ASK_EVERY = 0.1
+#: Longest wait for other nodes whose ranks have not ended when those of this one are done, as of torchrun.
+_EXIT_BARRIER = 300.0
+#: How long torchrun waits for the other ranks of a node, when one has ended, before it kills them; and then once more.
+_POLITE = 30.0
 #: A rank has failed for so long, and the main thread has not got on for so long: it waits for an answer that does not come.
 _STUCK_AFTER = 10.0
 #: In the store of the agents: a node has ended without being done.
@@ -94,8 +98,8 @@ class Agent(LocalElasticAgent):
     first: ClassVar[str] = ""
 
     def __init__(self, spec: WorkerSpec, **options: Any) -> None:
-        super().__init__(spec, exit_barrier_timeout=_EXIT_BARRIER, **options)
-        self._meets = False
+        super().__init__(spec, **options)
+        self._meets = True
         #: Since when another node is known to have ended without being done; when that is asked again.
         self._over_since: float | None = None
         self._asks_at = 0.0
@@ -117,7 +121,6 @@ class Agent(LocalElasticAgent):
             if Agent.code == LOST and not self._told() and self._over_since is None:
                 Agent.reason = _why(error)
             raise
-        Agent.code = 0
         if result.is_failed():
             Agent.code = self._agree(outcome(self._codes()))
             if Agent.code == LOST and self._worker_group.group_world_size == 1 and not self._told():
@@ -141,12 +144,12 @@ class Agent(LocalElasticAgent):
         return context is not None and any(Path(file).is_file() for file in context.error_files.values())
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._takes(2 * self._shutdown_timeout)
         self._end_ranks_that_hang()
+        self._takes(2 * _POLITE)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             self._settle_restarts(outcome(self._codes()))
-        self._takes(_EXIT_BARRIER if result.state == WorkerState.SUCCEEDED else 0)
+        self._takes(0)
         return result
 
     def _end_ranks_that_hang(self) -> None:
@@ -178,9 +181,14 @@ class Agent(LocalElasticAgent):
         elif found == PREEMPTED and self._worker_group.spec.max_restarts:
             self._remaining_restarts += 1  # Another node goes, or comes; all ranks have saved.
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
+        """As the base class; ranks have the time of `--shutdown-timeout`, which it gives after a signal only."""
         self._takes(2 * self._shutdown_timeout)
-        self._shutdown(timeout=self._shutdown_timeout)
+        super()._shutdown(death_sig, self._shutdown_timeout)
+
+    def _exit_barrier(self) -> None:
+        """Wait for the other nodes when the ranks of this one are done; to the base class's barrier none comes that fails."""
+        Agent.code = self._agree(0, wait=_EXIT_BARRIER)
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         self._meets = True
@@ -196,24 +204,34 @@ class Agent(LocalElasticAgent):
         Args:
             wait: longest wait for the other nodes, in seconds.
         """
-        self._takes(wait + _READ_WITHIN)
-        _ignore_signals()
+        self._takes(_READ_WITHIN)
+        if own:
+            _ignore_signals()
         group, store = self._worker_group, self._store
         if store is None or group.group_world_size == 1:
             return own
         keys = [f"mmlrec/ended/{rank}" for rank in range(group.group_world_size)]
         told = []
+
+        def told_by_all() -> bool:
+            self._takes(_READ_WITHIN)
+            return store.check(keys)
+
         with contextlib.suppress(RuntimeError, RendezvousError):  # the store is gone, and who hosts it
             store.set(keys[group.group_rank], str(own))
-            store.set(_OVER, "")
+            if own:
+                store.set(_OVER, "")
             if wait:
                 # Nodes that want to start again in place must not wait for this one.
                 group.spec.rdzv_handler.set_closed()
-                _wait(lambda: store.check(keys), wait)
+                _wait(told_by_all, wait)
             told = [int(store.get(key)) for key in keys if store.check([key])]
-            # One of the agents hosts the store, and should not take it away before all have read.
+            # One of the agents hosts the store, and should not take it away before all have read, and know that all have.
             store.add("mmlrec/read", 1)
             _wait(lambda: store.add("mmlrec/read", 0) >= len(told), min(wait, _READ_WITHIN))
+            if wait:
+                group.spec.rdzv_handler.shutdown = lambda: True  # Closed; nobody asks any more.
+                time.sleep(3 * _ASK_EVERY)
         return outcome([own, *told])
 
     def _takes(self, seconds: float) -> None:
@@ -225,14 +243,17 @@ class Agent(LocalElasticAgent):
 
         The agents' store is asked without a limit: when the network is gone, the kernel tries for a quarter of an hour.
         """
-        reached = failed = None
+        failed = None
+        # At a static meeting point (MASTER_ADDR, as of Kubeflow Trainer) agents begin before the first node is there; its name
+        # may not exist until then. At others they have reached it before.
+        reached = None if self._rdzv_handler.get_backend() == "static" else time.monotonic()
         while True:
             time.sleep(1)
             now, codes = time.monotonic(), self._codes()
             ended = any(codes) or len(codes) == self._worker_group.spec.local_world_size
             failed = (failed or now) if ended and not self._meets else None
-            reached = now if not self._meets or reachable(self.first) else reached or now
-            if now - reached > _OUT_OF_REACH or (failed and now > max(failed + _STUCK_AFTER, self._due)):
+            reached = now if not self._meets or reachable(self.first) else reached
+            if (reached and now - reached > _OUT_OF_REACH) or (failed and now > max(failed + _STUCK_AFTER, self._due)):
                 self._give_up(codes)
 
     def _give_up(self, codes: list[int]) -> NoReturn:
@@ -264,7 +285,7 @@ def main() -> None:
             _tell(str(failed))
     except SignalException:
         pass
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:  # The second is of a static meeting point, as of Kubeflow Trainer.
         if Agent.code is None:
             Agent.reason = _why(error)
     if Agent.reason:
@@ -272,9 +293,9 @@ def main() -> None:
     _end(LOST if Agent.code is None else Agent.code)
 
 
-def _why(error: RendezvousError) -> str:
+def _why(error: Exception) -> str:
     """Why the nodes of a job do not meet, or no more, in words."""
-    whys = {
+    whys: dict[type[Exception], str] = {
         RendezvousConnectionError: f"the first node ({Agent.first}) has ended, or cannot be reached.",
         RendezvousTimeoutError: f"fewer nodes than the job needs came to {Agent.first} in time (join_timeout).",
         RendezvousClosedError: f"the job has ended on another node, as {Agent.first} says.",
@@ -309,7 +330,11 @@ def _ignore_signals() -> None:
 def _keep_slurm_from_starting_again() -> None:
     """TorchX's batch script asks for that whatever the exit code is; Slurm then refuses it, and the job has failed."""
     if "TORCHX_MAX_RETRIES" in os.environ and "SLURM_JOB_ID" in os.environ and shutil.which("scontrol"):
-        subprocess.run(["scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", "Requeue=0"], timeout=30, check=False)
+        command = ["scontrol", "update", f"JobId={os.environ['SLURM_JOB_ID']}", "Requeue=0"]
+        try:
+            subprocess.run(command, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:  # The exit code is told all the same.
+            _tell(f"Slurm may start this job again in vain: {error}")
 
 
 def _tell(text: str) -> None:
@@ -319,7 +344,7 @@ def _tell(text: str) -> None:
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(_ASK_EVERY)
 
 
 if __name__ == "__main__":

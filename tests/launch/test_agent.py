@@ -3,13 +3,16 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mmlrec.launch import agent
 from mmlrec.launch.agent import outcome
 from tests.datasets import write_dataset
 from tests.processes import Command, environment
@@ -20,12 +23,16 @@ RANK = """
 import os, signal, sys, time
 words, parent = sys.argv[1].split(","), os.getppid()
 word, *stopped = words[int(os.environ["RANK"])].split("-")
+def save(*_):
+    time.sleep(float(stopped[1]) if stopped[1:] else 0)
+    open("saved" + os.environ["RANK"], "w").close()
+    os._exit(int(stopped[0]))
 if word != "trains":
     with open("starts", "a") as file:
         file.write(f"{word} {os.environ['TORCHELASTIC_USE_AGENT_STORE']} {os.environ['MASTER_PORT']}\\n")
 if stopped:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN if stopped[0] == "never" else lambda *_: os._exit(int(stopped[0])))
+        signal.signal(number, signal.SIG_IGN if stopped[0] == "never" else save)
 if word == "trains":
     open("trains" + os.environ["RANK"], "w").close()
 while word == "trains" and os.getppid() == parent:
@@ -71,10 +78,14 @@ CASES = {
     "a rank is killed": Case("killed,trains-85", 1, says=[KILLED]),
     "SIGTERM": Case("trains-85,trains-85", 85, send=signal.SIGTERM),
     "SIGUSR1": Case("trains-85,trains-85", 85, send=signal.SIGUSR1, options=("--signals-to-handle", "SIGTERM,SIGUSR1")),
+    "SIGTERM, one rank takes its time": Case(
+        "trains-85,trains-85-14", 85, send=signal.SIGTERM, options=("--shutdown-timeout", "40")
+    ),
     "SIGTERM, not in time": Case("trains-85,trains-never", 1, send=signal.SIGTERM, options=("--shutdown-timeout", "1")),
     "a mistake is not started again in place": Case("2,trains", 2, options=("--max-restarts", "3"), slurm=True),
     "a killed rank is": Case("killed,trains-85", 1, options=("--max-restarts", "2"), starts=3, says=[KILLED]),
     "all nodes know of a mistake": Case("2,1", 2, nodes=2, options=("--max-restarts", "3"), slurm=True),
+    "a node that is done knows, too": Case("0,2", 2, nodes=2, slurm=True),
     "the first node is killed": Case("trains-1,trains-1", None, nodes=2, send=signal.SIGKILL, says=[GONE]),
 }
 
@@ -148,6 +159,8 @@ def test_what_the_agents_end_with(ends, name):
         assert [(word, shared) for word, shared, _ in starts] == [(ending[0], "False")] * case.starts
         # Each time in a store of its own: in a former one are the addresses of ranks that are dead.
         assert len({port for *_, port in starts}) == case.starts
+    if case.send and case.code == 85:
+        assert len(list(end.folder.glob("saved*"))) == 2, end.output
     told = end.folder / "scontrol"
     assert told.exists() == case.slurm
     if case.slurm:
@@ -181,6 +194,68 @@ def test_what_the_agents_end_with(ends, name):
 )
 def test_one_code_of_many(codes, stopped_by, expected):
     assert outcome(codes, stopped_by) == expected
+
+
+def test_a_first_node_that_does_not_come_is_one_line_at_a_static_meeting_point_too(tmp_path):
+    meet = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "localhost", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "mmlrec.launch.agent", *meet, "--rdzv-conf", "timeout=2", "none.py"]
+    agent = Command(command, cwd=tmp_path, log=tmp_path / "log")
+    assert agent.wait(120) == 1
+    output = (tmp_path / "log").read_text()
+    assert re.search(rf"^error: the nodes do not meet at localhost:\d+: .*timed out.* {AGAIN}$", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
+class GaveUp(Exception):
+    """The watch would end this process."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "answers", "gives_up_after"),
+    [
+        ("c10d", "", 61),  # reached before the agent began
+        ("c10d", "+" * 100, 161),
+        ("c10d", "-" * 50 + "+", 112),  # away for less than a minute
+        ("static", "", None),  # the first node still comes up
+        ("static", "-" * 200 + "+", 262),
+    ],
+)
+def test_when_an_agent_gives_up_that_waits_for_the_first_node(monkeypatch, backend, answers, gives_up_after):
+    """Answers of the first node, one a second: + when it is reached, - or nothing when it is not. Afterwards it is not."""
+    seconds, waiting = [0.0], agent.Agent.__new__(agent.Agent)
+    waiting._meets, waiting._pcontext, waiting._due = True, None, 0.0
+    waiting._rdzv_handler = SimpleNamespace(get_backend=lambda: backend)
+    waiting._worker_group = SimpleNamespace(spec=SimpleNamespace(local_world_size=1))
+
+    def sleep(given):
+        seconds[0] += given
+        if seconds[0] > 1000:
+            raise TimeoutError
+
+    def give_up(codes):
+        raise GaveUp
+
+    monkeypatch.setattr(agent, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 1.0 + seconds[0]))
+    monkeypatch.setattr(agent, "reachable", lambda _: answers[int(seconds[0]) - 1 :][:1] == "+")
+    monkeypatch.setattr(waiting, "_give_up", give_up)
+    with pytest.raises(GaveUp if gives_up_after else TimeoutError):
+        waiting._watch()
+    assert not gives_up_after or seconds[0] == gives_up_after
+
+
+def test_slurm_that_does_not_answer_changes_no_exit_code(monkeypatch, capsys):
+    def run(command, timeout, check):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(agent, "subprocess", SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(agent, "shutil", SimpleNamespace(which=lambda name: name))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("TORCHX_MAX_RETRIES", "3")
+    ended = []
+    monkeypatch.setattr(agent, "os", SimpleNamespace(environ=os.environ, _exit=ended.append))
+    agent._end(2)
+    assert ended == [2]
+    assert "Slurm may start this job again in vain" in capsys.readouterr().err
 
 
 CONFIG = """

@@ -1,5 +1,6 @@
 """A run of several ranks that fails says why in one line: the first cause, with rank, step and exception."""
 
+import errno
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.cli import run
 from tests.datasets import write_dataset
 from tests.processes import ROOT, Command, environment
 from tests.training.launch import free_port
@@ -123,3 +125,16 @@ def test_torchrun_shows_the_same_cause(root, tmp_path, how, words):
     else:
         assert f"Signal {signal.SIGKILL.value}" in summary
     assert os.listdir(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.ENOENT, 2), (errno.EIO, 1), (errno.ESTALE, 1)])
+def test_a_disk_or_server_that_fails_is_no_mistake_of_the_user(number, code, capsys):
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: some/file: {os.strerror(number)}. ")
+    assert ("run the same command again" in line) == (code == 1)
