@@ -5,6 +5,9 @@ import os
 import sys
 from collections.abc import Iterable
 
+#: Exit codes of what has to be mended first, configuration or data and installation: starting again would end the same way.
+MISTAKES = (2, 3)
+
 
 class UserError(Exception):
     """Something the user can mend: the message names the file, key or row, and the remedy."""

@@ -45,8 +45,9 @@ from torch.distributed.launcher import api as launcher
 
 from mmlrec.distributed.heartbeat import reachable
 from mmlrec.distributed.stopping import StopSignal
+from mmlrec.errors import MISTAKES
 
-LOST, MISTAKES, PREEMPTED, INTERRUPTED = 1, (2, 3), StopSignal.PREEMPTED, 130
+LOST, PREEMPTED, INTERRUPTED = 1, StopSignal.PREEMPTED, 130
 _AGAIN = "Run the same command again to continue from the newest checkpoint."
 _MEANING = {
     LOST: "a rank or a node was lost; starting again continues from the newest checkpoint",

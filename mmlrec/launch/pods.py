@@ -12,12 +12,10 @@ from typing import Any
 from torchx.schedulers import kubernetes_scheduler
 from torchx.specs import RetryPolicy
 
-from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.errors import MISTAKES, ConfigError, did_you_mean
 
 _WHERE = "metadata.kubernetes"
-# What mmlrec.launch.agent ends with where starting again would end the same way.
-_MISTAKES = (2, 3)
-_ENDED_BY_MISTAKES = [{"exitCode": code, "action": "TerminateJob"} for code in _MISTAKES]
+_ENDED_BY_MISTAKES = [{"exitCode": code, "action": "TerminateJob"} for code in MISTAKES]
 _OF_ITS_OWN = [{"event": event, "action": "RestartTask"} for event in ("PodEvicted", "PodFailed")]
 
 
