@@ -8,9 +8,11 @@ follows from those of its pieces.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -325,7 +327,13 @@ def _sizes(folder: Place, names: Iterable[str]) -> dict[str, int]:
     """Name -> bytes of those of these files that are here."""
     if not isinstance(folder, Path):
         return stored.sizes(folder)
-    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+    found = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            state = (folder / name).stat()
+            if stat.S_ISREG(state.st_mode):
+                found[name] = state.st_size
+    return found
 
 
 def _size_damage(path: Place, size: int | None, num_bytes: int) -> str | None:
