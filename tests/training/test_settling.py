@@ -38,6 +38,11 @@ class Rank:
     def barrier(self) -> None:
         self.gather(None)
 
+    def raise_together(self, error: Exception | None) -> None:
+        for found in self.gather(error):
+            if found is not None:
+                raise found
+
     def at(self, *_) -> None:
         pass
 
