@@ -11,18 +11,22 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterable
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmlrec.errors import StorageError
-from mmlrec.storage.places import Place, create, read
+from mmlrec.storage.places import Place, create, objects_below, read
 
 if TYPE_CHECKING:
     from upath import UPath
 
 MARKER, REPLACED_MARKER = "COMPLETE.json", "REPLACED.json"
 REPLACED = ".old"
+
+
+def marker_text(files: Mapping[str, Any]) -> bytes:
+    """Content of a marker, wherever it lies: each file with its size and checksum."""
+    return json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()
 
 
 def base(folder: UPath) -> UPath:
@@ -48,7 +52,7 @@ def put(temporary: Place, folder: UPath) -> None:
         StorageError: the store cannot be reached, or refuses.
     """
     listed = json.loads(read(temporary / MARKER))
-    content = _text({f"{temporary.name}/{name}": sums for name, sums in listed["files"].items()})
+    content = marker_text({f"{temporary.name}/{name}": sums for name, sums in listed["files"].items()})
     former = _read(folder / MARKER)
     if former is None:
         try:
@@ -70,7 +74,7 @@ def retire(folder: UPath, delete: Callable[[Place], None]) -> None:
         StorageError: it stays.
     """
     files = {name.partition("/")[0] for name in _names(_read(marker(folder)))}
-    _remove(base(folder), {marker(folder).name} & set(sizes(base(folder))))
+    _remove(base(folder), {marker(folder).name} & set(objects_below(base(folder))))
     # One by one: by the time they are deleted, there may be others beside them.
     for name in sorted(files):
         delete(base(folder) / name)
@@ -85,7 +89,7 @@ def bring_back(old: UPath, folder: UPath) -> None:
 def delete(folder: UPath) -> None:
     """Delete what is left of a folder, as far as that can be done. Of a replaced one the files are left over."""
     with contextlib.suppress(OSError, StorageError):
-        names = set(sizes(base(folder)))
+        names = set(objects_below(base(folder)))
         # The marker goes first: a deletion that is cut short leaves nothing that passes for whole.
         first = names & {marker(folder).name}
         _remove(base(folder), first)
@@ -100,7 +104,7 @@ def folders(folder: UPath) -> list[UPath]:
 
 def is_there(folder: UPath) -> bool:
     """Whether a folder has a marker, or one that it was replacing."""
-    return not {MARKER, REPLACED_MARKER}.isdisjoint(sizes(folder))
+    return not {MARKER, REPLACED_MARKER}.isdisjoint(objects_below(folder))
 
 
 def replaced(folder: UPath) -> list[UPath]:
@@ -120,16 +124,10 @@ def leftovers(folder: UPath) -> list[UPath]:
     return found
 
 
-def sizes(folder: UPath) -> dict[str, int]:
-    """Name -> bytes of all files below a folder."""
-    found = folder.fs.find(folder.path, detail=True)
-    return {str(PurePosixPath(name).relative_to(folder.path)): entry["size"] for name, entry in found.items()}
-
-
 def _below(folder: UPath) -> dict[str, list[str]]:
     """Name of each folder in this one -> names of the files below it."""
     found: dict[str, list[str]] = {}
-    for name in sizes(folder):
+    for name in objects_below(folder):
         first, _, rest = name.partition("/")
         if rest:
             found.setdefault(first, []).append(rest)
@@ -155,7 +153,3 @@ def _names(content: bytes | None) -> list[str]:
         return list(json.loads(content or b"")["files"])
     except (ValueError, KeyError, TypeError):
         return []
-
-
-def _text(files: dict[str, Any]) -> bytes:
-    return json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()

@@ -23,7 +23,7 @@ from mmlrec.distributed.world import World
 from mmlrec.errors import StorageError
 from mmlrec.run_folder import stored
 from mmlrec.run_folder.stored import MARKER, REPLACED
-from mmlrec.storage.places import Place, read
+from mmlrec.storage.places import Place, objects_below, read
 
 TEMPORARY = ".tmp"
 #: What files raise, of this machine and of a store.
@@ -65,7 +65,7 @@ def seal(folder: Place, files: Mapping[str, Sums]) -> None:
         if found.get(name) != sums["bytes"]:
             path = folder / name
             raise OSError(f"{path} was written by another rank and is not here, or not whole: all ranks must see one folder")
-    write_synced(folder / MARKER, json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode())
+    write_synced(folder / MARKER, stored.marker_text(files))
     sync(folder)
 
 
@@ -326,7 +326,7 @@ def _sized(folder: Place) -> str | dict[str, tuple[int, int]]:
 def _sizes(folder: Place, names: Iterable[str]) -> dict[str, int]:
     """Name -> bytes of those of these files that are here."""
     if not isinstance(folder, Path):
-        return stored.sizes(folder)
+        return objects_below(folder)
     found = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

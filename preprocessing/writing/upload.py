@@ -1,7 +1,7 @@
 """A dataset on an object store, which has no rename: the manifest is written last, and what has none is no dataset.
 
-While one is written, an object says so (`MARK`). What a killed attempt left behind is known by it and is overwritten or removed
-by the next one; anything else that lies at the address is left alone.
+While one is written, an object says so (`MARK`). By it the next attempt knows that one was killed, and replaces all that
+lies at the address.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mmlrec.run_folder import stored, whole
-from mmlrec.storage.places import place
+from mmlrec.storage.places import objects_below, place
 
 
 class Died(BaseException):
@@ -139,7 +139,7 @@ def test_a_death_at_any_moment_leaves_the_former_best_or_the_new_one(checkpoints
     for leftover in whole.leftovers(checkpoints):
         whole.delete(leftover)
     assert content(best) == b"former"
-    assert len(stored.sizes(checkpoints)) == 4
+    assert len(objects_below(checkpoints)) == 4
 
 
 def test_the_former_best_goes_once_it_is_superfluous(checkpoints):
@@ -155,7 +155,7 @@ def test_the_former_best_goes_once_it_is_superfluous(checkpoints):
     whole.retire(replaced, whole.delete)
     assert content(best) == b"third"
     assert not whole.replaced(checkpoints)
-    assert len(stored.sizes(checkpoints)) == 4
+    assert len(objects_below(checkpoints)) == 4
 
 
 def test_a_deletion_at_any_moment_leaves_a_whole_folder_or_none(checkpoints, monkeypatch):
@@ -174,7 +174,7 @@ def test_a_deletion_at_any_moment_leaves_a_whole_folder_or_none(checkpoints, mon
             assert content(step) == b"content"
         if len(requests) < at:
             break
-    assert stored.sizes(checkpoints) == {}
+    assert objects_below(checkpoints) == {}
 
 
 def test_a_step_that_another_run_has_sealed_is_not_replaced_by_one_that_was_slow(checkpoints, monkeypatch):
@@ -196,7 +196,7 @@ def test_a_step_that_another_run_has_sealed_is_not_replaced_by_one_that_was_slow
 def test_a_copy_on_a_disk_of_what_lies_on_a_store_is_read(checkpoints, tmp_path):
     step = checkpoints / "step_000000005"
     replace(step, b"content")
-    for name in stored.sizes(checkpoints):
+    for name in objects_below(checkpoints):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((checkpoints / name).read_bytes())
     assert content(tmp_path / "step_000000005") == b"content"
