@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from mmlrec.errors import DataError, StorageError
 from mmlrec.schema import MANIFEST
-from mmlrec.storage.places import objects_below, put_file
+from mmlrec.storage.places import objects_below, put_file, read
 from preprocessing.progress import progress
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Target:
 
     def _check_mine(self) -> None:
         try:
-            mine = (self._out / MARK).read_bytes() == self._mark
+            mine = read(self._out / MARK) == self._mark
         except FileNotFoundError:
             mine = False
         if not mine:

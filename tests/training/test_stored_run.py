@@ -225,7 +225,7 @@ def test_reports_are_put_again_after_an_outage_and_whole_at_the_end(store, monke
         with file.open("a") as appended:
             appended.write("first\n")
             appended.flush()
-            until(lambda: (folder / "metrics.jsonl").read_bytes() == b"of before\nfirst\n", 20, "the first report")
+            until(lambda: read(folder / "metrics.jsonl") == b"of before\nfirst\n", 20, "the first report")
             store.link.cut()
             appended.write("second\n")
             appended.flush()
