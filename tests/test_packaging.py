@@ -125,6 +125,7 @@ def test_lock_is_complete_and_holds_nothing_else():
         pytest.skip("not the CPU environment")
     direct = ["torch", "torchrec", "fbgemm-gpu-cpu", "torchx-nightly", "numpy", "pandas", "pyarrow", "scikit-learn", "scipy"]
     direct += ["PyYAML", "tabulate", "tqdm", "pydantic", "tensorboard", "setuptools", "wheel", "s3fs", "universal-pathlib"]
+    direct += ["safetensors"]
     assert reached(direct) == pins("cpu.txt").keys()
     tools = [
         "hypothesis",
@@ -143,6 +144,12 @@ def test_lock_is_complete_and_holds_nothing_else():
         "moto",
         "flask",
         "flask-cors",
+        "fastapi",
+        "uvicorn",
+        "httpx",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
     ]
     assert reached(tools) - pins("cpu.txt").keys() == pins("dev.txt").keys()
 
