@@ -1,4 +1,4 @@
-"""Predictions of a whole split, exact over ranks, and the report made from them."""
+"""Predictions of a whole split, and the report made from them; each rank keeps the rows that it predicted."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.stopping import Interrupted, StopSignal
-from mmlrec.errors import DataError, UserError
-from mmlrec.metrics.gather import PredictionRows, gather_rows
+from mmlrec.distributed.world import World
+from mmlrec.errors import DataError
+from mmlrec.metrics.gather import PredictionRows, check_each_once
+from mmlrec.metrics.ranks import Ranks
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -28,17 +30,14 @@ def predict_split(
     stop: StopSignal | None = None,
     total: int | None = None,
     title: str = "",
-) -> PredictionRows | None:
-    """Run the model over batches and gather rows and logits on rank 0, in the order of the rows on disk.
+) -> list[PredictionRows]:
+    """Run the model over batches: rows and logits of each of this rank's batches, at least one.
 
     The train pipeline must be empty. Every rank must have the same number of batches.
 
     Args:
         stop: read between batches.
         title: what is done, for the bar and for messages.
-
-    Returns:
-        The rows on rank 0, None elsewhere.
 
     Raises:
         Interrupted: a signal asked to stop.
@@ -84,10 +83,13 @@ def predict_split(
     world = session.world
     if stop is not None and stop.agreed():
         raise stopped(stop, title)
-    world.at(f"{title}: gathering the scores")
-    rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
-    world.raise_together(None if rows is None else _not_finite(rows))
-    return rows
+    _check_finite(collected, ranks_of(world))
+    return collected
+
+
+def ranks_of(world: World) -> Ranks:
+    """The ranks, as metrics know them."""
+    return Ranks(world.rank, world.world_size, world.control)
 
 
 def stopped(stop: StopSignal, title: str) -> Interrupted:
@@ -97,15 +99,18 @@ def stopped(stop: StopSignal, title: str) -> Interrupted:
     )
 
 
-def _not_finite(rows: PredictionRows) -> DataError | None:
-    bad = np.flatnonzero(~np.isfinite(rows.logits).all(axis=1))
-    if not len(bad):
-        return None
-    return DataError(
-        f"the model gives no finite score to {len(bad)} of {len(rows.row)} rows (the first: row {rows.row[bad[0]]}): weights or"
-        " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning rates,"
-        " from the start or from an earlier checkpoint of the run (apps.train --run-dir --from-step)."
-    )
+def _check_finite(collected: list[PredictionRows], ranks: Ranks) -> None:
+    own = [rows.row[~np.isfinite(rows.logits).all(axis=1)] for rows in collected]
+    bad = np.sort(np.concatenate(own)).tolist()
+    found = ranks.gather((sum(len(rows.row) for rows in collected), len(bad), bad[:1]))
+    num_rows, num_bad = sum(rows for rows, _, _ in found), sum(of_rank for _, of_rank, _ in found)
+    if num_bad:
+        first = min(row for _, _, rows in found for row in rows)
+        raise DataError(
+            f"the model gives no finite score to {num_bad} of {num_rows} rows (the first: row {first}): weights or"
+            " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning"
+            " rates, from the start or from an earlier checkpoint of the run (apps.train --run-dir --from-step)."
+        )
 
 
 def evaluate_split(session: Session, split: str, stop: StopSignal | None = None) -> dict[str, Any]:
@@ -117,30 +122,24 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     """
     reader = session.reader(split)
     title = f"evaluating {split}"
-    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    collected = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
-    report, error = None, None
     session.world.at(f"computing the metrics of {split}")
-    if rows is not None:
-        try:
-            network = session.network
-            report = build_report(
-                rows,
-                tasks=session.spec.tasks,
-                scenario=session.manifest.scenario,
-                chain=network.chain,
-                conditional=not isinstance(network, ChainModel) or network.conditional,
-                deviations=session.deviations,
-            )
-            if isinstance(network, ChainModel) and network.config.allow_non_chain:
-                report["allow_non_chain"] = True
-        except UserError as cause:
-            error = cause
-    session.world.raise_together(error)
-    result = session.world.from_main(report)
-    assert isinstance(result, dict)
-    return result
+    rows, ranks, network = PredictionRows.joined(collected), ranks_of(session.world), session.network
+    check_each_once(rows.row, ranks)
+    report = build_report(
+        rows,
+        tasks=session.spec.tasks,
+        scenario=session.manifest.scenario,
+        chain=network.chain,
+        conditional=not isinstance(network, ChainModel) or network.conditional,
+        deviations=session.deviations,
+        ranks=ranks,
+    )
+    if isinstance(network, ChainModel) and network.config.allow_non_chain:
+        report["allow_non_chain"] = True
+    return report
 
 
 def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> None:

@@ -18,6 +18,7 @@ from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences
 from mmlrec.metrics.exact import conditional_logit, log_ratio
+from mmlrec.metrics.gather import gather_rows
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
@@ -46,7 +47,10 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
-    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    collected = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    world = session.world
+    world.at(f"{title}: gathering the scores")
+    rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     error: UserError | None = None

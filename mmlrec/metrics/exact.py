@@ -1,124 +1,122 @@
-"""Exact metrics of one slice of rows, on numpy arrays. Definitions: docs/metrics.md.
+"""Exact metrics of rows that lie on several ranks, over all of them and in each scenario. Definitions: docs/metrics.md.
 
-Scores and logits are float arrays, labels hold 0 and 1, weights are not negative; all are [N] and without missing
-values. A metric that is not defined for the slice (one class only, no rows, no weight) is NaN.
+No rank ever holds the rows of another but for a bounded number at a time. Means are sums without rounding. For AUC the rows go
+to ranks by ranges of their scores, for GAUC by their groups, some million rows at a time; what a range or a group contributes
+is small, and adds up. So every number is the same at every number of ranks: to the bit without weights, and to the rounding of
+sums of weights with them.
+
+Scores and logits are float arrays, labels hold 0 and 1, weights are not negative; all are [N] and without missing values. A
+metric that is not defined for a slice (one class only, no rows, no weight) is NaN.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-Floats = npt.NDArray[np.floating[Any]]
+from mmlrec.exact_sums import exact_sum
+from mmlrec.hashing import mix64
+from mmlrec.metrics.ranks import Ranks
+
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+#: Rows that a rank ranks at a time; some 40 bytes each.
+ROUND_ROWS = 1 << 22
+#: Scores of each rank by which ranges of about equally many rows are found.
+_SAMPLED = 1 << 12
+#: Rows of which something in float64 is worked out at a time.
+CHUNK_ROWS = 1 << 20
 
 
-def auc(score: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """Area under the ROC curve: share of (positive, negative) pairs in the right order, ties counted half.
+@dataclass(frozen=True)
+class Slices:
+    """All rows of one task on this rank, and which of them are of which scenario.
 
-    Equals the Mann-Whitney statistic (Hanley and McNeil 1982); with weights a pair counts w_i * w_j.
+    Attributes:
+        score: [N] float32 or float64.
+        positive: [N] bool.
+        scenario: [N] integers 0..num_scenarios - 1; any where there are no scenarios.
+        num_scenarios: 0 where there are none.
+        weight: [N] float32; None where all weigh alike, on all ranks.
+        group: [N] int64, by which GAUC groups; None where all rows are one group, on all ranks.
     """
-    positive = label > 0
-    if weight is None:
-        high, low = np.sort(score[positive]), np.sort(score[~positive])
-        if not len(high) or not len(low):
+
+    score: Floats
+    positive: Bools
+    scenario: NDArray[np.integer]
+    num_scenarios: int
+    weight: Floats | None
+    group: NDArray[np.int64] | None
+
+    def columns(self, group: bool) -> dict[str, NDArray[Any]]:
+        """The columns that there are, by name."""
+        found: dict[str, NDArray[Any] | None] = {"score": self.score, "positive": self.positive, "weight": self.weight}
+        found |= {"scenario": self.scenario if self.num_scenarios else None, "group": self.group if group else None}
+        return {name: values for name, values in found.items() if values is not None}
+
+
+class Mean(NamedTuple):
+    """A mean over rows that may be on several ranks: two sums without rounding.
+
+    A number that is not finite, such as the loss of an infinite logit, makes the mean infinite.
+    """
+
+    total: Fraction = Fraction(0)
+    weight: Fraction = Fraction(0)
+    infinite: bool = False
+
+    @classmethod
+    def of(cls, values: Floats, weight: Floats | None) -> Mean:
+        """That of some rows, [N]."""
+        numbers = values.astype(np.float64)
+        if weight is None:
+            total = Fraction(len(numbers))
+        else:
+            numbers, own = numbers[weight > 0], weight[weight > 0].astype(np.float64)  # 0 times infinity is no number
+            numbers, total = numbers * own, exact_sum(own)
+        finite = bool(np.isfinite(numbers).all())
+        return cls(exact_sum(numbers) if finite else Fraction(0), total, not finite)
+
+    def plus(self, other: Mean) -> Mean:
+        """Over the rows of both."""
+        return Mean(self.total + other.total, self.weight + other.weight, self.infinite or other.infinite)
+
+    def value(self) -> float:
+        """The mean; NaN where there is no weight."""
+        if not self.weight:
             return float("nan")
-        below = np.searchsorted(low, high, "left").sum() + np.searchsorted(low, high, "right").sum()
-        return float(below) / 2 / (len(high) * len(low))
-    high, low = score[positive], score[~positive]
-    high_weight, low_weight = weight[positive].astype(np.float64), weight[~positive].astype(np.float64)
-    order = np.argsort(low)
-    low = low[order]
-    cumulative = np.concatenate([np.zeros(1), np.cumsum(low_weight[order])])
-    pairs = high_weight.sum() * cumulative[-1]
-    if not pairs > 0:
-        return float("nan")
-    below = cumulative[np.searchsorted(low, high, "left")] + cumulative[np.searchsorted(low, high, "right")]
-    return float((high_weight * below).sum() / 2 / pairs)
+        return float("inf") if self.infinite else float(self.total / self.weight)
 
 
-def logloss(logit: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """Weighted mean of softplus((1 - 2y) z) in float64: cross-entropy from logits, without clipping."""
-    wrong = np.where(label > 0, -1.0, 1.0) * logit
-    return _mean(np.maximum(wrong, 0) + np.log1p(np.exp(-np.abs(wrong))), weight)
+def losses(logit: Floats, positive: Bools) -> Floats:
+    """softplus((1 - 2y) z) in float64, [N]: cross-entropy from logits, without clipping."""
+    wrong = np.where(positive, -1.0, 1.0) * logit
+    return np.maximum(wrong, 0) + np.log1p(np.exp(-np.abs(wrong)))
 
 
-def normalized_entropy(logit: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """Logloss over the entropy of the slice's own (weighted) positive rate (He et al. 2014, section 3)."""
-    rate = _mean((label > 0).astype(np.float64), weight)
-    if not 0 < rate < 1:
-        return float("nan")
-    return logloss(logit, label, weight) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+def probabilities(logit: Floats) -> Floats:
+    """sigmoid(z) in float64, [N]."""
+    return 0.5 * (1 + np.tanh(logit.astype(np.float64) / 2))
 
 
-def calibration(logit: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """(Weighted) sum of predicted probabilities over (weighted) sum of positives; 1 is calibrated."""
-    rate = _mean((label > 0).astype(np.float64), weight)
-    if not rate > 0:
-        return float("nan")
-    return _mean(0.5 * (1 + np.tanh(logit.astype(np.float64) / 2)), weight) / rate
+def entropy(rate: float) -> float:
+    """Of a share of positives; NaN for one class only."""
+    return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))) if 0 < rate < 1 else float("nan")
 
 
-def gauc(score: Floats, label: Floats, group: npt.NDArray[np.int64], weight: Floats | None = None) -> float:
-    """Mean of the groups' AUCs, each weighted by its number of rows; groups with one class are left out.
-
-    (Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", with impressions as weights.) With weights a
-    group weighs the sum of its rows' weights, and its AUC is the weighted one; a class whose weights are all 0 is none.
-    """
-    if not len(score):
-        return float("nan")
-    order = np.lexsort((score, group))
-    score, group, positive = score[order], group[order], label[order] > 0
-    new_group = np.concatenate([[True], group[1:] != group[:-1]])
-    new_tie = new_group | np.concatenate([[True], score[1:] != score[:-1]])
-    starts = np.flatnonzero(new_group)
-    tie_starts = np.flatnonzero(new_tie)
-    if weight is not None:
-        return _weighted_gauc(positive, weight[order].astype(np.float64), starts, tie_starts)
-    tie_sizes = np.diff(np.append(tie_starts, len(score)))
-    # Rank within the group, from 1, ties averaged.
-    rank = np.repeat(tie_starts + (tie_sizes + 1) / 2, tie_sizes)
-    sizes = np.diff(np.append(starts, len(score)))
-    rank -= np.repeat(starts, sizes)
-    positives = np.add.reduceat(positive.astype(np.int64), starts)
-    rank_sums = np.add.reduceat(np.where(positive, rank, 0.0), starts)
-    both = (positives > 0) & (positives < sizes)
-    if not both.any():
-        return float("nan")
-    positives, rank_sums, sizes = positives[both], rank_sums[both], sizes[both]
-    aucs = (rank_sums - positives * (positives + 1) / 2) / (positives * (sizes - positives))
-    return float((aucs * sizes).sum() / sizes.sum())
-
-
-def log_ratio(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
+def log_ratio(first: Floats, last: Floats) -> NDArray[np.float64]:
     """log(sigmoid(last) / sigmoid(first)), [N]."""
     return np.logaddexp(0.0, -first.astype(np.float64)) - np.logaddexp(0.0, -last.astype(np.float64))
 
 
-def _weighted_gauc(
-    positive: npt.NDArray[np.bool_],
-    weight: npt.NDArray[np.float64],
-    starts: npt.NDArray[np.int64],
-    tie_starts: npt.NDArray[np.int64],
-) -> float:
-    """`gauc` of rows in order of group and score; where groups begin, and where rows of one group and score do."""
-    high, low = np.where(positive, weight, 0.0), np.where(positive, 0.0, weight)
-    # Of each tie: weight of the negatives below it in its group, and half of its own.
-    tie_low = np.add.reduceat(low, tie_starts)
-    below = np.cumsum(tie_low) - tie_low
-    first_tie = np.searchsorted(tie_starts, starts)
-    below -= np.repeat(below[first_tie], np.diff(np.append(first_tie, len(tie_starts))))
-    right = np.add.reduceat(np.add.reduceat(high, tie_starts) * (below + tie_low / 2), first_tie)
-    pairs = np.add.reduceat(high, starts) * np.add.reduceat(low, starts)
-    both = pairs > 0
-    if not both.any():
-        return float("nan")
-    total = np.add.reduceat(weight, starts)[both]
-    return float((right[both] / pairs[both] * total).sum() / total.sum())
-
-
-def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
+def conditional_logit(first: Floats, last: Floats) -> NDArray[np.float64]:
     """Logit of sigmoid(last) / sigmoid(first): of a chain's last step given its first, [N], where last is at most first.
 
     The ratio is at most 1 - 1e-7, the most that float32 logits can tell from 1: above that it is their rounding, which would
@@ -128,23 +126,180 @@ def conditional_logit(first: Floats, last: Floats) -> npt.NDArray[np.float64]:
     return ratio - np.log(-np.expm1(ratio))
 
 
-def mse(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """Weighted mean squared error, in float64."""
-    return _mean((prediction.astype(np.float64) - label) ** 2, weight)
+class _Ranked(NamedTuple):
+    """Of each key, in ascending order, [K]: twice the pairs in the right order, and what the two classes count."""
+
+    keys: list[NDArray[Any]]
+    right: NDArray[Any]
+    positives: NDArray[Any]
+    negatives: NDArray[Any]
 
 
-def mae(prediction: Floats, label: Floats, weight: Floats | None = None) -> float:
-    """Weighted mean absolute error, in float64."""
-    return _mean(np.abs(prediction.astype(np.float64) - label), weight)
+def _ranked(keys: list[NDArray[Any]], score: Floats, positive: Bools, weight: Floats | None) -> _Ranked:
+    """Pairs (positive, negative) of rows with equal keys; with weights a pair counts the product of its rows' weights."""
+    order = np.lexsort((score, *reversed(keys))) if keys else np.argsort(score)
+    keys, score, positive = [key[order] for key in keys], score[order], positive[order]
+    own = None if weight is None else weight[order].astype(np.float64)
+    del order
+    if not len(score):
+        return _Ranked(keys, *(np.zeros(0, np.int64 if own is None else np.float64) for _ in range(3)))
+    new_key = np.append(True, np.zeros(len(score) - 1, bool))
+    for key in keys:
+        new_key[1:] |= key[1:] != key[:-1]
+    tie_starts = np.flatnonzero(new_key | np.append(True, score[1:] != score[:-1]))
+    starts = np.flatnonzero(new_key)
+    high, low = (positive, ~positive) if own is None else (np.where(positive, own, 0.0), np.where(positive, 0.0, own))
+    kind = np.int64 if own is None else np.float64
+    # Of each tie: what its classes count, and twice the negatives below it in its key with once its own.
+    tie_high, tie_low = (np.add.reduceat(values.astype(kind), tie_starts) for values in (high, low))
+    first_tie = np.searchsorted(tie_starts, starts)
+    below = np.cumsum(tie_low) - tie_low
+    below -= np.repeat(below[first_tie], np.diff(np.append(first_tie, len(tie_starts))))
+    right = np.add.reduceat(tie_high * (2 * below + tie_low), first_tie)
+    positives, negatives = (np.add.reduceat(values, first_tie) for values in (tie_high, tie_low))
+    return _Ranked([key[starts] for key in keys], right, positives, negatives)
 
 
-def r2(prediction: Floats, label: Floats, deviation: float, weight: Floats | None = None) -> float:
-    """1 - MSE / variance, with the standard deviation of the labels in train; NaN where that is 0 or NaN."""
-    return 1 - mse(prediction, label, weight) / deviation**2 if deviation > 0 else float("nan")
+def aucs(rows: Slices, ranks: Ranks) -> list[float]:
+    """Area under the ROC curve over all rows, then in each scenario: share of (positive, negative) pairs in the right order.
+
+    Ties count half; with weights a pair counts w_i * w_j. Equals the Mann-Whitney statistic (Hanley and McNeil 1982).
+    """
+    borders = _borders(rows.score, ranks)
+    at = _ranges(rows.score, borders)
+    parts = [(2 * int(border) + 1, counts) for border, counts in _on_borders(rows, borders, at)]
+    for index, received in _rounds(rows.columns(group=False), at, len(borders) + 1, ranks):
+        parts.append((2 * index, _range_counts(received, rows.num_scenarios)))
+    counted: dict[int, NDArray[Any]] = {}
+    for of_rank in ranks.gather(parts):
+        for place, counts in of_rank:
+            # A border is counted where its rows are; a range on one rank. Of a border `right` follows from the classes.
+            counted[place] = counts + counted[place] if place in counted else counts
+    right, positives, negatives = ([0] * (rows.num_scenarios + 1) for _ in range(3))
+    for place in sorted(counted):
+        found = counted[place].tolist()
+        for index, (own, high, low) in enumerate(found):
+            own = high * low if place % 2 else own
+            right[index] += own + 2 * high * negatives[index]
+            positives[index] += high
+            negatives[index] += low
+    return [
+        _ratio(own, 2 * high * low) if high and low else float("nan")
+        for own, high, low in zip(right, positives, negatives, strict=True)
+    ]
 
 
-def _mean(values: npt.NDArray[np.float64], weight: Floats | None) -> float:
-    if weight is None:
-        return float(values.mean()) if len(values) else float("nan")
-    total = float(weight.sum(dtype=np.float64))
-    return float(np.dot(values, weight.astype(np.float64))) / total if total > 0 else float("nan")
+def gaucs(rows: Slices, ranks: Ranks) -> list[float]:
+    """Mean of the groups' AUCs over all rows, then in each scenario, each weighted by its number of rows.
+
+    Groups with one class are left out. (Zhu et al. 2017, "Optimized cost per click in Taobao display advertising", with
+    impressions as weights.) With weights a group weighs the sum of its rows' weights, and its AUC is the weighted one; a class
+    whose weights are all 0 is none.
+    """
+    assert rows.group is not None
+    num_rounds = max(1, *ranks.gather(-(-len(rows.score) // ROUND_ROWS)))
+    at = np.empty(len(rows.score), np.int32)
+    for start in range(0, len(at), CHUNK_ROWS):
+        hashed = mix64(rows.group[start : start + CHUNK_ROWS].view(np.uint64))
+        at[start : start + CHUNK_ROWS] = hashed % np.uint64(num_rounds * ranks.world_size)
+    means = [Mean()] * (rows.num_scenarios + 1)
+    for _, received in _rounds(rows.columns(group=True), at, num_rounds * ranks.world_size, ranks):
+        score, positive, weight = received["score"], received["positive"], received.get("weight")
+        every = _ranked([received["group"]], score, positive, weight)
+        means[0] = means[0].plus(_mean_auc(every))
+        if rows.num_scenarios:
+            own = _ranked([received["scenario"], received["group"]], score, positive, weight)
+            borders = np.searchsorted(own.keys[0], np.arange(rows.num_scenarios + 1))
+            for index, (start, stop) in enumerate(itertools.pairwise(borders)):
+                some = _Ranked([], own.right[start:stop], own.positives[start:stop], own.negatives[start:stop])
+                means[index + 1] = means[index + 1].plus(_mean_auc(some))
+    together = [Mean()] * len(means)
+    for of_rank in ranks.gather(means):
+        together = [mean.plus(other) for mean, other in zip(together, of_rank, strict=True)]
+    return [mean.value() for mean in together]
+
+
+def _mean_auc(groups: _Ranked) -> Mean:
+    pairs = groups.positives.astype(np.float64) * groups.negatives
+    both = pairs > 0
+    sizes = (groups.positives + groups.negatives)[both].astype(np.float64)
+    auc = groups.right[both] / (2 * pairs[both])
+    return Mean(exact_sum(auc * sizes), exact_sum(sizes))
+
+
+def _ratio(above: float, below: float) -> float:
+    """Of integers the exact one, rounded once."""
+    return float(Fraction(above) / Fraction(below)) if isinstance(above, int) else above / below
+
+
+def _borders(score: Floats, ranks: Ranks) -> Floats:
+    """Scores, ascending, between which there are about equally many rows, and not too many for a rank.
+
+    Many rows with one score do no harm: it is a border then, and rows on borders are counted where they are.
+    """
+    num_rounds = max(ranks.gather(-(-len(score) // ROUND_ROWS)))
+    num_ranges = num_rounds * ranks.world_size
+    step = max(len(score) // _SAMPLED, 1)
+    sampled = np.sort(np.concatenate(ranks.gather(score[::step])))
+    if num_ranges <= 1 or not len(sampled):
+        return sampled[:0]
+    return np.unique(sampled[np.arange(1, num_ranges) * len(sampled) // num_ranges])
+
+
+def _ranges(score: Floats, borders: Floats) -> NDArray[np.int32]:
+    """[N]: the range between borders that a score lies in, or -1 - the border that it is."""
+    at = np.zeros(len(score), np.int32)
+    for start in range(0, len(score) if len(borders) else 0, CHUNK_ROWS):
+        some = score[start : start + CHUNK_ROWS]
+        found = np.searchsorted(borders, some).astype(np.int32)
+        on = borders[np.minimum(found, len(borders) - 1)] == some
+        at[start : start + CHUNK_ROWS] = np.where(on, -1 - found, found)
+    return at
+
+
+def _on_borders(rows: Slices, borders: Floats, at: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """For each border: what the classes of its rows count over all and in each scenario, [1 + S, 3], the first column 0."""
+    on = np.flatnonzero(at < 0)
+    border, positive = -1 - at[on], rows.positive[on]
+    own = None if rows.weight is None else rows.weight[on].astype(np.float64)
+    for index in range(len(borders)):
+        here = border == index
+        counts = np.zeros((rows.num_scenarios + 1, 3), np.int64 if own is None else np.float64)
+        for column, of_class in ((1, here & positive), (2, here & ~positive)):
+            weights = None if own is None else own[of_class]
+            counts[0, column] = np.count_nonzero(of_class) if weights is None else weights.sum()
+            if rows.num_scenarios:
+                counts[1:, column] = np.bincount(rows.scenario[on][of_class], weights, minlength=rows.num_scenarios)
+        yield index, counts
+
+
+def _range_counts(received: dict[str, NDArray[Any]], num_scenarios: int) -> NDArray[Any]:
+    """Right pairs and what the classes count, over all rows of a range and in each scenario, [1 + S, 3]."""
+    score, positive, weight = received["score"], received["positive"], received.get("weight")
+    counts = np.zeros((num_scenarios + 1, 3), np.int64 if weight is None else np.float64)
+    every = _ranked([], score, positive, weight)
+    if len(score):
+        counts[0] = every.right[0], every.positives[0], every.negatives[0]
+    if num_scenarios:
+        own = _ranked([received["scenario"]], score, positive, weight)
+        counts[1:][own.keys[0]] = np.stack([own.right, own.positives, own.negatives], axis=1)
+    return counts
+
+
+def _rounds(
+    columns: dict[str, NDArray[Any]], at: NDArray[np.int32], num_places: int, ranks: Ranks
+) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    """The rows of one place after the other, as many places at a time as there are ranks: each place's rows on one rank.
+
+    Args:
+        at: the place of each row, [N]; of none where it is negative.
+    """
+    for first in range(0, num_places, ranks.world_size):
+        if num_places == 1:
+            chosen, to = columns, at
+        else:
+            here = np.flatnonzero((at >= first) & (at < first + ranks.world_size))
+            chosen, to = {name: values[here] for name, values in columns.items()}, at[here] - first
+        received = ranks.exchange(chosen, to)
+        if first + ranks.rank < num_places:
+            yield first + ranks.rank, received

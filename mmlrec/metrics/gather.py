@@ -1,4 +1,4 @@
-"""Predictions of all ranks on rank 0, exact and in the order of the rows on disk."""
+"""Predictions of this rank, and those of all ranks on rank 0, exact and in the order of the rows on disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmlrec.errors import DataError
+from mmlrec.hashing import mix64
+from mmlrec.metrics.exact import CHUNK_ROWS
+from mmlrec.metrics.ranks import Ranks, wire
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,36 @@ class PredictionRows:
 
         return cls(rows(logits.float()), rows(labels), rows(mask > 0), rows(scenario), rows(weight), rows(group), rows(row))
 
+    @classmethod
+    def joined(cls, collected: list[PredictionRows]) -> PredictionRows:
+        """The rows of several batches, at least one, as one. Empties the list: no row is in memory twice."""
+        columns = {f.name: [getattr(rows, f.name) for rows in collected] for f in fields(cls)}
+        collected.clear()
+        return cls(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
+
+
+def check_each_once(row: npt.NDArray[np.int64], ranks: Ranks) -> None:
+    """Raise DataError, on every rank, unless the rows of all ranks are 0, 1, ..., each once: by the sum of their hashes.
+
+    Args:
+        row: those of this rank, [N].
+    """
+    found = ranks.gather((len(row), _hashed(row)))
+    num_rows = sum(count for count, _ in found)
+    if sum(hashed for _, hashed in found) % 2**64 != _hashed(range(num_rows)):
+        raise DataError(
+            f"{num_rows} rows were predicted, some of them twice, or others than those of the split: do all ranks read the same"
+            " dataset, split and batch size?"
+        )
+
+
+def _hashed(row: npt.NDArray[np.int64] | range) -> int:
+    total = 0
+    for start in range(0, len(row), CHUNK_ROWS):
+        some = np.asarray(row[start : start + CHUNK_ROWS], np.int64)
+        total += int(mix64(some.view(np.uint64)).sum(dtype=np.uint64))
+    return total % 2**64
+
 
 def gather_rows(
     collected: Sequence[PredictionRows], *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
@@ -74,14 +106,14 @@ def gather_rows(
     Raises:
         DataError: on rank 0, when a row comes twice: the readers of the ranks did not share one order.
     """
-    own = {f.name: np.concatenate([getattr(rows, f.name) for rows in collected]) for f in fields(PredictionRows)}
+    own = vars(PredictionRows.joined(list(collected)))
     if world_size > 1:
         counts = [0] * world_size
         dist.all_gather_object(counts, len(own["row"]), group=group)
         if rank > 0:
             for values in own.values():
                 if len(values):
-                    dist.send(_wire(values), dst=0, group=group)
+                    dist.send(wire(values), dst=0, group=group)
             return None
         own = {name: _receive(values, counts, group) for name, values in own.items()}
     order = np.argsort(own["row"], kind="stable")
@@ -101,10 +133,5 @@ def _receive(own: npt.NDArray[Any], counts: list[int], group: dist.ProcessGroup 
     ends = np.cumsum(counts)
     for source in range(1, len(counts)):
         if counts[source]:
-            dist.recv(_wire(out[ends[source - 1] : ends[source]]), src=source, group=group)
+            dist.recv(wire(out[ends[source - 1] : ends[source]]), src=source, group=group)
     return out
-
-
-def _wire(values: npt.NDArray[Any]) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor

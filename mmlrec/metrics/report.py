@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +15,19 @@ from tabulate import tabulate
 
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.metrics.exact import (
-    auc,
-    calibration,
+    CHUNK_ROWS,
+    Mean,
+    Slices,
+    aucs,
     conditional_logit,
-    gauc,
+    entropy,
+    gaucs,
     log_ratio,
-    logloss,
-    mae,
-    mse,
-    normalized_entropy,
-    r2,
+    losses,
+    probabilities,
 )
 from mmlrec.metrics.gather import PredictionRows
+from mmlrec.metrics.ranks import ALONE, Ranks
 from mmlrec.schema import Scenario, Task
 
 #: Of a binary task, and of a regression task, in the order of the table.
@@ -46,8 +47,9 @@ def build_report(
     chain: Sequence[int] = (),
     conditional: bool = True,
     deviations: Mapping[str, Mapping[str, float]] = {},
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """All metrics of each task, over all rows and for each scenario.
+    """All metrics of each task, over all rows and for each scenario; the same on every rank, each of which gives its own rows.
 
     Undefined metrics are None; a warning names the slices, which are left out of means. GAUC is None when the dataset
     names no group (all rows in one).
@@ -60,6 +62,7 @@ def build_report(
             Otherwise cvr is ranked by that ratio, has no metrics of probabilities, and `above_one` counts the rows in which
             the ratio is none.
         deviations: regression task -> "all" or scenario -> standard deviation of its labels in train; R² is None without.
+        ranks: those that have rows; rank 0 warns.
 
     Returns:
         `{"tasks": {TASK: {METRIC: ..., "rows": ..., "positives": ..., "scenarios": {VALUE: {METRIC: ...}},
@@ -70,18 +73,19 @@ def build_report(
         DataError: a logit is NaN, so nothing can be ranked.
     """
     undefined: list[str] = []
+    alike = _alike(rows, ranks)
     entries = {
-        task.name: _task_entry(rows, column, task, scenario, deviations.get(task.name, {}), undefined)
+        task.name: _task_entry(rows, column, task, scenario, deviations.get(task.name, {}), alike, undefined, ranks)
         for column, task in enumerate(tasks)
     }
     report: dict[str, Any] = {"tasks": entries, "mean": _mean_of(list(entries.values()), [1] * len(entries))}
     if chain:
         clicked = _clicked(rows, chain, conditional)
-        report["cvr"] = _task_entry(clicked, 0, Task(name="cvr"), scenario, {}, undefined)
+        report["cvr"] = _task_entry(clicked, 0, Task(name="cvr"), scenario, {}, alike, undefined, ranks)
         if not conditional:
             _rank_only(report["cvr"])
-            report["cvr"]["above_one"] = int((clicked.logits[clicked.mask] > 0).sum())
-    if undefined:
+            report["cvr"]["above_one"] = sum(ranks.gather(int((clicked.logits[clicked.mask] > 0).sum())))
+    if undefined and ranks.rank == 0:
         text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
         warnings.warn(f"{text} {', '.join(undefined)}.", UserAdvice, stacklevel=2)
     return report
@@ -141,75 +145,148 @@ def _rank_only(entry: dict[str, Any]) -> None:
                 part[name] = None
 
 
+class _Alike(NamedTuple):
+    """What all rows of all ranks have in common: every weight is 1; they are one group."""
+
+    weight: bool
+    group: bool
+
+
+def _alike(rows: PredictionRows, ranks: Ranks) -> _Alike:
+    found = ranks.gather((bool((rows.weight == 1).all()), rows.group[:1].tolist(), bool((rows.group == rows.group[:1]).all())))
+    groups = {group for _, first, _ in found for group in first}
+    return _Alike(all(ones for ones, _, _ in found), len(groups) <= 1 and all(one for _, _, one in found))
+
+
 def _task_entry(
     rows: PredictionRows,
     column: int,
     task: Task,
     scenario: Scenario | None,
     deviations: Mapping[str, float],
+    alike: _Alike,
     undefined: list[str],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """One task's part of the report; adds slices without an AUC to `undefined`."""
     present = rows.mask[:, column]
-    logit, label = rows.logits[present, column], rows.labels[present, column]
-    num_nan = int(np.isnan(logit).sum())
+    score, label = rows.logits[present, column], rows.labels[present, column]
+    num_nan, num_rows = (sum(counts) for counts in zip(*ranks.gather((int(np.isnan(score).sum()), len(score))), strict=True))
     if num_nan:
         raise DataError(
-            f"task '{task.name}': {num_nan} of {len(logit)} predictions are NaN. The model diverged: lower the learning"
+            f"task '{task.name}': {num_nan} of {num_rows} predictions are NaN. The model diverged: lower the learning"
             " rate or set dense.clip_norm, and start from an earlier checkpoint."
         )
-    weight = None if (rows.weight == 1).all() else rows.weight[present]
-    group = None if (rows.group == rows.group[:1]).all() else rows.group[present]
-    entry = _slice(task, logit, label, weight, group, deviations.get("all"))
-    if task.kind == "binary" and entry["auc"] is None:
-        undefined.append(task.name)
+    slices = Slices(
+        score,
+        label > 0,
+        rows.scenario[present],
+        0 if scenario is None else len(scenario.values),
+        None if alike.weight else rows.weight[present],
+        None if alike.group else rows.group[present],
+    )
+    names = ["all", *(scenario.values if scenario is not None else [])]
+    if task.kind == "regression":
+        found = _regression(slices, label, [deviations.get(name) for name in names], ranks)
+    else:
+        found = _binary(slices, ranks)
+        undefined += [task.name] if found[0]["auc"] is None else []
+    totals = [part.pop("weight") for part in found]
+    entry = found[0]
     if scenario is None:
         return entry
-    ids = rows.scenario[present]
-    parts, totals = {}, []
-    for index, value in enumerate(scenario.values):
-        own = ids == index
-        own_weight = _take(weight, own)
-        parts[value] = _slice(task, logit[own], label[own], own_weight, _take(group, own), deviations.get(value))
-        totals.append(parts[value]["rows"] if own_weight is None else float(own_weight.sum(dtype=np.float64)))
-        if task.kind == "binary" and parts[value]["auc"] is None:
-            undefined.append(f"{task.name} in {scenario.name}={value}")
+    parts = dict(zip(scenario.values, found[1:], strict=True))
+    undefined += [
+        f"{task.name} in {scenario.name}={value}" for value, part in parts.items() if "auc" in part and part["auc"] is None
+    ]
     entry["scenarios"] = parts
     entry["scenario_mean"] = _mean_of(list(parts.values()), [1] * len(parts))
-    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), totals)
+    entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), totals[1:])
     return entry
 
 
-def _slice(
-    task: Task,
-    logit: npt.NDArray[np.float32],
-    label: npt.NDArray[np.float32],
-    weight: npt.NDArray[np.float32] | None,
-    group: npt.NDArray[np.int64] | None,
-    deviation: float | None,
-) -> dict[str, Any]:
-    if task.kind == "regression":
-        error = mse(logit, label, weight)
-        return {
-            "mse": _json(error),
-            "rmse": _json(math.sqrt(error)),
-            "mae": _json(mae(logit, label, weight)),
-            "r2": None if deviation is None else _json(r2(logit, label, deviation, weight)),
-            "rows": len(label),
-        }
-    return {
-        "auc": _json(auc(logit, label, weight)),
-        "logloss": _json(logloss(logit, label, weight)),
-        "normalized_entropy": _json(normalized_entropy(logit, label, weight)),
-        "calibration": _json(calibration(logit, label, weight)),
-        "gauc": None if group is None else _json(gauc(logit, label, group, weight)),
-        "rows": len(label),
-        "positives": int((label > 0).sum()),
-    }
+def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
+    """Metrics of all rows, then of each scenario; with `weight`, that of their rows together."""
+
+    def values(some: slice) -> list[npt.NDArray[Any]]:
+        score, positive = rows.score[some], rows.positive[some]
+        return [losses(score, positive), positive, probabilities(score)]
+
+    means = _means(rows, values, ranks)
+    counts = _counts(rows, ranks)
+    without = [None] * len(counts)
+    ranked = zip(aucs(rows, ranks), without if rows.group is None else gaucs(rows, ranks), strict=True)
+    found = []
+    for (auc, gauc), (loss, rate, probability), (num_rows, positives) in zip(ranked, means, counts.tolist(), strict=True):
+        share = rate.value()
+        found.append(
+            {
+                "auc": _json(auc),
+                "logloss": _json(loss.value()),
+                "normalized_entropy": _json(loss.value() / entropy(share)),
+                "calibration": _json(float(probability.total / rate.total) if rate.total else float("nan")),
+                "gauc": None if gauc is None else _json(gauc),
+                "rows": num_rows,
+                "positives": positives,
+                "weight": float(rate.weight),
+            }
+        )
+    return found
 
 
-def _take(values: npt.NDArray[Any] | None, chosen: npt.NDArray[np.bool_]) -> npt.NDArray[Any] | None:
-    return None if values is None else values[chosen]
+def _regression(
+    rows: Slices, label: npt.NDArray[np.float32], deviations: Sequence[float | None], ranks: Ranks
+) -> list[dict[str, Any]]:
+    """As `_binary`, R² by the deviations of the labels in train."""
+
+    def values(some: slice) -> list[npt.NDArray[Any]]:
+        error = rows.score[some].astype(np.float64) - label[some]
+        return [error**2, np.abs(error)]
+
+    means = _means(rows, values, ranks)
+    found: list[dict[str, Any]] = []
+    for (square, absolute), (num_rows, _), deviation in zip(means, _counts(rows, ranks).tolist(), deviations, strict=True):
+        mse = square.value()
+        r2 = 1 - mse / deviation**2 if deviation is not None and deviation > 0 else float("nan")
+        found.append({"mse": _json(mse), "rmse": _json(math.sqrt(mse)), "mae": _json(absolute.value()), "r2": _json(r2)})
+        found[-1] |= {"rows": num_rows, "weight": float(square.weight)}
+    return found
+
+
+def _means(rows: Slices, values: Callable[[slice], list[npt.NDArray[Any]]], ranks: Ranks) -> list[list[Mean]]:
+    """The means of some values of each row, of all rows and of each scenario, [1 + S][values].
+
+    Args:
+        values: of some rows, each [rows].
+    """
+    found: list[list[Mean]] = [[] for _ in range(rows.num_scenarios + 1)]
+    for start in range(0, max(len(rows.score), 1), CHUNK_ROWS):
+        some = slice(start, start + CHUNK_ROWS)
+        every = values(some)
+        weight = None if rows.weight is None else rows.weight[some]
+        found[0] = _plus(found[0], [Mean.of(each, weight) for each in every])
+        for index in range(rows.num_scenarios):
+            chosen = rows.scenario[some] == index
+            own = None if weight is None else weight[chosen]
+            found[index + 1] = _plus(found[index + 1], [Mean.of(each[chosen], own) for each in every])
+    together: list[list[Mean]] = [[] for _ in found]
+    for of_rank in ranks.gather(found):
+        together = [_plus(before, means) for before, means in zip(together, of_rank, strict=True)]
+    return together
+
+
+def _plus(before: list[Mean], means: list[Mean]) -> list[Mean]:
+    return [mean.plus(other) for mean, other in zip(before, means, strict=True)] if before else means
+
+
+def _counts(rows: Slices, ranks: Ranks) -> npt.NDArray[np.int64]:
+    """Rows and positive ones, of all and of each scenario, [1 + S, 2]."""
+    counts = np.zeros((rows.num_scenarios + 1, 2), np.int64)
+    counts[0] = len(rows.score), np.count_nonzero(rows.positive)
+    if rows.num_scenarios:
+        counts[1:, 0] = np.bincount(rows.scenario, minlength=rows.num_scenarios)
+        counts[1:, 1] = np.bincount(rows.scenario[rows.positive], minlength=rows.num_scenarios)
+    return np.sum(ranks.gather(counts), axis=0)
 
 
 def _mean_of(entries: list[dict[str, Any]], weights: Sequence[float]) -> dict[str, float | None]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
+from mmlrec.exact_sums import exact_sum
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
 from preprocessing.dataset import Column, Dataset
@@ -147,23 +147,6 @@ class Mean:
     def value(self) -> float:
         """The mean; 0 where there is no value."""
         return float(self._sum / self._count) if self._count else 0.0
-
-
-def exact_sum(numbers: NDArray[np.float64]) -> Fraction:
-    """The sum of finite float64 numbers, [n], without any rounding.
-
-    Rump, Ogita and Oishi, "Accurate floating-point summation part I", 2008: beside a power of two that is larger than all
-    numbers together the leading bits of each are rounded off. Such bits add up without error; the rest is summed likewise.
-    """
-    total = Fraction(0)
-    while len(numbers):
-        _, exponent = np.frexp(np.abs(numbers).max())
-        large = np.ldexp(1.0, int(exponent) + len(numbers).bit_length() + 1)
-        leading = (numbers + large) - large
-        total += Fraction(float(leading.sum()))
-        numbers = numbers - leading
-        numbers = numbers[numbers != 0]
-    return total
 
 
 class Encoder:

@@ -1,12 +1,53 @@
 """Exact metrics against scikit-learn, brute force over pairs, and numbers worked by hand."""
 
+import functools
 import math
+import warnings
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mmlrec.metrics.exact import auc, calibration, conditional_logit, gauc, logloss, mae, mse, normalized_entropy, r2
+from mmlrec.errors import UserAdvice
+from mmlrec.metrics.exact import conditional_logit
+from mmlrec.metrics.gather import PredictionRows
+from mmlrec.metrics.report import build_report
+from mmlrec.schema import Task
+
+
+def measured(name, score, label, weight=None, group=None, deviation=None):
+    """One metric of a report of one task; NaN where it is undefined."""
+    n = len(label)
+    rows = PredictionRows(
+        logits=score[:, None],
+        labels=label[:, None],
+        mask=np.ones((n, 1), bool),
+        scenario=np.zeros(n, np.int64),
+        weight=np.ones(n, np.float32) if weight is None else weight,
+        group=np.arange(n) if group is None else group,
+        row=np.arange(n),
+    )
+    task = Task(name="t", kind="regression" if name in ("mse", "mae", "r2") else "binary")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserAdvice)
+        found = build_report(rows, tasks=[task], scenario=None, deviations={"t": {"all": deviation}})["tasks"]["t"][name]
+    return math.nan if found is None else found
+
+
+def gauc(score, label, group, weight=None):
+    """All rows of one group make no GAUC in a report: a group with one class, which is left out, stands beside them."""
+    more = None if weight is None else np.append(weight, weight.dtype.type(1))
+    groups = np.append(group, group.max(initial=0) + 1)
+    return measured("gauc", np.append(score, score.dtype.type(0)), np.append(label, label.dtype.type(1)), more, groups)
+
+
+def r2(prediction, label, deviation, weight=None):
+    return measured("r2", prediction, label, weight, deviation=deviation)
+
+
+auc, logloss, normalized_entropy, calibration, mse, mae = (
+    functools.partial(measured, name) for name in ("auc", "logloss", "normalized_entropy", "calibration", "mse", "mae")
+)
 
 
 def sample(seed, n=400, distinct=None, rate=0.3):

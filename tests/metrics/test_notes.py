@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from mmlrec.metrics.exact import auc
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.notes import chance_error, look_at, report_text
 from mmlrec.metrics.report import build_report, report_table
 from mmlrec.schema import Scenario, Task
+from tests.metrics.test_exact import auc
 
 TASKS = [Task(name="click"), Task(name="seconds", kind="regression")]
 

@@ -18,10 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmlrec.exact_sums import exact_sum
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
 from preprocessing.datasets.table import Table
-from preprocessing.encoding.encoder import Mean, exact_sum
+from preprocessing.encoding.encoder import Mean
 from preprocessing.engines import spark_pieces
 from preprocessing.reading import raw_files
 from preprocessing.reading.cells import Cells
