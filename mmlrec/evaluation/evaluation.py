@@ -15,7 +15,7 @@ from mmlrec.data.batch import Batch
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import World
 from mmlrec.errors import DataError
-from mmlrec.metrics.gather import PredictionRows, check_each_once
+from mmlrec.metrics.gather import Collected, PredictionRows, check_each_once
 from mmlrec.metrics.ranks import Ranks
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
@@ -27,15 +27,16 @@ def predict_split(
     session: Session,
     batches: Iterator[Batch],
     *,
+    total: int,
     stop: StopSignal | None = None,
-    total: int | None = None,
     title: str = "",
-) -> list[PredictionRows]:
-    """Run the model over batches: rows and logits of each of this rank's batches, at least one.
+) -> PredictionRows:
+    """Run the model over batches: rows and logits of this rank's batches.
 
     The train pipeline must be empty. Every rank must have the same number of batches.
 
     Args:
+        total: how many batches there are, at least one.
         stop: read between batches.
         title: what is done, for the bar and for messages.
 
@@ -54,7 +55,7 @@ def predict_split(
             waiting.append(batch)
             yield batch
 
-    collected: list[PredictionRows] = []
+    collected: Collected | None = None
     iterator = remember()
     was_training = session.model.training
     session.model.eval()
@@ -66,7 +67,8 @@ def predict_split(
             except StopIteration:
                 break
             batch = waiting.popleft()
-            collected.append(
+            collected = collected or Collected(total * batch.num_rows)
+            collected.add(
                 PredictionRows.from_batch(
                     predictions.logits.cpu(),
                     labels=batch.labels,
@@ -83,8 +85,10 @@ def predict_split(
     world = session.world
     if stop is not None and stop.agreed():
         raise stopped(stop, title)
-    _check_finite(collected, ranks_of(world))
-    return collected
+    assert collected is not None
+    rows = collected.rows()
+    _check_finite(rows, ranks_of(world))
+    return rows
 
 
 def ranks_of(world: World) -> Ranks:
@@ -99,13 +103,12 @@ def stopped(stop: StopSignal, title: str) -> Interrupted:
     )
 
 
-def _check_finite(collected: list[PredictionRows], ranks: Ranks) -> None:
-    own = [rows.row[~np.isfinite(rows.logits).all(axis=1)] for rows in collected]
-    bad = np.sort(np.concatenate(own)).tolist()
-    found = ranks.gather((sum(len(rows.row) for rows in collected), len(bad), bad[:1]))
-    num_rows, num_bad = sum(rows for rows, _, _ in found), sum(of_rank for _, of_rank, _ in found)
+def _check_finite(rows: PredictionRows, ranks: Ranks) -> None:
+    bad = np.sort(rows.row[~np.isfinite(rows.logits).all(axis=1)])
+    found = ranks.gather((len(rows.row), len(bad), bad[:1].tolist()))
+    num_rows, num_bad = sum(of_rank for of_rank, _, _ in found), sum(of_rank for _, of_rank, _ in found)
     if num_bad:
-        first = min(row for _, _, rows in found for row in rows)
+        first = min(row for _, _, first_bad in found for row in first_bad)
         raise DataError(
             f"the model gives no finite score to {num_bad} of {num_rows} rows (the first: row {first}): weights or"
             " table rows that they use are not finite, or too large. The run has diverged: train again with lower learning"
@@ -122,11 +125,11 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     """
     reader = session.reader(split)
     title = f"evaluating {split}"
-    collected = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     session.world.at(f"computing the metrics of {split}")
-    rows, ranks, network = PredictionRows.joined(collected), ranks_of(session.world), session.network
+    ranks, network = ranks_of(session.world), session.network
     check_each_once(rows.row, ranks)
     report = build_report(
         rows,

@@ -47,10 +47,10 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     _check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
-    collected = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    own = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     world = session.world
     world.at(f"{title}: gathering the scores")
-    rows = gather_rows(collected, rank=world.rank, world_size=world.world_size, group=world.control)
+    rows = gather_rows(own, rank=world.rank, world_size=world.world_size, group=world.control)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     error: UserError | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,12 +59,30 @@ class PredictionRows:
 
         return cls(rows(logits.float()), rows(labels), rows(mask > 0), rows(scenario), rows(weight), rows(group), rows(row))
 
-    @classmethod
-    def joined(cls, collected: list[PredictionRows]) -> PredictionRows:
-        """The rows of several batches, at least one, as one. Empties the list: no row is in memory twice."""
-        columns = {f.name: [getattr(rows, f.name) for rows in collected] for f in fields(cls)}
-        collected.clear()
-        return cls(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
+
+class Collected:
+    """Room for the rows of many batches, none of which is in memory twice; what is not filled takes no memory.
+
+    Args:
+        most: rows that come at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._num_rows = most, 0
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+
+    def add(self, rows: PredictionRows) -> None:
+        """Append the rows of a batch."""
+        stop = self._num_rows + len(rows.row)
+        for name, values in vars(rows).items():
+            if name not in self._columns:
+                self._columns[name] = np.empty((self._most, *values.shape[1:]), values.dtype)
+            self._columns[name][self._num_rows : stop] = values
+        self._num_rows = stop
+
+    def rows(self) -> PredictionRows:
+        """All rows of at least one batch; the same memory."""
+        return PredictionRows(**{name: values[: self._num_rows] for name, values in self._columns.items()})
 
 
 def check_each_once(row: npt.NDArray[np.int64], ranks: Ranks) -> None:
@@ -92,12 +109,12 @@ def _hashed(row: npt.NDArray[np.int64] | range) -> int:
 
 
 def gather_rows(
-    collected: Sequence[PredictionRows], *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
+    rows: PredictionRows, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
 ) -> PredictionRows | None:
     """Join what each rank collected (any number of rows each), sorted by row, so the result is the same for every W.
 
     Args:
-        collected: this rank's batches, at least one (it may hold no row).
+        rows: this rank's.
         group: process group of all ranks that takes CPU tensors (gloo); unused at world size 1.
 
     Returns:
@@ -106,7 +123,7 @@ def gather_rows(
     Raises:
         DataError: on rank 0, when a row comes twice: the readers of the ranks did not share one order.
     """
-    own = vars(PredictionRows.joined(list(collected)))
+    own = dict(vars(rows))
     if world_size > 1:
         counts = [0] * world_size
         dist.all_gather_object(counts, len(own["row"]), group=group)
@@ -117,14 +134,14 @@ def gather_rows(
             return None
         own = {name: _receive(values, counts, group) for name, values in own.items()}
     order = np.argsort(own["row"], kind="stable")
-    rows = PredictionRows(**{name: values[order] for name, values in own.items()})
-    twice = np.flatnonzero(rows.row[1:] == rows.row[:-1])
+    joined = PredictionRows(**{name: values[order] for name, values in own.items()})
+    twice = np.flatnonzero(joined.row[1:] == joined.row[:-1])
     if len(twice):
         raise DataError(
-            f"row {rows.row[twice[0]]} was predicted twice ({len(twice)} such rows in all):"
+            f"row {joined.row[twice[0]]} was predicted twice ({len(twice)} such rows in all):"
             " do all ranks read the same dataset, split and batch size?"
         )
-    return rows
+    return joined
 
 
 def _receive(own: npt.NDArray[Any], counts: list[int], group: dist.ProcessGroup | None) -> npt.NDArray[Any]:

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.errors import DataError
-from mmlrec.metrics.gather import PredictionRows, gather_rows
+from mmlrec.metrics.gather import Collected, PredictionRows, check_each_once, gather_rows
+from mmlrec.metrics.ranks import ALONE
 from mmlrec.metrics.report import build_report
 from mmlrec.schema import Task
 from tests.processes import spawn
@@ -30,6 +31,13 @@ def batch(rows, padding=0):
     )
 
 
+def collected(*batches):
+    room = Collected(100)
+    for rows in batches:
+        room.add(rows)
+    return room.rows()
+
+
 def equal(left, right):
     return all(
         np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(vars(left).values(), vars(right).values(), strict=True)
@@ -38,7 +46,7 @@ def equal(left, right):
 
 def test_padding_is_dropped_and_rows_come_back_in_disk_order():
     order = np.random.default_rng(0).permutation(N).tolist()
-    joined = gather_rows([batch(order[:20], padding=3), batch(order[20:], padding=1)])
+    joined = gather_rows(collected(batch(order[:20], padding=3), batch(order[20:], padding=1)))
     assert joined.row.tolist() == list(range(N))
     assert equal(joined, batch(range(N)))
     assert joined.mask.dtype == np.bool_
@@ -56,14 +64,21 @@ def test_batches_may_be_reused_after_they_were_collected():
 
 def test_a_row_predicted_twice_is_an_error():
     with pytest.raises(DataError, match=r"row 3 was predicted twice \(1 such rows"):
-        gather_rows([batch([0, 1, 3]), batch([3, 5])])
+        gather_rows(collected(batch([0, 1, 3]), batch([3, 5])))
+
+
+def test_rows_that_are_not_those_of_the_split_each_once_are_an_error():
+    check_each_once(np.array([2, 0, 3, 1]), ALONE)
+    for rows in ([0, 1, 3, 3], [0, 1, 2, 4], [0, 0, 3, 3]):
+        with pytest.raises(DataError, match=r"4 rows were predicted, some of them twice, or others"):
+            check_each_once(np.array(rows), ALONE)
 
 
 def _gather_on(rank, world_size, shares, folder):
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    collected = [batch(rows, padding=rank) for rows in shares[rank]]
-    joined = gather_rows(collected, rank=rank, world_size=world_size)
+    own = collected(*(batch(rows, padding=rank) for rows in shares[rank]))
+    joined = gather_rows(own, rank=rank, world_size=world_size)
     if rank == 0:
         with open(f"{folder}/joined", "wb") as file:
             pickle.dump(joined, file)
@@ -79,7 +94,7 @@ def test_ranks_with_any_number_of_rows_join_to_the_same_as_one_process(tmp_path)
     joined = pickle.loads((tmp_path / "joined").read_bytes())
     assert equal(joined, batch(range(N)))
     tasks = [Task(name="a"), Task(name="b")]
-    alone = gather_rows([batch(order)])
+    alone = gather_rows(batch(order))
     report = build_report(joined, tasks=tasks, scenario=None)
     assert report == build_report(alone, tasks=tasks, scenario=None)
     # Weights have come along: GAUC is that of all pairs of rows of one group, worked out one by one.

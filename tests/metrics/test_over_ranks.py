@@ -93,9 +93,9 @@ def test_any_rows_on_any_rank_give_the_report_of_all_at_once(of_ranks, case):
     alone = build_report(rows_of(*CASES[case]), **OPTIONS)
     for reports, _ in of_ranks:
         if weighted:  # sums of weights are rounded where they are made
-            assert numbers(reports[case]) == {
-                name: value and pytest.approx(value, rel=1e-12) for name, value in numbers(alone).items()
-            }
+            wanted = {name: value and pytest.approx(value, rel=1e-12) for name, value in numbers(alone).items()}
+            assert numbers(reports[case]) == wanted
+
         else:
             assert json.dumps(reports[case]) == json.dumps(alone)
     assert (alone["tasks"]["click"]["gauc"] is not None) == grouped
