@@ -14,7 +14,9 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.multiprocessing
 
@@ -56,12 +58,14 @@ def _measure(rank: int, arguments: argparse.Namespace, port: int) -> None:
         for batch in _batches(rank, arguments):
             collected.add(batch)
         rows = collected.rows()
+        del collected
         drawn, kept = time.perf_counter(), _resident()
         ranks = ranks_of(world)
         check_each_once(rows.row, ranks)
+        rows = replace(rows, row=np.empty(0, np.int64))
         report = build_report(rows, tasks=_TASKS, scenario=_SCENARIO, ranks=ranks)
         seconds = time.perf_counter() - drawn
-        found = world.gather((len(rows.row), drawn - started, seconds, before, kept, _resident()))
+        found = world.gather((len(rows.group), drawn - started, seconds, before, kept, _resident()))
         if world.is_main:
             print(report_table(report))
             for number, (num_rows, drawing, reporting, *gib) in enumerate(found):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,7 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     session.world.at(f"computing the metrics of {split}")
     ranks, network = ranks_of(session.world), session.network
     check_each_once(rows.row, ranks)
+    rows = replace(rows, row=np.empty(0, np.int64))  # which is an eighth of the memory
     report = build_report(
         rows,
         tasks=session.spec.tasks,

@@ -31,35 +31,45 @@ Bools = NDArray[np.bool_]
 ROUND_ROWS = 1 << 22
 #: Scores of each rank by which ranges of about equally many rows are found.
 _SAMPLED = 1 << 12
+#: The place of a row that is none of the task.
+_NOWHERE = np.iinfo(np.int32).min
 #: Rows of which something in float64 is worked out at a time.
 CHUNK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Slices:
-    """All rows of one task on this rank, and which of them are of which scenario.
+    """The rows of one task on this rank, among others, and which of them are of which scenario. Views: nothing is copied.
 
     Attributes:
+        present: [N] bool, the rows of the task.
         score: [N] float32 or float64.
-        positive: [N] bool.
+        label: [N] float32.
         scenario: [N] integers 0..num_scenarios - 1; any where there are no scenarios.
         num_scenarios: 0 where there are none.
         weight: [N] float32; None where all weigh alike, on all ranks.
         group: [N] int64, by which GAUC groups; None where all rows are one group, on all ranks.
     """
 
+    present: Bools
     score: Floats
-    positive: Bools
+    label: Floats
     scenario: NDArray[np.integer]
     num_scenarios: int
     weight: Floats | None
     group: NDArray[np.int64] | None
 
-    def columns(self, group: bool) -> dict[str, NDArray[Any]]:
-        """The columns that there are, by name."""
-        found: dict[str, NDArray[Any] | None] = {"score": self.score, "positive": self.positive, "weight": self.weight}
-        found |= {"scenario": self.scenario if self.num_scenarios else None, "group": self.group if group else None}
-        return {name: values for name, values in found.items() if values is not None}
+    @property
+    def num_rows(self) -> int:
+        """N, with the rows that are none of the task."""
+        return len(self.present)
+
+    def take(self, rows: NDArray[np.integer], *, group: bool) -> dict[str, NDArray[Any]]:
+        """What there is of some rows, by name."""
+        found = {"score": self.score[rows], "positive": self.label[rows] > 0}
+        more = {"scenario": self.scenario if self.num_scenarios else None, "weight": self.weight}
+        more |= {"group": self.group if group else None}
+        return found | {name: values[rows] for name, values in more.items() if values is not None}
 
 
 class Mean(NamedTuple):
@@ -165,10 +175,10 @@ def aucs(rows: Slices, ranks: Ranks) -> list[float]:
 
     Ties count half; with weights a pair counts w_i * w_j. Equals the Mann-Whitney statistic (Hanley and McNeil 1982).
     """
-    borders = _borders(rows.score, ranks)
-    at = _ranges(rows.score, borders)
+    borders = _borders(rows, ranks)
+    at = _ranges(rows, borders)
     parts = [(2 * int(border) + 1, counts) for border, counts in _on_borders(rows, borders, at)]
-    for index, received in _rounds(rows.columns(group=False), at, len(borders) + 1, ranks):
+    for index, received in _rounds(rows, False, at, len(borders) + 1, ranks):
         parts.append((2 * index, _range_counts(received, rows.num_scenarios)))
     counted: dict[int, NDArray[Any]] = {}
     for of_rank in ranks.gather(parts):
@@ -197,13 +207,14 @@ def gaucs(rows: Slices, ranks: Ranks) -> list[float]:
     whose weights are all 0 is none.
     """
     assert rows.group is not None
-    num_rounds = max(1, *ranks.gather(-(-len(rows.score) // ROUND_ROWS)))
-    at = np.empty(len(rows.score), np.int32)
+    num_rounds = max(1, *ranks.gather(-(-rows.num_rows // ROUND_ROWS)))
+    at = np.empty(rows.num_rows, np.int32)
     for start in range(0, len(at), CHUNK_ROWS):
-        hashed = mix64(rows.group[start : start + CHUNK_ROWS].view(np.uint64))
-        at[start : start + CHUNK_ROWS] = hashed % np.uint64(num_rounds * ranks.world_size)
+        some = slice(start, start + CHUNK_ROWS)
+        hashed = mix64(rows.group[some].view(np.uint64)) % np.uint64(num_rounds * ranks.world_size)
+        at[some] = np.where(rows.present[some], hashed.astype(np.int32), _NOWHERE)
     means = [Mean()] * (rows.num_scenarios + 1)
-    for _, received in _rounds(rows.columns(group=True), at, num_rounds * ranks.world_size, ranks):
+    for _, received in _rounds(rows, True, at, num_rounds * ranks.world_size, ranks):
         score, positive, weight = received["score"], received["positive"], received.get("weight")
         every = _ranked([received["group"]], score, positive, weight)
         means[0] = means[0].plus(_mean_auc(every))
@@ -211,8 +222,8 @@ def gaucs(rows: Slices, ranks: Ranks) -> list[float]:
             own = _ranked([received["scenario"], received["group"]], score, positive, weight)
             borders = np.searchsorted(own.keys[0], np.arange(rows.num_scenarios + 1))
             for index, (start, stop) in enumerate(itertools.pairwise(borders)):
-                some = _Ranked([], own.right[start:stop], own.positives[start:stop], own.negatives[start:stop])
-                means[index + 1] = means[index + 1].plus(_mean_auc(some))
+                of_scenario = _Ranked([], own.right[start:stop], own.positives[start:stop], own.negatives[start:stop])
+                means[index + 1] = means[index + 1].plus(_mean_auc(of_scenario))
     together = [Mean()] * len(means)
     for of_rank in ranks.gather(means):
         together = [mean.plus(other) for mean, other in zip(together, of_rank, strict=True)]
@@ -232,45 +243,46 @@ def _ratio(above: float, below: float) -> float:
     return float(Fraction(above) / Fraction(below)) if isinstance(above, int) else above / below
 
 
-def _borders(score: Floats, ranks: Ranks) -> Floats:
+def _borders(rows: Slices, ranks: Ranks) -> Floats:
     """Scores, ascending, between which there are about equally many rows, and not too many for a rank.
 
     Many rows with one score do no harm: it is a border then, and rows on borders are counted where they are.
     """
-    num_rounds = max(ranks.gather(-(-len(score) // ROUND_ROWS)))
+    num_rounds = max(ranks.gather(-(-rows.num_rows // ROUND_ROWS)))
     num_ranges = num_rounds * ranks.world_size
-    step = max(len(score) // _SAMPLED, 1)
-    sampled = np.sort(np.concatenate(ranks.gather(score[::step])))
+    step = max(rows.num_rows // _SAMPLED, 1)
+    sampled = np.sort(np.concatenate(ranks.gather(rows.score[::step][rows.present[::step]])))
     if num_ranges <= 1 or not len(sampled):
         return sampled[:0]
     return np.unique(sampled[np.arange(1, num_ranges) * len(sampled) // num_ranges])
 
 
-def _ranges(score: Floats, borders: Floats) -> NDArray[np.int32]:
-    """[N]: the range between borders that a score lies in, or -1 - the border that it is."""
-    at = np.zeros(len(score), np.int32)
-    for start in range(0, len(score) if len(borders) else 0, CHUNK_ROWS):
-        some = score[start : start + CHUNK_ROWS]
-        found = np.searchsorted(borders, some).astype(np.int32)
-        on = borders[np.minimum(found, len(borders) - 1)] == some
-        at[start : start + CHUNK_ROWS] = np.where(on, -1 - found, found)
+def _ranges(rows: Slices, borders: Floats) -> NDArray[np.int32]:
+    """[N]: the range between borders that a score lies in, -1 - the border that it is, or `_NOWHERE`."""
+    at = np.empty(rows.num_rows, np.int32)
+    for start in range(0, len(at), CHUNK_ROWS):
+        some = slice(start, start + CHUNK_ROWS)
+        score = rows.score[some]
+        found = np.searchsorted(borders, score).astype(np.int32)
+        on = borders[np.minimum(found, len(borders) - 1)] == score if len(borders) else False
+        at[some] = np.where(rows.present[some], np.where(on, -1 - found, found), _NOWHERE)
     return at
 
 
 def _on_borders(rows: Slices, borders: Floats, at: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[Any]]]:
     """For each border: what the classes of its rows count over all and in each scenario, [1 + S, 3], the first column 0."""
-    on = np.flatnonzero(at < 0)
-    border, positive = -1 - at[on], rows.positive[on]
-    own = None if rows.weight is None else rows.weight[on].astype(np.float64)
-    for index in range(len(borders)):
-        here = border == index
-        counts = np.zeros((rows.num_scenarios + 1, 3), np.int64 if own is None else np.float64)
-        for column, of_class in ((1, here & positive), (2, here & ~positive)):
-            weights = None if own is None else own[of_class]
-            counts[0, column] = np.count_nonzero(of_class) if weights is None else weights.sum()
-            if rows.num_scenarios:
-                counts[1:, column] = np.bincount(rows.scenario[on][of_class], weights, minlength=rows.num_scenarios)
-        yield index, counts
+    kind = np.int64 if rows.weight is None else np.float64
+    counts = np.zeros((len(borders), rows.num_scenarios + 1, 3), kind)
+    for start in range(0, len(at) if len(borders) else 0, CHUNK_ROWS):
+        on = start + np.flatnonzero((at[start : start + CHUNK_ROWS] < 0) & (at[start : start + CHUNK_ROWS] > _NOWHERE))
+        found, border = rows.take(on, group=False), -1 - at[on]
+        own = found["weight"].astype(np.float64) if rows.weight is not None else np.ones(len(on), np.int64)
+        column = np.where(found["positive"], 1, 2)
+        first = 3 * (rows.num_scenarios + 1) * border + column
+        np.add.at(counts.reshape(-1), first, own)
+        if rows.num_scenarios:
+            np.add.at(counts.reshape(-1), first + 3 * (1 + found["scenario"]), own)
+    yield from enumerate(counts)
 
 
 def _range_counts(received: dict[str, NDArray[Any]], num_scenarios: int) -> NDArray[Any]:
@@ -287,7 +299,7 @@ def _range_counts(received: dict[str, NDArray[Any]], num_scenarios: int) -> NDAr
 
 
 def _rounds(
-    columns: dict[str, NDArray[Any]], at: NDArray[np.int32], num_places: int, ranks: Ranks
+    rows: Slices, group: bool, at: NDArray[np.int32], num_places: int, ranks: Ranks
 ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
     """The rows of one place after the other, as many places at a time as there are ranks: each place's rows on one rank.
 
@@ -295,11 +307,7 @@ def _rounds(
         at: the place of each row, [N]; of none where it is negative.
     """
     for first in range(0, num_places, ranks.world_size):
-        if num_places == 1:
-            chosen, to = columns, at
-        else:
-            here = np.flatnonzero((at >= first) & (at < first + ranks.world_size))
-            chosen, to = {name: values[here] for name, values in columns.items()}, at[here] - first
-        received = ranks.exchange(chosen, to)
+        here = np.flatnonzero((at >= first) & (at < first + ranks.world_size))
+        received = ranks.exchange(rows.take(here, group=group), at[here] - first)
         if first + ranks.rank < num_places:
             yield first + ranks.rank, received

@@ -24,7 +24,7 @@ class PredictionRows:
         logits: [N, T] float32, of each row's own scenario; the predicted value of regression tasks.
         labels: [N, T] float32, 0 where missing.
         mask: [N, T] bool, True where the label is present.
-        scenario: [N] int64.
+        scenario: [N] int32.
         weight: [N] float32.
         group: [N] int64, by which GAUC groups.
         row: [N] int64, position of the row in its split on disk.
@@ -33,7 +33,7 @@ class PredictionRows:
     logits: npt.NDArray[np.float32]
     labels: npt.NDArray[np.float32]
     mask: npt.NDArray[np.bool_]
-    scenario: npt.NDArray[np.int64]
+    scenario: npt.NDArray[np.int32]
     weight: npt.NDArray[np.float32]
     group: npt.NDArray[np.int64]
     row: npt.NDArray[np.int64]
@@ -57,7 +57,9 @@ class PredictionRows:
             # Always a copy: what a batch holds may be reused for the next one.
             return values.detach()[valid].cpu().numpy()
 
-        return cls(rows(logits.float()), rows(labels), rows(mask > 0), rows(scenario), rows(weight), rows(group), rows(row))
+        return cls(
+            rows(logits.float()), rows(labels), rows(mask > 0), rows(scenario.int()), rows(weight), rows(group), rows(row)
+        )
 
 
 class Collected:

@@ -6,7 +6,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,7 +127,7 @@ def _clicked(rows: PredictionRows, chain: Sequence[int], conditional: bool) -> P
     """The rows that are positive in the chain's first step, with one column: the last given the first, or their log ratio."""
     first, last = chain[0], chain[-1]
     chosen = rows.mask[:, first] & (rows.labels[:, first] > 0)
-    own = {field.name: getattr(rows, field.name)[chosen] for field in fields(rows)}
+    own = {name: values if name == "row" else values[chosen] for name, values in vars(rows).items()}
     score = conditional_logit if conditional else log_ratio
     logits = score(own["logits"][:, first], own["logits"][:, last])
     return PredictionRows(
@@ -170,24 +169,25 @@ def _task_entry(
 ) -> dict[str, Any]:
     """One task's part of the report; adds slices without an AUC to `undefined`."""
     present = rows.mask[:, column]
-    score, label = rows.logits[present, column], rows.labels[present, column]
-    num_nan, num_rows = (sum(counts) for counts in zip(*ranks.gather((int(np.isnan(score).sum()), len(score))), strict=True))
+    found_here = int((np.isnan(rows.logits[:, column]) & present).sum()), int(present.sum())
+    num_nan, num_rows = (sum(counts) for counts in zip(*ranks.gather(found_here), strict=True))
     if num_nan:
         raise DataError(
             f"task '{task.name}': {num_nan} of {num_rows} predictions are NaN. The model diverged: lower the learning"
             " rate or set dense.clip_norm, and start from an earlier checkpoint."
         )
     slices = Slices(
-        score,
-        label > 0,
-        rows.scenario[present],
+        present,
+        rows.logits[:, column],
+        rows.labels[:, column],
+        rows.scenario,
         0 if scenario is None else len(scenario.values),
-        None if alike.weight else rows.weight[present],
-        None if alike.group else rows.group[present],
+        None if alike.weight else rows.weight,
+        None if alike.group else rows.group,
     )
     names = ["all", *(scenario.values if scenario is not None else [])]
     if task.kind == "regression":
-        found = _regression(slices, label, [deviations.get(name) for name in names], ranks)
+        found = _regression(slices, [deviations.get(name) for name in names], ranks)
     else:
         found = _binary(slices, ranks)
         undefined += [task.name] if found[0]["auc"] is None else []
@@ -208,9 +208,8 @@ def _task_entry(
 def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
     """Metrics of all rows, then of each scenario; with `weight`, that of their rows together."""
 
-    def values(some: slice) -> list[npt.NDArray[Any]]:
-        score, positive = rows.score[some], rows.positive[some]
-        return [losses(score, positive), positive, probabilities(score)]
+    def values(score: npt.NDArray[Any], label: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        return [losses(score, label > 0), label > 0, probabilities(score)]
 
     means = _means(rows, values, ranks)
     counts = _counts(rows, ranks)
@@ -234,13 +233,11 @@ def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
     return found
 
 
-def _regression(
-    rows: Slices, label: npt.NDArray[np.float32], deviations: Sequence[float | None], ranks: Ranks
-) -> list[dict[str, Any]]:
+def _regression(rows: Slices, deviations: Sequence[float | None], ranks: Ranks) -> list[dict[str, Any]]:
     """As `_binary`, R² by the deviations of the labels in train."""
 
-    def values(some: slice) -> list[npt.NDArray[Any]]:
-        error = rows.score[some].astype(np.float64) - label[some]
+    def values(score: npt.NDArray[Any], label: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        error = score.astype(np.float64) - label
         return [error**2, np.abs(error)]
 
     means = _means(rows, values, ranks)
@@ -253,20 +250,23 @@ def _regression(
     return found
 
 
-def _means(rows: Slices, values: Callable[[slice], list[npt.NDArray[Any]]], ranks: Ranks) -> list[list[Mean]]:
+def _means(
+    rows: Slices, values: Callable[[npt.NDArray[Any], npt.NDArray[Any]], list[npt.NDArray[Any]]], ranks: Ranks
+) -> list[list[Mean]]:
     """The means of some values of each row, of all rows and of each scenario, [1 + S][values].
 
     Args:
-        values: of some rows, each [rows].
+        values: of scores and labels, each [rows].
     """
     found: list[list[Mean]] = [[] for _ in range(rows.num_scenarios + 1)]
-    for start in range(0, max(len(rows.score), 1), CHUNK_ROWS):
-        some = slice(start, start + CHUNK_ROWS)
-        every = values(some)
+    for start in range(0, max(rows.num_rows, 1), CHUNK_ROWS):
+        some = start + np.flatnonzero(rows.present[start : start + CHUNK_ROWS])
+        every = values(rows.score[some], rows.label[some])
         weight = None if rows.weight is None else rows.weight[some]
         found[0] = _plus(found[0], [Mean.of(each, weight) for each in every])
+        scenario = rows.scenario[some]
         for index in range(rows.num_scenarios):
-            chosen = rows.scenario[some] == index
+            chosen = scenario == index
             own = None if weight is None else weight[chosen]
             found[index + 1] = _plus(found[index + 1], [Mean.of(each[chosen], own) for each in every])
     together: list[list[Mean]] = [[] for _ in found]
@@ -282,10 +282,12 @@ def _plus(before: list[Mean], means: list[Mean]) -> list[Mean]:
 def _counts(rows: Slices, ranks: Ranks) -> npt.NDArray[np.int64]:
     """Rows and positive ones, of all and of each scenario, [1 + S, 2]."""
     counts = np.zeros((rows.num_scenarios + 1, 2), np.int64)
-    counts[0] = len(rows.score), np.count_nonzero(rows.positive)
-    if rows.num_scenarios:
-        counts[1:, 0] = np.bincount(rows.scenario, minlength=rows.num_scenarios)
-        counts[1:, 1] = np.bincount(rows.scenario[rows.positive], minlength=rows.num_scenarios)
+    for start in range(0, rows.num_rows, CHUNK_ROWS):
+        some = start + np.flatnonzero(rows.present[start : start + CHUNK_ROWS])
+        for column, chosen in enumerate((some, some[rows.label[some] > 0])):
+            counts[0, column] += len(chosen)
+            if rows.num_scenarios:
+                counts[1:, column] += np.bincount(rows.scenario[chosen], minlength=rows.num_scenarios)
     return np.sum(ranks.gather(counts), axis=0)
 
 
