@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,12 @@ pytest_plugins = ("tests.storage",)
 #: The files that take longest, longest first: they begin first, so that none is left for one worker alone. By argument this
 #: cannot be had: pytest leaves out a folder that lies in another one it is given.
 LONGEST = ("test_world_sizes.py", "test_balancing.py", "test_method_parity.py", "test_resume.py", "test_launched_training.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, several ranks on one machine too, unless those of a GPU are asked for: `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,6 +44,7 @@ class Reader:
         rank: r of world_size W.
         seed: of the training order.
         cache_bytes: decoded row groups kept for the next epoch.
+        pinned: batches lie in page-locked memory, so that a copy to a GPU need not be waited for; made where they are decoded.
 
     Raises:
         ConfigError: an unknown task, or weighted features.
@@ -62,6 +63,7 @@ class Reader:
         world_size: int = 1,
         seed: int = 0,
         cache_bytes: int = 256 * 1024**2,
+        pinned: bool = False,
     ) -> None:
         self._groups = RowGroups(place(folder), manifest, split, tasks)
         self._cache = RowGroupCache(self._groups, cache_bytes)
@@ -69,6 +71,7 @@ class Reader:
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
         self._keys = [f.name for f in manifest.sparse_features]
         self._padded_rows = -(-batch_size // world_size)
+        self._pinned = pinned
         self._ones = torch.ones(len(self._keys) * self._padded_rows, dtype=torch.int32)
 
     @property
@@ -126,7 +129,8 @@ class Reader:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="mmlrec-decode")
         try:
             for spans in _loaded(_plan(order, first_batch), order, self._cache, pool):
-                yield self._batch([piece.rows.slice(start, stop) for piece, start, stop in spans])
+                batch = self._batch([piece.rows.slice(start, stop) for piece, start, stop in spans])
+                yield batch.pin_memory() if self._pinned else batch
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
@@ -119,6 +120,21 @@ def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
         for shard, offsets in local_shards(weight):
             rows = initial_rows(name, offsets[0], offsets[0] + shard.shape[0], weight.shape[1], std, seed)
             shard.copy_(rows[:, offsets[1] : offsets[1] + shard.shape[1]])
+
+
+def count_steps(tables: nn.Module, steps: int) -> None:
+    """Tell the fused kernels how many training steps there were. Call before steps that follow anything else.
+
+    They count forward passes, those of a validation, too, and have the count in no state dict; Adam corrects its moments by it.
+
+    Args:
+        tables: sharded.
+    """
+    lookups = [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]
+    for module in (module for lookup in lookups for module in lookup.modules()):
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+            module.iter_cpu.fill_(steps)
+            module.iter.fill_(steps)
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def runs_fast(layers: Layers, x: Tensor) -> bool:
     """True when there is a faster way through these layers than one after the other; torch.compile has its own ways."""
-    plain = layers.activation is torch.relu_ and not layers.norms and not (layers.dropout and layers.training)
+    plain = layers.activation is torch.relu_ and len(layers.norms) == 0 and not (layers.dropout and layers.training)
     return plain and x.device.type == "cpu" and len(layers.weights) > 0 and not torch.compiler.is_compiling()
 
 

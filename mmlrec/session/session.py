@@ -24,7 +24,7 @@ from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
-from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
+from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -102,6 +102,7 @@ class Session:
             rank=self.world.rank,
             world_size=self.world.world_size,
             seed=training.seed,
+            pinned=self.world.device.type == "cuda",
         )
         self.verification.add(there, manifest.splits[split].parts)
         return reader
@@ -129,6 +130,10 @@ class Session:
             if not told:
                 logger.info("waiting until all parts of the dataset have been compared with their checksums")
             told = True
+
+    def count_steps(self, steps: int) -> None:
+        """Before steps that follow a validation or a resume: how many training steps there were (see `tables.count_steps`)."""
+        count_steps(get_unwrapped_module(self.model).tables, steps)
 
     def branches(self) -> list[tuple[str, str, str | None]]:
         """`branches_of` its network and data."""

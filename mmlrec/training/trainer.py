@@ -213,6 +213,7 @@ class Trainer:
         source = self.reader.epoch(self.progress.epoch, start_row=self.progress.rows)
         feed = self._feed(self.session.prepare(source, training=True), end - self.progress.step, stop)
         pipeline = self.session.pipeline
+        self.session.count_steps(self.progress.step)
         while True:
             if self._profile is not None and self.progress.step < end:
                 self._profile.before(self.progress.step + 1)

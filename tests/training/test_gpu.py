@@ -1,4 +1,4 @@
-"""What only a GPU can show: NCCL, CUDA kernels and streams, fused Adam. Skipped without one."""
+"""What only a GPU can show: NCCL, CUDA kernels and streams, fused Adam. Run by `pytest -m gpu`, skipped without one."""
 
 import pytest
 import torch
@@ -55,4 +55,7 @@ def test_fused_adam_trains_tables(train):
 
 
 def test_bf16_trains(train):
-    assert sum(train("bf16", "training.precision=bf16")[20].values()) < 1.4
+    """As fp32 does, within its precision, and not as a model that learns nothing does."""
+    found, expected = train("bf16", "training.precision=bf16"), train("fp32")
+    assert sum(found[20].values()) == pytest.approx(sum(expected[20].values()), rel=3e-2)
+    assert sum(found[20].values()) < 0.97 * sum(found[1].values())
