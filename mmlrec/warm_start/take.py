@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
-from mmlrec.config import RunConfig
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.tables import local_shards
-from mmlrec.errors import CheckpointError, StorageError, UserError
+from mmlrec.errors import CheckpointError, StorageError, UserAdvice, UserError
+from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import method, model_config
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -205,8 +206,7 @@ def _take_network(
     mine, theirs = session.config.model["name"], source.config.model["name"]
     if mine != theirs:
         return [], f"the method is {mine} here, {theirs} there"
-    manifest = source.encoded.manifest
-    new, old = (_known(config, of) for config, of in ((session.config, session.manifest), (source.config, manifest)))
+    new, old = _known(session.network, session.manifest), _known(_network_of(source), source.encoded.manifest)
     plans = layouts(session.network)
     chosen = {
         name: taken(plans[name], tuple(own[_NETWORK + name].shape), weights[_NETWORK + name].size, new, old)
@@ -239,10 +239,17 @@ def _of_parameter(key: str, name: str) -> bool:
     return key.startswith(f"{_NETWORK_STATE}{name}.") and "." not in key.removeprefix(f"{_NETWORK_STATE}{name}.")
 
 
-def _known(config: RunConfig, manifest: DatasetManifest) -> Known:
-    spec = build_spec(config, manifest)
-    network = method(config.model["name"])(spec, model_config(config.model, config.model_defaults, "init_from"))
-    scenarios = manifest.scenario.values if manifest.scenario and spec.num_scenarios > 1 else []
+def _network_of(source: Source) -> MultiTaskModel:
+    """The other run's network, for what it is made for."""
+    config = source.config
+    spec = build_spec(config, source.encoded.manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserAdvice)  # what there is to say of it was said to that run
+        return method(config.model["name"])(spec, model_config(config.model, config.model_defaults, str(source.folder.config)))
+
+
+def _known(network: MultiTaskModel, manifest: DatasetManifest) -> Known:
+    scenarios = manifest.scenario.values if manifest.scenario and network.spec.num_scenarios > 1 else []
     return Known.of(network, scenarios, [feature.name for feature in manifest.dense_features])
 
 
@@ -256,7 +263,7 @@ def _tell(
     weights: Mapping[str, SavedTensor],
 ) -> None:
     new, old = session.manifest, source.encoded.manifest
-    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source.config, old))}
+    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source))}
     names["scenarios"] = tuple([] if m.scenario is None else m.scenario.values for m in (new, old))  # type: ignore[assignment]
     names["features"] = tuple([feature.name for feature in m.features] for m in (new, old))  # type: ignore[assignment]
     kept = {table.table for table in tables}
@@ -324,8 +331,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _tasks(config: RunConfig, manifest: DatasetManifest) -> list[str]:
-    return list(config.dataset.tasks or [task.name for task in manifest.tasks])
+def _tasks(source: Source) -> list[str]:
+    return list(source.config.dataset.tasks or [task.name for task in source.encoded.manifest.tasks])
 
 
 def _encoded_otherwise(new: DatasetManifest, old: DatasetManifest) -> list[str]:

@@ -20,10 +20,11 @@ CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
 model: {{name: {model}}}
 model_defaults: {{num_experts: 2, expert_hidden_units: [6], gate_hidden_units: [5], tower_hidden_units: [3]}}
-embeddings: {{dim: 4}}
+embeddings: {{dim: 4, optimizer: {{name: {optimizer}}}}}
 training: {{batch_size: 50, epochs: 1000, max_steps: 6, validate_every_steps: 2, patience: null, keep_checkpoints: 1}}
 """
 MODELS = ("mmoe", "single_task")
+OPTIMIZERS = {"mmoe": "adagrad", "single_task": "rowwise_adagrad"}
 PLANS = ("table_wise", "row_wise")
 BEFORE = {"tasks": ["click", "buy"], "scenarios": ["s0", "s1", "s2"], "fields": ["f0", "m0", "f1", "f2"]}
 NOW = {"tasks": ["share", "buy", "click"], "scenarios": ["s2", "new", "s0", "s1"], "fields": ["f0", "f1", "f2", "f3"]}
@@ -99,7 +100,9 @@ def root(tmp_path_factory):
     for name, world, rows in (("before", BEFORE, 29), ("now", NOW, 37)):
         found[name] = write(folder / f"{name}-data", world, rows, values)[1]
         for model in MODELS:
-            (folder / f"{name}-{model}.yaml").write_text(CONFIG.format(dataset=folder / f"{name}-data", model=model))
+            optimizer = OPTIMIZERS[model]
+            text = CONFIG.format(dataset=folder / f"{name}-data", model=model, optimizer=optimizer)
+            (folder / f"{name}-{model}.yaml").write_text(text)
     assert 3 < len(set(found["before"]["t0"]) & set(found["now"]["t0"])) < 28
     (folder / "values.json").write_text(json.dumps(found))
     return folder
