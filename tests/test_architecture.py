@@ -33,7 +33,8 @@ RULES = {
     "mmlrec.launch": ("torchx.specs",),
     "mmlrec.launch.agent": ("torch", "mmlrec.distributed"),
     "mmlrec.launch.pods": ("torchx.specs", "torchx.schedulers.kubernetes_scheduler"),
-    "preprocessing": ("mmlrec.hashing", "mmlrec.identity", "mmlrec.terminal"),
+    "preprocessing": ("mmlrec.hashing", "mmlrec.identity", "mmlrec.encoding", "mmlrec.terminal"),
+    "mmlrec.encoding": ("mmlrec.hashing", "mmlrec.identity"),
     "mmlrec.output": ("torch",),
     "mmlrec.layers": ("torch",),
     "mmlrec.losses": ("torch", "mmlrec.output"),
@@ -62,7 +63,7 @@ RULES = {
         *("mmlrec.evaluation", "mmlrec.warm_start", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
-    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "preprocessing"),
+    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),
     "apps": EVERYTHING,
     "benchmarks": EVERYTHING,
 }
