@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmlrec.encoding.cells import Cells
 from mmlrec.exact_sums import exact_sum
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
@@ -25,7 +26,6 @@ from preprocessing.datasets.table import Table
 from preprocessing.encoding.encoder import Mean
 from preprocessing.engines import spark_pieces
 from preprocessing.reading import raw_files
-from preprocessing.reading.cells import Cells
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.split_rules import COPY_COLUMN
 from tests.preprocessing.decoded import content
