@@ -3,8 +3,8 @@
 python -m benchmarks.encoding [--largest 1e6] [--threads 2] [--seconds 2]
 
 Features as of shape b of benchmarks.throughput: 26 of one id a row, whose vocabularies have 10 to `--largest` entries, as
-integers or as text, and 13 numbers. Cells are typed (int64 or string, float64), or all of them text, as in a CSV file. One id in
-twenty is not in the vocabulary. Figures are medians.
+integers or as text, and 13 numbers. Cells are typed (int64 or string, float64), or all of them text, as in a CSV file. One id
+in twenty is not in the vocabulary. Figures are medians.
 """
 
 from __future__ import annotations
