@@ -18,7 +18,10 @@ from mmlrec.errors import DataError
 
 _WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
-_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+_LIST_TYPES = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 _KINDS = {pa.int64(): "an integer", pa.float64(): "a number", pa.string(): "text"}
 
 
@@ -80,9 +83,8 @@ def as_lists(values: pa.Array, kind: pa.DataType, separator: str | None, column:
         else:
             lists, more = json_lists(texts, column, kind, cells)
         return lists, faults + more
-    if not pa.types.is_list(values.type):
-        values = values.cast(pa.large_list(values.type.value_type)).cast(pa.list_(values.type.value_type))
-    lengths = values.value_lengths().fill_null(0).to_numpy()
+    # A cast from lists that are views to others gives wrong ones where some are null; this does not.
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
     ids, of_ids = as_type(pc.list_flatten(values), kind, column, cells)
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), ids)
