@@ -326,7 +326,7 @@ class _Job:
 
 
 def _counters(dataset: Dataset, parity: bool) -> tuple[Encoder, MergedGroups, MissingCounter]:
-    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features)
+    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features, SPLITS)
 
 
 def _merged(counter: Any, other: Any) -> Any:
