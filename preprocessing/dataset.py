@@ -42,7 +42,7 @@ import pyarrow as pa
 from mmlrec import extensions
 from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.hashing import hash_ids
-from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Encoding, Scenario, Task, key_column, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Scenario, Task, key_column, label_column
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
 from preprocessing.split_rules import SIDE_COLUMN, Duplicates, FileSplit, RandomSplit, SplitRule, together
 
@@ -233,12 +233,6 @@ class Dataset:
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
         """Add the dataset's own options; they are recorded in the manifest."""
-
-    def take_found(self, encoding: Encoding) -> None:
-        """Take what raw data say of the encoding as it was found for another dataset, whose fitted parts are given.
-
-        Called before `prepare`. Of what options say otherwise the engine complains.
-        """
 
     def prepare(self, raw: RawFolder) -> None:
         """Read what `rows` needs besides its block: small files, indices of ids."""

@@ -23,7 +23,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError, DataError
-from mmlrec.schema import SCENARIO_COLUMN, Encoding, Scenario, Task
+from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
 from preprocessing.dataset import Dataset, EncodingRules, multi, sparse
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder
@@ -92,10 +92,6 @@ class AliCCP(Dataset):
             help="keep the N features with the greatest values of each of the four histories, some of which hold a thousand"
             " (default: 20)",
         )
-
-    def take_found(self, encoding: Encoding) -> None:
-        """The places, unless `--places` names them."""
-        self._places = self._places or list((encoding.scenario or {}).get("places", []))
 
     def prepare(self, raw: RawFolder) -> None:
         """Common features on disk, their index in memory; the places."""

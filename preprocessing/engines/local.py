@@ -58,7 +58,6 @@ def build(
         DataError: bad raw data, or a place that cannot be written.
     """
     if fitted is not None:
-        dataset.take_found(fitted.encoding)
         check_given(dataset, fitted, parity, split_names(dataset.split), raw.workers)
     with new_folder(out) as folder:
         encoder = Encoder(dataset.features, parity, fitted)
