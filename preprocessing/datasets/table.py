@@ -152,7 +152,7 @@ class Table(Dataset):
         """A key that no JSON line has would be all missing, in silence: looked for in some lines, and if need be in all."""
         if self._format != "json":
             return
-        wanted = set(self._reads)
+        wanted = {*self._reads} - {*self._optional()}
         seen: dict[str, None] = {}
         for name in self._sides:
             for piece in itertools.islice(raw.pieces(name), 1):
@@ -176,11 +176,12 @@ class Table(Dataset):
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""
+        optional = self._optional()
         for name in self._sides:
             if self._format == "json":
                 yield JsonLines(name, self._reads, self._cells)
             elif self._format == "parquet":
-                yield ParquetRows(name, self._reads, self._cells)
+                yield ParquetRows(name, self._reads, self._cells, optional)
             else:
                 csv = self._config.csv
                 separator = csv.separator or separator_of(name)
@@ -195,7 +196,14 @@ class Table(Dataset):
                     skip_blank=True,
                     cells=self._cells,
                     fields=tuple(csv.columns),
+                    optional=optional,
                 )
+
+    def _optional(self) -> tuple[str, ...]:
+        """Columns that new rows may lack: those that neither a feature nor the scenario is made of."""
+        needed = {feature.column or name for name, feature in self._config.features.items()}
+        needed |= {self._config.scenario.column} if self._config.scenario else set()
+        return self.may_lack(*(name for name in self._reads if name not in needed))
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Columns of the canonical table; faulty rows are bad rows."""
@@ -364,11 +372,14 @@ class Table(Dataset):
 
     def _make_weights(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
         if self._config.weight is not None:
-            columns["sample.weight"], more = to.weight(table[self._config.weight].combine_chunks(), self._config.weight)
+            values = table[self._config.weight].combine_chunks()
+            if self.labels_optional:
+                values = values.fill_null(1)
+            columns["sample.weight"], more = to.weight(values, self._config.weight)
             faults += more
 
     def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
-        needed = {self.group_key, getattr(self._config.split, "key", None)}
+        needed = set() if self.labels_optional else {self.group_key, getattr(self._config.split, "key", None)}
         for name, key in self._config.keys.items():
             source = key.column or name
             values = to.present(table[source].combine_chunks())
