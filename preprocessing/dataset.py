@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -320,6 +321,14 @@ class Dataset:
     def placing(self) -> SplitRule:
         """The rule of the split, equal rows together where that is asked for."""
         return together(self.split) if self.duplicates == "keep_together" else self.split
+
+    @classmethod
+    def encodes(cls, options: argparse.Namespace) -> dict[str, Any]:
+        """What these options, which are left as they are, choose of what is encoded: part -> facts. Equal ones encode alike."""
+        dataset = cls(copy.deepcopy(options))
+        facts: dict[str, Any] = {f"feature {column.name}": column for column in dataset.features}
+        facts |= {"tasks": dataset.tasks, "scenario": dataset.scenario, "order of features": list(facts)}
+        return facts | {"rules of values": dataset.encoding_rules()}
 
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
-from mmlrec.schema import Scenario, Task
+from mmlrec.schema import DatasetManifest, Scenario, Task
 from mmlrec.storage.places import place
 from preprocessing.dataset import (
     PLACE_KEYS,
@@ -46,6 +46,7 @@ from preprocessing.own_tables.config import (
     indicator_name,
     read_table_config,
 )
+from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
@@ -109,10 +110,14 @@ class Table(Dataset):
     )
 
     def __init__(self, options: argparse.Namespace) -> None:
-        path: Path = options.config
-        self._config = config = read_table_config(path)
-        self._where = str(path)
-        options.raw = options.raw or path.parent
+        config, self._where = _chosen(options)
+        self._config, self._may_lack = config, getattr(options, "labels_optional", False)
+        self._needed = {feature.column or name for name, feature in config.features.items()}
+        self._needed |= {config.scenario.column} if config.scenario else set()
+        if options.raw is None:
+            if not isinstance(options.config, Path):
+                raise ConfigError("--raw is missing: the folder of the new files.")
+            options.raw = options.config.parent
         options.config = json.loads(config.model_dump_json(exclude_defaults=True))
         self.terms = config.terms  # type: ignore[misc]
         self._sides = self._find_files(options.raw)
@@ -138,7 +143,7 @@ class Table(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """`--config`, `--raw`, `--example`."""
+        """`--config`, `--raw`, `--files`, `--example`."""
         parser.add_argument("--config", type=local_path, required=True, metavar="YAML", help="what the columns mean; see below")
         parser.add_argument(
             "--raw",
@@ -146,7 +151,18 @@ class Table(Dataset):
             default=None,
             help="folder of the files that the configuration names; or s3://bucket/name (default: where the configuration is)",
         )
+        parser.add_argument(
+            "--files",
+            nargs="+",
+            metavar="PATTERN",
+            help="of new rows (--like, --extend): the files below --raw, in place of those that the configuration names",
+        )
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
+
+    @classmethod
+    def encodes(cls, options: argparse.Namespace) -> dict[str, Any]:
+        """By the configuration: how the files are written, and what their columns are called there, is none of it."""
+        return encoded_parts(_chosen(options)[0])
 
     def prepare(self, raw: RawFolder) -> None:
         """A key that no JSON line has would be all missing, in silence: looked for in some lines, and if need be in all."""
@@ -201,9 +217,7 @@ class Table(Dataset):
 
     def _optional(self) -> tuple[str, ...]:
         """Columns that new rows may lack: those that neither a feature nor the scenario is made of."""
-        needed = {feature.column or name for name, feature in self._config.features.items()}
-        needed |= {self._config.scenario.column} if self._config.scenario else set()
-        return self.may_lack(*(name for name in self._reads if name not in needed))
+        return self.may_lack(*(name for name in self._reads if name not in self._needed))
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Columns of the canonical table; faulty rows are bad rows."""
@@ -286,7 +300,7 @@ class Table(Dataset):
         reads: dict[str, tuple[pa.DataType, str]] = {}
         names = self._config.csv.columns
         for column, kind, where in uses:
-            if names and column not in names:
+            if names and column not in names and not (self._may_lack and column not in self._needed):
                 raise ConfigError(f"{self._where}: {where}: csv.columns has no '{column}'.{did_you_mean(column, names)}")
             before, other = reads.get(column, (kind, where))
             if before != kind and not {before, kind} <= {*_NUMBERS}:
@@ -424,6 +438,19 @@ class _Example(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(EXAMPLE, end="")
         parser.exit()
+
+
+def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
+    """The configuration, of a file or of the manifest of the dataset that new rows are encoded like; and where it stands."""
+    like: DatasetManifest | None = getattr(options, "like", None)
+    if isinstance(options.config, Path):
+        config, where = read_table_config(options.config), str(options.config)
+    else:
+        assert like is not None
+        config, where = recorded_table_config(like), f"the configuration of {like.name}"
+    if like is not None:
+        config = with_files(config, options.files, one_split=options.one_split)
+    return config, where
 
 
 def _key_type(key: KeyConfig) -> pa.DataType:
