@@ -23,7 +23,7 @@ DEFAULT_SPLIT = "test"
 #: Options of every dataset that say how, and not what.
 _OWN = ("seed", "parity", "max_bad_rows", "duplicates")
 #: What options for new rows leave among the options of a dataset, which are recorded without them.
-ASIDE = ("like", "extend", "refit_ranges", "split_names", "one_split", "labels_optional", "files")
+ASIDE = ("like", "extend", "refit_ranges", "split_names", "one_split", "labels_optional", "new_files")
 _LIKE = (
     "encode the rows as those of this dataset, or of this run's dataset, were encoded: vocabularies and ranges as they are there."
     " Labels may be absent, and columns that only labels need. Options that are not given are taken from there"
@@ -103,11 +103,6 @@ class NewRows:
         """
         self._check(kind, options)
         dataset = kind(options)
-        if isinstance(dataset.split, InOrder):
-            raise ConfigError(
-                f"{self.option}: {kind.name} is generated and comes encoded: there are no new rows to encode. Leave the option"
-                " away."
-            )
         dataset.take_over(self.manifest)
         names = [[task.name, task.kind] for task in dataset.tasks], [[task.name, task.kind] for task in self.manifest.tasks]
         if names[0] != names[1]:
@@ -123,6 +118,11 @@ class NewRows:
     def _check(self, kind: type[Dataset], options: argparse.Namespace) -> None:
         if self.manifest.name != kind.name:
             raise ConfigError(f"{self.option}: {self.given} holds '{self.manifest.name}', not '{kind.name}'. Name the same dataset.")
+        if isinstance(kind.split, InOrder):
+            raise ConfigError(
+                f"{self.option}: {kind.name} is generated and comes encoded: there are no new rows to encode. Leave the option"
+                " away."
+            )
         if self.manifest.parity or getattr(options, "parity", False):
             what = f"{self.given} is" if self.manifest.parity else "--parity asks to be"
             raise ConfigError(
@@ -192,7 +192,7 @@ def asked_for(arguments: list[str]) -> tuple[NewRows | None, list[str]]:
 
 def refuse_alone(options: argparse.Namespace) -> None:
     """Raise ConfigError where options for new rows stand without those that name the other dataset."""
-    for name, written in (("split_names", "--split"), ("files", "--files")):
+    for name, written in (("split_names", "--split"), ("new_files", "--files")):
         if getattr(options, name, None) is not None:
             raise ConfigError(f"{written} is for new rows: it goes with --like or --extend.")
 

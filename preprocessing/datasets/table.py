@@ -153,6 +153,7 @@ class Table(Dataset):
         )
         parser.add_argument(
             "--files",
+            dest="new_files",
             nargs="+",
             metavar="PATTERN",
             help="of new rows (--like, --extend): the files below --raw, in place of those that the configuration names",
@@ -449,7 +450,7 @@ def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
         assert like is not None
         config, where = recorded_table_config(like), f"the configuration of {like.name}"
     if like is not None:
-        config = with_files(config, options.files, one_split=options.one_split)
+        config = with_files(config, options.new_files, one_split=options.one_split)
     return config, where
 
 
