@@ -1,4 +1,4 @@
-"""A table of one's own with every setting: files that came later, with the fitted parts of earlier ones, against plain Python."""
+"""A table with every setting: files that came later, with the fitted parts of earlier ones, against plain Python."""
 
 import math
 import random
