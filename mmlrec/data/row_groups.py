@@ -240,7 +240,7 @@ class RowGroups:
         return out
 
     def _groups_of_rows(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.int64]:
-        """The group of each row. Rows without one, as new rows may be, are each a group of their own, of which GAUC says nothing."""
+        """The group of each row. New rows may have none: each is then a group of its own, of which GAUC says nothing."""
         column = table.column(str(self._group))
         if not column.null_count:
             return column.to_numpy()

@@ -449,12 +449,13 @@ def _encoder_for(folder: RunFolder, own: Place, rows: Place, begun: dict[str, An
     manifest = DatasetManifest.load(rows)
     before = Encoding.read(begun.get("encoding"), str(folder.path))
     if before is not None and before.comparable(manifest.encoding) and "train" in manifest.splits:
-        if not encoding_differences(before, manifest, rows, scenario=True, labels=False):
+        different = encoding_differences(before, manifest, rows, scenario=True, labels=False)
+        if not different:
             return rows
     if not (own / MANIFEST).is_file():
         raise DataError(
-            f"{folder.path} keeps no encoder ({folder.encoder.name}/{MANIFEST}), as runs of a release before, and its dataset {own}"
-            " is gone: what its tables hold cannot be told. Bring the dataset back."
+            f"{folder.path} is a run of a release before: it keeps no encoder ({folder.encoder.name}/{MANIFEST}), and its"
+            f" dataset {own} is gone, so what its tables hold cannot be told. Bring the dataset back."
         )
     folder.check_same_data(begun, own)
     return own
