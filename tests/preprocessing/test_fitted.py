@@ -163,6 +163,7 @@ def test_a_known_vocabulary_beyond_the_memory_goes_through_the_disk(days, tmp_pa
     make(days / "raw-2", tmp_path / "ample", like=days / "one", grows=True)
     assert partitioned == []
     monkeypatch.setattr("preprocessing.encoding.fitted.GivenVocabulary.num_bytes", lambda self: 1 << 40)
+    monkeypatch.setattr("preprocessing.encoding.fitted._BATCH_ROWS", 7)
     monkeypatch.setattr("preprocessing.encoding.coder._LEAST_SORTED_BYTES", 1 << 34)
     make(days / "raw-2", tmp_path / "tight", like=days / "one", grows=True)
     assert len(partitioned) == 3
