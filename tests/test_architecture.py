@@ -62,6 +62,11 @@ RULES = {
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
         *("mmlrec.evaluation", "mmlrec.warm_start", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
+    "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
+    "mmlrec.export": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
+        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+    ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
     "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),
     "apps": EVERYTHING,

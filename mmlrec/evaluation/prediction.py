@@ -44,7 +44,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     """
     ending(output)
     manifest = DatasetManifest.load(dataset)
-    _check_same_inputs(session, manifest, dataset)
+    check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
     own = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
@@ -66,7 +66,12 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     session.world.raise_together(error)
 
 
-def _check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
+def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
+    """Refuse a dataset whose features, or their encoding, are not those that the run was trained on.
+
+    Raises:
+        DataError: naming what differs.
+    """
     trained = session.manifest
     if trained.features != given.features:
         missing = sorted({f.name for f in trained.features} - {f.name for f in given.features})
@@ -156,9 +161,6 @@ def _write(
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
-    network = session.network
-    branches = list(session.network.branches) or range(session.spec.num_heads)
-    trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
     start = 0
     with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
         writer: ScoreFile | None = None
@@ -172,24 +174,37 @@ def _write(
                     scenario = np.zeros(len(scores), np.int64)
                     if session.spec.num_scenarios > 1:
                         scenario = batch.column(SCENARIO_COLUMN).to_numpy()
-                    for index, task in enumerate(session.spec.tasks):
-                        if not trained[index].any():
-                            continue
-                        values = _probability(scores[:, index]) if task.kind == "binary" else scores[:, index]
-                        arrays.append(pa.array(values, mask=~trained[index][scenario]))
-                        names.append(f"score.{task.name}")
-                    if isinstance(network, ChainModel) and "score.cvr" not in names:
-                        chain = network.chain
-                        steps = scores[:, chain[0]], scores[:, chain[-1]]
-                        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
-                        arrays.append(pa.array(rate.astype(np.float32)))
-                        names.append("score.cvr")
+                    for name, column in score_columns(session, scores, scenario).items():
+                        arrays.append(column)
+                        names.append(name)
                     table = pa.table(arrays, names=names)
                     if writer is None:
                         writer = ScoreFile(temporary, ending(output), table.schema)
                         stack.callback(writer.close)
                     writer.write(table)
                     start += len(scores)
+
+
+def score_columns(session: Session, logits: np.ndarray, scenario: np.ndarray) -> dict[str, pa.Array]:
+    """What `write_predictions` writes of some rows beside their keys, by the name of the column, float32.
+
+    Args:
+        logits: [N, T]; of a regression task the value.
+        scenario: [N] int64; 0 without scenarios.
+    """
+    network = session.network
+    branches = list(network.branches) or range(session.spec.num_heads)
+    trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
+    columns = {}
+    for index, task in enumerate(session.spec.tasks):
+        if trained[index].any():
+            values = _probability(logits[:, index]) if task.kind == "binary" else logits[:, index]
+            columns[f"score.{task.name}"] = pa.array(values, mask=~trained[index][scenario])
+    if isinstance(network, ChainModel) and "score.cvr" not in columns:
+        steps = logits[:, network.chain[0]], logits[:, network.chain[-1]]
+        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
+        columns["score.cvr"] = pa.array(rate.astype(np.float32))
+    return columns
 
 
 @contextlib.contextmanager
