@@ -28,7 +28,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=place, required=True, help="run folder")
     parser.add_argument("--out", type=local_path, required=True, help="folder to write, on a disk of this machine")
     parser.add_argument(
-        "--tables", default="fp32", choices=["fp32", "fp16", "int8"], help="numbers of the tables; int8: with a scale for each row"
+        "--tables",
+        default="fp32",
+        choices=["fp32", "fp16", "int8"],
+        help="numbers of the tables; int8: with a scale for each row",
     )
     parser.add_argument("--format", default="pt2", choices=["pt2", "onnx"], help="of the network: torch.export, or ONNX")
     parser.add_argument(
@@ -53,7 +56,9 @@ def main() -> None:
     all_imported()
     with process_group(timeout) as world, StopSignal(world) as stop:
         export_model(
-            Exported(folder, arguments.out, arguments.tables, arguments.format, arguments.input, arguments.overwrite), world, stop
+            Exported(folder, arguments.out, arguments.tables, arguments.format, arguments.input, arguments.overwrite),
+            world,
+            stop,
         )
 
 

@@ -59,6 +59,10 @@ RULES = {
         *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
     "mmlrec.serving": ("torch", "mmlrec.encoding"),
+    "mmlrec.export": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
+        *("mmlrec.models.base", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+    ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
     "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "preprocessing"),
     "apps": EVERYTHING,

@@ -36,7 +36,12 @@ def table_file(name: str, branches: list[str]) -> str:
 
 
 def make_card(
-    session: Session, scorer: Scorer, stored: dict[str, tuple[int, int]], precision: Precision, kind: Format, result: dict[str, Any]
+    session: Session,
+    scorer: Scorer,
+    stored: dict[str, tuple[int, int]],
+    precision: Precision,
+    kind: Format,
+    result: dict[str, Any],
 ) -> dict[str, Any]:
     """All of the card but the parity.
 
@@ -72,7 +77,11 @@ def make_card(
         ],
         "lookups": [
             [
-                {"feature": feature.name, "table": prefix + str(feature.table), "pooling": feature.pooling if feature.kind == "multi" else "sum"}
+                {
+                    "feature": feature.name,
+                    "table": prefix + str(feature.table),
+                    "pooling": feature.pooling if feature.kind == "multi" else "sum",
+                }
                 for feature in manifest.sparse_features
             ]
             for prefix in ([f"{branch}/" for branch in branches] or [""])

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
+from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import CheckpointError, DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
@@ -106,12 +107,13 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     with new_local_folder(asked.out, "model") as folder:
         scorer = Scorer(copy.deepcopy(session.network).cpu(), session.scales)
         save_network(export_network(scorer), folder / f"network.{asked.kind}", asked.kind)
+        Encoder.load(session.encoder).save(folder / "encoder")
         stored = _write_tables(asked, loaded, folder)
         result = run.read_result()
         card = make_card(session, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {})
         write_card(folder, card)
         model = load(folder)
-        scores = exported_scores(model, dataset, manifest, _SPLIT)
+        scores = exported_scores(model, Encoder.load(folder / "encoder"), dataset, manifest, _SPLIT)
         card["parity"] = compare(session, rows, scores, scorer.outputs, _SPLIT, dataset)
         print(parity_text(card["parity"]), flush=True)  # noqa: T201
         if asked.tables == "fp32" and (apart := beyond_tolerance(card["parity"])):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.evaluation.prediction import score_columns
 from mmlrec.metrics.gather import PredictionRows
@@ -29,39 +30,17 @@ TOLERANCE = 1e-6
 _BATCH_ROWS = 1 << 14
 
 
-@dataclass
-class _Inputs:
-    ids: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
-    dense: NDArray[np.float32]
-    scenario: NDArray[np.int64]
-    num_rows: int
-
-
-def exported_scores(model: Model, dataset: Place, manifest: DatasetManifest, split: str) -> NDArray[np.float32]:
+def exported_scores(
+    model: Model, encoder: Encoder, dataset: Place, manifest: DatasetManifest, split: str
+) -> NDArray[np.float32]:
     """Scores of the rows of a split, [N, outputs], in the order in which they lie on disk."""
-    return np.concatenate([model.score_inputs(inputs) for inputs in _inputs(dataset, manifest, split)])
-
-
-def _inputs(dataset: Place, manifest: DatasetManifest, split: str) -> Iterator[Any]:
     columns = [feature.name for feature in manifest.features] + ([SCENARIO_COLUMN] if manifest.scenario else [])
+    scores = []
     for part in manifest.splits[split].parts:
         with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                ids = {}
-                for feature in manifest.sparse_features:
-                    column = batch.column(feature.name)
-                    if feature.kind == "multi":
-                        offsets = column.offsets.to_numpy().astype(np.int64)
-                        ids[feature.name] = column.flatten().to_numpy(), offsets - offsets[0]
-                    else:
-                        ids[feature.name] = column.to_numpy(), np.arange(batch.num_rows + 1)
-                dense = np.empty((batch.num_rows, len(manifest.dense_features)), np.float32)
-                for index, feature in enumerate(manifest.dense_features):
-                    dense[:, index] = batch.column(feature.name).to_numpy()
-                scenario = np.zeros(batch.num_rows, np.int64)
-                if manifest.scenario:
-                    scenario = batch.column(SCENARIO_COLUMN).to_numpy()
-                yield _Inputs(ids, dense, scenario, batch.num_rows)
+                scores.append(model.score_inputs(Inputs.of(batch, encoder)))
+    return np.concatenate(scores)
 
 
 def compare(
@@ -157,9 +136,9 @@ def _metrics(session: Session, rows: PredictionRows, scores: NDArray[np.float32]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserAdvice)  # of metrics that are not defined: told by the run, None here
             reports.append(
-                build_report(
-                    of, tasks=session.spec.tasks, scenario=session.manifest.scenario, deviations=session.deviations
-                )["tasks"]
+                build_report(of, tasks=session.spec.tasks, scenario=session.manifest.scenario, deviations=session.deviations)[
+                    "tasks"
+                ]
             )
     found = {}
     for task in session.spec.tasks:
