@@ -50,21 +50,25 @@ RULES = {
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
         *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base"),
     ),
+    "mmlrec.warm_start": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
+        "mmlrec.identity",
+    ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
         *("mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.training": (
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
-        *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
+        *("mmlrec.evaluation", "mmlrec.warm_start", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
-    "mmlrec.serving": ("torch", "mmlrec.encoding"),
+    "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
     "mmlrec.export": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
-        *("mmlrec.models.base", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
-    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "preprocessing"),
+    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),
     "apps": EVERYTHING,
     "benchmarks": EVERYTHING,
 }

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from mmlrec.encoding import columns as to
 from mmlrec.encoding import conversions
-from mmlrec.encoding.inputs import Inputs, stacked
+from mmlrec.encoding.features import feature_values, refuse, scenario_ids
+from mmlrec.encoding.inputs import Inputs, joined
 from mmlrec.encoding.mapped import read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
-from mmlrec.encoding.typed import as_lists, as_type
+from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.hashing import bucket_ids
@@ -25,7 +26,7 @@ from mmlrec.storage.places import Place, place
 IntArray = NDArray[np.int64]
 
 ENCODER_FILE = "encoder.json"
-_LONGEST_SHOWN = 80
+_ROWS = 4096  # that go through together: what is made of them on the way stays in the caches
 
 
 class Encoder:
@@ -53,6 +54,8 @@ class Encoder:
         self.scenario: ScenarioSpec | None = specs.scenario
         self._specs, self._vocabularies = specs, vocabularies
         self._by_name = {spec.name: spec for spec in specs.features}
+        self._numbers, self._id_features = Numbers(specs), IdFeatures(specs, vocabularies)
+        self._id_names = [spec.name for spec in specs.features if spec.kind != "dense"]
         self._borders = {name: np.array(table.borders, np.float32) for name, table in specs.tables.items()}
 
     @classmethod
@@ -114,27 +117,52 @@ class Encoder:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
         return pa.array(ids)
 
-    def inputs(self, rows: pa.Table) -> Inputs:
+    def inputs(self, rows: pa.Table | pa.RecordBatch) -> Inputs:
         """Raw rows to what a network reads. Raises as `canonical` and `encode`."""
-        found = self._canonical(rows, True)
-        ids = {spec.name: self._ids(spec, found[spec.name]) for spec in self.features if spec.kind != "dense"}
-        dense = [self._number(spec, found[spec.name]) for spec in self.features if spec.kind == "dense"]
-        scenario = found[SCENARIO_COLUMN].to_numpy() if self.scenario is not None else np.zeros(rows.num_rows, np.int64)
-        return Inputs(ids, stacked(dense, rows.num_rows), scenario, rows.num_rows)
+        cells = self._cells(rows, True)
+        starts = range(0, max(rows.num_rows, 1), _ROWS)
+        try:
+            return joined([self._some(cells, start, min(_ROWS, rows.num_rows - start)) for start in starts])
+        except Doubtful:
+            return Inputs.of(self.encode(self.canonical(rows)), self)
 
-    def _canonical(self, rows: pa.Table, scenario: bool) -> dict[str, pa.Array]:
-        cells: dict[str, pa.Array] = {}
-        for name, column in self.columns.items():
-            if not scenario and column.uses == ("scenario",):
-                continue
-            if name not in rows.schema.names:
-                raise DataError(self._missing(column, rows.schema.names))
-            values = rows.column(name)
-            cells[name] = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    def _some(self, cells: dict[str, pa.Array], start: int, num_rows: int) -> Inputs:
+        if num_rows < len(next(iter(cells.values()))):
+            cells = {name: column.slice(start, num_rows) for name, column in cells.items()}
+        dense, ids = self._numbers.inputs(cells, num_rows)
+        found = self._id_features.inputs(cells, num_rows)
+        found |= {name: (of, np.arange(num_rows + 1)) for name, of in ids.items()}
+        scenario = np.zeros(num_rows, np.int64)
+        if self.scenario is not None:
+            scenario, known, faults = scenario_ids(self.scenario, cells[self.scenario.column], self._specs.cells)
+            if not (known.all() or self.scenario.others is not None) or not all(good.all() for good, _, _ in faults):
+                raise Doubtful
+        return Inputs({name: found[name] for name in self._id_names}, dense, scenario, num_rows)
+
+    def _canonical(self, rows: pa.Table | pa.RecordBatch, scenario: bool) -> dict[str, pa.Array]:
+        cells = self._cells(rows, scenario)
         found = {spec.name: self._feature(spec, cells[spec.column]) for spec in self.features}
         if scenario and self.scenario is not None:
             found[SCENARIO_COLUMN] = self._scenario(self.scenario, cells[self.scenario.column])
         return found
+
+    def _cells(self, rows: pa.Table | pa.RecordBatch, scenario: bool) -> dict[str, pa.Array]:
+        """The columns that are read."""
+        names = rows.schema.names
+        places = {name: index for index, name in enumerate(names)}
+        cells: dict[str, pa.Array] = {}
+        for name, column in self.columns.items():
+            if not scenario and column.uses == ("scenario",):
+                continue
+            if name not in places:
+                raise DataError(self._missing(column, names))
+            values = rows.column(places[name])
+            if isinstance(values, pa.ChunkedArray):
+                values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+            cells[name] = values
+        if len(places) < len(names) and (twice := [name for name in cells if names.count(name) > 1]):
+            raise DataError(f"two columns have the name '{twice[0]}'. Rename one.")
+        return cells
 
     def _missing(self, column: RawColumn, names: list[str]) -> str:
         shown = f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" or "none"
@@ -142,31 +170,18 @@ class Encoder:
         return f"there is no column '{column.name}', which {' and '.join(column.uses)} is made of.{hint} Columns: {shown}."
 
     def _feature(self, spec: FeatureSpec, cells: pa.Array) -> pa.Array:
-        rules, column = self._specs.cells, spec.column
-        if spec.listed:
-            values, faults = as_lists(cells, spec.raw_type, spec.separator, column, rules)
-            _refuse(faults, cells)
-            return conversions.listed(values, column, rules) if self._specs.empty_is_missing else values
-        values, faults = as_type(cells, spec.cell_type, column, rules)
-        if pa.types.is_floating(spec.cell_type):
-            numbers, more = conversions.number(values, column, spec.raw_type, log=spec.log)
-            _refuse([*faults, *more], cells)
-            return numbers.is_null().cast(pa.float32()) if spec.indicator else numbers
-        _refuse(faults, cells)
-        if self._specs.empty_is_missing:
-            values = conversions.present(values)
-        return conversions.singles(values) if spec.kind == "multi" else values
+        values, faults = feature_values(spec, cells, self._specs.cells, self._specs.empty_is_missing)
+        refuse(faults, cells)
+        return values
 
     def _scenario(self, spec: ScenarioSpec, cells: pa.Array) -> pa.Array:
-        values, faults = as_type(cells, spec.raw_type, spec.column, self._specs.cells)
-        at = conversions.places(values, pa.array(list(spec.known), spec.raw_type))
+        ids, known, faults = scenario_ids(spec, cells, self._specs.cells)
         if spec.others is None:
             shown = ", ".join(str(value) for value in list(spec.known)[:20])
             complaint = f"{spec.column} holds no value of the scenarios{conversions.FOUND}. Known are: {shown}."
-            faults = [*faults, (at >= 0, complaint, spec.column)]
-        _refuse(faults, cells)
-        ids = np.array(list(spec.known.values()), np.int64)
-        return pa.array(np.where(at >= 0, ids[at], spec.others or 0))
+            faults = [*faults, (known, complaint, spec.column)]
+        refuse(faults, cells)
+        return pa.array(ids)
 
     def _number(self, spec: FeatureSpec, values: pa.Array) -> NDArray[np.float32]:
         values = to.filled(values, spec.fill)
@@ -201,17 +216,6 @@ class Encoder:
         if spec.kind == "multi":
             return to.list_ids(values, ids_of, table.hashes)
         return ids_of(values), np.arange(len(values) + 1)
-
-
-def _refuse(faults: conversions.Faults, cells: pa.Array) -> None:
-    """Raise DataError naming the first row in which something is wrong."""
-    wrong = [(int(np.argmin(good)), complaint) for good, complaint, _ in faults if not good.all()]
-    if not wrong:
-        return
-    row, complaint = min(wrong, key=lambda fault: fault[0])
-    value = str(cells[row].as_py())
-    shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
-    raise DataError(f"row {row} (counted from 0): {complaint.replace(conversions.FOUND, f', found {shown}')}")
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
