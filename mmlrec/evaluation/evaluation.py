@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.errors import DataError, UserError
-from mmlrec.metrics.gather import PredictionRows, gather_rows
+from mmlrec.metrics.gather import PredictionRows, gather_rows, joined
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -109,24 +109,33 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
 
 
 def evaluate_split(session: Session, split: str, stop: StopSignal | None = None) -> dict[str, Any]:
-    """The task x scenario report of a split, on every rank.
+    """The task x scenario report of a split, on every rank. Errors as of `evaluate_splits`."""
+    return evaluate_splits(session, [split], stop)
+
+
+def evaluate_splits(session: Session, splits: Sequence[str], stop: StopSignal | None = None) -> dict[str, Any]:
+    """The task x scenario report of the rows of some splits together, on every rank.
 
     Raises:
-        DataError: the split is empty or damaged, or a score is not finite.
+        DataError: a split is empty or damaged, or a score is not finite.
         Interrupted: a signal asked to stop.
     """
-    reader = session.reader(split)
-    title = f"evaluating {split}"
-    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    found: list[PredictionRows] = []
+    for split in splits:
+        reader = session.reader(split)
+        title = f"evaluating {split}"
+        of_split = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+        found += [] if of_split is None else [of_split]
+    named = " and ".join(splits)
     if not session.check_parts(stop) and stop is not None:
-        raise stopped(stop, title)
+        raise stopped(stop, f"evaluating {named}")
     report, error = None, None
-    session.world.at(f"computing the metrics of {split}")
-    if rows is not None:
+    session.world.at(f"computing the metrics of {named}")
+    if found:
         try:
             network = session.network
             report = build_report(
-                rows,
+                joined(found),
                 tasks=session.spec.tasks,
                 scenario=session.manifest.scenario,
                 chain=network.chain,
