@@ -1,7 +1,7 @@
 """The TorchX components: `torchx run -s local_cwd apps/components.py:train --preset local --config FILE`.
 
-Also registered as `mmlrec.train`, `mmlrec.days`, `mmlrec.evaluate`, `mmlrec.predict` and `mmlrec.preprocess`. TorchX reads a function's
-signature and docstring for its `--help`, and wants it defined in this very file.
+Also registered as `mmlrec.train`, `mmlrec.days`, `mmlrec.evaluate`, `mmlrec.predict` and `mmlrec.preprocess`. TorchX reads a
+function's signature and docstring for its `--help`, and wants it defined in this very file.
 """
 
 import contextlib

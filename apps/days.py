@@ -37,8 +37,10 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.days", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file, or the name of a shipped one, such as mtl/movielens")
-    parser.add_argument("--days", required=True, metavar="PATTERN", help="dataset folders of the days, in quotes: \"data/day-*\"")
-    parser.add_argument("--run-dir", type=place, required=True, help="folder for a run folder of each day and what became of them")
+    parser.add_argument("--days", required=True, metavar="PATTERN", help="dataset folders of the days, in quotes")
+    parser.add_argument(
+        "--run-dir", type=place, required=True, help="where to write: a run folder for each day, and the record"
+    )
     parser.add_argument(
         "--forget-after",
         type=_number_of_days,
@@ -69,9 +71,7 @@ def main() -> None:
 
     all_imported()
     with process_group(config.training.timeout) as world:
-        lines = run_days(
-            config, days, arguments.run_dir, world, forget_after=arguments.forget_after, source=arguments.config
-        )
+        lines = run_days(config, days, arguments.run_dir, world, forget_after=arguments.forget_after, source=arguments.config)
         if world.is_main:
             print(f"\nEach day by the model of the day before ({arguments.run_dir}):\n{days_table(lines)}")
 

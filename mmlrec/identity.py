@@ -110,7 +110,7 @@ def check_vocabulary(path: Place, facts: Mapping[str, Any]) -> None:
 
 
 def encoding_differences(
-    before: Encoding, manifest: DatasetManifest, folder: Place, *, scenario: bool, labels: bool
+    before: Encoding, manifest: DatasetManifest, folder: Place, *, scenario: bool, labels: bool, extended: bool = False
 ) -> list[str]:
     """What a dataset encodes otherwise than the data of a run, a line each; empty where equal cells give equal inputs.
 
@@ -118,6 +118,7 @@ def encoding_differences(
         before: of the run.
         manifest: of the dataset in `folder`, which has an encoding.
         scenario, labels: whether these parts are compared, too.
+        extended: a vocabulary that begins with that of the run, and has more values behind, is no difference.
 
     Raises:
         DataError: a vocabulary of the dataset, which had to be looked into, is damaged.
@@ -137,7 +138,8 @@ def encoding_differences(
                 lines.append(f"  {which}: {'in the run only' if name in old else 'not in the run'}")
             elif what == "table" and _begins_with(old[name], new[name], manifest, name, folder):
                 more = new[name]["entries"] - old[name]["entries"]
-                lines.append(f"  {which}: the vocabulary of the run, and behind it {more} values that the run has no rows for")
+                line = f"  {which}: the vocabulary of the run, and behind it {more} values that the run has no rows for"
+                lines += [] if extended else [line]
             else:
                 lines += [
                     f"  {which}, {key}: {_shown(new[name].get(key))} here, {_shown(old[name].get(key))} in the run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,16 +43,16 @@ def find_days(pattern: str) -> list[Day]:
     """
     folders = sorted(_folders(pattern), key=lambda folder: folder.name)
     if not folders:
-        raise ConfigError(f"--days {pattern}: there is no such folder. Put the pattern into quotes, so that the shell leaves it.")
-    for one, other in zip(folders, folders[1:], strict=False):
+        raise ConfigError(f"--days {pattern}: no such folder. Put the pattern into quotes, so that the shell leaves it.")
+    for one, other in itertools.pairwise(folders):
         if one.name == other.name:
-            raise ConfigError(f"--days {pattern}: {one} and {other} have one name, and days are told apart by theirs. Rename one.")
+            raise ConfigError(f"--days {pattern}: {one} and {other} have one name, which days are told apart by.")
     days = [Day(folder.name, folder, DatasetManifest.load(folder)) for folder in folders]
     for day in days:
         if missing := [split for split in SPLITS if not day.rows.get(split)]:
             raise DataError(
-                f"{day.folder} has no rows of {missing[0]}: each day has train, valid and test. Make it with --extend of the day"
-                " before, and without --split."
+                f"{day.folder} has no rows of {missing[0]}: each day has train, valid and test. Make it with --extend of the"
+                " day before, and without --split."
             )
     return days
 
@@ -71,7 +72,7 @@ def check_extended(days: Sequence[Day]) -> None:
         ConfigError: naming the day, and what differs.
         DataError: a vocabulary is damaged.
     """
-    for before, day in zip(days, days[1:], strict=False):
+    for before, day in itertools.pairwise(days):
         if differences := _not_extended(before, day):
             listed = "\n".join(differences)
             raise ConfigError(
@@ -80,6 +81,15 @@ def check_extended(days: Sequence[Day]) -> None:
                 f" again: python -m preprocessing ... --extend {shlex.quote(str(before.folder))} --out"
                 f" {shlex.quote(str(day.folder))} --overwrite"
             )
+
+
+def _not_extended(before: Day, day: Day) -> list[str]:
+    old, new = before.manifest.encoding, day.manifest.encoding
+    if old is None or new is None or not old.comparable(new):
+        without = before if old is None else day
+        return [f"  how {without.folder} is encoded is not on record in a form that this release knows"]
+    found = encoding_differences(old, day.manifest, day.folder, scenario=True, labels=True, extended=True)
+    return [line.replace(" in the run", f" in {before.name}").replace("the run", before.name) for line in found]
 
 
 def new_ids(before: DatasetManifest | None, now: DatasetManifest) -> dict[str, int]:

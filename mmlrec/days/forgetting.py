@@ -6,6 +6,8 @@ Each day leaves `last_seen.npz` in its run folder: for each table, the number of
 from __future__ import annotations
 
 import io
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ _NEVER = -2
 #: Before the name of a table, as numpy takes the names of arrays for arguments.
 _PREFIX = "table."
 
-#: Table -> [num_rows] int32, number of the day on which a row last stood in train: from 0 on, -1 before the first day, -2 never.
+#: Table -> [num_rows] int32, number of the day on which a row last stood in train: from 0 on; -1 before the first, -2 never.
 LastSeen = dict[str, NDArray[np.int32]]
 
 
@@ -47,10 +49,10 @@ def note_seen(before: LastSeen, folder: Place, manifest: DatasetManifest, number
         try:
             with open_parquet(path, part.num_bytes, part.sha256) as file:
                 for batch in file.iter_batches(columns=list(features)):
-                    for name, table in features.items():
+                    for name, of_feature in features.items():
                         column = batch.column(name)
                         ids = column.flatten() if pa.types.is_list(column.type) else column
-                        seen[table][ids.to_numpy()] = number
+                        seen[of_feature][ids.to_numpy()] = number
         except (OSError, pa.ArrowException, IndexError) as error:
             raise DataError(f"{path}: its ids cannot be read: {error}. Run the preprocessing again.") from error
     return seen
@@ -84,7 +86,8 @@ def save_seen(run_dir: Place, seen: LastSeen) -> None:
         UserError: the folder cannot be written.
     """
     content = io.BytesIO()
-    np.savez(content, **{_PREFIX + table: days for table, days in seen.items()})
+    arrays: dict[str, Any] = {_PREFIX + table: days for table, days in seen.items()}
+    np.savez(content, **arrays)
     try:
         write_atomically(run_dir / LAST_SEEN, content.getvalue())
     except OSError as error:

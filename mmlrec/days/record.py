@@ -1,7 +1,7 @@
 """What is on record of the days in their folder: the configuration, and a line for each day.
 
 `days.yaml` says how the days are trained, and is written once. `days.jsonl` has one line for each day that was begun, and is
-replaced as a whole: it holds numbers of the run and nothing of the clock, so that days that were interrupted leave the same bytes.
+replaced as a whole. It holds nothing of the clock, so that days that were interrupted leave the same bytes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Record:
     """The record in a folder of days; all ranks hold the same, rank 0 alone writes.
 
     Attributes:
-        lines: of the days, in their order. `day`; `dataset`, its folder; `data`, a digest of what it holds; `rows` of each split;
-            `new_ids` of each vocabulary; `forgotten` rows of each table, or null; `next_day`, the report of the model of the day
-            before on all rows of this one, null where there is none; `unseen`, ids that it read as unseen; `step` of the best
-            checkpoint, null until the day is trained.
+        lines: of the days, in their order. `day`, its name; `dataset`, its folder; `data`, a digest of what that holds; `rows`
+            of each split; `new_ids` of each vocabulary; `next_day`, the report of the model of the day before on all rows of
+            this one, and `unseen`, how many ids it did not know, null where there is no such model; `forgotten` rows of each
+            table, null where none are forgotten; `step` of the best checkpoint, null until the day is trained.
     """
 
     def __init__(self, folder: Place, world: World) -> None:

@@ -96,7 +96,7 @@ def _one_day(
             "step": None,
         }
         if before is not None:
-            line["next_day"], line["unseen"] = _measure(record.folder / before.name, day, world)
+            line["next_day"], line["unseen"] = measure(record.folder / before.name, day, world)
         record.put(line)
     forgotten: Rows = {}
     if forget_after is not None:
@@ -104,7 +104,9 @@ def _one_day(
         forgotten = forgotten_rows(seen, number, forget_after)
         line["forgotten"] = {table: len(rows) for table, rows in forgotten.items()}
     of_day = record.folder / day.name
-    train(_config_of(config, day, record.folder / before.name if before else None), of_day, world, source=source, fresh=forgotten)
+    train(
+        _config_of(config, day, record.folder / before.name if before else None), of_day, world, source=source, fresh=forgotten
+    )
     if forget_after is not None:
         world.at("noting which rows were seen")
         error = _error_of(_note_seen, record.folder, days, number) if world.is_main else None
@@ -119,7 +121,7 @@ def _config_of(config: RunConfig, day: Day, before: Place | None) -> RunConfig:
     return config.model_copy(update=changes)
 
 
-def _measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:
+def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:
     """The report of a run on all rows of a day, and how many of its ids the run does not know."""
     logger.info("%s: measuring the model of %s on all its rows", day.name, run_dir.name)
     session, *_ = load_session(RunFolder(run_dir), world, [f"dataset.path={json.dumps(str(day.folder))}"])
