@@ -69,7 +69,7 @@ def _encode(work: Path, number: int, arguments: list[str]) -> None:
 
 
 def all_so_far(days: list[Day], folder: Path) -> Path:
-    """One dataset of the rows of all these days, encoded as the last of them, which knows the ids of all. Its parts are links."""
+    """One dataset of the rows of all these days, encoded as the last of them, which knows the ids of all; parts are links."""
     last = days[-1]
     splits = {}
     for name in last.manifest.splits:
