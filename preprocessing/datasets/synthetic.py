@@ -30,7 +30,7 @@ from mmlrec.errors import ConfigError
 from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
 from preprocessing.dataset import Column, Dataset, dense, multi, natural, sparse
-from preprocessing.reading.raw_files import RawFolder
+from preprocessing.reading.raw_files import RawFolder, RowFiles
 from preprocessing.rows.zipf import Zipf
 from preprocessing.split_rules import InOrder, RandomSplit, SplitRule
 from preprocessing.writing.permutation import split_ends
@@ -156,6 +156,10 @@ class Synthetic(Dataset):
         self._slopes = (_DENSE_SCALE * slopes / deviation).astype(np.float32)
         shares = 0.7 ** np.arange(num_scenarios)
         self._scenario_ends = np.cumsum(shares / shares.sum())[:-1]
+
+    def row_files(self) -> list[RowFiles]:
+        """None: rows are drawn."""
+        return []
 
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """Chunks in order, drawn a few ahead on two threads."""
