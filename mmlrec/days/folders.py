@@ -41,7 +41,7 @@ def find_days(pattern: str) -> list[Day]:
         ConfigError: it means no folder, or two of one name.
         DataError: one of them is no dataset, or lacks a split.
     """
-    folders = sorted(_folders(pattern), key=lambda folder: folder.name)
+    folders = sorted(_folders(pattern), key=lambda folder: (folder.name, str(folder)))
     if not folders:
         raise ConfigError(f"--days {pattern}: no such folder. Put the pattern into quotes, so that the shell leaves it.")
     for one, other in itertools.pairwise(folders):
