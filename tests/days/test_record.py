@@ -98,11 +98,11 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     write_day(tmp_path, 1, rows=44)
     with pytest.raises(ConfigError, match=r"day-02 was changed since day 'day-02' was trained in \S+run"):
         begin(days=find_days(str(tmp_path / "day-*")))
-    (folder / "days.jsonl").write_text(json.dumps({"step": 3}) + "\n")
-    with pytest.raises(UserError, match=r"days\.jsonl is damaged"):
-        begin()
     (folder / "days.yaml").write_text("config: 3\n")
     with pytest.raises(UserError, match=r"days\.yaml is damaged"):
+        begin()
+    (folder / "days.jsonl").write_text(json.dumps({"step": 3}) + "\n")
+    with pytest.raises(UserError, match=r"days\.jsonl is damaged"):
         begin()
 
 
