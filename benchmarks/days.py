@@ -16,6 +16,7 @@ measured on all rows of day k. The cost is CPU time of training and measuring; p
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import shutil
@@ -45,7 +46,9 @@ _SYNTHETIC = "--rows 40000 --num-ids 2000 --sparse-features 6 --dense-features 2
 
 def movielens_days(raw: Path, work: Path) -> None:
     """MovieLens-1M as day-01 to day-10, raw files and datasets."""
-    lines = (raw / "ratings.dat").read_text(encoding="ascii").splitlines(keepends=True)
+    ratings, packed = raw / "ratings.dat", raw / "ratings.dat.gz"
+    content = ratings.read_bytes() if ratings.is_file() else gzip.decompress(packed.read_bytes())
+    lines = content.decode("ascii").splitlines(keepends=True)
     times = np.array([int(line.rsplit("::", 1)[1]) for line in lines])
     for number, rows in enumerate(np.array_split(np.argsort(times, kind="stable"), _DAYS), start=1):
         folder = work / "raw" / f"day-{number:02d}"
