@@ -18,6 +18,7 @@ from mmlrec.storage.places import Place, is_local, place
 from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets, natural
 from preprocessing.describing import report as description_report
+from preprocessing.describing.drift import drift_lines
 from preprocessing.describing.notes import block, look_at_this
 from preprocessing.downloading.download import download
 from preprocessing.engines import spark
@@ -312,7 +313,7 @@ def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
     duplicates = statistics["duplicates"]
     if duplicates["rows"] or duplicates.get("dropped"):
-        print(f"  {_copies(duplicates)}")
+        print(f"  {_copies(duplicates, len(manifest.splits) > 1)}")
     tasks = [task.name for task in manifest.tasks if task.name in statistics["label_rates"]]
     width = max([12, *(len(task) + 2 for task in tasks)])
     first = max(12, *(len(name) + 2 for name in names))
@@ -334,18 +335,28 @@ def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
         print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
+    for line in drift_lines(manifest):
+        print(f"  {line}")
     if notes := block(look_at_this(manifest, out)):
         print(notes)
-    print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}")
+    train = f"python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}"
+    if "train" in manifest.splits:
+        print(f"It is in {out}. Run next:\n  {train}")
+        return
+    told = f"--run-dir RUN --input {shlex.quote(str(out))}"
+    print(f"It is in {out}. Run next, with a run that was trained on data encoded so:")
+    print(f"  python -m apps.predict {told} --output scores.parquet")
+    if any(counts["all"][0] for split in manifest.splits.values() for counts in split.label_counts.values()):
+        print(f"  python -m apps.evaluate {told}")
 
 
-def _copies(counts: dict[str, Any]) -> str:
+def _copies(counts: dict[str, Any], several: bool) -> str:
     """The line about rows that are equal to others."""
     told = f"copies of rows (duplicates: {counts['policy']}): "
     if counts["policy"] == "drop":
         return f"{told}{counts['dropped']:,} left out"
-    sides = f"of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
-    return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike; {sides}"
+    sides = f"; of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
+    return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike{sides if several else ''}"
 
 
 def _shown(value: float | None) -> str:
