@@ -105,7 +105,11 @@ def _one_day(
         line["forgotten"] = {table: len(rows) for table, rows in forgotten.items()}
     of_day = record.folder / day.name
     train(
-        _config_of(config, day, record.folder / before.name if before else None), of_day, world, source=source, fresh=forgotten
+        _config_of(config, day, record.folder / before.name if before else None),
+        of_day,
+        world,
+        source=source,
+        forgotten=forgotten,
     )
     if forget_after is not None:
         world.at("noting which rows were seen")

@@ -52,10 +52,13 @@ class TableTaken:
     note: str
 
 
-def take(session: Session, source: Source, into: RunFolder) -> None:
+def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[str, NDArray[np.int64]]) -> None:
     """Fill weights and optimizer state of a session that has just been built; all ranks call it together.
 
     Each rank reads what its own shards need. It is told in the log, and written as `RUN/init_from.json`.
+
+    Args:
+        forgotten: table -> rows, of this run, that are not taken.
 
     Raises:
         UserError: a checkpoint is damaged or was replaced meanwhile, or a vocabulary is missing or damaged.
@@ -75,7 +78,7 @@ def take(session: Session, source: Source, into: RunFolder) -> None:
         world.raise_together(error)
         own = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
         new = Encoded(session.manifest, session.encoder)
-        tables = _take_tables(own, weights, state, new, source.encoded, world)
+        tables = _take_tables(own, weights, state, new, source.encoded, forgotten, world)
         try:
             parameters, fresh = _take_network(session, own, weights, state, source)
         except (CheckpointError, StorageError) as cause:
@@ -93,6 +96,7 @@ def _take_tables(
     state: Mapping[str, SavedTensor],
     new: Encoded,
     old: Encoded,
+    forgotten: Mapping[str, NDArray[np.int64]],
     world: World,
 ) -> list[TableTaken]:
     names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
@@ -110,6 +114,8 @@ def _take_tables(
             try:
                 for shard, offsets in local_shards(own[key]):
                     rows = old_rows(_table(name), match, offsets[0], offsets[0] + shard.shape[0], new, old)
+                    gone = forgotten.get(_table(name), np.empty(0, np.int64)) - offsets[0]
+                    rows[gone[(gone >= 0) & (gone < len(rows))]] = -1
                     num_rows += int((rows >= 0).sum())
                     _copy_rows(shard, rows, weights[key])
                     for own_key, saved in states.items():
