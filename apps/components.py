@@ -71,8 +71,15 @@ def days(
     """
     with _told():
         shape = _shape(preset, nodes, nproc, image)
-        given = {"config": config, "days": days, "run_dir": run_dir, "overrides": list(overrides)}
-        return days_app(shape, **given, forget_after=forget_after or None, imports=_modules(imports))
+        return days_app(
+            shape,
+            config=config,
+            days=days,
+            run_dir=run_dir,
+            overrides=list(overrides),
+            forget_after=forget_after or None,
+            imports=_modules(imports),
+        )
 
 
 def evaluate(

@@ -117,7 +117,9 @@ class NewRows:
 
     def _check(self, kind: type[Dataset], options: argparse.Namespace) -> None:
         if self.manifest.name != kind.name:
-            raise ConfigError(f"{self.option}: {self.given} holds '{self.manifest.name}', not '{kind.name}'. Name the same dataset.")
+            raise ConfigError(
+                f"{self.option}: {self.given} holds '{self.manifest.name}', not '{kind.name}'. Name the same dataset."
+            )
         # A day of a generated log is encoded by vocabularies, which grow; its rows are at no place, so that --like has no use.
         if isinstance(kind.split, InOrder) and (not self.grows or isinstance(kind(options).split, InOrder)):
             raise ConfigError(

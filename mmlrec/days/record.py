@@ -127,10 +127,8 @@ class Record:
         of_day = RunFolder(self.folder / day.name)
         listed = ""
         if of_day.dataset.is_file() and line["step"] is not None:
-            config = of_day.read_config()
-            at_day = config.model_copy(update={"dataset": config.dataset.model_copy(update={"path": str(day.folder)})})
             try:
-                of_day.check_same_data(json.loads(read(of_day.dataset)), at_day)
+                of_day.check_same_data(json.loads(read(of_day.dataset)), day.folder)
             except ConfigError as error:
                 listed = "\n" + "\n".join(text for text in str(error).split("\n") if text.startswith("  "))
         done = "measured" if line["step"] is None else "trained"

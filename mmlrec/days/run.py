@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,10 +127,9 @@ def _config_of(config: RunConfig, day: Day, before: Place | None) -> RunConfig:
 def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:
     """The report of a run on all rows of a day, and how many of its ids the run does not know."""
     logger.info("%s: measuring the model of %s on all its rows", day.name, run_dir.name)
-    session, *_ = load_session(RunFolder(run_dir), world, [f"dataset.path={json.dumps(str(day.folder))}"])
+    session, *_ = load_session(RunFolder(run_dir), world, [], day.folder)
     with StopSignal(world) as stop:
-        report = evaluate_splits(session, SPLITS, stop)
-    return report, {}
+        return evaluate_splits(session, SPLITS, stop, day.folder)
 
 
 def _draw(record: Record) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,17 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
+from mmlrec.data.reader import Reader
 from mmlrec.distributed.stopping import Interrupted, StopSignal
-from mmlrec.errors import DataError, UserError
+from mmlrec.distributed.world import logger
+from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.metrics.gather import PredictionRows, gather_rows, joined
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
+from mmlrec.schema import DatasetManifest
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 
 
 def predict_split(
@@ -108,27 +113,38 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
     )
 
 
-def evaluate_split(session: Session, split: str, stop: StopSignal | None = None) -> dict[str, Any]:
-    """The task x scenario report of a split, on every rank. Errors as of `evaluate_splits`."""
-    return evaluate_splits(session, [split], stop)
+def evaluate_split(
+    session: Session, split: str, stop: StopSignal | None = None, dataset: Place | None = None
+) -> dict[str, Any]:
+    """The task x scenario report of a split, on every rank. Arguments and errors as of `evaluate_splits`."""
+    return evaluate_splits(session, [split], stop, dataset)[0]
 
 
-def evaluate_splits(session: Session, splits: Sequence[str], stop: StopSignal | None = None) -> dict[str, Any]:
-    """The task x scenario report of the rows of some splits together, on every rank.
+def evaluate_splits(
+    session: Session, splits: Sequence[str], stop: StopSignal | None = None, dataset: Place | None = None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The task x scenario report of the rows of some splits together; feature -> ids read as unseen. On every rank.
+
+    Args:
+        dataset: holds the rows, where they are not those that the run was trained on; encoded like these.
 
     Raises:
         DataError: a split is empty or damaged, or a score is not finite.
         Interrupted: a signal asked to stop.
     """
     found: list[PredictionRows] = []
+    unseen: dict[str, int] = {}
     for split in splits:
-        reader = session.reader(split)
+        reader = session.reader(split, dataset)
         title = f"evaluating {split}"
         of_split = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
         found += [] if of_split is None else [of_split]
+        for feature, count in unseen_ids(session, reader).items():
+            unseen[feature] = unseen.get(feature, 0) + count
     named = " and ".join(splits)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, f"evaluating {named}")
+    tell_unseen(unseen, dataset or session.encoder)
     report, error = None, None
     session.world.at(f"computing the metrics of {named}")
     if found:
@@ -149,7 +165,51 @@ def evaluate_splits(session: Session, splits: Sequence[str], stop: StopSignal | 
     session.world.raise_together(error)
     result = session.world.from_main(report)
     assert isinstance(result, dict)
-    return result
+    return result, unseen
+
+
+def choose_split(manifest: DatasetManifest, folder: Place, asked: str | None) -> str:
+    """The split that is asked for; else test, or the only one.
+
+    Raises:
+        DataError: it is not there, or none is asked for and several are.
+    """
+    names = ", ".join(manifest.splits)
+    if asked is not None:
+        if asked not in manifest.splits:
+            raise DataError(f"{folder}: there is no split '{asked}'.{did_you_mean(asked, manifest.splits)} Splits: {names}.")
+        return asked
+    if "test" in manifest.splits:
+        return "test"
+    if len(manifest.splits) > 1:
+        raise DataError(f"{folder}: which of its splits? Name one with --split: {names}.")
+    return next(iter(manifest.splits))
+
+
+def unseen_ids(session: Session, reader: Reader) -> dict[str, int]:
+    """On all ranks, after a pass: feature -> ids that were read as 0 because they are behind the vocabularies of the run."""
+    totals: dict[str, int] = {}
+    for of_rank in session.world.gather(reader.beyond):
+        for feature, count in of_rank.items():
+            totals[feature] = totals.get(feature, 0) + count
+    return totals
+
+
+def tell_unseen(unseen: Mapping[str, int], dataset: Place) -> None:
+    """Log what `unseen_ids` found in a dataset."""
+    if unseen:
+        told = ", ".join(f"{feature} {count:,}" for feature, count in unseen.items())
+        logger.info("%s: ids that the run has no rows for, read as 0 (unseen): %s", dataset, told)
+
+
+def check_labels(session: Session, manifest: DatasetManifest, dataset: Place, split: str) -> None:
+    """Raise DataError when no row of a split has a label of any task of the run."""
+    counts, names = manifest.splits[split].label_counts, [task.name for task in session.spec.tasks]
+    if not any(counts[name]["all"][0] for name in names if name in counts):
+        raise DataError(
+            f"{dataset}: no row of {split} has a label of {', '.join(names)}, so there is nothing to measure. Scores need no"
+            f" labels: python -m apps.predict --run-dir RUN --input {shlex.quote(str(dataset))} --output scores.parquet"
+        )
 
 
 def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> None:
