@@ -176,7 +176,9 @@ class Synthetic(Dataset):
                 yield batch
 
     def statistics(self) -> dict[str, Any]:
-        """What the best model can reach on (at most the first million rows of) the test split, [task][all or scenario].
+        """What the best model can reach, [task][all or scenario].
+
+        Measured on the test split, or on the one split that holds all rows; at most on its first million rows.
 
         `bayes_auc`: AUC of the true probabilities against the drawn labels. `bayes_auc_expected`: the same over the
         distribution of the labels instead of one draw. Of a day of a log: `of_all_rows`, all splits together.
@@ -229,7 +231,7 @@ class Synthetic(Dataset):
         return pa.RecordBatch.from_pydict(columns, schema=self.canonical_schema()), probability, label, scenario
 
     def _remember_test(self, start: int, probability: FloatArray, label: FloatArray, scenario: IntArray) -> None:
-        test_start = split_ends(self.num_rows)[1] if self._day is None else 0
+        test_start = split_ends(self.num_rows)[1] if isinstance(self.split, InOrder) else 0
         rows = slice(max(test_start - start, 0), max(test_start + _AUC_ROWS - start, 0))
         if len(scenario[rows]):
             self._test.append((probability[:, rows].copy(), label[:, rows].copy(), scenario[rows].copy()))
