@@ -123,7 +123,7 @@ def train(
             from_step=from_step,
             source=source,
             profiled=profiled,
-            forgotten=forgotten or {},
+            forgotten=forgotten,
         )
 
 
@@ -137,7 +137,7 @@ def _train(
     from_step: int | None,
     source: str,
     profiled: tuple[int, int] | None,
-    forgotten: Mapping[str, NDArray[np.int64]],
+    forgotten: Mapping[str, NDArray[np.int64]] | None,
 ) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)

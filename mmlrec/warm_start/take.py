@@ -53,7 +53,7 @@ class TableTaken:
     note: str
 
 
-def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[str, NDArray[np.int64]]) -> None:
+def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[str, NDArray[np.int64]] | None = None) -> None:
     """Fill weights and optimizer state of a session that has just been built; all ranks call it together.
 
     Each rank reads what its own shards need. It is told in the log, and written as `RUN/init_from.json`.
@@ -81,7 +81,7 @@ def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[s
         world.raise_together(error)
         own = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
         new = Encoded(session.manifest, session.encoder)
-        tables = _take_tables(own, weights, state, new, source.encoded, forgotten, world)
+        tables = _take_tables(own, weights, state, new, source.encoded, forgotten or {}, world)
         try:
             parameters, fresh = _take_network(session, own, weights, state, source)
         except (CheckpointError, StorageError) as cause:

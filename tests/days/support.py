@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from mmlrec.schema import DatasetManifest
 from tests.datasets import WrittenDataset, rewrite_part, with_vocabularies, write_dataset
 
 CONFIG = """
@@ -43,9 +45,14 @@ def without_ids(written: WrittenDataset, feature: str, ids: range) -> WrittenDat
     return written
 
 
+def read_day(folder: Path) -> WrittenDataset:
+    """As it lies on disk; rows are not read."""
+    return WrittenDataset(folder, DatasetManifest.load(folder), {})
+
+
 def ids_in_train(written: WrittenDataset, feature: str) -> set[int]:
     """As they lie on disk."""
-    tables = [pa.parquet.read_table(written.folder / part.path) for part in written.manifest.splits["train"].parts]
+    tables = [pq.read_table(written.folder / part.path) for part in written.manifest.splits["train"].parts]
     column = pa.concat_tables(tables)[feature].combine_chunks()
     return set((column.flatten() if pa.types.is_list(column.type) else column).to_pylist())
 

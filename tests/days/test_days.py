@@ -1,7 +1,5 @@
 """Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
 
-import json
-import random
 import re
 import signal
 import sys
@@ -10,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.days.support import NEW_ROWS, lines, write_days
-from tests.processes import Command, run
+from mmlrec.embeddings.tables import initial_rows
+from tests.days.support import NEW_ROWS, ids_in_train, lines, read_day, without_ids, write_days
+from tests.processes import run
 from tests.training.launch import start_ranks, tensors
 
+#: Rows of f0's table that the second and third day lack in train; the fourth has the last five again.
+ABSENT = range(5, 15)
 MODULE = [sys.executable, "-m", "apps.days"]
 
 
@@ -21,7 +22,9 @@ MODULE = [sys.executable, "-m", "apps.days"]
 def root(tmp_path_factory):
     """A folder with four days, and what one process and two ranks made of them, never interrupted."""
     folder = tmp_path_factory.mktemp("days")
-    write_days(folder, 4)
+    days = write_days(folder, 4)
+    for day, absent in ((1, ABSENT), (2, ABSENT), (3, ABSENT[:5])):
+        without_ids(days[day], "f0", absent)
     for world_size in (1, 2):
         ranks = start_ranks(arguments(folder, folder / f"whole-{world_size}"), logs(folder, f"whole-{world_size}", world_size))
         assert [rank.wait(240) for rank in ranks] == [0] * world_size, (folder / f"whole-{world_size}-0.log").read_text()
@@ -76,6 +79,36 @@ def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_
         assert done.returncode == 0, done.stderr
         counts += int(re.search(r"^click +all +(\d+)", done.stdout, re.MULTILINE)[1])
     assert counts == lines(root / "whole-1")[1]["next_day"]["tasks"]["click"]["rows"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(root, world_size):
+    """Seen where training does not touch them: rows that train of the fourth day lacks."""
+    run_dir = root / f"whole-{world_size}"
+    days = [read_day(root / f"day-{number:02d}") for number in (1, 2, 3, 4)]
+    before, after = (run_dir / name / "checkpoints" for name in ("day-03", "day-04"))
+    weights = [tensors(folder / "best") for folder in (before, after)]
+    newest = [tensors(max(folder.glob("step_?????????"))) for folder in (before, after)]
+    counts = {}
+    for feature, table in (("f0", "t0"), ("m0", "tm0"), ("f1", "t1"), ("f2", "t2")):
+        stood = [ids_in_train(day, feature) for day in days]
+        forgotten = stood[0] - stood[1] - stood[2]
+        counts[table] = len(forgotten - {0})
+        key = f"tables.embedding_bags.{table}.weight"
+        (state,) = [name for name in newest[0] if name.startswith(f"optimizer.tables.{key}.") and newest[0][name].dim()]
+        rows = weights[1][f"model.{key}"]
+        fresh = initial_rows(table, 0, len(rows), 4, 0.01, 0)
+        for row in set(range(1, len(weights[0][f"model.{key}"]))) - stood[3]:
+            if row in forgotten:
+                assert rows[row].equal(fresh[row]), (table, row)
+                assert not newest[1][state][row].any()
+            else:
+                assert rows[row].equal(weights[0][f"model.{key}"][row]), (table, row)
+                assert newest[1][state][row].equal(newest[0][state][row])
+                assert newest[1][state][row].any() == bool({row} & (stood[0] | stood[1] | stood[2]))
+    assert lines(run_dir)[3]["forgotten"] == counts
+    assert counts["t0"] == len(set(ABSENT) & ids_in_train(days[0], "f0"))
+    assert [line["forgotten"] for line in lines(run_dir)[:3]] == [{}, {}, dict.fromkeys(counts, 0)]
 
 
 def killed_and_started_again(root: Path, run_dir: Path, world_size: int, number: int, moment: float) -> None:
