@@ -120,8 +120,8 @@ def build(
         job = _Job(context, dataset, raw, seed, parity, fitted)
         rows = job.read()
         placed = job.place(rows)
-        encoder, statistics = job.fit(rows, placed)
-        statistics["duplicates"] = job.copies(rows, placed).statistics(dataset.duplicates)
+        encoder, statistics, against_train = job.fit(rows, placed)
+        statistics |= {"duplicates": job.copies(rows, placed).statistics(dataset.duplicates)} | against_train
         written = job.write(rows, placed, encoder, folder)
         shutil.rmtree(raw.scratch)
         return complete(dataset, raw, folder, encoder, written, statistics, parity, options)
@@ -203,8 +203,8 @@ class _Job:
         self._placement.close(self._dataset.name)
         return _Placed(self._placement, list(before[:-1]))
 
-    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any]]:
-        """The encoder, fitted on the train rows; and counts of groups and of missing values."""
+    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
+        """The encoder, fitted on the train rows; counts of groups and missing values; and of what is given and does not fit."""
         shared, parity, fitted = self._shared, self._parity, self._fitted
         fit_end, names = placed.placement.fit_end(parity), placed.placement.names
         known = self._known()
@@ -230,8 +230,7 @@ class _Job:
                 counters[index].merge(counter)
             done.update(placed.placement.num_rows)
         encoder.freeze()
-        statistics = groups.statistics() | missing.statistics()
-        return encoder, statistics | (against[0].statistics() if against else {})
+        return encoder, groups.statistics() | missing.statistics(), against[0].statistics() if against else {}
 
     def _known(self) -> Any:
         """The encoder of what is given, before anything grows, as the tasks have it; None where nothing is given."""
