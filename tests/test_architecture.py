@@ -64,7 +64,7 @@ RULES = {
     ),
     "mmlrec.days": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.training"),
-        *("mmlrec.metrics", "mmlrec.identity"),
+        *("mmlrec.metrics", "mmlrec.identity", "mmlrec.encoding"),
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
     "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),
