@@ -9,7 +9,7 @@ MovieLens-1M is cut by time into days of equally many ratings; the synthetic log
 * all so far: a new model on the rows of the days 1 to k - 1;
 * last day: a new model on the rows of day k - 1.
 
-All three have one configuration and one epoch, read rows that are encoded alike, and are measured on all rows of day k. The cost
+All three have one configuration and one epoch, read rows that are encoded alike, and are measured on all rows of day k. Cost
 is CPU time of training and measuring; preprocessing is left out.
 """
 
