@@ -48,7 +48,7 @@ RULES = {
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
-        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base"),
+        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
@@ -66,6 +66,10 @@ RULES = {
     "mmlrec.export": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
         *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+    ),
+    "mmlrec.days": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.training"),
+        *("mmlrec.metrics", "mmlrec.identity", "mmlrec.encoding"),
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
     "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),

@@ -16,7 +16,7 @@ from mmlrec.export.card import make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
 from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
-from mmlrec.metrics.gather import PredictionRows
+from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.run_folder.table_rows import TableRows
@@ -69,7 +69,8 @@ def export_model(asked: Exported, world: World, stop: StopSignal | None = None) 
     dataset = _rows_to_compare(asked, session)
     reader = session.reader(_SPLIT, asked.dataset)
     title = f"scoring {_SPLIT}"
-    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    own = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    rows = gather_rows(own, rank=world.rank, world_size=world.world_size, group=world.control)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     error: UserError | None = None

@@ -147,7 +147,7 @@ def _losses(parity: dict[str, Any]) -> list[tuple[float, str]]:
     return found
 
 
-def _columns(session: Session, rows: PredictionRows, scenario: NDArray[np.int64]) -> dict[str, pa.Array]:
+def _columns(session: Session, rows: PredictionRows, scenario: NDArray[np.integer]) -> dict[str, pa.Array]:
     """As predictions have them, and the further names of a chain."""
     columns = score_columns(session, rows.logits, scenario)
     network = session.network

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,13 @@ def _hashed(row: npt.NDArray[np.int64] | range) -> int:
         some = np.asarray(row[start : start + CHUNK_ROWS], np.int64)
         total += int(mix64(some.view(np.uint64)).sum(dtype=np.uint64))
     return total % 2**64
+
+
+def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
+    """The rows of all parts, one part behind the other; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    return PredictionRows(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PredictionRows)})
 
 
 def gather_rows(

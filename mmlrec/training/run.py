@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed.stopping import StopSignal
@@ -87,6 +91,7 @@ def train(
     from_step: int | None = None,
     source: str = "config",
     profiled: tuple[int, int] | None = None,
+    forgotten: Mapping[str, NDArray[np.int64]] | None = None,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
@@ -97,6 +102,7 @@ def train(
             again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
         profiled: first and last step of a profile, see `Profile`.
+        forgotten: table -> rows that a run with `init_from` begins with as new ones, though the other run has them.
 
     Returns:
         The test report, on every rank.
@@ -109,7 +115,15 @@ def train(
     with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
         return _train(
-            config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source, profiled=profiled
+            config,
+            folder,
+            world,
+            resume=resume,
+            restart=restart,
+            from_step=from_step,
+            source=source,
+            profiled=profiled,
+            forgotten=forgotten,
         )
 
 
@@ -123,6 +137,7 @@ def _train(
     from_step: int | None,
     source: str,
     profiled: tuple[int, int] | None,
+    forgotten: Mapping[str, NDArray[np.int64]] | None,
 ) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
@@ -167,7 +182,7 @@ def _train(
     _create(folder, world)
     with log_file(folder.log_of(world.rank), world):
         if first is not None:
-            take(session, first, folder)
+            take(session, first, folder, forgotten)
         if restart:
             checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:

@@ -1,0 +1,227 @@
+"""Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
+
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmlrec.embeddings.tables import initial_rows
+from tests.days.support import NEW_ROWS, ids_in_train, ids_of, lines, read_day, without_ids, write_day, write_days
+from tests.processes import Command, run
+from tests.training.launch import start_ranks, tensors
+
+#: Rows of f0's table that the second and third day lack in train; the fourth has the last five again.
+ABSENT = range(5, 15)
+MODULE = [sys.executable, "-m", "apps.days"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with four days, and what one process and two ranks made of them, never interrupted."""
+    folder = tmp_path_factory.mktemp("days")
+    days = write_days(folder, 4)
+    for day, absent in ((1, ABSENT), (2, ABSENT), (3, ABSENT[:5])):
+        without_ids(days[day], "f0", absent)
+    for world_size in (1, 2):
+        ranks = start_ranks(arguments(folder, folder / f"whole-{world_size}"), logs(folder, f"whole-{world_size}", world_size))
+        assert [rank.wait(240) for rank in ranks] == [0] * world_size, (folder / f"whole-{world_size}-0.log").read_text()
+    return folder
+
+
+def logs(folder: Path, name: str, world_size: int) -> list[Path]:
+    return [folder / f"{name}-{rank}.log" for rank in range(world_size)]
+
+
+def arguments(root: Path, run_dir: Path, *more: str) -> list[str]:
+    given = ["--config", str(root / "config.yaml"), "--days", str(root / "day-*"), "--run-dir", str(run_dir)]
+    return [*MODULE, *given, "--forget-after", "2", *more]
+
+
+def assert_same_end(run_dir: Path, whole: Path) -> None:
+    """The same record to the byte, the same weights, optimizer states and results of each day to the bit."""
+    assert (run_dir / "days.jsonl").read_bytes() == (whole / "days.jsonl").read_bytes()
+    for line in lines(whole):
+        found, expected = run_dir / line["day"], whole / line["day"]
+        assert (found / "result.json").read_text() == (expected / "result.json").read_text()
+        newest = [max((folder / "checkpoints").glob("step_?????????")) for folder in (found, expected)]
+        assert newest[0].name == newest[1].name
+        for name in (newest[0].name, "best"):
+            of_both = [tensors(folder / "checkpoints" / name) for folder in (found, expected)]
+            assert of_both[0].keys() == of_both[1].keys()
+            assert [key for key in of_both[0] if not of_both[0][key].equal(of_both[1][key])] == []
+
+
+def test_the_table_counts_what_is_new_and_says_how_the_model_of_the_day_before_did(root):
+    found = lines(root / "whole-1")
+    assert [line["day"] for line in found] == ["day-01", "day-02", "day-03", "day-04"]
+    assert found[0]["next_day"] is None
+    for line in found[1:]:
+        assert line["new_ids"] == dict.fromkeys(["t0", "tm0", "t1", "t2"], NEW_ROWS)
+        assert line["next_day"]["tasks"]["click"]["rows"] > 380  # of 450 in all splits, a tenth without label
+    printed = (root / "whole-1-0.log").read_text().partition("Each day by the model of the day before")[2].splitlines()
+    assert re.split(r"  +", printed[1].strip())[:4] == ["day", "rows", "new ids", "forgotten"]
+    last = re.split(r"  +", printed[-1].strip())
+    click = found[-1]["next_day"]["tasks"]["click"]
+    forgotten = sum(found[-1]["forgotten"].values())
+    assert last[:5] == ["day-04", "450", str(4 * NEW_ROWS), str(forgotten), f"{click['auc']:.4f}"]
+    assert (root / "whole-1" / "days.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_all_its_rows(root, tmp_path):
+    """As apps.evaluate measures each split."""
+    counts = 0
+    for split in ("train", "valid", "test"):
+        command = [sys.executable, "-m", "apps.evaluate", "--run-dir", str(root / "whole-1" / "day-01"), "--split", split]
+        done = run([*command, f"dataset.path={root / 'day-02'}"])
+        assert done.returncode == 0, done.stderr
+        counts += int(re.search(r"^click +all +(\d+)", done.stdout, re.MULTILINE)[1])
+    assert counts == lines(root / "whole-1")[1]["next_day"]["tasks"]["click"]["rows"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(root, world_size):
+    """Seen where training does not touch them: rows that train of the fourth day lacks."""
+    run_dir = root / f"whole-{world_size}"
+    days = [read_day(root / f"day-{number:02d}") for number in (1, 2, 3, 4)]
+    before, after = (run_dir / name / "checkpoints" for name in ("day-03", "day-04"))
+    weights = [tensors(folder / "best") for folder in (before, after)]
+    newest = [tensors(max(folder.glob("step_?????????"))) for folder in (before, after)]
+    counts = {}
+    for feature, table in (("f0", "t0"), ("m0", "tm0"), ("f1", "t1"), ("f2", "t2")):
+        stood = [ids_in_train(day, feature) for day in days]
+        forgotten = stood[0] - stood[1] - stood[2]
+        counts[table] = len(forgotten - {0})
+        key = f"tables.embedding_bags.{table}.weight"
+        (state,) = [name for name in newest[0] if name.startswith(f"optimizer.tables.{key}.") and newest[0][name].dim()]
+        rows = weights[1][f"model.{key}"]
+        fresh = initial_rows(table, 0, len(rows), 4, 0.01, 0)
+        for row in set(range(1, len(weights[0][f"model.{key}"]))) - stood[3]:
+            if row in forgotten:
+                assert rows[row].equal(fresh[row]), (table, row)
+                assert not newest[1][state][row].any()
+            else:
+                assert rows[row].equal(weights[0][f"model.{key}"][row]), (table, row)
+                assert newest[1][state][row].equal(newest[0][state][row])
+                assert newest[1][state][row].any() == bool({row} & (stood[0] | stood[1] | stood[2]))
+    assert lines(run_dir)[3]["forgotten"] == counts
+    assert counts["t0"] == len(set(ABSENT) & ids_in_train(days[0], "f0"))
+    assert [line["forgotten"] for line in lines(run_dir)[:3]] == [{}, {}, dict.fromkeys(counts, 0)]
+
+
+def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
+    """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
+    later = tmp_path / "days"
+    later.mkdir()
+    for name in ("day-02", "day-03", "day-04"):
+        (later / name).symlink_to(root / name)
+    command = [*MODULE, "--config", str(root / "config.yaml"), "--days", str(later / "day-*"), "--forget-after", "2"]
+    done = run([*command, "--run-dir", str(tmp_path / "run"), f"init_from={root / 'whole-1' / 'day-01'}"])
+    assert done.returncode == 0, done.stderr
+    found, expected = lines(tmp_path / "run"), lines(root / "whole-1")[1:]
+    for key in ("day", "new_ids", "next_day", "unseen", "step"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+    best = [tensors(folder / "day-04" / "checkpoints" / "best") for folder in (tmp_path / "run", root / "whole-1")]
+    assert [key for key in best[0] if not best[0][key].equal(best[1][key])] == []
+
+
+def test_ids_that_the_model_does_not_know_are_counted(root):
+    days = [read_day(root / f"day-{number:02d}") for number in (1, 2)]
+    limits = {feature: days[0].manifest.table(table).num_rows for feature, table in (("f0", "t0"), ("m0", "tm0"))}
+    for feature, limit in limits.items():
+        beyond = sum(id >= limit for split in ("train", "valid", "test") for id in ids_of(days[1], feature, split))
+        assert lines(root / "whole-1")[1]["unseen"][feature] == beyond > 0
+
+
+def test_the_same_command_again_trains_nothing_and_a_day_that_was_added_goes_on(root, tmp_path, run_app):
+    run_dir, days = tmp_path / "run", tmp_path / "days"
+    shutil.copytree(root / "whole-1", run_dir)
+    days.mkdir()
+    for name in ("day-01", "day-02", "day-03", "day-04"):
+        (days / name).symlink_to(root / name)
+    given = ["--config", root / "config.yaml", "--days", days / "day-*", "--run-dir", run_dir, "--forget-after", 2]
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")}
+    code, error = run_app("days", *given)
+    assert code == 0, error
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")} == before
+    assert_same_end(run_dir, root / "whole-1")
+    write_day(days, 4)
+    code, error = run_app("days", *given)
+    assert code == 0, error
+    assert [line["day"] for line in lines(run_dir)] == ["day-01", "day-02", "day-03", "day-04", "day-05"]
+    assert lines(run_dir)[:4] == lines(root / "whole-1")
+    assert lines(run_dir)[4]["step"]
+
+
+def test_what_is_no_such_command_is_refused_in_words(root, tmp_path, run_app):
+    given = ["--config", root / "config.yaml", "--days", root / "day-*", "--run-dir", tmp_path / "run"]
+    for more, words in (
+        (["dataset.path=x"], "dataset.path=x: is of each day; give --days and --run-dir"),
+        (["--forget-after", "0"], "'0' is no number of days, such as 30"),
+        (["training.epoch=1"], "Did you mean 'epochs'?"),
+    ):
+        code, error = run_app("days", *given, *more)
+        assert (code, words in error) == (2, True), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_is_refused_while_the_first_is_alive(root, tmp_path, run_app):
+    run_dir = tmp_path / "run"
+    first = Command(arguments(root, run_dir))
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "day-01").is_dir():
+            assert time.monotonic() < deadline
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        code, error = run_app("days", *arguments(root, run_dir)[3:], "training.keep_checkpoints=1")
+        assert code == 2
+        assert re.search(rf"{run_dir} is taken: a run that was started at .* is writing there", error)
+    finally:
+        first.kill()
+        first.wait(60)
+
+
+def killed_and_started_again(root: Path, run_dir: Path, world_size: int, number: int, seconds: float) -> None:
+    """Start, end it by a signal so many seconds after it has begun to write, and start it again."""
+    first, again = (logs(run_dir.parent, f"{run_dir.name}-{name}", world_size) for name in ("first", "again"))
+    ranks = start_ranks(arguments(root, run_dir), first)
+    try:
+        begun = None
+        while any(rank.poll() is None for rank in ranks) and (begun is None or time.monotonic() < begun + seconds):
+            if begun is None and (run_dir / ".lock").exists():
+                begun = time.monotonic()
+            time.sleep(0.005)
+        for rank in ranks:
+            rank.send_signal(number)
+        assert all(rank.wait(120) is not None for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait(60)
+    ranks = start_ranks(arguments(root, run_dir), again)
+    assert [rank.wait(240) for rank in ranks] == [0] * world_size, again[0].read_text()
+
+
+def cases():
+    """Two quick ones, one of them at two ranks; and twenty."""
+    yield 1, signal.SIGKILL, 0.4
+    yield 2, signal.SIGTERM, 0.7
+    draw = random.Random(20)
+    for case in range(20):
+        chosen = 1 + case % 2, (signal.SIGKILL, signal.SIGTERM)[case // 2 % 2], round(draw.random(), 3)
+        yield pytest.param(*chosen, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("world_size", "number", "moment"), list(cases()))
+def test_killed_and_started_again_it_gives_the_same_numbers(root, tmp_path, world_size, number, moment):
+    """`moment` is a share of the time that all takes from the first word in the folder on."""
+    whole = root / f"whole-{world_size}"
+    took = (whole / "days.png").stat().st_mtime - (whole / ".lock").stat().st_mtime
+    killed_and_started_again(root, tmp_path / "run", world_size, number, moment * took)
+    assert_same_end(tmp_path / "run", whole)
