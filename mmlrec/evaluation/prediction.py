@@ -150,9 +150,6 @@ def _write(
 ) -> None:
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
-    network = session.network
-    branches = list(session.network.branches) or range(session.spec.num_heads)
-    trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
     start = 0
     with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
         writer: ScoreFile | None = None
@@ -162,28 +159,39 @@ def _write(
                     if stop is not None and stop.received:  # of this rank, which alone writes
                         raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")
                     scores = logits[start : start + batch.num_rows]
-                    arrays, names = list(batch.columns), list(columns)
                     scenario = np.zeros(len(scores), np.int64)
                     if session.spec.num_scenarios > 1:
                         scenario = batch.column(SCENARIO_COLUMN).to_numpy()
-                    for index, task in enumerate(session.spec.tasks):
-                        if not trained[index].any():
-                            continue
-                        values = _probability(scores[:, index]) if task.kind == "binary" else scores[:, index]
-                        arrays.append(pa.array(values, mask=~trained[index][scenario]))
-                        names.append(f"score.{task.name}")
-                    if isinstance(network, ChainModel) and "score.cvr" not in names:
-                        chain = network.chain
-                        steps = scores[:, chain[0]], scores[:, chain[-1]]
-                        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
-                        arrays.append(pa.array(rate.astype(np.float32)))
-                        names.append("score.cvr")
-                    table = pa.table(arrays, names=names)
+                    found = dict(zip(columns, batch.columns, strict=True)) | score_columns(session, scores, scenario)
+                    table = pa.table(found)
                     if writer is None:
                         writer = ScoreFile(temporary, ending(output), table.schema)
                         stack.callback(writer.close)
                     writer.write(table)
                     start += len(scores)
+
+
+def score_columns(session: Session, logits: np.ndarray, scenario: np.ndarray) -> dict[str, pa.Array]:
+    """`score.<task>` and, of a chain, `score.cvr`, float32: see `write_predictions`.
+
+    Args:
+        logits: [B, T] float32, of `predict_split`.
+        scenario: [B] int64; 0 in a run without scenarios.
+    """
+    found: dict[str, pa.Array] = {}
+    network, spec = session.network, session.spec
+    trained = np.isin(np.arange(spec.num_heads), list(network.branches) or range(spec.num_heads)).reshape(spec.num_tasks, -1)
+    for index, task in enumerate(spec.tasks):
+        if not trained[index].any():
+            continue
+        values = _probability(logits[:, index]) if task.kind == "binary" else logits[:, index]
+        found[f"score.{task.name}"] = pa.array(values, mask=~trained[index][scenario])
+    if isinstance(network, ChainModel) and "score.cvr" not in found:
+        chain = network.chain
+        steps = logits[:, chain[0]], logits[:, chain[-1]]
+        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
+        found["score.cvr"] = pa.array(rate.astype(np.float32))
+    return found
 
 
 @contextlib.contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmlrec.config import ALIASES, RunConfig, load_config
-from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.stopping import SIGNALS, StopSignal
 from mmlrec.distributed.world import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
@@ -84,6 +86,7 @@ def train(
     from_step: int | None = None,
     source: str = "config",
     profiled: tuple[int, int] | None = None,
+    signals: Sequence[signal.Signals] = SIGNALS,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
@@ -94,6 +97,7 @@ def train(
             again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
         profiled: first and last step of a profile, see `Profile`.
+        signals: that end the run between two steps, see `StopSignal`.
 
     Returns:
         The test report, on every rank.
@@ -106,7 +110,15 @@ def train(
     with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
         return _train(
-            config, folder, world, resume=resume, restart=restart, from_step=from_step, source=source, profiled=profiled
+            config,
+            folder,
+            world,
+            resume=resume,
+            restart=restart,
+            from_step=from_step,
+            source=source,
+            profiled=profiled,
+            signals=signals,
         )
 
 
@@ -120,6 +132,7 @@ def _train(
     from_step: int | None,
     source: str,
     profiled: tuple[int, int] | None,
+    signals: Sequence[signal.Signals],
 ) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
@@ -184,7 +197,7 @@ def _train(
             for warning in [doubt, short, late, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
-        with StopSignal(world) as stop, trainer.saver:
+        with StopSignal(world, signals) as stop, trainer.saver:
             try:
                 trainer.fit(stop)
             except Exception as error:
