@@ -7,6 +7,7 @@ new file is found by its name and imported when it is asked for. Those of other 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
