@@ -300,10 +300,13 @@ class DatasetManifest(_Contract):
         values = self.statistics.get("label_values", {}).get(task, {}).get("train", {})
         return {name: (of["mean"], of["deviation"]) for name, of in values.items() if of["mean"] is not None}
 
+    def text(self) -> str:
+        """Content of `manifest.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
     def save(self, folder: Place) -> None:
         """Write `manifest.json`. Preprocessing calls this last, inside the temporary folder that it then renames or uploads."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(self.text(), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Place) -> DatasetManifest:

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmlrec.schema import DatasetManifest, Feature, Part, Scenario, Split, Table, Task
+from mmlrec.identity import type_name, vocabulary_digest
+from mmlrec.schema import DatasetManifest, Encoding, Feature, Part, Scenario, Split, Table, Task
 
 
 @dataclass
@@ -92,6 +93,39 @@ def write_dataset(
     )
     manifest.save(folder)
     return WrittenDataset(folder, manifest, written)
+
+
+def with_vocabularies(dataset: WrittenDataset, values: dict[str, list] | None = None) -> WrittenDataset:
+    """The dataset with a vocabulary for each table, or for those that are named, and a record of its encoding.
+
+    Args:
+        values: table -> raw values of the ids 1, 2, ...; `TABLE-ID` when absent.
+    """
+    manifest = dataset.manifest
+    if values is None:
+        values = {table.name: [f"{table.name}-{id}" for id in range(1, table.num_rows)] for table in manifest.tables}
+    (dataset.folder / "vocab").mkdir(exist_ok=True)
+    tables, facts = [], {}
+    for table in manifest.tables:
+        facts[table.name] = {"ids": "given", "most": table.num_rows - 1}
+        if (own := values.get(table.name)) is not None:
+            assert len(own) == table.num_rows - 1
+            path = f"vocab/{table.name}.parquet"
+            ids = range(1, table.num_rows)
+            entries = pa.table({"value": own, "id": pa.array(ids, pa.int64()), "count": pa.array(ids, pa.int64())})
+            pq.write_table(entries, dataset.folder / path, row_group_size=7)
+            kind = type_name(entries.schema.field("value").type)
+            digest = vocabulary_digest(dataset.folder / path)
+            facts[table.name] = {"ids": "vocabulary", "type": kind, "entries": len(own), "digest": digest}
+            table = table.model_copy(update={"vocabulary": path})
+        tables.append(table)
+    features = {f.name: {"kind": f.kind} | ({"table": f.table} if f.table else {}) for f in manifest.features}
+    scenario = {"values": manifest.scenario.values} if manifest.scenario else None
+    labels = {task.name: {"kind": task.kind} for task in manifest.tasks}
+    encoding = Encoding.of(features, facts, scenario, labels)
+    manifest = manifest.model_copy(update={"tables": tables, "encoding": encoding})
+    manifest.save(dataset.folder)
+    return WrittenDataset(dataset.folder, manifest, dataset.tables)
 
 
 def _moments(table, task, names):

@@ -22,7 +22,7 @@ from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
-from mmlrec.storage.places import Place, place, put_file
+from mmlrec.storage.places import Place, put_file
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
@@ -96,12 +96,12 @@ def _check_same_inputs(session: Session, given: DatasetManifest, folder: Place) 
                 f" {_OTHER_IDS}"
             )
         if table.vocabulary is not None and before is None:
-            _check_same_vocabulary(place(session.config.dataset.path) / table.vocabulary, folder / table.vocabulary, table.name)
+            _check_same_vocabulary(session.encoder / table.vocabulary, folder / table.vocabulary, table.name)
 
 
 def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Place) -> list[str]:
     """Of datasets that do not record their encoding, or in a form that this release does not know: ranges, a line each."""
-    own = place(session.config.dataset.path)
+    own = session.encoder
     if own.resolve() == folder.resolve():
         return []
     without = [str(place) for place, m in ((own, session.manifest), (folder, given)) if m.encoding is None]

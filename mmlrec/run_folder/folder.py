@@ -75,6 +75,7 @@ class RunFolder:
         self.environment = path / "environment.json"
         self.plan = path / "plan.json"
         self.dataset = path / "dataset.json"
+        self.encoder = path / "encoder"
         #: Paths of this machine, also where the run folder is none.
         written = path if isinstance(path, Path) else Path() if reports is None else reports.written
         self.metrics = written / "metrics.jsonl"

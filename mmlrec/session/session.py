@@ -30,8 +30,9 @@ from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint, whole
+from mmlrec.run_folder.encoder import check_own_encoder
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
-from mmlrec.schema import DatasetManifest, Setting, Task
+from mmlrec.schema import MANIFEST, DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
@@ -52,6 +53,8 @@ class Session:
     config: RunConfig
     world: World
     manifest: DatasetManifest
+    #: Where manifest and vocabularies lie: the dataset, or where that is gone `RUN/encoder`, which has no rows.
+    encoder: Place
     spec: ModelSpec
     head: Head
     model: DistributedModelParallel
@@ -89,9 +92,17 @@ class Session:
         """The reader of a split, on this rank; of the dataset in `folder` when it is not the one of the configuration.
 
         Its parts are hashed from now on; `check_parts` tells what came out.
+
+        Raises:
+            DataError: the dataset is gone, or damaged.
         """
         training = self.config.training
         there = folder or place(self.config.dataset.path)
+        if folder is None and self.encoder != there:
+            raise DataError(
+                f"dataset.path: {there} is gone, and with it the rows of {split}. Bring it back, or give other rows that are"
+                f" encoded alike: dataset.path=FOLDER. How they were encoded is in {self.encoder}."
+            )
         manifest = self.manifest if folder is None else DatasetManifest.load(folder)
         reader = Reader(
             there,
@@ -275,20 +286,26 @@ class Parts(NamedTuple):
     loss: Loss
     balancing: Balancing
     scales: dict[str, tuple[float, float]]
+    #: Where the manifest lies.
+    encoder: Place
 
 
-def build_parts(config: RunConfig, source: str = "config", begun: dict[str, Any] | None = None) -> Parts:
+def build_parts(
+    config: RunConfig, source: str = "config", begun: dict[str, Any] | None = None, encoder: Place | None = None
+) -> Parts:
     """Build all but the tables; reads no row.
 
     Args:
         source: config file, for messages.
         begun: state of a checkpoint of the run; None for a new one.
+        encoder: where to read the manifest; the dataset when absent.
 
     Raises:
         ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
         DataError: the dataset folder or its manifest is missing or damaged.
     """
-    manifest = DatasetManifest.load(config.dataset.path)
+    encoder = encoder or place(config.dataset.path)
+    manifest = DatasetManifest.load(encoder)
     spec = build_spec(config, manifest)
     options = model_config(config.model, config.model_defaults, source)
     network_class = method(config.model["name"])
@@ -301,11 +318,17 @@ def build_parts(config: RunConfig, source: str = "config", begun: dict[str, Any]
     recorded = label_scales(config, manifest, spec.tasks) if begun is None else begun.get("label_scales", {})
     scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
     loss = _loss(config, balancing_options, network, manifest, scales)
-    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales)
+    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales, encoder)
 
 
 def build_session(
-    config: RunConfig, world: World, *, for_training: bool, source: str = "config", begun: dict[str, Any] | None = None
+    config: RunConfig,
+    world: World,
+    *,
+    for_training: bool,
+    source: str = "config",
+    begun: dict[str, Any] | None = None,
+    encoder: Place | None = None,
 ) -> Session:
     """Build network and tables, shard them, and write the initial weights.
 
@@ -313,12 +336,13 @@ def build_session(
         for_training: False leaves out the optimizers' state (evaluation and prediction need none).
         source: config file, for messages.
         begun: state of a checkpoint of the run; None for a new one.
+        encoder: where to read the manifest; the dataset when absent.
 
     Raises:
         ConfigError: the method, its options, the setting or the sharding do not fit.
         DataError: the dataset folder is missing or damaged.
     """
-    manifest, network, loss, balancing, scales = build_parts(config, source, begun)
+    manifest, network, loss, balancing, scales, encoder = build_parts(config, source, begun, encoder)
     spec = network.spec
     prefixes = [""]
     branches = None
@@ -356,7 +380,7 @@ def build_session(
     knows_r2 = begun is None or "label_deviations" in begun
     deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
     return Session(
-        config, world, manifest, spec, sharded.head, model, optimizer, pipeline, report, scales, deviations, knows_r2
+        config, world, manifest, encoder, spec, sharded.head, model, optimizer, pipeline, report, scales, deviations, knows_r2
     )
 
 
@@ -370,7 +394,7 @@ class Loaded(NamedTuple):
 
 
 def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loaded:
-    """The best checkpoint of a run, for evaluation and prediction.
+    """The best checkpoint of a run, for evaluation and prediction. Where its dataset is gone, there are no rows in the session.
 
     Args:
         overrides: of the configuration. Other rows and another precision are let pass, see `Loaded.otherwise`.
@@ -385,14 +409,26 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
     otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
     world.raise_together(_no_best_yet(folder) if world.is_main else None)
     begun = checkpoint.read_state(folder.best)
-    if not folder.check_same_data(begun, config, other_rows=bool(overrides)):
+    encoder = _own_encoder(folder, config, begun)
+    if encoder is None and not folder.check_same_data(begun, config, other_rows=bool(overrides)):
         otherwise.insert(0, f"dataset.path={config.dataset.path}")
-    session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun)
+    session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun, encoder=encoder)
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
         state = checkpoint.read_state(folder.best)
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
     return Loaded(session, int(state["step"]), otherwise)
+
+
+def _own_encoder(folder: RunFolder, config: RunConfig, begun: dict[str, Any]) -> Place | None:
+    """`RUN/encoder` where the dataset of the run is gone; None where it is there, or another one is asked for."""
+    dataset = place(config.dataset.path)
+    own = config.dataset.path == folder.read_config().dataset.path
+    if not own or (dataset / MANIFEST).is_file() or not (folder.encoder / MANIFEST).is_file():
+        return None
+    check_own_encoder(folder.encoder, DatasetManifest.load(folder.encoder), begun)
+    logger.info("the dataset %s is gone: what the model has to know of it is taken from %s", dataset, folder.encoder)
+    return folder.encoder
 
 
 def _no_best_yet(folder: RunFolder) -> CheckpointError | None:

@@ -19,6 +19,7 @@ from mmlrec.evaluation.evaluation import evaluate_split, write_result
 from mmlrec.metrics.notes import report_text
 from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint
+from mmlrec.run_folder.encoder import write_encoder
 from mmlrec.run_folder.folder import REMEDIES, RunFolder, differences
 from mmlrec.run_folder.one_writer import hold
 from mmlrec.run_folder.reports import reports
@@ -179,6 +180,7 @@ def _train(
             world.at("loading the checkpoint")
             trainer.resume(found)
         checkpoint.settle_best(folder.best, trainer.best_known_until, world)
+        _write_encoder(session, folder)
         if world.is_main:
             folder.result.unlink(missing_ok=True)  # a result belongs to a finished run; this one trains on
             folder.write_description(config, world, session.plan, session.manifest)
@@ -221,6 +223,18 @@ def _create(folder: RunFolder, world: World) -> None:
     if world.is_main:
         try:
             folder.create()
+        except UserError as cause:
+            error = cause
+    world.raise_together(error)
+
+
+def _write_encoder(session: Session, folder: RunFolder) -> None:
+    """All ranks wait for it, however long copies of vocabularies take."""
+    world, error = session.world.without_limit(), None
+    world.at("writing the encoder into the run folder")
+    if world.is_main:
+        try:
+            write_encoder(folder.encoder, session.encoder, session.manifest, world.start)
         except UserError as cause:
             error = cause
     world.raise_together(error)
