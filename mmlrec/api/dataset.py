@@ -114,8 +114,8 @@ def prepare(
         strip: drop blanks and tabs around texts.
         duplicates: "keep", "drop" or "keep_together": what becomes of rows that are equal to an earlier one.
         terms: terms of use of the data, kept in the manifest.
-        out: the folder to make, or s3://bucket/name; it must not exist. None: a temporary one, deleted with the last object that
-            uses it (this dataset, a run trained on it), or when Python ends.
+        out: the folder to make, or s3://bucket/name; it must not exist. None: a temporary one, deleted with the last object
+            that uses it (this dataset, a run trained on it), or when Python ends.
         seed: of the split.
 
     Returns:
@@ -147,13 +147,17 @@ def prepare(
     held = TemporaryFolder("dataset") if out is None else None
     there = place(out) if held is None else held.path / "data"
     if held is None and there.exists():
-        raise DataError(f"out: {there} exists. Give another folder, or delete it; mmlrec.Dataset({str(there)!r}) loads a dataset.")
+        raise DataError(
+            f"out: {there} exists. Give another folder, or delete it; mmlrec.Dataset({str(there)!r}) loads a dataset."
+        )
     for line in short.concluded:
-        print(f"{_SOURCE}: {line}", file=sys.stderr)
+        sys.stderr.write(f"{_SOURCE}: {line}\n")
     with tempfile.TemporaryDirectory(prefix="mmlrec-frame-") as folder:
         raw = Path(folder)
         pq.write_table(table, raw / _FILE)
         content = config.model_dump(mode="json", exclude_defaults=True)
+        if config.scenario is not None:  # of JSON all keys are texts
+            content["scenario"]["values"] = config.scenario.values
         (raw / "table.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         options = argparse.Namespace(config=raw / "table.yaml", raw=raw, seed=seed, max_bad_rows=0, parity=False)
         try:
@@ -162,7 +166,7 @@ def prepare(
         except DataError as error:
             raise DataError(str(error).replace(f"{raw / _FILE}", "frame")) from error
     if notes := block(look_at_this(manifest, there)):
-        print(notes, file=sys.stderr)
+        sys.stderr.write(f"{notes}\n")
     return Dataset(there, _held=held)
 
 

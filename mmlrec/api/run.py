@@ -159,9 +159,9 @@ def train(
 ) -> Run:
     """Train in this process, and evaluate the best checkpoint on test, as `python -m apps.train` does.
 
-    In the main thread an interrupt (of the notebook's kernel, or Ctrl-C) ends the training between two steps, with a checkpoint,
-    as `mmlrec.distributed.stopping.Interrupted`. Signals are as they were afterwards, and SIGTERM is never taken. In another
-    thread no signal is heard. Several processes are for `torchrun -m apps.train`.
+    In the main thread an interrupt (of the notebook's kernel, or Ctrl-C) ends the training between two steps, with a
+    checkpoint, as `mmlrec.distributed.stopping.Interrupted`. Signals are as they were afterwards, and SIGTERM is never taken.
+    In another thread no signal is heard. Several processes are for `torchrun -m apps.train`.
 
     Args:
         config: a YAML file, the name of a shipped configuration such as "mtl/movielens", or the content of one.
@@ -213,7 +213,9 @@ def _metrics(report: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame([{"task": task, "scenario": scenario, **_plain(entry)} for task, scenario, entry in lines_of(report)])
     counts = [name for name in ("rows", "positives", "above_one") if name in frame]
     metrics = [name for name in frame if name not in ("task", "scenario", *counts)]
-    return frame.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(metrics, "float64"))[["task", "scenario", *counts, *metrics]]
+    return frame.astype(dict.fromkeys(counts, "Int64") | dict.fromkeys(metrics, "float64"))[
+        ["task", "scenario", *counts, *metrics]
+    ]
 
 
 def _plain(entry: dict[str, Any]) -> dict[str, Any]:

@@ -61,9 +61,7 @@ class ShortForms:
             ConfigError: it is neither.
         """
         if isinstance(given, Mapping):
-            return [
-                {"name": name, **(rest if isinstance(rest, Mapping) else {"label": rest})} for name, rest in given.items()
-            ]
+            return [{"name": name, **(rest if isinstance(rest, Mapping) else {"label": rest})} for name, rest in given.items()]
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise ConfigError(f"tasks: give a list such as ['click'], or name -> label; found {given!r}.")
         return [{"name": task, "label": f"`{task}`"} if isinstance(task, str) else task for task in given]
@@ -158,7 +156,7 @@ def _is_value(kind: pa.DataType) -> bool:
 
 
 def _refuse_whole_numbers(column: pa.ChunkedArray, name: str, where: str) -> None:
-    """pandas turns integers with missing cells into floats, so that such ids look like numbers."""
+    """Integers with missing cells become floats in pandas, so that such ids look like numbers."""
     there = pc.drop_null(column)
     if not len(there):
         raise ConfigError(f"{where}: all cells of column '{name}' are missing. Leave it away, or say {{'{name}': 'number'}}.")

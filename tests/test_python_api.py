@@ -1,0 +1,331 @@
+"""`mmlrec.prepare`, `train` and `load_run`: what they give equals what the commands give, in a process of somebody else's."""
+
+import gc
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch.distributed as dist
+import yaml
+from sklearn.metrics import roc_auc_score
+
+import mmlrec
+from mmlrec.errors import ConfigError, DataError, UserError
+from mmlrec.schema import DatasetManifest
+from preprocessing.command_line import main
+from tests import processes
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = {"model": {"name": "mmoe", "num_experts": 2, "expert_hidden_units": [8], "tower_hidden_units": [4]}}
+SHORT = {"training": {"epochs": 1, "batch_size": 200, "patience": None}}
+
+
+def frame_of(rows=1500, seed=0):
+    draw = np.random.default_rng(seed)
+    user, item = draw.integers(0, 60, rows), draw.integers(0, 20, rows)
+    frame = pd.DataFrame(
+        {
+            "user": user,
+            "item": pd.Categorical([f"i{i}" for i in item]),
+            "tags": [list(draw.choice(["a", "b", "c"], draw.integers(0, 3), replace=False)) for _ in range(rows)],
+            "price": draw.lognormal(3, 1, rows),
+            "device": draw.choice(["phone", "desktop"], rows),
+            "time": pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(rows), unit="h"),
+        },
+        index=[f"row {i}" for i in range(rows)],
+    )
+    likes = np.sin(user) + np.cos(item) + draw.normal(0, 0.5, rows)
+    frame["click"] = (likes > 0).astype(int)
+    frame["buy"] = ((likes > 0) & (frame.price < 25)).astype(int)
+    return frame
+
+
+COLUMNS = {
+    "features": ["user", "item", "tags", "price"],
+    "tasks": ["click", "buy"],
+    "scenario": "device",
+    "keys": ["user", "time"],
+    "group_key": "user",
+}
+
+
+@pytest.fixture(scope="module")
+def frame():
+    return frame_of()
+
+
+@pytest.fixture(scope="module")
+def data(frame):
+    return mmlrec.prepare(frame, **COLUMNS, split={"rule": "time", "key": "time"})
+
+
+@pytest.fixture(scope="module")
+def run(data):
+    return mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)
+
+
+def parts(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*.parquet"))}
+
+
+def test_import_alone_is_light_and_names_what_there_is():
+    code = (
+        "import sys, mmlrec; print(sorted({'torch', 'pandas', 'preprocessing'} & set(sys.modules)), set(mmlrec.__all__) <= "
+        "set(dir(mmlrec)), hasattr(mmlrec, 'predict'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert result.stdout == "[] True False\n"
+    assert all(getattr(mmlrec, name).__doc__ for name in mmlrec.__all__)
+
+
+def test_a_prepared_frame_is_what_the_command_makes_of_the_same_rows(frame, data, tmp_path):
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), tmp_path / "frame.parquet")
+    config = {
+        "files": ["frame.parquet"],
+        "features": {
+            "user": {"kind": "id", "type": "int"},
+            "item": {"kind": "id"},
+            "tags": {"kind": "ids"},
+            "price": {"kind": "number"},
+        },
+        "tasks": [{"name": "click", "label": "click"}, {"name": "buy", "label": "buy"}],
+        "scenario": {"column": "device", "values": ["desktop", "phone"]},
+        "keys": {"user": {"type": "int"}, "time": {"type": "datetime"}},
+        "group_key": "user",
+        "split": {"rule": "time", "key": "time"},
+    }
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["table", "--config", str(tmp_path / "table.yaml"), "--out", str(tmp_path / "data")]) == 0
+    assert parts(data.path) == parts(tmp_path / "data")
+    assert DatasetManifest.load(tmp_path / "data").encoding.features == data.manifest.encoding.features
+    told = repr(data)
+    for what in ("(temporary)", "train 1,200, valid 150, test 150", "user (id), item (id), tags (ids), price (number)"):
+        assert what in told
+    assert "tasks: click, buy" in told
+    assert "scenario device: desktop, phone" in told
+
+
+def test_an_arrow_table_and_whole_sections_give_the_same(frame, data, capfd):
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    features = {"user": {"kind": "id", "type": "int"}, "item": "id", "tags": {"kind": "ids"}, "price": "number"}
+    again = mmlrec.prepare(
+        table, **COLUMNS | {"features": features, "tasks": {"click": "click > 0", "buy": {"label": "buy"}}}, split=data_split()
+    )
+    assert parts(again.path) == parts(data.path)
+    told = capfd.readouterr().err
+    assert "features.item: {kind: id, type: string} (column of type large_string)" in told or "features.item: {kind: id" in told
+    assert "scenario.values: desktop, phone (all values of column 'device')" in told
+    assert "features.user" not in told  # said in full, so nothing was concluded
+
+
+def data_split():
+    return {"rule": "time", "key": "time"}
+
+
+def test_types_tell_what_a_column_is(capfd):
+    rows = 60
+    frame = pd.DataFrame(
+        {
+            "whole": range(rows),
+            "text": ["a", "b"] * 30,
+            "flag": [True, False, False] * 20,
+            "share": np.linspace(0, 1, rows),
+            "many": [[1, 2], []] * 30,
+            "gaps": pd.array([1, None] * 30, dtype="Int64"),
+            "y": [0, 1] * 30,
+        }
+    )
+    data = mmlrec.prepare(frame, features=["whole", "text", "flag", "share", "many", "gaps"], tasks=["y"])
+    kinds = {feature.name: feature.kind for feature in data.manifest.features}
+    assert kinds == {"whole": "sparse", "text": "sparse", "flag": "sparse", "share": "dense", "many": "multi", "gaps": "sparse"}
+    told = capfd.readouterr().err
+    for name, found in (("whole", "int"), ("text", "string"), ("flag", "string"), ("gaps", "int")):
+        assert f"features.{name}: {{kind: id, type: {found}}}" in told
+    assert "features.many: {kind: ids, type: int}" in told
+    assert "features.share: {kind: number}" in told
+
+
+WRONG = [
+    ({"features": ["usr"]}, "features.usr: the frame has no column 'usr'. Did you mean 'user'?"),
+    ({"features": ["user", "user"]}, "features: a name is given twice"),
+    ({"features": "user"}, "features: give a list of columns"),
+    ({"features": ["time"]}, "features.time: what column 'time' of type timestamp"),
+    ({"features": {"user": "ID"}}, "features.user: 'ID' is no kind"),
+    ({"features": {"user": {"kind": "id", "mincount": 2}}}, "features.user.mincount: unknown key. Did you mean"),
+    ({"features": ["holes"]}, "features.holes: column 'holes' is of type double, but holds whole numbers only"),
+    ({"features": ["mixed"]}, "features.mixed: column 'mixed' holds cells of several types (int, str)"),
+    ({"features": ["click"]}, "features.click is made of column 'click', and so is the label"),
+    ({"tasks": ["klick"]}, "tasks.klick: the frame has no column 'klick'. Did you mean 'click'?"),
+    ({"tasks": "click"}, "tasks: give a list"),
+    ({"tasks": []}, "tasks:"),
+    ({"scenario": "price"}, "scenario: column 'price' holds cells of type double"),
+    ({"scenario": "user", "features": ["item"]}, None),
+    ({"keys": ["price"]}, "keys.price: a key is int, string or datetime"),
+    ({"keys": {"user": "integer"}}, "keys.user: 'integer' is no type"),
+    ({"group_key": "item"}, "group_key: 'item' is not among the keys"),
+    ({"weight": "wait"}, "weight: the frame has no column 'wait'"),
+    ({"split": "file"}, "split: rule 'file' is for several files"),
+    ({"split": "tim"}, "split"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
+def test_a_wrong_argument_is_named(frame, change, message):
+    frame = frame.assign(holes=np.where(np.arange(len(frame)) % 2, 3.0, np.nan), mixed=["x", 1] * (len(frame) // 2))
+    if message is None:
+        assert mmlrec.prepare(frame, **COLUMNS | change).manifest.scenario.values[:3] == ["0", "1", "2"]
+        return
+    with pytest.raises(ConfigError if "mixed" not in message else DataError) as error:
+        mmlrec.prepare(frame, **COLUMNS | change)
+    assert message in str(error.value)
+
+
+def test_what_is_no_frame_and_a_bad_cell_are_named(frame):
+    with pytest.raises(ConfigError, match="frame: a pandas DataFrame or an Arrow table is needed, found list"):
+        mmlrec.prepare([{"user": 1}], **COLUMNS)
+    with pytest.raises(DataError, match="frame: the column 7 has no text as its name"):
+        mmlrec.prepare(frame.rename(columns={"price": 7}), **COLUMNS)
+    bad = frame.assign(click=np.where(np.arange(len(frame)) == 41, 7, frame.click))
+    with pytest.raises(DataError, match=r"frame, line 42: .*click"):
+        mmlrec.prepare(bad, **COLUMNS)
+
+
+def test_a_folder_is_made_once_and_a_temporary_one_goes_with_its_last_user(frame, tmp_path):
+    data = mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data")
+    assert "temporary" not in repr(data)
+    assert mmlrec.Dataset(tmp_path / "data").manifest == data.manifest
+    with pytest.raises(DataError, match=r"out: .*data exists"):
+        mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data")
+    with pytest.raises(DataError, match="is not a dataset"):
+        mmlrec.Dataset(tmp_path)
+    held = mmlrec.prepare(frame, **COLUMNS)
+    folder = held.path
+    run = mmlrec.train(SMALL, dataset=held, progress=False, **SHORT)
+    del held
+    gc.collect()
+    assert folder.is_dir()
+    assert run.path.is_dir()
+    folders = [folder, run.path]
+    del run
+    gc.collect()
+    assert not any(path.exists() for path in folders)
+
+
+def test_training_leaves_the_process_as_it_was_and_may_be_repeated(data, run):
+    logger = logging.getLogger("mmlrec")
+
+    def state():
+        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+        return signals, warnings.showwarning, list(warnings.filters), list(logger.handlers), logger.propagate, logger.level
+
+    before, seen = state(), []
+    taken = threading.Thread(target=lambda: seen.append(mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)))
+    taken.start()
+    taken.join()
+    again = mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)
+    assert not dist.is_initialized()
+    assert state() == before
+    for other in (*seen, again):  # from another thread, and a third time: the same run
+        pd.testing.assert_frame_equal(other.evaluate(), run.evaluate())
+    assert repr(run).endswith("mmoe, setting mtmsl, tasks click, buy")
+
+
+def test_where_a_process_group_is_open_it_is_refused(data, monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"process group is open in this process.*destroy_process_group"):
+            mmlrec.train(SMALL, dataset=data, **SHORT)
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one of several ranks"):
+        mmlrec.train(SMALL, dataset=data, **SHORT)
+
+
+def test_configuration_errors_name_key_and_place(data):
+    for config, overrides, message in [
+        ({"model": {"name": "mmo"}}, {}, "mmoe"),
+        (SMALL, {"training": {"epoch": 1}}, "overrides: training.epoch: unknown key. Did you mean"),
+        ({"training": {"epochs": 0}}, {}, "config: training.epochs:"),
+        ("mtl/movielen", {}, "no such config"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            mmlrec.train(config, dataset=data, **overrides)
+    with pytest.raises(UserError, match="is not a run folder"):
+        mmlrec.load_run(data.path)
+
+
+def test_metrics_are_those_of_the_scores(data, run):
+    scores = run.predict(data)
+    assert len(scores) == 150
+    metrics = run.evaluate()
+    assert metrics.loc[("click", "all"), "rows"] == 150
+    for task in ("click", "buy"):
+        expected = roc_auc_score(scores[f"label.{task}"], scores[f"score.{task}"])
+        assert metrics.loc[(task, "all"), "auc"] == pytest.approx(expected, abs=1e-6)
+        phone = scores[scores["sample.scenario"] == 1]
+        expected = roc_auc_score(phone[f"label.{task}"], phone[f"score.{task}"])
+        assert metrics.loc[(task, "phone"), "auc"] == pytest.approx(expected, abs=1e-6)
+    pd.testing.assert_frame_equal(run.evaluate(data.path), metrics)
+    result = json.loads((run.path / "result.json").read_text())
+    assert metrics.loc[("mean", "all"), "auc"] == result["test"]["mean"]["auc"]
+    assert run.evaluate(split="valid").loc[("click", "all"), "rows"] == 150
+
+
+def test_history_and_network(run):
+    train, valid = run.history()
+    assert list(train["step"]) == [6]
+    assert {"epoch", "loss.click", "loss.buy", "samples_per_second"} <= set(train)
+    last = valid[(valid.task == "click") & (valid.scenario == "all")].iloc[-1]
+    assert last.step == 6
+    assert last.auc == pytest.approx(run.evaluate(split="valid").loc[("click", "all"), "auc"])
+    assert not run.network.training
+    loaded = mmlrec.load_run(run.path)
+    assert loaded.config == run.config
+    assert loaded.path == run.path
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import mmlrec
+data, folder = mmlrec.Dataset(sys.argv[1]), sys.argv[2]
+before = signal.getsignal(signal.SIGTERM)
+
+def interrupt():
+    while not os.path.isdir(os.path.join(folder, "checkpoints", "best")):
+        time.sleep(0.05)
+    assert signal.getsignal(signal.SIGTERM) == before
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    mmlrec.train({}, dataset=data, run_dir=folder, training={"epochs": 5000, "batch_size": 200, "patience": None})
+except mmlrec.errors.UserError as error:
+    print("told:", type(error).__name__)
+assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+"""
+
+
+def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path):
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    command = [sys.executable, str(tmp_path / "script.py"), str(data.path), str(tmp_path / "run")]
+    result = processes.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "told: Interrupted\n"
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["training"]["epochs"], config["training"]["max_steps"] = 5000, steps[-1] + 3
+    run = mmlrec.train(config, run_dir=tmp_path / "run", progress=False)
+    assert run.history().train["step"].max() == steps[-1] + 3
+    assert run.history().train["step"].is_monotonic_increasing
