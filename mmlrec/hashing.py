@@ -51,7 +51,7 @@ def hash_ids(values: pa.Array, seed: int) -> UInt64Array:
     start = mix64(np.array([seed], np.uint64))
     if pa.types.is_int64(values.type):
         return mix64(values.fill_null(0).to_numpy().view(np.uint64) ^ start)
-    if not pa.types.is_string(values.type):
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise TypeError(f"ids must be int64 or string, found {values.type}")
     return _hash_strings(values, start)
 
@@ -74,7 +74,8 @@ def _hash_strings(values: pa.Array, start: UInt64Array) -> UInt64Array:
     if not len(content):
         return np.empty(0, np.uint64)
     _, offsets, buffer = content.buffers()
-    ends = np.frombuffer(offsets, np.int32)[content.offset :][: len(content) + 1].astype(np.int64)
+    width = np.int64 if pa.types.is_large_string(content.type) else np.int32
+    ends = np.frombuffer(offsets, width)[content.offset :][: len(content) + 1].astype(np.int64)
     first, lengths = ends[:-1] - ends[0], np.diff(ends)
     text = np.frombuffer((buffer[ends[0] : ends[-1]].to_pybytes() if buffer else b"") + bytes(8), np.uint8)
     # the 8 bytes that begin at each byte

@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mmlrec.encoding import conversions as to
+from mmlrec.encoding.conversions import FOUND
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
 from mmlrec.schema import Scenario, Task
@@ -50,8 +52,8 @@ from preprocessing.own_tables.files import file_format, matching_files, separato
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
-from preprocessing.reading.raw_files import FOUND, Block, RawFile, RawFolder, Source
-from preprocessing.rows import own_columns as to
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.rows import own_columns
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
 _TYPES = {"int": pa.int64(), "string": pa.string()}
@@ -339,7 +341,7 @@ class Table(Dataset):
             else:
                 values = to.present(values)
                 if declared.kind == "multi":  # several hashes of one id
-                    values = pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1, dtype=np.int32)), values)
+                    values = to.singles(values)
             columns[name] = values
             faults += more
 
@@ -351,7 +353,7 @@ class Table(Dataset):
                 values, more = to.number(table[task.column].combine_chunks(), task.column, pa.float32())
                 faults += more
             else:
-                values, more = to.label(table[task.column].combine_chunks(), task.column)
+                values, more = own_columns.label(table[task.column].combine_chunks(), task.column)
                 faults += more
             columns[f"label.{task.name}"] = values
         for task, following in zip(self._config.tasks[:-1], self._config.tasks[1:], strict=True):
@@ -364,7 +366,9 @@ class Table(Dataset):
 
     def _make_weights(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
         if self._config.weight is not None:
-            columns["sample.weight"], more = to.weight(table[self._config.weight].combine_chunks(), self._config.weight)
+            columns["sample.weight"], more = own_columns.weight(
+                table[self._config.weight].combine_chunks(), self._config.weight
+            )
             faults += more
 
     def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
@@ -373,7 +377,7 @@ class Table(Dataset):
             source = key.column or name
             values = to.present(table[source].combine_chunks())
             if key.type == "datetime":
-                values, more = to.seconds(values, source, key.format)
+                values, more = own_columns.seconds(values, source, key.format)
                 faults += more
             if name in needed:
                 good = values.is_valid().to_numpy(zero_copy_only=False)
@@ -417,7 +421,7 @@ class _Example(argparse.Action):
 
 def _key_type(key: KeyConfig) -> pa.DataType:
     """The type in which the source gives a key."""
-    if key.format in to.TIME_UNITS:  # as float64 a nanosecond of today is wrong by a hundred
+    if key.format in own_columns.TIME_UNITS:  # as float64 a nanosecond of today is wrong by a hundred
         return pa.int64() if key.format == "nanoseconds" else pa.float64()
     return _TYPES.get(key.type, pa.string())
 

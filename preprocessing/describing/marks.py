@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmlrec.encoding.cells import TYPICAL_MARKS
 from mmlrec.schema import DatasetManifest
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
-from preprocessing.reading.cells import TYPICAL_MARKS
 
 _SHOWN = 8
 _POINT = r"^-?[0-9]+\.0+$"

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mmlrec.encoding.cells import Cells
 from mmlrec.errors import did_you_mean
 from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 from preprocessing.dataset import PLACE_KEYS, hashed_key
-from preprocessing.reading.cells import Cells
 from preprocessing.rows.expressions import Condition, has_operator, parse_condition, quoted_column
 from preprocessing.rows.own_columns import TIME_UNITS
 from preprocessing.split_rules import EIGHT_ONE_ONE, Duplicates

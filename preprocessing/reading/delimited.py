@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from mmlrec.encoding.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
 from mmlrec.errors import ConfigError, DataError, did_you_mean
-from preprocessing.reading.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
+from mmlrec.encoding.cells import BLANKS, VECTORS, Cells
 from mmlrec.errors import DataError
-from preprocessing.reading.cells import BLANKS, VECTORS, Cells
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmlrec.encoding.cells import VECTORS, Cells
+from mmlrec.encoding.conversions import FOUND
 from mmlrec.errors import DataError, did_you_mean
-from preprocessing.reading.cells import VECTORS, Cells
 from preprocessing.reading.packed import check_size
-from preprocessing.reading.raw_files import FOUND, Block, Piece, RawFolder, Source
+from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
 _LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmlrec.encoding.conversions import FOUND
 from mmlrec.errors import DataError
 from mmlrec.identity import file_sha256
 from preprocessing.reading.packed import open_unpacked, readable
@@ -22,7 +23,6 @@ from preprocessing.workers import in_order, num_cores
 
 PIECE_BYTES = 8 << 20
 LONGEST_LINE = 64 << 20
-FOUND = "\0"
 _LONGEST_SHOWN = 80
 _REPORTED = 10  # bad rows that are told one by one
 

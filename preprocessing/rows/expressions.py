@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.rows.own_columns import present
+from mmlrec.encoding.conversions import present
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], pa.Array]] = {
     ast.Gt: pc.greater,

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmlrec.encoding.cells import Cells
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
 from preprocessing.datasets.table import Table
 from preprocessing.encoding.encoder import Mean, exact_sum
 from preprocessing.engines import spark_pieces
 from preprocessing.reading import raw_files
-from preprocessing.reading.cells import Cells
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.split_rules import COPY_COLUMN
 from tests.preprocessing.decoded import content

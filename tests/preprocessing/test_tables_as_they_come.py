@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from preprocessing.reading.cells import Cells
+from mmlrec.encoding.cells import Cells
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.raw_files import RawFile, RawFolder
 from tests.preprocessing.decoded import content

@@ -1,0 +1,136 @@
+"""Raw cells to canonical values, as the configuration of a table says; with what is wrong in which rows.
+
+Each function gives the new column and `faults`: [rows] bool, the good ones, a complaint, and the column that it is about. A
+faulty row may hold anything in the new column. A complaint may hold FOUND, which becomes the value that was found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from numpy.typing import NDArray
+
+from mmlrec.encoding.cells import INTEGER, WHOLE, Cells
+
+Faults = list[tuple[NDArray[np.bool_], str, str]]
+Converted = tuple[pa.Array, Faults]
+
+#: Stands in a complaint where the value that was found is told.
+FOUND = "\0"
+REMEDY = "Mend the line."
+
+
+def present(values: pa.Array) -> pa.Array:
+    """An empty string is a missing value."""
+    return pc.if_else(pc.equal(values, ""), None, values) if pa.types.is_string(values.type) else values
+
+
+def number(values: pa.Array, column: str, kind: pa.DataType, *, log: bool = False) -> Converted:
+    """float32 or float64, as it is or sign(x) log(1 + |x|)."""
+    numbers = values.cast(pa.float64(), safe=False)
+    if log:
+        numbers = pc.multiply(pc.sign(numbers), pc.log1p(pc.abs(numbers)))
+    finite = _bools(pc.is_finite(numbers.cast(pa.float32())).fill_null(True))
+    return numbers.cast(kind), [(finite, f"{column} must be a finite number that float32 can hold{FOUND}. {REMEDY}", column)]
+
+
+def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType, cells: Cells) -> Converted:
+    """Lists of int64 or string from text; blanks around an id do not count, nor do ids that are empty or missing."""
+    lists = pc.split_pattern(present(values), separator)
+    ids = cells.take(column, pc.utf8_trim_whitespace(pc.list_flatten(lists)))
+    parents = pc.list_parent_indices(lists).to_numpy()
+    filled = pc.not_equal(ids, "").fill_null(False)
+    ids, parents = ids.filter(filled), parents[_bools(filled)]
+    faults: Faults = []
+    if pa.types.is_integer(kind):
+        ids, whole = integers(ids)
+        good = np.ones(len(values), bool)
+        good[parents[~whole]] = False
+        complaint = f"{column} must hold integers of 64 bits, divided by {separator!r}{FOUND}. {REMEDY}"
+        faults.append((good, complaint, column))
+    return _lists(ids, parents, len(values)), faults
+
+
+def listed(values: pa.Array, column: str, cells: Cells) -> pa.Array:
+    """Lists without missing values and empty strings."""
+    ids, parents = present(cells.take(column, pc.list_flatten(values))), pc.list_parent_indices(values).to_numpy()
+    return _lists(ids.drop_null(), parents[_bools(ids.is_valid())], len(values))
+
+
+def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -> Converted:
+    """Lists of int64 or string from text such as `[1, 2]` or `["a", "b"]`, without missing values."""
+    filled = present(values).fill_null("null")
+    lines = pc.binary_join_element_wise('{"v":', filled, "}\n", "")
+    schema = pa.schema([("v", pa.list_(kind))])
+    options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="error")
+    try:
+        if len(values) == 0 or pc.any(pc.match_substring_regex(filled, r"[\n}]")).as_py():
+            raise pa.ArrowInvalid("no single list")
+        text = "".join(lines.to_pylist()).encode()
+        read = pyarrow.json.ReadOptions(use_threads=False, block_size=len(text) + 1)
+        lists = pyarrow.json.read_json(pa.py_buffer(text), read_options=read, parse_options=options)["v"].combine_chunks()
+        return listed(lists, column, cells), []
+    except pa.ArrowInvalid:
+        one_by_one = [_json_list(text, column, kind, cells) for text in filled.to_pylist()]
+    good = np.array([ids is not None for ids in one_by_one], bool)
+    what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
+    complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
+    lists = pa.array([ids or [] for ids in one_by_one], pa.list_(kind))
+    return listed(lists, column, cells), [(good, complaint, column)]
+
+
+def singles(values: pa.Array) -> pa.ListArray:
+    """A list of one for each value, null or not."""
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(values) + 1, dtype=np.int32)), values)
+
+
+def places(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
+    """Place of each value among the known ones, -1 for others and nulls, [rows] int64."""
+    return pc.index_in(values, value_set=known).fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _bools(values: pa.BooleanArray) -> NDArray[np.bool_]:
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _lists(ids: pa.Array, parents: NDArray[np.int64], num_rows: int) -> pa.ListArray:
+    offsets = np.append(0, np.cumsum(np.bincount(parents, minlength=num_rows))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), ids)
+
+
+def integers(texts: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
+    """int64, and which of the texts are such; 7.0 is 7."""
+    try:
+        if not pc.all(pc.match_substring_regex(texts, INTEGER)).as_py() and len(texts):
+            raise pa.ArrowInvalid("no integers")
+        return texts.cast(pa.int64()), np.ones(len(texts), bool)
+    except pa.ArrowInvalid:
+        texts = pc.replace_substring_regex(texts, pattern=WHOLE, replacement=r"\1")
+        # 20 characters hold any integer of 64 bits, and Python refuses to read very long ones.
+        values = [int(text) if re.match(INTEGER, text) and len(text) <= 20 else None for text in texts.to_pylist()]
+        good = np.array([value is not None and -(2**63) <= value < 2**63 for value in values], bool)
+        return pa.array([value if fits else 0 for value, fits in zip(values, good, strict=True)], pa.int64()), good
+
+
+def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[int] | list[str] | None:
+    """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id, and 7.0 is 7."""
+    try:
+        ids = json.loads(text)
+        text.encode(), json.dumps(ids, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    if ids is None:
+        return []
+    if not isinstance(ids, list):
+        return None
+    ids = [each for each in ids if each is not None]
+    if pa.types.is_integer(kind):
+        ids = [each for each in ids if not (isinstance(each, str) and each in cells.marks(column))]
+        ids = [int(each) if isinstance(each, float) and each.is_integer() else each for each in ids]
+        return ids if all(type(each) is int and -(2**63) <= each < 2**63 for each in ids) else None
+    return ids if all(isinstance(each, str) for each in ids) else None

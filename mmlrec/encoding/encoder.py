@@ -1,0 +1,225 @@
+"""The frozen encoder of a dataset: raw rows to canonical values, canonical values to ids and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmlrec.encoding import columns as to
+from mmlrec.encoding import conversions
+from mmlrec.encoding.inputs import Inputs, stacked
+from mmlrec.encoding.mapped import read_arrays, write_arrays
+from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
+from mmlrec.encoding.typed import as_lists, as_type
+from mmlrec.encoding.vocabularies import Vocabularies
+from mmlrec.errors import DataError, did_you_mean
+from mmlrec.hashing import bucket_ids
+from mmlrec.storage.places import Place, place
+
+IntArray = NDArray[np.int64]
+
+ENCODER_FILE = "encoder.json"
+_LONGEST_SHOWN = 80
+
+
+class Encoder:
+    """All that was fitted on train rows or declared, as it is applied to any rows. Immutable, for several threads.
+
+    *Raw* rows have the columns of `columns`: of a table of one's own those that its configuration names, of another dataset its
+    features by their names, and its scenario by value (docs/datasets/encoding.md). Values come typed or as text.
+    *Canonical* rows have one column a feature: int64 or string, lists of these, float32 or float64; null is missing.
+    *Encoded* rows hold ids.
+
+    Made by `load`.
+
+    Attributes:
+        facts: all of it that is no vocabulary, as JSON can hold it.
+        features: in the manifest's order.
+        columns: raw columns, in the order of the features; with that of the scenario.
+        scenario: None where there is none.
+    """
+
+    def __init__(self, facts: dict[str, Any], vocabularies: Vocabularies) -> None:
+        specs = Specs.of(facts)
+        self.facts = facts
+        self.features: tuple[FeatureSpec, ...] = specs.features
+        self.columns: dict[str, RawColumn] = specs.columns
+        self.scenario: ScenarioSpec | None = specs.scenario
+        self._specs, self._vocabularies = specs, vocabularies
+        self._by_name = {spec.name: spec for spec in specs.features}
+        self._borders = {name: np.array(table.borders, np.float32) for name, table in specs.tables.items()}
+
+    @classmethod
+    def load(cls, folder: str | Place) -> Encoder:
+        """From the folder of a dataset (`manifest.json`), or from one that `save` has written, whose vocabularies stay on disk.
+
+        Raises:
+            DataError: it is neither, or is damaged; the message names the file.
+        """
+        there = place(folder)
+        if isinstance(there, Path) and (there / ENCODER_FILE).is_file():
+            facts = _read_facts(there / ENCODER_FILE)
+            arrays = read_arrays(there, facts.pop("arrays"))
+            tables = {name: (first, shift) for name, (first, shift) in facts.pop("directories").items()}
+            return cls(facts, Vocabularies.from_arrays(tables, arrays))
+        from mmlrec.encoding.manifest import read_folder  # with pydantic, which what serves a model lacks
+
+        return cls(*read_folder(there))
+
+    def save(self, folder: Path) -> None:
+        """Write `encoder.json` and the vocabularies, as files that `load` maps: no more is read of them than is looked up."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = write_arrays(folder, self._vocabularies.arrays())
+        facts = self.facts | {"directories": self._vocabularies.tables, "arrays": arrays}
+        (folder / ENCODER_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def canonical(self, rows: pa.Table, *, scenario: bool = True) -> pa.RecordBatch:
+        """Raw rows to canonical ones: a column for each feature, and `sample.scenario`, int64, where there are scenarios.
+
+        Args:
+            scenario: False: its column is neither needed nor given.
+
+        Raises:
+            DataError: a column is missing or of a type that cannot be used; a cell is of another kind, or no scenario's. The
+                message names the column, and the row, counted from 0.
+        """
+        found = self._canonical(rows, scenario)
+        if not found:
+            return pa.RecordBatch.from_struct_array(pa.array([{}] * rows.num_rows, pa.struct([])))
+        return pa.RecordBatch.from_pydict(found)
+
+    def encode(self, canonical: pa.RecordBatch) -> pa.RecordBatch:
+        """The same rows with ids int64, lists of ids list<int64>, numbers float32; other columns untouched.
+
+        Raises:
+            DataError: ids that come as such are none of the table's.
+        """
+        names = canonical.schema.names
+        encoded = {spec.name: self.encode_column(spec.name, canonical.column(spec.name)) for spec in self.features}
+        return pa.RecordBatch.from_pydict(encoded | {name: canonical.column(name) for name in names if name not in encoded})
+
+    def encode_column(self, feature: str, values: pa.Array) -> pa.Array:
+        """A canonical column encoded, as `encode` does."""
+        spec = self._by_name[feature]
+        if spec.kind == "dense":
+            return pa.array(self._number(spec, values))
+        ids, offsets = self._ids(spec, values)
+        if spec.kind == "multi":
+            return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
+        return pa.array(ids)
+
+    def inputs(self, rows: pa.Table) -> Inputs:
+        """Raw rows to what a network reads. Raises as `canonical` and `encode`."""
+        found = self._canonical(rows, True)
+        ids = {spec.name: self._ids(spec, found[spec.name]) for spec in self.features if spec.kind != "dense"}
+        dense = [self._number(spec, found[spec.name]) for spec in self.features if spec.kind == "dense"]
+        scenario = found[SCENARIO_COLUMN].to_numpy() if self.scenario is not None else np.zeros(rows.num_rows, np.int64)
+        return Inputs(ids, stacked(dense, rows.num_rows), scenario, rows.num_rows)
+
+    def _canonical(self, rows: pa.Table, scenario: bool) -> dict[str, pa.Array]:
+        cells: dict[str, pa.Array] = {}
+        for name, column in self.columns.items():
+            if not scenario and column.uses == ("scenario",):
+                continue
+            if name not in rows.schema.names:
+                raise DataError(self._missing(column, rows.schema.names))
+            values = rows.column(name)
+            cells[name] = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        found = {spec.name: self._feature(spec, cells[spec.column]) for spec in self.features}
+        if scenario and self.scenario is not None:
+            found[SCENARIO_COLUMN] = self._scenario(self.scenario, cells[self.scenario.column])
+        return found
+
+    def _missing(self, column: RawColumn, names: list[str]) -> str:
+        shown = f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" or "none"
+        hint = did_you_mean(column.name, names)
+        return f"there is no column '{column.name}', which {' and '.join(column.uses)} is made of.{hint} Columns: {shown}."
+
+    def _feature(self, spec: FeatureSpec, cells: pa.Array) -> pa.Array:
+        rules, column = self._specs.cells, spec.column
+        if spec.listed:
+            values, faults = as_lists(cells, spec.raw_type, spec.separator, column, rules)
+            _refuse(faults, cells)
+            return conversions.listed(values, column, rules) if self._specs.empty_is_missing else values
+        values, faults = as_type(cells, spec.cell_type, column, rules)
+        if pa.types.is_floating(spec.cell_type):
+            numbers, more = conversions.number(values, column, spec.raw_type, log=spec.log)
+            _refuse([*faults, *more], cells)
+            return numbers.is_null().cast(pa.float32()) if spec.indicator else numbers
+        _refuse(faults, cells)
+        if self._specs.empty_is_missing:
+            values = conversions.present(values)
+        return conversions.singles(values) if spec.kind == "multi" else values
+
+    def _scenario(self, spec: ScenarioSpec, cells: pa.Array) -> pa.Array:
+        values, faults = as_type(cells, spec.raw_type, spec.column, self._specs.cells)
+        at = conversions.places(values, pa.array(list(spec.known), spec.raw_type))
+        if spec.others is None:
+            shown = ", ".join(str(value) for value in list(spec.known)[:20])
+            complaint = f"{spec.column} holds no value of the scenarios{conversions.FOUND}. Known are: {shown}."
+            faults = [*faults, (at >= 0, complaint, spec.column)]
+        _refuse(faults, cells)
+        ids = np.array(list(spec.known.values()), np.int64)
+        return pa.array(np.where(at >= 0, ids[at], spec.others or 0))
+
+    def _number(self, spec: FeatureSpec, values: pa.Array) -> NDArray[np.float32]:
+        values = to.filled(values, spec.fill)
+        if spec.scaled:
+            return to.scaled(values, spec.range)
+        return values.fill_null(0.0).to_numpy(zero_copy_only=False)
+
+    def _ids(self, spec: FeatureSpec, values: pa.Array) -> tuple[IntArray, IntArray]:
+        """Ids of all rows, and where each row's begin, [rows + 1]."""
+        table = self._specs.tables[str(spec.table)]
+        ids_of: Callable[[pa.Array], IntArray]
+        if table.ids == "hash":
+
+            def ids_of(values: pa.Array) -> IntArray:
+                return bucket_ids(values, table.seed, table.buckets, table.hashes).ravel()
+
+        elif table.ids == "quantiles":
+
+            def ids_of(values: pa.Array) -> IntArray:
+                return to.quantile_ids(values, self._borders[table.name])
+
+        elif table.ids == "given":
+
+            def ids_of(values: pa.Array) -> IntArray:
+                return to.given_ids(values, table.num_rows - 1, spec.name)
+
+        else:
+
+            def ids_of(values: pa.Array) -> IntArray:
+                return self._vocabularies.look_up(table.name, values)
+
+        if spec.kind == "multi":
+            return to.list_ids(values, ids_of, table.hashes)
+        return ids_of(values), np.arange(len(values) + 1)
+
+
+def _refuse(faults: conversions.Faults, cells: pa.Array) -> None:
+    """Raise DataError naming the first row in which something is wrong."""
+    wrong = [(int(np.argmin(good)), complaint) for good, complaint, _ in faults if not good.all()]
+    if not wrong:
+        return
+    row, complaint = min(wrong, key=lambda fault: fault[0])
+    value = str(cells[row].as_py())
+    shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
+    raise DataError(f"row {row} (counted from 0): {complaint.replace(conversions.FOUND, f', found {shown}')}")
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        form = facts["form"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged: {error}. Export the model again.") from error
+    if form != FACTS_FORM:
+        raise DataError(f"{path}: an encoder of form {form}; this release reads {FACTS_FORM}. Export the model again.")
+    return dict(facts)
