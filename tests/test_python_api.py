@@ -329,3 +329,50 @@ def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(da
     run = mmlrec.train(config, run_dir=tmp_path / "run", progress=False)
     assert run.history().train["step"].max() == steps[-1] + 3
     assert run.history().train["step"].is_monotonic_increasing
+
+
+def test_raw_rows_get_the_scores_of_the_same_rows_in_the_dataset(frame, data, run):
+    encoded = run.predict(data)
+    at = encoded["key.source_line"].to_numpy() - 1
+    rows = frame.drop(columns=["click", "buy", "time"]).iloc[at]
+    scores = run.predict(rows)
+    assert list(scores.index) == list(rows.index)
+    assert list(scores) == ["score.click", "score.buy"]
+    for name in scores:
+        np.testing.assert_allclose(scores[name], encoded[name], rtol=0, atol=1e-6)
+    assert scores["score.click"].nunique() > 100
+    table = run.predict(pa.Table.from_pandas(rows, preserve_index=False))
+    np.testing.assert_array_equal(table.to_numpy(), scores.to_numpy())
+    assert list(run.predict(rows.iloc[:0])) == list(scores)
+    many = run.predict(pd.concat([rows] * 80))  # more than one batch
+    np.testing.assert_allclose(many.to_numpy(), np.tile(scores.to_numpy(), (80, 1)), rtol=0, atol=1e-6)
+
+
+def test_of_raw_rows_a_missing_column_and_an_unknown_scenario_are_named(frame, run):
+    rows = frame.head(5)
+    with pytest.raises(ConfigError, match="feature price: the frame has no column 'price'"):
+        run.predict(rows.drop(columns="price"))
+    with pytest.raises(DataError, match="row 2 .*device.*watch"):
+        run.predict(rows.assign(device=["phone", "phone", "watch", "phone", "phone"]))
+    changed = rows.assign(user=10**9, item="never seen", price=[None] * 5)
+    assert run.predict(changed)["score.click"].nunique() > 1  # by tags and device
+
+
+def test_without_scenarios_in_the_model_none_is_needed(frame, data):
+    section = data.section | {"setting": "mtl"}
+    run = mmlrec.train(SMALL | {"dataset": section}, progress=False, **SHORT)
+    encoded = run.predict(data)
+    rows = frame.iloc[encoded["key.source_line"].to_numpy() - 1].drop(columns=["device", "click", "buy"])
+    np.testing.assert_allclose(run.predict(rows)["score.buy"], encoded["score.buy"], rtol=0, atol=1e-6)
+
+
+def test_scenarios_and_keys_may_be_numbers_and_rows_keep_the_rule_of_others(frame):
+    frame = frame.assign(market=np.arange(len(frame)) % 5)
+    scenario = {"column": "market", "values": {0: "home", 1: "home", 2: "away"}, "others": "away"}
+    data = mmlrec.prepare(frame, features=["user", "price"], tasks=["click"], scenario=scenario)
+    assert data.setting == "msl"
+    run = mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)
+    encoded = run.predict(data)
+    rows = frame.iloc[encoded["key.source_line"].to_numpy() - 1]
+    np.testing.assert_allclose(run.predict(rows)["score.click"], encoded["score.click"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run.predict(rows.assign(market=77)), run.predict(rows.assign(market=2)), rtol=0, atol=1e-6)

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+import mmlrec
 from mmlrec.api.frames import Frame, arrow_table
 from mmlrec.api.short_forms import ShortForms
 from mmlrec.api.temporary import TemporaryFolder
@@ -162,7 +163,10 @@ def prepare(
         options = argparse.Namespace(config=raw / "table.yaml", raw=raw, seed=seed, max_bad_rows=0, parity=False)
         try:
             dataset = Table(options)
-            manifest = build(dataset, RawFolder(raw, dataset.raw_files, ""), there, seed=seed, parity=False, options={})
+            recorded = {name: value for name, value in sorted(vars(options).items()) if name != "raw"}
+            recorded["mmlrec"] = mmlrec.__version__
+            files = RawFolder(raw, dataset.raw_files, "")
+            manifest = build(dataset, files, there, seed=seed, parity=False, options=recorded)
         except DataError as error:
             raise DataError(str(error).replace(f"{raw / _FILE}", "frame")) from error
     if notes := block(look_at_this(manifest, there)):

@@ -14,8 +14,11 @@ import pyarrow as pa
 from mmlrec.api.dataset import Dataset
 from mmlrec.api.frames import Frame, arrow_table
 from mmlrec.api.process import one_process, signals_to_hear
+from mmlrec.api.scoring import score_rows
 from mmlrec.api.temporary import TemporaryFolder
 from mmlrec.config import RunConfig
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import UserError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
@@ -23,6 +26,7 @@ from mmlrec.metrics.report import lines_of
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import load
 from mmlrec.run_folder.folder import RunFolder
+from mmlrec.schema import Setting
 from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place, read
 from mmlrec.training import run as training
@@ -101,12 +105,14 @@ class Run:
                 session, *_ = load_session(self._folder, world, [])
                 write_predictions(session, place(_path(data)), split, Path(folder) / "scores.parquet")
                 return pd.read_parquet(Path(folder) / "scores.parquet")
-        from mmlrec.api.scoring import score_rows
-        from mmlrec.encoding.encoder import Encoder
-        from mmlrec.encoding.folders import encoder_folder
-
         encoder = Encoder.load(encoder_folder(self.path))
-        rows = arrow_table(data, {name: column.use for name, column in encoder.columns.items()})
+        with_scenario = self.config.dataset.setting is not Setting.MTL
+        needed = {
+            name: " and ".join(column.uses)
+            for name, column in encoder.columns.items()
+            if with_scenario or column.uses != ("scenario",)
+        }
+        rows = arrow_table(data, needed)
         with one_process(self.config.training.timeout, quiet=True) as world:
             session, *_ = load_session(self._folder, world, [])
             scores = score_rows(session, encoder, rows)

@@ -14,23 +14,24 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.inputs import Inputs
 from mmlrec.evaluation.evaluation import predict_split
 from mmlrec.evaluation.prediction import score_columns
+from mmlrec.schema import Setting
 from mmlrec.session.session import Session
 
 
 def score_rows(session: Session, encoder: Encoder, rows: pa.Table) -> dict[str, pa.Array]:
-    """The columns `score.<task>` of `score_columns` for raw rows, in their order.
+    """The columns `score.<task>` of `score_columns` for raw rows, in their order. Without scenarios none has to be there.
 
     Raises:
         DataError: cells or a scenario that cannot be used, naming column and row; or a score is not finite.
     """
-    inputs = encoder.inputs(rows)
+    with_scenario = session.config.dataset.setting is not Setting.MTL
+    inputs = Inputs.of(encoder.encode(encoder.canonical(rows, scenario=with_scenario)), encoder)
     logits = np.zeros((0, session.spec.num_tasks), np.float32)
     if inputs.num_rows:
         found = predict_split(session, batches(inputs, session), title="scoring")
         assert found is not None
         logits = found.logits
-    scenario = inputs.scenario if session.spec.num_scenarios > 1 else np.zeros_like(inputs.scenario)
-    return score_columns(session, logits, scenario)
+    return score_columns(session, logits, inputs.scenario)
 
 
 def batches(inputs: Inputs, session: Session) -> Iterator[Batch]:
