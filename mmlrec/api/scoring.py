@@ -53,7 +53,7 @@ def batches(inputs: Inputs, session: Session) -> Iterator[Batch]:
             dense=torch.from_numpy(inputs.dense[start:stop]),
             labels=torch.zeros(count, tasks),
             mask=torch.zeros(count, tasks),
-            scenario=torch.from_numpy(inputs.scenario[start:stop]),
+            scenario=torch.tensor(inputs.scenario[start:stop]),
             weight=torch.ones(count),
             valid=torch.ones(count, dtype=torch.bool),
             row=torch.arange(start, stop),
