@@ -139,12 +139,22 @@ def encoding_differences(
                 more = new[name]["entries"] - old[name]["entries"]
                 lines.append(f"  {which}: the vocabulary of the run, and behind it {more} values that the run has no rows for")
             else:
-                lines += [
-                    f"  {which}, {key}: {_shown(new[name].get(key))} here, {_shown(old[name].get(key))} in the run"
-                    for key in [*old[name], *(key for key in new[name] if key not in old[name])]
-                    if facts_digest(old[name].get(key)) != facts_digest(new[name].get(key))
-                ]
+                lines += fact_differences(which, old[name], new[name], "in the run")
     return lines
+
+
+def fact_differences(which: str, old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[str]:
+    """What differs between the facts of one part of an encoding, a line each.
+
+    Args:
+        which: names the part.
+        where: the old facts are.
+    """
+    return [
+        f"  {which}, {key}: {_shown(new.get(key))} here, {_shown(old.get(key))} {where}"
+        for key in [*old, *(key for key in new if key not in old)]
+        if facts_digest(old.get(key)) != facts_digest(new.get(key))
+    ]
 
 
 def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Place) -> bool:

@@ -148,7 +148,7 @@ class _Job:
         """The canonical rows. Raises DataError with the first complaint in the order of files and lines."""
         from pyspark import StorageLevel
 
-        files, sources = self._cut(), {source.name: source for source in self._dataset.sources()}
+        files, sources = self._cut(), {source.name: source for source in self._dataset.present_sources(self._raw)}
         numbered = list(enumerate(cut for file in files for cut in file.cuts))
         shared, limit = self._shared, self._raw.bad_rows.limit
         placement = None if self._cuts_unknown() else self._placement
@@ -276,7 +276,7 @@ class _Job:
         """The pieces of the files, up to the first file that cannot be read to its end."""
         files: list[_File] = []
         orders: list[Stretch] = []
-        for source in self._dataset.sources():
+        for source in self._dataset.present_sources(self._raw):
             files.append(_File(source.name))
             try:
                 orders += stretches(len(files) - 1, source, self._raw)
@@ -326,7 +326,7 @@ class _Job:
 
 
 def _counters(dataset: Dataset, parity: bool) -> tuple[Encoder, MergedGroups, MissingCounter]:
-    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features)
+    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features, SPLITS)
 
 
 def _merged(counter: Any, other: Any) -> Any:
