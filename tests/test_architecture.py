@@ -58,6 +58,7 @@ RULES = {
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
         *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
+    "mmlrec.serving": ("torch", "mmlrec.encoding"),
     "mmlrec.api": (
         *("torch", "torchrec.sparse", "preprocessing", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
         *("mmlrec.evaluation", "mmlrec.training", "mmlrec.data", "mmlrec.metrics", "mmlrec.models.base", "mmlrec.encoding"),

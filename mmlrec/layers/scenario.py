@@ -22,16 +22,17 @@ class Dispatch:
     Args:
         scenario: [B] int64 in 0..S-1.
         num_scenarios: S.
-        grouped: choose the strategy; `prefers_grouped` knows which is faster.
+        grouped: choose the strategy; `prefers_grouped` knows which is faster. Exported graphs have the dense one.
     """
 
     def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
-        self.num_scenarios, self.grouped = num_scenarios, grouped
+        # Sorting has no place in an exported graph: one for all batches, ONNX among its forms.
+        self.num_scenarios, self.grouped = num_scenarios, grouped and not torch.compiler.is_exporting()
         self.scenario = scenario
-        if grouped:
+        if self.grouped:
             self.scenario, self.order = torch.sort(scenario, stable=True)
             self.inverse = torch.empty_like(self.order).scatter_(
-                0, self.order, torch.arange(len(scenario), device=scenario.device)
+                0, self.order, torch.arange(scenario.shape[0], device=scenario.device)
             )
             ids = torch.arange(num_scenarios, device=scenario.device)
             self.ends = torch.searchsorted(self.scenario, ids, right=True)

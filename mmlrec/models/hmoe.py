@@ -132,12 +132,12 @@ class HMoE(MultiTaskModel):
         mixed_experts = mix(gates, self.experts(x, valid))
         scores = self.towers(mixed_experts, rows)  # [B, H]
         heads = torch.arange(spec.num_heads, device=x.device).view(spec.num_tasks, spec.num_scenarios)
-        wanted = heads.view(1, -1).expand(len(x), -1) if return_all_heads else heads[:, scenario].t()  # [B, N], N = H or T
+        wanted = heads.view(1, -1).expand(x.shape[0], -1) if return_all_heads else heads[:, scenario].t()  # [B, N], N = H or T
         weights = self._weights(x, scenario, wanted, rows, valid, return_all_heads)
         if self.mixes_heads:
             candidates, own = scores.unsqueeze(1), wanted  # [B, 1, H]
         else:
-            candidates, own = scores.view(len(x), *heads.shape), wanted % spec.num_scenarios  # [B, T, S]
+            candidates, own = scores.unflatten(1, heads.shape), wanted % spec.num_scenarios  # [B, T, S]
             if return_all_heads:
                 candidates = candidates.repeat_interleave(spec.num_scenarios, dim=1)
         is_own = F.one_hot(own, candidates.shape[2]).bool()

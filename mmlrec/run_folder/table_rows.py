@@ -1,0 +1,85 @@
+"""Rows of a tensor of a checkpoint, some at a time: a table that is larger than memory can be read."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from mmlrec.errors import CheckpointError, StorageError
+from mmlrec.run_folder import whole
+from mmlrec.run_folder.index import Reader
+from mmlrec.storage.places import Place
+
+
+class TableRows:
+    """The tables of a checkpoint, which is whole (see `checkpoint.verify`), as its index knows them.
+
+    Args:
+        folder: the checkpoint.
+        keys: flat key of each table that is going to be read.
+
+    Raises:
+        CheckpointError: the index is damaged, or lacks a table; or one is no float32 matrix in shards of whole rows.
+    """
+
+    def __init__(self, folder: Place, keys: list[str]) -> None:
+        self._folder = folder
+        self._reader = Reader(whole.inside(folder))
+        index = self._reader.read_metadata()
+        self._stored = cast("dict[MetadataIndex, Any]", index.storage_data)
+        self._tables = {key: self._table(key, index.state_dict_metadata.get(key)) for key in keys}
+
+    def shape(self, key: str) -> tuple[int, int]:
+        """V and D of a table."""
+        rows, dim = self._tables[key].size
+        return rows, dim
+
+    def read(self, key: str, num_rows: int) -> Iterator[Tensor]:
+        """The rows of a table in order, [N, D] float32 on the CPU, N at most `num_rows`.
+
+        Raises:
+            CheckpointError: a file of the checkpoint is damaged.
+        """
+        expected, dim = 0, self.shape(key)[1]
+        for chunk in sorted(self._tables[key].chunks, key=lambda chunk: chunk.offsets[0]):
+            start, count = chunk.offsets[0], chunk.sizes[0]
+            if start != expected:
+                raise CheckpointError(f"{self._folder}: '{key}' has no rows from {expected} on, but from {start} on.")
+            expected += count
+            stored = next(self._stored[at] for at in self._stored if at.fqn == key and at.offset == chunk.offsets)
+            try:
+                yield from self._rows(stored, count, dim, num_rows)
+            except StorageError:
+                raise
+            except (OSError, zipfile.BadZipFile, EOFError, KeyError, ValueError) as cause:
+                raise CheckpointError(f"{self._folder}: '{key}' cannot be read: {cause}. Choose another checkpoint.") from cause
+        if expected != self.shape(key)[0]:
+            raise CheckpointError(f"{self._folder}: '{key}' has {expected} rows instead of {self.shape(key)[0]}.")
+
+    def _table(self, key: str, found: Any) -> TensorStorageMetadata:
+        if not isinstance(found, TensorStorageMetadata):
+            raise CheckpointError(f"{self._folder}: this checkpoint is of another model: it lacks '{key}'.")
+        whole_rows = all(chunk.offsets[1] == 0 and chunk.sizes[1] == found.size[1] for chunk in found.chunks)
+        if len(found.size) != 2 or found.properties.dtype != torch.float32 or not whole_rows:
+            raise CheckpointError(f"{self._folder}: '{key}' is no table of float32 in shards of whole rows.")
+        return found
+
+    def _rows(self, stored: Any, count: int, dim: int, num_rows: int) -> Iterator[Tensor]:
+        """A shard's rows. It is what `torch.save` writes: an archive, not compressed, with the numbers as one file in it."""
+        with self._reader.fs.create_stream(self._reader.path / stored.relative_path, "rb") as stream:
+            view = self._reader._slice_file(stream, stored)
+            with zipfile.ZipFile(cast(io.BytesIO, view)) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data/0"))
+                num_bytes = archive.getinfo(name).file_size
+                if num_bytes != count * dim * 4:
+                    raise ValueError(f"{stored.relative_path} holds {num_bytes} bytes of it instead of {count * dim * 4}")
+                with archive.open(name) as numbers:  # which compares its checksum at the end
+                    for start in range(0, count, num_rows):
+                        content = bytearray(numbers.read(min(num_rows, count - start) * dim * 4))
+                        yield torch.frombuffer(content, dtype=torch.float32).view(-1, dim)

@@ -1,0 +1,98 @@
+"""An exported model in memory: raw rows, or encoded inputs, to scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmlrec.errors import DataError
+from mmlrec.paths import local_path
+from mmlrec.serving.card import AGAIN, CARD, read_card
+from mmlrec.serving.networks import Network, open_network
+from mmlrec.serving.tables import Table
+
+if TYPE_CHECKING:
+    from mmlrec.encoding.inputs import Inputs
+
+#: Rows that go through the network at a time: what is in between stays in the processor's caches.
+_CHUNK_ROWS = 2048
+
+
+def load(folder: str | Path, *, threads: int | None = None) -> Model:
+    """Open an exported model. Tables and vocabularies are mapped, not read.
+
+    Args:
+        folder: that `python -m apps.export` has written, on a disk of this machine.
+        threads: cores that one call may use; None: as torch or ONNX Runtime has it, all. For torch a setting of the process.
+
+    Raises:
+        DataError: the folder is no exported model, or is damaged.
+        UserError: it is an address, or needs a package that is not installed.
+    """
+    path = local_path(folder)
+    card = read_card(path)
+    tables = {entry["name"]: Table.open(path, entry) for entry in card["tables"]}
+    model = Model(card, tables, open_network(path, card, threads))
+    try:
+        scores = model._network(*model._nothing())
+    except Exception as error:  # of any class: torch's and ONNX Runtime's
+        raise DataError(f"{path}: {card['network']['file']} does not take what {CARD} says: {error}. {AGAIN}") from error
+    if scores.shape != (2, len(model.outputs)):
+        raise DataError(
+            f"{path}: {card['network']['file']} gives {list(scores.shape)[1:]} scores a row,"
+            f" {CARD} names {len(model.outputs)}. {AGAIN}"
+        )
+    return model
+
+
+class Model:
+    """An exported model; `load` makes it. All methods may be called from several threads at once.
+
+    Attributes:
+        card: `model.json`.
+        outputs: names of the scores, in order: tasks, and what else the method says, such as cvr.
+    """
+
+    def __init__(self, card: dict[str, Any], tables: dict[str, Table], network: Network) -> None:
+        self.card = card
+        self.outputs: tuple[str, ...] = tuple(card["network"]["outputs"])
+        self._tables = tables
+        self._network = network
+        self._width = sum(tables[lookup["table"]].weight.shape[1] for lookup in card["lookups"][0]) + len(card["dense"])
+
+    def score_inputs(self, inputs: Inputs) -> NDArray[np.float32]:
+        """Scores of encoded rows, [B, num_outputs]: probabilities, or values in the unit of the labels.
+
+        A task that has no head for a row's scenario gives NaN.
+        """
+        scores = np.empty((inputs.num_rows, len(self.outputs)), np.float32)
+        for start in range(0, inputs.num_rows, _CHUNK_ROWS):
+            stop = min(start + _CHUNK_ROWS, inputs.num_rows)
+            scenario = inputs.scenario[start:stop] if self.card["multi_scenario"] else np.zeros(stop - start, np.int64)
+            scores[start:stop] = self._network(self._looked_up(inputs, start, stop), scenario)
+        return scores
+
+    def _looked_up(self, inputs: Inputs, start: int, stop: int) -> NDArray[np.float32]:
+        """What the network reads of some rows: [B, d_in], or [B, U, d_in] with tables for each of U branches."""
+        branches = self.card["lookups"]
+        x = np.empty((stop - start, len(branches), self._width), np.float32)
+        bags = {}
+        for name, (ids, offsets) in inputs.ids.items():
+            of_rows = offsets[start : stop + 1]
+            bags[name] = ids[of_rows[0] : of_rows[-1]], of_rows - of_rows[0]
+        for branch, lookups in enumerate(branches):
+            at = 0
+            for lookup in lookups:
+                pooled = self._tables[lookup["table"]].pooled(*bags[lookup["feature"]], lookup["pooling"])
+                x[:, branch, at : (at := at + pooled.shape[1])] = pooled
+            x[:, branch, at:] = inputs.dense[start:stop]
+        return x if len(branches) > 1 else x[:, 0]
+
+    def _nothing(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Two rows of zeros."""
+        branches = len(self.card["lookups"])
+        x = np.zeros((2, branches, self._width) if branches > 1 else (2, self._width), np.float32)
+        return x, np.zeros(2, np.int64)
