@@ -177,6 +177,10 @@ WRONG = [
     ({"weight": "wait"}, "weight: the frame has no column 'wait'"),
     ({"split": "file"}, "split: rule 'file' is for several files"),
     ({"split": "tim"}, "split"),
+    ({"seed": -1}, "seed: a whole number"),
+    ({"duplicates": "remove"}, "duplicates: 'remove' is none of keep, drop, keep_together"),
+    ({"features": None}, "features: needed, unless"),
+    ({"like": "data"}, "features, tasks, scenario, keys, group_key: with `like` these are as in the other dataset"),
 ]
 
 
@@ -205,8 +209,15 @@ def test_a_folder_is_made_once_and_a_temporary_one_goes_with_its_last_user(frame
     data = mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data")
     assert "temporary" not in repr(data)
     assert mmlrec.Dataset(tmp_path / "data").manifest == data.manifest
-    with pytest.raises(DataError, match=r"out: .*data exists"):
-        mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data")
+    written = (tmp_path / "data" / "manifest.json").stat().st_mtime_ns
+    assert mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data").manifest == data.manifest  # the cell is run again
+    assert (tmp_path / "data" / "manifest.json").stat().st_mtime_ns == written
+    with pytest.raises(DataError, match="data was made from other raw files. Choose another out, or overwrite it"):
+        mmlrec.prepare(frame.iloc[:900], **COLUMNS, out=tmp_path / "data")
+    with pytest.raises(DataError, match=r"made with other options: config=.* or overwrite it"):
+        mmlrec.prepare(frame, **COLUMNS | {"features": ["user"]}, out=tmp_path / "data")
+    fewer = mmlrec.prepare(frame.iloc[:900], **COLUMNS, out=tmp_path / "data", overwrite=True)
+    assert sum(split.num_rows for split in fewer.manifest.splits.values()) == 900
     with pytest.raises(DataError, match="is not a dataset"):
         mmlrec.Dataset(tmp_path)
     held = mmlrec.prepare(frame, **COLUMNS)
@@ -376,3 +387,45 @@ def test_scenarios_and_keys_may_be_numbers_and_rows_keep_the_rule_of_others(fram
     rows = frame.iloc[encoded["key.source_line"].to_numpy() - 1]
     np.testing.assert_allclose(run.predict(rows)["score.click"], encoded["score.click"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(run.predict(rows.assign(market=77)), run.predict(rows.assign(market=2)), rtol=0, atol=1e-6)
+
+
+def test_new_rows_are_encoded_as_others_were_by_folder_dataset_or_run(frame, data, run, tmp_path):
+    new = frame_of(200, seed=7).assign(item="never seen").drop(columns=["click", "buy", "time"])
+    for other in (data, data.path, run, str(run.path)):
+        like = mmlrec.prepare(new, like=other)
+        assert {name: split.num_rows for name, split in like.manifest.splits.items()} == {"test": 200}
+        assert like.manifest.encoding.digest == data.manifest.encoding.digest
+    assert like.manifest.statistics["against_train"]["item"]["test"]["unseen"] == 200
+    encoded = run.predict(like)
+    at = encoded["key.source_line"].to_numpy() - 1
+    np.testing.assert_allclose(run.predict(new.iloc[at])["score.buy"], encoded["score.buy"], rtol=0, atol=1e-6)
+    named = mmlrec.prepare(new, like=run, split="sunday", out=tmp_path / "sunday")
+    assert len(run.predict(tmp_path / "sunday", split="sunday")) == 200
+    assert "rows: sunday 200" in repr(named)
+
+
+def test_vocabularies_grow(frame, data):
+    more = frame_of(600, seed=8)
+    more["user"] += 30
+    grown = mmlrec.prepare(more, extend=data)
+    users = [pq.read_table(d.path / "vocab" / "user.parquet")["value"].to_pylist() for d in (data, grown)]
+    assert users[1][: len(users[0])] == users[0]
+    assert len(users[1]) > len(users[0])
+    assert list(grown.manifest.splits) == ["train", "valid", "test"]
+    assert list(mmlrec.prepare(more, extend=data, split="train").manifest.splits) == ["train"]
+
+
+def test_what_cannot_be_like_another_is_named(frame, data, tmp_path):
+    for arguments, message in [
+        ({"like": data, "extend": data}, "like and extend exclude each other"),
+        ({"like": data, "weight": "price"}, "weight: with `like` these are as in the other dataset"),
+        ({"like": data, "split": {"rule": "random"}}, "split: with `like` give the name of one split"),
+        ({"like": data, "split": "a/b"}, "'a/b' is no name of a split"),
+        ({"like": tmp_path}, "is neither a dataset nor a run"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            mmlrec.prepare(frame, **arguments)
+    with pytest.raises(ConfigError, match="features.price: the frame has no column 'price'"):
+        mmlrec.prepare(frame.drop(columns="price"), like=data)
+    with pytest.raises(DataError, match="frame: there is no column 'buy'"):
+        mmlrec.prepare(frame.drop(columns="buy"), extend=data)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-import mmlrec
-from mmlrec.api.frames import Frame, arrow_table
+from mmlrec.api.frames import Frame, arrow_table, columns_of
 from mmlrec.api.short_forms import ShortForms
 from mmlrec.api.temporary import TemporaryFolder
-from mmlrec.errors import ConfigError, DataError
+from mmlrec.encoding.folders import encoder_folder
+from mmlrec.errors import ConfigError, UserError
 from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.storage.places import Place, place
 from mmlrec.yaml_config import validate_section
-from preprocessing.datasets.table import Table
+from preprocessing.command_line import make
 from preprocessing.describing.notes import block, look_at_this
-from preprocessing.engines.local import build
-from preprocessing.own_tables.config import TableConfig
-from preprocessing.reading.raw_files import RawFolder
+from preprocessing.own_tables.config import FileRule, RandomRule, TableConfig
+from preprocessing.own_tables.recorded import recorded_table_config
+from preprocessing.split_rules import Duplicates
 
 _SOURCE = "mmlrec.prepare"
 #: The name of the file that a frame is written to, and so of all rows' key `source_file`.
 _FILE = "frame.parquet"
+#: Options of the command that messages name, and that are arguments here.
+_OPTIONS = re.compile(r"--(out|overwrite|like|extend|split|seed|duplicates)\b")
 
 
 class Dataset:
@@ -83,18 +86,21 @@ class Dataset:
 def prepare(
     frame: Frame,
     *,
-    features: Sequence[str] | Mapping[str, Any],
-    tasks: Sequence[Any] | Mapping[str, Any],
+    features: Sequence[str] | Mapping[str, Any] | None = None,
+    tasks: Sequence[Any] | Mapping[str, Any] | None = None,
     scenario: str | Mapping[str, Any] | None = None,
-    keys: Sequence[str] | Mapping[str, Any] = (),
+    keys: Sequence[str] | Mapping[str, Any] | None = None,
     group_key: str | None = None,
     weight: str | None = None,
-    split: str | Mapping[str, Any] = "random",
-    missing: Sequence[str] | Mapping[str, Sequence[str]] = (),
-    strip: bool = False,
-    duplicates: str = "keep",
-    terms: str = "",
+    split: str | Mapping[str, Any] | None = None,
+    missing: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    strip: bool | None = None,
+    duplicates: str | None = None,
+    terms: str | None = None,
+    like: Dataset | str | Place | Any = None,
+    extend: Dataset | str | Place | Any = None,
     out: str | Place | None = None,
+    overwrite: bool = False,
     seed: int = 2024,
 ) -> Dataset:
     """Encode raw rows, so that a model can be trained on them: vocabularies, scales and splits, in a dataset folder.
@@ -110,13 +116,19 @@ def prepare(
         keys: columns that name, group or date rows and are no features; or name -> "int", "string", "datetime" or all options.
         group_key: the key by which GAUC groups rows: the user.
         weight: a column of numbers: what each row counts.
-        split: "random"; or the section, such as {"rule": "time", "key": "time"}.
+        split: "random"; or the section, such as {"rule": "time", "key": "time"}. With `like` and `extend` the name of the one
+            split that gets all rows ("test" with `like` unless told), or "train,valid,test" for the rule of the other dataset.
         missing: texts that mean a missing cell; or column -> its own.
         strip: drop blanks and tabs around texts.
         duplicates: "keep", "drop" or "keep_together": what becomes of rows that are equal to an earlier one.
         terms: terms of use of the data, kept in the manifest.
-        out: the folder to make, or s3://bucket/name; it must not exist. None: a temporary one, deleted with the last object
-            that uses it (this dataset, a run trained on it), or when Python ends.
+        like: a dataset or a run, or the folder of one: encode as its rows were encoded, with its sections. Labels and keys may
+            be absent.
+        extend: the same, with vocabularies that grow: values that are new in train get ids behind the known ones.
+        out: the folder to make, or s3://bucket/name. One that holds the dataset of the same rows and arguments is taken as it
+            is. None: a temporary folder, deleted with the last object that uses it (this dataset, a run trained on it), or when
+            Python ends.
+        overwrite: replace the dataset in `out`.
         seed: of the split.
 
     Returns:
@@ -124,54 +136,102 @@ def prepare(
 
     Raises:
         ConfigError: an argument cannot be used; the message begins with its name.
-        DataError: cells cannot be used; the message names column and row. Or `out` is there already, or cannot be written.
+        DataError: cells cannot be used; the message names column and row. Or `out` holds something else, or cannot be written.
     """
-    short = ShortForms(frame)
-    given = {
-        "files": [_FILE],
-        "features": short.features(features),
-        "tasks": short.tasks(tasks),
-        "scenario": short.scenario(scenario),
-        "keys": short.keys(keys),
+    sections = {
+        "features": features,
+        "tasks": tasks,
+        "scenario": scenario,
+        "keys": keys,
         "group_key": group_key,
         "weight": weight,
-        "split": {"rule": split} if isinstance(split, str) else split,
-        "missing": dict(missing) if isinstance(missing, Mapping) else list(missing),
+        "missing": missing,
         "strip": strip,
-        "duplicates": duplicates,
         "terms": terms,
     }
-    if isinstance(given["split"], Mapping) and given["split"].get("rule") == "file":
-        raise ConfigError("split: rule 'file' is for several files. Of a frame give random, group or time.")
-    config = validate_section(TableConfig, given, prefix="", source=_SOURCE)
-    table = arrow_table(frame, _columns(config))
-    held = TemporaryFolder("dataset") if out is None else None
-    there = place(out) if held is None else held.path / "data"
-    if held is None and there.exists():
-        raise DataError(
-            f"out: {there} exists. Give another folder, or delete it; mmlrec.Dataset({str(there)!r}) loads a dataset."
-        )
-    for line in short.concluded:
-        sys.stderr.write(f"{_SOURCE}: {line}\n")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"seed: a whole number from 0 to 2^63 - 1 is needed, found {seed!r}.")
+    if duplicates not in (None, *get_args(Duplicates)):
+        raise ConfigError(f"duplicates: {duplicates!r} is none of {', '.join(get_args(Duplicates))}.")
+    arguments = ["--seed", str(seed), *(["--overwrite"] if overwrite else [])]
+    arguments += [] if duplicates is None else ["--duplicates", duplicates]
+    if like is None and extend is None:
+        content, table = _own(frame, sections, split)
+    else:
+        content, table, more = _as_others(frame, sections, split, like, extend)
+        arguments += more
+    held = None if out is not None else TemporaryFolder("dataset")
+    there = held.path / "data" if held is not None else place(str(out))
     with tempfile.TemporaryDirectory(prefix="mmlrec-frame-") as folder:
         raw = Path(folder)
         pq.write_table(table, raw / _FILE)
-        content = config.model_dump(mode="json", exclude_defaults=True)
-        if config.scenario is not None:  # of JSON all keys are texts
-            content["scenario"]["values"] = config.scenario.values
         (raw / "table.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        options = argparse.Namespace(config=raw / "table.yaml", raw=raw, seed=seed, max_bad_rows=0, parity=False)
         try:
-            dataset = Table(options)
-            recorded = {name: value for name, value in sorted(vars(options).items()) if name != "raw"}
-            recorded["mmlrec"] = mmlrec.__version__
-            files = RawFolder(raw, dataset.raw_files, "")
-            manifest = build(dataset, files, there, seed=seed, parity=False, options=recorded)
-        except DataError as error:
-            raise DataError(str(error).replace(f"{raw / _FILE}", "frame")) from error
-    if notes := block(look_at_this(manifest, there)):
+            made = make(["table", "--config", str(raw / "table.yaml"), "--raw", folder, "--out", str(there), *arguments])
+        except UserError as error:
+            told = str(error).replace(f"{raw / _FILE}", "frame").replace(f"{raw / 'table.yaml'}", _SOURCE)
+            raise type(error)(_OPTIONS.sub(r"\1", told)) from error
+    if notes := block(look_at_this(made.manifest, there)):
         sys.stderr.write(f"{notes}\n")
     return Dataset(there, _held=held)
+
+
+def _own(frame: Frame, sections: dict[str, Any], split: Any) -> tuple[dict[str, Any], pa.Table]:
+    """The configuration of the sections, and the columns that it needs."""
+    short = ShortForms(frame)
+    for name in ("features", "tasks"):
+        if sections[name] is None:
+            raise ConfigError(f"{name}: needed, unless `like` or `extend` names a dataset that is encoded already.")
+    given = {name: value for name, value in sections.items() if value is not None}
+    given |= {"files": [_FILE], "features": short.features(given["features"]), "tasks": short.tasks(given["tasks"])}
+    given |= {name: getattr(short, name)(given[name]) for name in ("scenario", "keys") if name in given}
+    if split is not None:
+        given["split"] = {"rule": split} if isinstance(split, str) else split
+        if isinstance(given["split"], Mapping) and given["split"].get("rule") == "file":
+            raise ConfigError("split: rule 'file' is for several files. Of a frame give random, group or time.")
+    config = validate_section(TableConfig, given, prefix="", source=_SOURCE)
+    table = arrow_table(frame, _columns(config))
+    for line in short.concluded:
+        sys.stderr.write(f"{_SOURCE}: {line}\n")
+    return _content(config), table
+
+
+def _as_others(
+    frame: Frame, sections: dict[str, Any], split: Any, like: Any, extend: Any
+) -> tuple[dict[str, Any], pa.Table, list[str]]:
+    """The configuration of another dataset for this frame, the columns that there are of it, and options of the command."""
+    option, other = ("like", like) if extend is None else ("extend", extend)
+    if like is not None and extend is not None:
+        raise ConfigError("like and extend exclude each other: vocabularies stay as they are, or grow.")
+    if given := [name for name, value in sections.items() if value is not None]:
+        raise ConfigError(f"{', '.join(given)}: with `{option}` these are as in the other dataset; leave them away.")
+    if split is not None and not isinstance(split, str):
+        raise ConfigError(f"split: with `{option}` give the name of one split, or 'train,valid,test'; found {split!r}.")
+    folder = place(str(getattr(other, "path", other)))
+    manifest = DatasetManifest.load(encoder_folder(folder))
+    if "config" not in manifest.preprocessing:
+        raise ConfigError(
+            f"{option}: {folder} is of the dataset '{manifest.name}', whose raw files no frame stands for. Encode new ones with"
+            f" python -m preprocessing {manifest.name} --{option} {folder}; run.predict(frame) takes a frame of its features."
+        )
+    config = recorded_table_config(manifest)
+    if isinstance(config.split, FileRule):
+        if (split or ("test" if option == "like" else ",")).count(","):
+            raise ConfigError(f"split: in {folder} the files say the split, and a frame is one. Name a split, such as 'train'.")
+        config = config.model_copy(update={"split": RandomRule()})
+    columns, present = _columns(config), set(columns_of(frame))
+    needed = {name: where for name, where in columns.items() if where.startswith(("features.", "scenario")) or name in present}
+    content = {name: section for name, section in _content(config).items() if name not in ("csv", "format")}
+    arguments = [f"--{option}", str(folder), *([] if split is None else ["--split", split])]
+    return content | {"files": [_FILE]}, arrow_table(frame, needed), arguments
+
+
+def _content(config: TableConfig) -> dict[str, Any]:
+    """The configuration as YAML can hold it."""
+    content: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True)
+    if config.scenario is not None:  # of JSON all keys are texts
+        content["scenario"]["values"] = config.scenario.values
+    return content
 
 
 def _columns(config: TableConfig) -> dict[str, str]:
