@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mmlrec.encoding import columns as to
 from mmlrec.encoding import conversions
+from mmlrec.encoding.features import feature_values, refuse, scenario_ids
 from mmlrec.encoding.inputs import Inputs, stacked
 from mmlrec.encoding.mapped import read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
-from mmlrec.encoding.typed import as_lists, as_type
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.hashing import bucket_ids
@@ -25,7 +25,6 @@ from mmlrec.storage.places import Place, place
 IntArray = NDArray[np.int64]
 
 ENCODER_FILE = "encoder.json"
-_LONGEST_SHOWN = 80
 
 
 class Encoder:
@@ -142,31 +141,18 @@ class Encoder:
         return f"there is no column '{column.name}', which {' and '.join(column.uses)} is made of.{hint} Columns: {shown}."
 
     def _feature(self, spec: FeatureSpec, cells: pa.Array) -> pa.Array:
-        rules, column = self._specs.cells, spec.column
-        if spec.listed:
-            values, faults = as_lists(cells, spec.raw_type, spec.separator, column, rules)
-            _refuse(faults, cells)
-            return conversions.listed(values, column, rules) if self._specs.empty_is_missing else values
-        values, faults = as_type(cells, spec.cell_type, column, rules)
-        if pa.types.is_floating(spec.cell_type):
-            numbers, more = conversions.number(values, column, spec.raw_type, log=spec.log)
-            _refuse([*faults, *more], cells)
-            return numbers.is_null().cast(pa.float32()) if spec.indicator else numbers
-        _refuse(faults, cells)
-        if self._specs.empty_is_missing:
-            values = conversions.present(values)
-        return conversions.singles(values) if spec.kind == "multi" else values
+        values, faults = feature_values(spec, cells, self._specs.cells, self._specs.empty_is_missing)
+        refuse(faults, cells)
+        return values
 
     def _scenario(self, spec: ScenarioSpec, cells: pa.Array) -> pa.Array:
-        values, faults = as_type(cells, spec.raw_type, spec.column, self._specs.cells)
-        at = conversions.places(values, pa.array(list(spec.known), spec.raw_type))
+        ids, known, faults = scenario_ids(spec, cells, self._specs.cells)
         if spec.others is None:
             shown = ", ".join(str(value) for value in list(spec.known)[:20])
             complaint = f"{spec.column} holds no value of the scenarios{conversions.FOUND}. Known are: {shown}."
-            faults = [*faults, (at >= 0, complaint, spec.column)]
-        _refuse(faults, cells)
-        ids = np.array(list(spec.known.values()), np.int64)
-        return pa.array(np.where(at >= 0, ids[at], spec.others or 0))
+            faults = [*faults, (known, complaint, spec.column)]
+        refuse(faults, cells)
+        return pa.array(ids)
 
     def _number(self, spec: FeatureSpec, values: pa.Array) -> NDArray[np.float32]:
         values = to.filled(values, spec.fill)
@@ -201,17 +187,6 @@ class Encoder:
         if spec.kind == "multi":
             return to.list_ids(values, ids_of, table.hashes)
         return ids_of(values), np.arange(len(values) + 1)
-
-
-def _refuse(faults: conversions.Faults, cells: pa.Array) -> None:
-    """Raise DataError naming the first row in which something is wrong."""
-    wrong = [(int(np.argmin(good)), complaint) for good, complaint, _ in faults if not good.all()]
-    if not wrong:
-        return
-    row, complaint = min(wrong, key=lambda fault: fault[0])
-    value = str(cells[row].as_py())
-    shown = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
-    raise DataError(f"row {row} (counted from 0): {complaint.replace(conversions.FOUND, f', found {shown}')}")
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

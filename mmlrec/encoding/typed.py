@@ -123,6 +123,7 @@ def _from_text(texts: pa.Array, kind: pa.DataType, column: str, cells: Cells) ->
         except pa.ArrowInvalid:
             good = np.array([text is None or _is_number(text) for text in texts.to_pylist()], bool)
             found = pc.if_else(pa.array(good), texts, None).cast(kind)
+        good = good & ~_bools(pc.is_nan(found).fill_null(False))
         complaint = f"{column} must be a number{FOUND}. {REMEDY}"
     return cells.take(column, found), [(good, complaint, column)]
 

@@ -19,7 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.encoding import conversions as to
+from mmlrec.encoding.cells import Cells
 from mmlrec.encoding.conversions import FOUND
+from mmlrec.encoding.features import feature_values, scenario_ids
+from mmlrec.encoding.specs import FeatureSpec, ScenarioSpec
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
 from mmlrec.schema import DatasetManifest, Scenario, Task
@@ -43,6 +46,7 @@ from preprocessing.own_tables.config import (
     IdsFeature,
     KeyConfig,
     NumberFeature,
+    ScenarioConfig,
     TableConfig,
     TimeRule,
     indicator_name,
@@ -128,7 +132,9 @@ class Table(Dataset):
         self._reads = self._columns_to_read()
         self._cells = config.cells
         self._declared = {name: self._feature(name) for name in config.features}
-        self.features = tuple(column for name in config.features for column in self._with_indicator(name))
+        columns = [(name, column) for name in config.features for column in self._with_indicator(name)]
+        self.features = tuple(column for _, column in columns)
+        self._specs = [self._spec(name, column) for name, column in columns]
         self.tasks = tuple(
             Task(name=task.name, kind=task.kind, role=task.role, implied_by_next=task.implied_by_next) for task in config.tasks
         )
@@ -298,8 +304,7 @@ class Table(Dataset):
             uses.append((key.column or name, _key_type(key), f"keys.{name}"))
         scenario = self._config.scenario
         if scenario is not None:
-            kind = pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
-            uses.append((scenario.column, kind, "scenario.values"))
+            uses.append((scenario.column, _scenario_type(scenario), "scenario.values"))
         reads: dict[str, tuple[pa.DataType, str]] = {}
         names = self._config.csv.columns
         for column, kind, where in uses:
@@ -345,27 +350,25 @@ class Table(Dataset):
             return declared, dense(indicator_name(name), scaled=False)
         return (declared,)
 
+    def _spec(self, name: str, declared: Column) -> FeatureSpec:
+        """How the cells of a configured feature become canonical values, or those of its indicator."""
+        feature = self._config.features[name]
+        return FeatureSpec(
+            declared.name,
+            declared.kind,
+            declared.raw_type,
+            column=feature.column or name,
+            listed=isinstance(feature, IdsFeature),
+            separator=feature.separator if isinstance(feature, IdsFeature) else None,
+            log=isinstance(feature, NumberFeature) and feature.scale == "log",
+            indicator=declared.name != name,
+        )
+
     def _make_features(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
-        for name, feature in self._config.features.items():
-            source, declared = feature.column or name, self._declared[name]
-            values = table[source].combine_chunks()
-            more: to.Faults = []
-            if isinstance(feature, NumberFeature):
-                values, more = to.number(values, source, declared.raw_type, log=feature.scale == "log")
-                if feature.indicator:
-                    columns[indicator_name(name)] = values.is_null().cast(pa.float32())
-            elif isinstance(feature, IdsFeature):
-                if feature.separator is not None:
-                    values, more = to.separated(values, source, feature.separator, declared.raw_type, self._cells)
-                elif self._format == "csv":
-                    values, more = to.json_lists(values, source, declared.raw_type, self._cells)
-                else:
-                    values = to.listed(values, source, self._cells)
-            else:
-                values = to.present(values)
-                if declared.kind == "multi":  # several hashes of one id
-                    values = to.singles(values)
-            columns[name] = values
+        for spec in self._specs:
+            # A cell has been taken as `cells` say when it was read, an element of a list has not.
+            rules = self._cells if spec.listed else Cells()
+            columns[spec.name], more = feature_values(spec, table[spec.column].combine_chunks(), rules, empty_is_missing=True)
             faults += more
 
     def _make_labels(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
@@ -415,19 +418,17 @@ class Table(Dataset):
         wanted = np.ones(len(table), bool)
         if scenario is None:
             return wanted
-        values = table[scenario.column].combine_chunks()
-        ids = np.array([scenario.names.index(name) for name in scenario.values.values()])
-        at = to.places(values, pa.array(list(scenario.values), values.type))
-        known = at >= 0
-        found = np.where(known, ids[at], 0)
+        known = {value: scenario.names.index(name) for value, name in scenario.values.items()}
+        others = None if scenario.others in ("error", "drop") else scenario.names.index(scenario.others)
+        spec = ScenarioSpec(scenario.column, tuple(scenario.names), scenario.column, _scenario_type(scenario), known, others)
+        found, there, more = scenario_ids(spec, table[scenario.column].combine_chunks(), Cells())
+        faults += more
         if scenario.others == "error":
             complaint = f"{scenario.column} holds no value of the scenarios{FOUND}."
             complaint = f"{complaint} Add it to scenario.values, or say with scenario.others what to do."
-            faults.append((known, complaint, scenario.column))
+            faults.append((there, complaint, scenario.column))
         elif scenario.others == "drop":
-            wanted = known
-        else:
-            found = np.where(known, found, scenario.names.index(scenario.others))
+            wanted = there
         columns["sample.scenario"] = pa.array(found)
         return wanted
 
@@ -443,6 +444,9 @@ class _Example(argparse.Action):
         parser.exit()
 
 
+def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:
+    """The type in which the source gives what tells the scenario."""
+    return pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
 def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     """The configuration, of a file or of the manifest of the dataset that new rows are encoded like; and where it stands."""
     like: DatasetManifest | None = getattr(options, "like", None)

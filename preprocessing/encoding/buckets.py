@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mmlrec.encoding.columns import quantile_ids
 from mmlrec.hashing import UInt64Array, buckets_of, mix64
 
 LIMIT = 1 << 20  # distinct values that are kept apart
@@ -69,8 +70,7 @@ class QuantileBuckets:
 
     def encode(self, values: pa.Array) -> pa.Array:
         """Ids of float32 values, int64, without nulls."""
-        ids = np.searchsorted(self.borders, values.fill_null(0).to_numpy(zero_copy_only=False), side="right") + 1
-        return pa.array(np.where(values.is_valid().to_numpy(zero_copy_only=False), ids, 0))
+        return pa.array(quantile_ids(values, self.borders))
 
     def save(self, path: Path) -> None:
         """Write columns `value`, the least number of a bucket, float32; `id` (int64) and `count` (int64)."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmlrec.encoding import columns as frozen
 from mmlrec.errors import DataError
 from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
@@ -133,11 +134,7 @@ class DenseRange:
 
     def scale(self, values: pa.Array) -> pa.Array:
         """Min-max scaled and clipped to [0, 1], float32; null becomes 0, and so does all when the range is empty or a point."""
-        width = self.high - self.low
-        if not 0 < width < float("inf"):
-            return pa.array(np.zeros(len(values), np.float32))
-        scaled = (values.cast(pa.float64()).fill_null(self.low).to_numpy(zero_copy_only=False) - self.low) / width
-        return pa.array(np.clip(scaled, 0, 1).astype(np.float32))
+        return pa.array(frozen.scaled(values, (self.low, self.high) if self.scaling else None))
 
 
 class Mean:
@@ -322,13 +319,12 @@ class Encoder:
         """A column of `encode`."""
         if feature.kind == "dense":
             if feature.fill is not None and values.null_count:
-                values = values.fill_null(pa.scalar(self.dense_fills()[feature.name], values.type))
+                values = frozen.filled(values, self.dense_fills()[feature.name])
             return self.ranges[feature.name].scale(values) if feature.scaled else values.fill_null(0.0)
         if feature.kind == "multi":
-            filled = values.fill_null([]) if values.null_count else values
-            lengths = filled.value_lengths().to_numpy() * (feature.hashing.num_hashes if feature.hashing else 1)
-            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-            return pa.ListArray.from_arrays(offsets, self._ids(feature, filled.flatten()))
+            ids_a_value = feature.hashing.num_hashes if feature.hashing else 1
+            ids, offsets = frozen.list_ids(values, lambda elements: self._ids(feature, elements).to_numpy(), ids_a_value)
+            return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
         return self._ids(feature, values)
 
     def _ids(self, feature: Column, values: pa.Array) -> pa.Array:
@@ -339,12 +335,7 @@ class Encoder:
             return self.buckets[feature.name].encode(values)
         if feature.num_ids is None:
             return self.vocabularies[str(feature.table)].encode(values)
-        ids = values.fill_null(0)
-        if len(ids) and not 0 <= pc.min(ids).as_py() <= pc.max(ids).as_py() <= feature.num_ids:
-            raise DataError(
-                f"feature '{feature.name}': ids must lie in 0..{feature.num_ids}; mend the dataset file's generator."
-            )
-        return ids
+        return pa.array(frozen.given_ids(values, feature.num_ids, feature.name))
 
 
 def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
