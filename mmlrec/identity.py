@@ -150,11 +150,14 @@ def fact_differences(which: str, old: Mapping[str, Any], new: Mapping[str, Any],
         which: names the part.
         where: the old facts are.
     """
-    return [
-        f"  {which}, {key}: {_shown(new.get(key))} here, {_shown(old.get(key))} {where}"
-        for key in [*old, *(key for key in new if key not in old)]
-        if facts_digest(old.get(key)) != facts_digest(new.get(key))
-    ]
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        here, there = _shown(new.get(key)), _shown(old.get(key))
+        if (key in old) != (key in new) and here == there:  # null, and no such fact
+            here, there = ("nothing", there) if key in old else (here, "nothing")
+        if here != there or facts_digest(old.get(key)) != facts_digest(new.get(key)):
+            lines.append(f"  {which}, {key}: {here} here, {there} {where}")
+    return lines
 
 
 def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Place) -> bool:
