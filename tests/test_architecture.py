@@ -59,6 +59,9 @@ RULES = {
         *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
     "mmlrec.serving": ("torch", "mmlrec.encoding"),
+    "mmlrec.export": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
+        *("mmlrec.models.base", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
     "mmlrec.api": (
         *("torch", "torchrec.sparse", "preprocessing", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
         *("mmlrec.evaluation", "mmlrec.training", "mmlrec.data", "mmlrec.metrics", "mmlrec.models.base", "mmlrec.encoding"),

@@ -43,7 +43,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     """
     ending(output)
     manifest = DatasetManifest.load(dataset)
-    _check_same_inputs(session, manifest, dataset)
+    check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
@@ -61,7 +61,12 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     session.world.raise_together(error)
 
 
-def _check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
+def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -> None:
+    """Refuse a dataset whose features, or their encoding, are not those that the run was trained on.
+
+    Raises:
+        DataError: naming what differs.
+    """
     trained = session.manifest
     if trained.features != given.features:
         missing = sorted({f.name for f in trained.features} - {f.name for f in given.features})
@@ -162,6 +167,10 @@ def _write(
                     scenario = np.zeros(len(scores), np.int64)
                     if session.spec.num_scenarios > 1:
                         scenario = batch.column(SCENARIO_COLUMN).to_numpy()
+                    for name, column in score_columns(session, scores, scenario).items():
+                        arrays.append(column)
+                        names.append(name)
+                    table = pa.table(arrays, names=names)
                     found = dict(zip(columns, batch.columns, strict=True)) | score_columns(session, scores, scenario)
                     table = pa.table(found)
                     if writer is None:
@@ -172,6 +181,25 @@ def _write(
 
 
 def score_columns(session: Session, logits: np.ndarray, scenario: np.ndarray) -> dict[str, pa.Array]:
+    """What `write_predictions` writes of some rows beside their keys, by the name of the column, float32.
+
+    Args:
+        logits: [N, T]; of a regression task the value.
+        scenario: [N] int64; 0 without scenarios.
+    """
+    network = session.network
+    branches = list(network.branches) or range(session.spec.num_heads)
+    trained = np.isin(np.arange(session.spec.num_heads), branches).reshape(session.spec.num_tasks, -1)
+    columns = {}
+    for index, task in enumerate(session.spec.tasks):
+        if trained[index].any():
+            values = _probability(logits[:, index]) if task.kind == "binary" else logits[:, index]
+            columns[f"score.{task.name}"] = pa.array(values, mask=~trained[index][scenario])
+    if isinstance(network, ChainModel) and "score.cvr" not in columns:
+        steps = logits[:, network.chain[0]], logits[:, network.chain[-1]]
+        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
+        columns["score.cvr"] = pa.array(rate.astype(np.float32))
+    return columns
     """`score.<task>` and, of a chain, `score.cvr`, float32: see `write_predictions`.
 
     Args:

@@ -22,9 +22,10 @@ Format = Literal["pt2", "onnx"]
 class Scorer(nn.Module):
     """A network and what makes its logits scores, as `apps.predict` writes them.
 
-    A probability of a binary task, a value in the unit of its labels of a regression task; of a chain also `cvr`, the last step
-    given the first (a ratio that may be above 1 where steps are not `conditional`), and what else the network names. A task
-    without a trained head is left out; where it has heads for other scenarios only, a row's score is NaN.
+    A probability of a binary task, a value in the unit of its labels of a regression task. Of a chain also `cvr`, the last step
+    given the first (a ratio that may be above 1 where steps are not `conditional`), and `ctr` and `ctcvr`, its first and last
+    step, unless tasks have these names. A task without a trained head is left out; where it has heads for other scenarios only,
+    a row's score is NaN.
 
     Args:
         network: on the CPU; put into evaluation.
@@ -48,31 +49,37 @@ class Scorer(nn.Module):
         of_tasks = torch.tensor([scales.get(task.name, (0.0, 1.0)) for task in tasks])
         self.register_buffer("mean", of_tasks[:, 0].clone())
         self.register_buffer("deviation", of_tasks[:, 1].clone())
-        self.register_buffer("trained", trained[self.columns].t().clone())  # [S, outputs]
+        self.register_buffer("trained", trained[self.columns].t().contiguous())  # [S, outputs]
         self.some_missing = not bool(trained[self.columns].all())
-        names = [task.name for task in tasks]
-        #: Logits by name that are no task's, and are scores, too.
-        self.named: list[str] = []
+        #: The names of the scores, in order.
+        self.outputs = [task.name for task in tasks]
+        #: Of a chain: further names, and whether cvr is one of them.
+        self.steps: list[int] = []
         self.with_cvr = False
         if isinstance(network, ChainModel):
-            self.with_cvr = "cvr" not in names
-            known = {*names, "cvr"}
-            self.named = [name for name in self._forward(*self.example(2)).named if name not in known]
-        #: The names of the scores, in order.
-        self.outputs = names + ["cvr"] * self.with_cvr + self.named
+            self.with_cvr = "cvr" not in self.outputs
+            known = set(self.outputs)
+            self.outputs += ["cvr"] * self.with_cvr
+            for name, step in (("ctr", network.chain[0]), ("ctcvr", network.chain[-1])):
+                if name not in known:
+                    self.outputs.append(name)
+                    self.steps.append(step)
 
     def example(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Inputs of so many rows: x [B, d_in], or [B, U, d_in] where branches have tables of their own, and scenario [B]."""
+        """Inputs of so many rows: x [B, d_in], or [B, U, d_in] of U > 1 branches with tables of their own, and scenario [B]."""
         network, spec = self.network, self.network.spec
-        lead = (rows, len(network.branches)) if network.branches else (rows,)
+        lead = (rows, len(network.branches)) if len(network.branches) > 1 else (rows,)
         generator = torch.Generator().manual_seed(0)
         return torch.randn(*lead, spec.input_width, generator=generator), torch.arange(rows) % spec.num_scenarios
 
     def forward(self, x: Tensor, scenario: Tensor) -> Tensor:
         """Scores [B, outputs] float32 of x [B, d_in] or [B, U, d_in] float32 and scenario [B] int64."""
-        output = self._forward(x, scenario)
-        logits = output.logits.float()
-        values = logits[:, self.columns] if len(self.columns) < logits.shape[1] else logits
+        spec = self.network.spec
+        if len(self.network.branches) == 1:
+            x = x.unsqueeze(1)
+        views = x.split([*spec.fields.values(), spec.num_dense], dim=-1)
+        logits = self.network(x, dict(zip(spec.fields, views, strict=False)), scenario).logits.float()
+        values = logits[:, self.columns] if len(self.columns) < spec.num_tasks else logits
         if all(self.binary):
             scores = torch.sigmoid(values)
         else:
@@ -81,16 +88,9 @@ class Scorer(nn.Module):
                 scores = torch.where(torch.tensor(self.binary), torch.sigmoid(values), scores)
         if self.some_missing:
             scores = torch.where(self.trained.index_select(0, scenario), scores, torch.nan)
-        further = []
-        if self.with_cvr:
-            further.append(self._last_given_first(logits))
-        further += [torch.sigmoid(output.named[name].float()) for name in self.named]
+        further = [self._last_given_first(logits)] if self.with_cvr else []
+        further += [scores[:, step] for step in self.steps]
         return torch.cat([scores, torch.stack(further, dim=1)], dim=1) if further else scores
-
-    def _forward(self, x: Tensor, scenario: Tensor):  # noqa: ANN202
-        spec = self.network.spec
-        views = x.split([*spec.fields.values(), spec.num_dense], dim=-1)
-        return self.network(x, dict(zip(spec.fields, views, strict=False)), scenario)
 
     def _last_given_first(self, logits: Tensor) -> Tensor:
         """sigmoid(last) / sigmoid(first) of a chain, [B]. In float64, where neither is 0; of conditional steps below 1."""

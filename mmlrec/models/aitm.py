@@ -125,12 +125,10 @@ class AITM(ChainModel):
     def _attend(self, own: Tensor) -> Tensor:
         """From q of all steps to a of all steps, both [T * R, B, k], or [T, B, k] of each row's own scenario."""
         shape = own.shape
-        if shape[0] > self.spec.num_tasks:  # A step's rows of all scenarios, one below the other.
-            own = own.clone(memory_format=torch.contiguous_format).view(self.spec.num_tasks, -1, shape[-1])
-        steps = list(own.unbind())
+        steps = list(own.reshape(self.spec.num_tasks, -1, shape[-1]).unbind())
         for transfer, (before, this) in zip(self.transfers, pairwise(self.chain), strict=True):
             steps[this] = self.mix(transfer(steps[before]), steps[this])
-        return torch.stack([step.to(steps[self.chain[-1]].dtype) for step in steps]).view(shape)
+        return torch.stack([step.to(steps[self.chain[-1]].dtype) for step in steps]).unflatten(1, (-1, shape[1])).flatten(0, 1)
 
     def mix(self, passed: Tensor, own: Tensor) -> Tensor:
         """Attention over what the step before passes and the step's own, both [N, k] -> [N, k]."""

@@ -19,12 +19,12 @@ from typing import IO
 
 from mmlrec.errors import DataError
 from mmlrec.identity import file_sha256
+from mmlrec.storage.new_folder import absent_parents, remove_if_empty
 from preprocessing.dataset import Dataset
 from preprocessing.downloading.python_package import fetch_from_package
 from preprocessing.progress import progress
 from preprocessing.reading.packed import Bounded, check_place, open_member
 from preprocessing.reading.raw_files import RawFile, find_raw
-from preprocessing.writing.output import absent_parents, remove_if_empty
 
 _CONNECT_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 20
