@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmlrec.encoding.encoder import ENCODER_FILE, Encoder
+from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError
 from mmlrec.paths import local_path
 from mmlrec.serving.card import AGAIN, CARD, read_card
 from mmlrec.serving.networks import Network, open_network
+from mmlrec.serving.rows import raw_table, scores_like
 from mmlrec.serving.tables import Table
 
-if TYPE_CHECKING:
-    from mmlrec.encoding.inputs import Inputs
-
+ENCODER = "encoder"
 #: Rows that go through the network at a time: what is in between stays in the processor's caches.
 _CHUNK_ROWS = 2048
 
@@ -34,8 +35,10 @@ def load(folder: str | Path, *, threads: int | None = None) -> Model:
     """
     path = local_path(folder)
     card = read_card(path)
+    if not (path / ENCODER / ENCODER_FILE).is_file():
+        raise DataError(f"{path / ENCODER / ENCODER_FILE}: the encoder is not there. {AGAIN}")
     tables = {entry["name"]: Table.open(path, entry) for entry in card["tables"]}
-    model = Model(card, tables, open_network(path, card, threads))
+    model = Model(card, Encoder.load(path / ENCODER), tables, open_network(path, card, threads))
     try:
         scores = model._network(*model._nothing())
     except Exception as error:  # of any class: torch's and ONNX Runtime's
@@ -53,15 +56,35 @@ class Model:
 
     Attributes:
         card: `model.json`.
+        encoder: raw rows to what the network reads.
         outputs: names of the scores, in order: tasks, and what else the method says, such as cvr.
     """
 
-    def __init__(self, card: dict[str, Any], tables: dict[str, Table], network: Network) -> None:
+    def __init__(self, card: dict[str, Any], encoder: Encoder, tables: dict[str, Table], network: Network) -> None:
         self.card = card
+        self.encoder = encoder
         self.outputs: tuple[str, ...] = tuple(card["network"]["outputs"])
         self._tables = tables
         self._network = network
         self._width = sum(tables[lookup["table"]].weight.shape[1] for lookup in card["lookups"][0]) + len(card["dense"])
+
+    def score(self, rows: Any) -> Any:
+        """Scores of raw rows: probabilities, or values in the unit of the labels.
+
+        Args:
+            rows: a pandas DataFrame, an Arrow table or a list of dicts, with the columns of the raw data (`encoder.columns`);
+                others are passed over. Unseen ids and missing cells are taken as in training.
+
+        Returns:
+            The same kind of thing with the same rows in the same order, and a column `score.<output>` for each output; a
+            DataFrame with the index of `rows`. A task that has no head for a row's scenario gives NaN.
+
+        Raises:
+            DataError: a column is missing, a cell is of another kind, or a scenario is one that training did not know and has
+                no rule for. The message names column and row.
+        """
+        inputs = self.encoder.inputs(raw_table(rows, self.encoder.columns))
+        return scores_like(rows, self.outputs, self.score_inputs(inputs))
 
     def score_inputs(self, inputs: Inputs) -> NDArray[np.float32]:
         """Scores of encoded rows, [B, num_outputs]: probabilities, or values in the unit of the labels.
@@ -71,9 +94,22 @@ class Model:
         scores = np.empty((inputs.num_rows, len(self.outputs)), np.float32)
         for start in range(0, inputs.num_rows, _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, inputs.num_rows)
-            scenario = inputs.scenario[start:stop] if self.card["multi_scenario"] else np.zeros(stop - start, np.int64)
+            scenario = np.zeros(stop - start, np.int64)
+            if self.card["multi_scenario"]:
+                scenario[:] = inputs.scenario[start:stop]
             scores[start:stop] = self._network(self._looked_up(inputs, start, stop), scenario)
         return scores
+
+    def example(self) -> dict[str, Any]:
+        """A raw row, of the examples in the card."""
+        examples = {feature["name"]: feature.get("examples") for feature in self.card.get("features", [])}
+        row: dict[str, Any] = dict.fromkeys(self.encoder.columns)
+        for spec in self.encoder.features:
+            if row[spec.column] is None and examples.get(spec.name):
+                row[spec.column] = examples[spec.name][0]
+        if self.encoder.scenario is not None:
+            row[self.encoder.scenario.column] = next(iter(self.encoder.scenario.known))
+        return row
 
     def _looked_up(self, inputs: Inputs, start: int, stop: int) -> NDArray[np.float32]:
         """What the network reads of some rows: [B, d_in], or [B, U, d_in] with tables for each of U branches."""

@@ -11,14 +11,7 @@ import pytest
 
 from mmlrec import serving
 from mmlrec.errors import DataError
-from tests.serving.folders import meaning, tables, write_model
-
-ROWS, DIM = {"user": 50, "tag": 20}, 4
-LOOKUPS = [
-    {"feature": "user", "table": "user", "pooling": "sum"},
-    {"feature": "tags", "table": "tag", "pooling": "mean"},
-    {"feature": "marks", "table": "tag", "pooling": "sum"},
-]
+from tests.serving.folders import DIM, LOOKUPS, ROWS, scores_by_hand, tables, write_model
 
 
 def drawn(num_rows: int, seed: int = 3) -> SimpleNamespace:
@@ -32,50 +25,32 @@ def drawn(num_rows: int, seed: int = 3) -> SimpleNamespace:
     return SimpleNamespace(ids=ids, dense=dense, scenario=scenario, num_rows=num_rows)
 
 
-def by_hand(inputs, contents, lookups, weight, multi_scenario=True) -> np.ndarray:
-    """[B, 2] scores, row by row in float64."""
-    found = []
-    for row in range(inputs.num_rows):
-        vectors = []
-        for branch in lookups:
-            parts = []
-            for lookup in branch:
-                ids, offsets = inputs.ids[lookup["feature"]]
-                rows = meaning(contents[lookup["table"]])[ids[offsets[row] : offsets[row + 1]]]
-                pooled = rows.sum(0)
-                parts.append(pooled / len(rows) if lookup["pooling"] == "mean" and len(rows) else pooled)
-            vectors.append(np.concatenate([*parts, inputs.dense[row]]))
-        logits = [vectors[t % len(vectors)] @ weight[:, t] + (inputs.scenario[row] if multi_scenario else 0) for t in (0, 1)]
-        found.append([1 / (1 + np.exp(-logit)) for logit in logits])
-    return np.array(found).reshape(-1, 2)
-
-
 @pytest.mark.parametrize(("dtype", "form"), [("fp32", "pt2"), ("fp16", "pt2"), ("int8", "pt2"), ("fp32", "onnx")])
 def test_scores_are_those_of_the_formula(tmp_path, dtype, form):
     contents = tables(dtype, ROWS, DIM)
-    weight = write_model(tmp_path / "model", contents, [LOOKUPS], ["a", "b"], dtype=dtype, form=form)
+    weight = write_model(tmp_path / "model", contents, dtype=dtype, form=form)
     model = serving.load(tmp_path / "model")
     for num_rows in (0, 1, 2, 300):
         inputs = drawn(num_rows)
         scores = model.score_inputs(inputs)
         assert scores.shape == (num_rows, 2)
         assert scores.dtype == np.float32
-        np.testing.assert_allclose(scores, by_hand(inputs, contents, [LOOKUPS], weight), atol=2e-6)
+        np.testing.assert_allclose(scores, scores_by_hand(inputs, contents, [LOOKUPS], weight), atol=2e-6)
 
 
 def test_tables_for_each_branch_and_no_scenario(tmp_path):
     contents = tables("fp32", {"0-user": 50, "0-tag": 20, "1-user": 50, "1-tag": 20}, DIM)
     lookups = [[lookup | {"table": f"{branch}-{lookup['table']}"} for lookup in LOOKUPS] for branch in (0, 1)]
-    weight = write_model(tmp_path / "model", contents, lookups, ["a", "b"], multi_scenario=False)
+    weight = write_model(tmp_path / "model", contents, lookups, multi_scenario=False)
     inputs = drawn(40)
-    expected = by_hand(inputs, contents, lookups, weight, multi_scenario=False)
+    expected = scores_by_hand(inputs, contents, lookups, weight, multi_scenario=False)
     np.testing.assert_allclose(serving.load(tmp_path / "model").score_inputs(inputs), expected, atol=2e-6)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "model"
-    write_model(folder, tables("fp32", ROWS, DIM), [LOOKUPS], ["a", "b"])
+    write_model(folder, tables("fp32", ROWS, DIM))
     return folder
 
 
@@ -113,6 +88,7 @@ def _edit(change):
 
 
 DAMAGES = {
+    "no encoder": (lambda folder: shutil.rmtree(folder / "encoder"), "encoder"),
     "no card": (lambda folder: (folder / "model.json").unlink(), "is not an exported model: it has no model.json"),
     "half a card": (_cut("model.json"), "model.json is damaged: no JSON"),
     "later form": (_edit(lambda card: card.update(form=2)), "an exported model of form 2, this release reads 1"),

@@ -1,0 +1,257 @@
+"""The HTTP service as a process, and real clients: right answers, right refusals, and an end that drops nothing."""
+
+import json
+import re
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from tests import processes
+from tests.serving.folders import DIM, LOOKUPS, ROWS, encoded_by_hand, raw_rows, scores_by_hand, tables, write_model
+from tests.serving.served import answer, head, served
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Folder of a model, and what gives its scores by hand."""
+    folder, contents = tmp_path_factory.mktemp("toy") / "model", tables("fp32", ROWS, DIM)
+    weight = write_model(folder, contents)
+    return folder, lambda rows: scores_by_hand(encoded_by_hand(rows), contents, [LOOKUPS], weight)
+
+
+@pytest.fixture(scope="module")
+def service(toy, tmp_path_factory):
+    options = ("--max-rows", "500", "--max-bytes", str(2 * MIB), "--timeout", "1")
+    with served(toy[0], tmp_path_factory.mktemp("log") / "log", *options) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with httpx.Client(base_url=service.url, timeout=20) as client:
+        yield client
+
+
+def array(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([[row["score.click"], row["score.buy"]] for row in answer.json()["scores"]]).reshape(-1, 2)
+
+
+def test_scores(toy, client):
+    for num_rows in (0, 1, 300):
+        rows = raw_rows(num_rows)
+        np.testing.assert_allclose(array(client.post("/score", json={"rows": rows})), toy[1](rows), atol=2e-6)
+
+
+def test_health_documentation_and_its_example(client):
+    health = client.get("/health")
+    assert health.status_code == 200
+    assert health.json() == {"status": "ready", "name": "toy", "method": "toy", "digest": None, "outputs": ["click", "buy"]}
+    assert "swagger" in client.get("/docs").text
+    content = client.get("/openapi.json").json()["paths"]["/score"]["post"]["requestBody"]["content"]["application/json"]
+    assert list(content["schema"]["properties"]["rows"]["items"]["properties"]) == [
+        "user",
+        "price",
+        "tags",
+        "marks",
+        "age",
+        "place",
+    ]
+    assert len(array(client.post("/score", json=content["example"]))) == 1
+
+
+ROW = {"user": "u1", "price": 1.0, "tags": [101], "marks": [], "age": 30, "place": "home"}
+
+
+def rows_with(**change):
+    return json.dumps({"rows": [ROW, ROW | change]})
+
+
+REFUSED = {
+    "malformed": (400, '{"rows": [}', r"the body is no JSON: Expecting value: line 1 column 11"),
+    "empty": (400, "", r"the body is no JSON: Expecting value"),
+    "no utf-8": (400, b'{"rows": ["\xff"]}', r"the body is no JSON: .*utf-8"),
+    "nan": (400, '{"rows": [{"age": NaN}]}', r"NaN is no number in JSON: write null"),
+    "deep": (400, "[" * 100_000, r"nested too deeply"),
+    "long number": (400, '{"rows": [{"age": ' + "9" * 5000 + "}]}", r"the body is no JSON: .*digits"),
+    "no rows": (422, '{"row": []}', r"the body must be an object with a list of rows"),
+    "list": (422, "[]", r"the body must be an object with a list of rows"),
+    "no object": (422, '{"rows": [7]}', r"row 0 .*: an object with a value for each column is needed, found 7"),
+    "no column": (422, json.dumps({"rows": [{"user": "u1"}]}), r"there is no column 'price', which feature price is made of"),
+    "wrong type": (422, rows_with(price="cheap"), r"row 1 .*: price must be a number, found cheap"),
+    "wrong object": (422, rows_with(user={}), r"row 1 .*: user must be text or an integer"),
+    "scenario": (422, rows_with(place="street"), r"row 1 .*: place .*found street.* Known are: home, search, cart"),
+    "surrogate": (422, rows_with(user="\ud800"), r"row 1 .*: user is no text"),
+    "rows": (413, json.dumps({"rows": [ROW] * 501}), r"501 rows are more than 500, the most of a request: send several"),
+    "bytes": (413, b" " * (2 * MIB + 1), r"the body is longer than 2,097,152 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(client, name):
+    status, body, words = REFUSED[name]
+    answered = client.post("/score", content=body)
+    assert answered.status_code == status
+    assert answered.headers["content-type"] == "application/json"
+    assert re.search(words, answered.json()["error"]), answered.text
+
+
+def test_what_is_not_there(client):
+    for answered, status in ((client.get("/nothing"), 404), (client.get("/score"), 405)):
+        assert answered.status_code == status
+        assert "There are POST /score" in answered.json()["error"]
+
+
+def test_bodies_of_a_gigabyte_are_not_read_into_memory(service):
+    before = service.peak_bytes()
+    with service.connected() as connection:
+        connection.sendall(head(1 << 30))
+        assert answer(connection)[0] == 413  # before any of it is sent
+    pieces = 0
+    with service.connected() as connection:
+        connection.sendall(head(0).replace(b"content-length: 0", b"transfer-encoding: chunked"))
+        try:
+            while pieces < 1024:
+                connection.sendall(b"100000\r\n" + bytes(MIB) + b"\r\n")
+                pieces += 1
+        except OSError:  # it has closed the connection
+            pass
+        assert answer(connection)[0] == 413
+    assert pieces < 100
+    assert service.peak_bytes() - before < 100 * MIB
+
+
+def test_clients_that_are_too_slow(service, client):
+    with service.connected() as silent, service.connected() as of_head, service.connected() as of_body:
+        of_head.sendall(b"POST /score HTTP/1.1\r\nho")
+        of_body.sendall(head(100) + b'{"rows"')
+        begun = time.monotonic()
+        client.get("/health")
+        for connection, words in ((silent, "the head"), (of_head, "the head"), (of_body, "the body did not arrive within 1 s")):
+            status, content = answer(connection)
+            assert status == 408
+            assert words in content["error"]
+        assert 0.5 < time.monotonic() - begun < 5
+
+
+def test_a_trickle_is_too_slow(service):
+    """A byte now and then does not start the time again."""
+    with service.connected() as of_head, service.connected() as of_body:
+        of_body.sendall(head(100))
+        for letter in b"POST /score HTTP/1.1\r\n":
+            try:
+                of_head.sendall(bytes([letter]))
+                of_body.sendall(b" ")
+            except OSError:
+                break
+            time.sleep(0.1)
+        assert answer(of_head)[0] == answer(of_body)[0] == 408
+
+
+def test_metrics(toy, tmp_path):
+    with served(toy[0], tmp_path / "log") as service, httpx.Client(base_url=service.url) as client:
+        for rows in (raw_rows(3), raw_rows(4)):
+            client.post("/score", json={"rows": rows})
+        client.post("/score", content="{")
+        client.post("/score", json={"rows": [{}]})
+        answered = client.get("/metrics")
+        assert answered.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        lines = dict(line.rsplit(" ", 1) for line in answered.text.splitlines() if not line.startswith("#"))
+        assert {name: int(lines[f'mmlrec_requests_total{{status="{name}"}}']) for name in (200, 400, 422)} == {
+            200: 2,
+            400: 1,
+            422: 1,
+        }
+        assert int(lines["mmlrec_errors_total"]) == 2
+        assert int(lines["mmlrec_rows_total"]) == 7
+        buckets = [int(count) for name, count in lines.items() if "_bucket" in name]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == int(lines["mmlrec_request_seconds_count"]) == 4
+        assert float(lines["mmlrec_request_seconds_sum"]) > 0
+        assert service.end() == 0
+
+
+def test_many_clients_at_once_get_their_own_scores(toy, service):
+    """Also those whose requests are scored together with others, and with one that is wrong."""
+    wrong = json.dumps({"rows": [ROW, ROW | {"price": "cheap"}]})
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=service.url, timeout=20) as client:
+            for turn in range(12):
+                rows = raw_rows(1 + number % 3, seed=100 * number + turn)
+                if turn % 4 == number % 4:
+                    answered = client.post("/score", content=wrong)
+                    assert answered.status_code == 422
+                    assert "row 1 (counted from 0)" in answered.json()["error"]
+                np.testing.assert_allclose(array(client.post("/score", json={"rows": rows})), toy[1](rows), atol=2e-6)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+
+
+def test_a_signal_under_load_drops_nothing(toy, tmp_path):
+    """Each request, on connections that are kept and on new ones, is answered with scores or refused in words."""
+    body = json.dumps({"rows": raw_rows(200)})
+    outcomes, answered = [], threading.Event()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=service.url, timeout=20) as kept:
+            while True:
+                if number % 2:
+                    found = kept.post("/score", content=body)
+                else:
+                    found = httpx.post(f"{service.url}/score", content=body, timeout=20)
+                outcomes.append(found.status_code)
+                answered.set()
+                if found.status_code != 200:
+                    assert found.status_code == 503
+                    assert found.headers["connection"] == "close"
+                    assert found.json() == {"error": "the service is ending: send the request to another one."}
+                    return
+                assert len(found.json()["scores"]) == 200
+
+    with served(toy[0], tmp_path / "log") as service, ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, number) for number in range(8)]
+        with service.connected() as slow:
+            text = body.encode()
+            slow.sendall(head(len(text)) + text[:10])  # begun before the signal, ended after it
+            answered.wait(20)
+            time.sleep(0.3)
+            service.command.send_signal(signal.SIGTERM)
+            for one in asking:
+                one.result(20)
+            slow.sendall(text[10:])
+            assert len(answer(slow)[1]["scores"]) == 200
+        assert service.command.wait(20) == 0, service.log.read_text()
+        assert "Traceback" not in service.log.read_text()
+    assert outcomes.count(200) > 8
+    assert outcomes.count(503) == 8
+
+
+def test_health_says_that_it_ends(toy, tmp_path):
+    with served(toy[0], tmp_path / "log") as service, httpx.Client(base_url=service.url) as client:
+        client.get("/health")
+        service.command.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 0.9
+        while (found := client.get("/health")).status_code == 200:
+            assert time.monotonic() < deadline
+        assert (found.status_code, found.json()["status"]) == (503, "ending")
+        assert service.command.wait(20) == 0
+
+
+@pytest.mark.parametrize("fault", ["no model", "port"])
+def test_what_cannot_start_ends_with_2(toy, service, tmp_path, fault):
+    arguments = {"no model": ["--model", str(tmp_path / "none")], "port": ["--model", str(toy[0]), "--port", str(service.port)]}
+    done = processes.run([sys.executable, "-m", "apps.serve", *arguments[fault]], timeout=60)
+    assert done.returncode == 2
+    words = {"no model": "none is not an exported model: the folder does not exist", "port": f"--port {service.port}: "}
+    assert words[fault] in done.stderr
+    assert "Traceback" not in done.stderr
