@@ -22,6 +22,9 @@ from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import UserError
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
+from mmlrec.export.model import Exported, export_model
+from mmlrec.export.network import Format
+from mmlrec.export.tables import Precision
 from mmlrec.metrics.report import lines_of
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import load
@@ -147,6 +150,24 @@ class Run:
                 told = _metrics(record["report"])
                 valid.append(pd.concat([pd.DataFrame(at, index=range(len(told))), told], axis=1))
         return History(pd.DataFrame(train), pd.concat(valid, ignore_index=True) if valid else pd.DataFrame())
+
+    def export(self, out: str | Path, *, tables: Precision = "fp32", format: Format = "pt2", overwrite: bool = False) -> Path:
+        """Write the best checkpoint as a model folder that scores without torchrec, as `python -m apps.export` does.
+
+        Args:
+            out: the folder to make, on a disk of this machine.
+            tables: "fp32", "fp16" or "int8". format: of the network, "pt2" or "onnx".
+            overwrite: replace `out`.
+
+        Returns:
+            `out`, for `mmlrec.serving.load`.
+
+        Raises:
+            UserError: the run has no usable best checkpoint or no rows to compare on, `out` exists, or the scores differ.
+        """
+        with one_process(self.config.training.timeout, quiet=True) as world:
+            export_model(Exported(self._folder, Path(out), tables, format, overwrite=overwrite), world)
+        return Path(out)
 
     def __repr__(self) -> str:
         config = self.config

@@ -164,6 +164,7 @@ def _write(
                     if stop is not None and stop.received:  # of this rank, which alone writes
                         raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")
                     scores = logits[start : start + batch.num_rows]
+                    arrays, names = list(batch.columns), list(columns)
                     scenario = np.zeros(len(scores), np.int64)
                     if session.spec.num_scenarios > 1:
                         scenario = batch.column(SCENARIO_COLUMN).to_numpy()
@@ -171,8 +172,6 @@ def _write(
                         arrays.append(column)
                         names.append(name)
                     table = pa.table(arrays, names=names)
-                    found = dict(zip(columns, batch.columns, strict=True)) | score_columns(session, scores, scenario)
-                    table = pa.table(found)
                     if writer is None:
                         writer = ScoreFile(temporary, ending(output), table.schema)
                         stack.callback(writer.close)
@@ -200,26 +199,6 @@ def score_columns(session: Session, logits: np.ndarray, scenario: np.ndarray) ->
         rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
         columns["score.cvr"] = pa.array(rate.astype(np.float32))
     return columns
-    """`score.<task>` and, of a chain, `score.cvr`, float32: see `write_predictions`.
-
-    Args:
-        logits: [B, T] float32, of `predict_split`.
-        scenario: [B] int64; 0 in a run without scenarios.
-    """
-    found: dict[str, pa.Array] = {}
-    network, spec = session.network, session.spec
-    trained = np.isin(np.arange(spec.num_heads), list(network.branches) or range(spec.num_heads)).reshape(spec.num_tasks, -1)
-    for index, task in enumerate(spec.tasks):
-        if not trained[index].any():
-            continue
-        values = _probability(logits[:, index]) if task.kind == "binary" else logits[:, index]
-        found[f"score.{task.name}"] = pa.array(values, mask=~trained[index][scenario])
-    if isinstance(network, ChainModel) and "score.cvr" not in found:
-        chain = network.chain
-        steps = logits[:, chain[0]], logits[:, chain[-1]]
-        rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
-        found["score.cvr"] = pa.array(rate.astype(np.float32))
-    return found
 
 
 @contextlib.contextmanager

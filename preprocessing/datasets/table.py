@@ -447,6 +447,8 @@ class _Example(argparse.Action):
 def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:
     """The type in which the source gives what tells the scenario."""
     return pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
+
+
 def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     """The configuration, of a file or of the manifest of the dataset that new rows are encoded like; and where it stands."""
     like: DatasetManifest | None = getattr(options, "like", None)
