@@ -48,7 +48,15 @@ def hash_ids(values: pa.Array, seed: int) -> UInt64Array:
     Raises:
         TypeError: the ids are neither int64 nor strings.
     """
-    start = mix64(np.array([seed], np.uint64))
+    return hashes_from(values, mix64(np.array([seed], np.uint64)))
+
+
+def hashes_from(values: pa.Array, start: UInt64Array) -> UInt64Array:
+    """As `hash_ids`, of ids with seeds of their own.
+
+    Args:
+        start: `mix64` of the seed of each id, [N], or of that of all, [1].
+    """
     if pa.types.is_int64(values.type):
         return mix64(values.fill_null(0).to_numpy().view(np.uint64) ^ start)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from mmlrec.encoding import columns as to
 from mmlrec.encoding import conversions
 from mmlrec.encoding.features import feature_values, refuse, scenario_ids
-from mmlrec.encoding.inputs import Inputs, stacked
+from mmlrec.encoding.inputs import Inputs, joined
 from mmlrec.encoding.mapped import read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
+from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.hashing import bucket_ids
@@ -25,6 +26,7 @@ from mmlrec.storage.places import Place, place
 IntArray = NDArray[np.int64]
 
 ENCODER_FILE = "encoder.json"
+_ROWS = 4096  # that go through together: what is made of them on the way stays in the caches
 
 
 class Encoder:
@@ -52,6 +54,8 @@ class Encoder:
         self.scenario: ScenarioSpec | None = specs.scenario
         self._specs, self._vocabularies = specs, vocabularies
         self._by_name = {spec.name: spec for spec in specs.features}
+        self._numbers, self._id_features = Numbers(specs), IdFeatures(specs, vocabularies)
+        self._id_names = [spec.name for spec in specs.features if spec.kind != "dense"]
         self._borders = {name: np.array(table.borders, np.float32) for name, table in specs.tables.items()}
 
     @classmethod
@@ -113,27 +117,52 @@ class Encoder:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
         return pa.array(ids)
 
-    def inputs(self, rows: pa.Table) -> Inputs:
+    def inputs(self, rows: pa.Table | pa.RecordBatch) -> Inputs:
         """Raw rows to what a network reads. Raises as `canonical` and `encode`."""
-        found = self._canonical(rows, True)
-        ids = {spec.name: self._ids(spec, found[spec.name]) for spec in self.features if spec.kind != "dense"}
-        dense = [self._number(spec, found[spec.name]) for spec in self.features if spec.kind == "dense"]
-        scenario = found[SCENARIO_COLUMN].to_numpy() if self.scenario is not None else np.zeros(rows.num_rows, np.int64)
-        return Inputs(ids, stacked(dense, rows.num_rows), scenario, rows.num_rows)
+        cells = self._cells(rows, True)
+        starts = range(0, max(rows.num_rows, 1), _ROWS)
+        try:
+            return joined([self._some(cells, start, min(_ROWS, rows.num_rows - start)) for start in starts])
+        except Doubtful:
+            return Inputs.of(self.encode(self.canonical(rows)), self)
 
-    def _canonical(self, rows: pa.Table, scenario: bool) -> dict[str, pa.Array]:
-        cells: dict[str, pa.Array] = {}
-        for name, column in self.columns.items():
-            if not scenario and column.uses == ("scenario",):
-                continue
-            if name not in rows.schema.names:
-                raise DataError(self._missing(column, rows.schema.names))
-            values = rows.column(name)
-            cells[name] = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    def _some(self, cells: dict[str, pa.Array], start: int, num_rows: int) -> Inputs:
+        if num_rows < len(next(iter(cells.values()))):
+            cells = {name: column.slice(start, num_rows) for name, column in cells.items()}
+        dense, ids = self._numbers.inputs(cells, num_rows)
+        found = self._id_features.inputs(cells, num_rows)
+        found |= {name: (of, np.arange(num_rows + 1)) for name, of in ids.items()}
+        scenario = np.zeros(num_rows, np.int64)
+        if self.scenario is not None:
+            scenario, known, faults = scenario_ids(self.scenario, cells[self.scenario.column], self._specs.cells)
+            if not (known.all() or self.scenario.others is not None) or not all(good.all() for good, _, _ in faults):
+                raise Doubtful
+        return Inputs({name: found[name] for name in self._id_names}, dense, scenario, num_rows)
+
+    def _canonical(self, rows: pa.Table | pa.RecordBatch, scenario: bool) -> dict[str, pa.Array]:
+        cells = self._cells(rows, scenario)
         found = {spec.name: self._feature(spec, cells[spec.column]) for spec in self.features}
         if scenario and self.scenario is not None:
             found[SCENARIO_COLUMN] = self._scenario(self.scenario, cells[self.scenario.column])
         return found
+
+    def _cells(self, rows: pa.Table | pa.RecordBatch, scenario: bool) -> dict[str, pa.Array]:
+        """The columns that are read."""
+        names = rows.schema.names
+        places = {name: index for index, name in enumerate(names)}
+        cells: dict[str, pa.Array] = {}
+        for name, column in self.columns.items():
+            if not scenario and column.uses == ("scenario",):
+                continue
+            if name not in places:
+                raise DataError(self._missing(column, names))
+            values = rows.column(places[name])
+            if isinstance(values, pa.ChunkedArray):
+                values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+            cells[name] = values
+        if len(places) < len(names) and (twice := [name for name in cells if names.count(name) > 1]):
+            raise DataError(f"two columns have the name '{twice[0]}'. Rename one.")
+        return cells
 
     def _missing(self, column: RawColumn, names: list[str]) -> str:
         shown = f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" or "none"

@@ -57,12 +57,19 @@ class Inputs:
         scenario = np.zeros(encoded.num_rows, np.int64)
         if SCENARIO_COLUMN in encoded.schema.names:
             scenario = column(SCENARIO_COLUMN).to_numpy()
-        return cls(ids, stacked(dense, encoded.num_rows), scenario, encoded.num_rows)
+        columns = np.stack(dense, axis=1) if dense else np.empty((encoded.num_rows, 0), np.float32)
+        return cls(ids, np.ascontiguousarray(columns), scenario, encoded.num_rows)
 
 
-def stacked(columns: list[NDArray[np.float32]], num_rows: int) -> NDArray[np.float32]:
-    """Columns [B] side by side, [B, N] float32."""
-    dense = np.empty((num_rows, len(columns)), np.float32)
-    for index, column in enumerate(columns):
-        dense[:, index] = column
-    return dense
+def joined(parts: list[Inputs]) -> Inputs:
+    """The inputs of some rows, and of the rows behind them, and so on, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ids = {}
+    for name in parts[0].ids:
+        found = [part.ids[name] for part in parts]
+        before = np.cumsum([0, *(offsets[-1] for _, offsets in found)])
+        offsets = [offsets[:-1] + start for (_, offsets), start in zip(found, before, strict=False)]
+        ids[name] = np.concatenate([values for values, _ in found]), np.concatenate([*offsets, before[-1:]])
+    dense, scenario = np.concatenate([part.dense for part in parts]), np.concatenate([part.scenario for part in parts])
+    return Inputs(ids, dense, scenario, len(scenario))

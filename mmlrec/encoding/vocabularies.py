@@ -124,14 +124,22 @@ class Vocabularies:
         """Ids of values, int64 or string, [n]; 0 for null and for what is not in the vocabulary."""
         first_place, shift = self.tables[table]
         if pa.types.is_integer(values.type):
-            ids = self._found(first_place, shift, hash_ids(values, _SEED), None)
+            ids = self.find(first_place, np.uint64(shift), hash_ids(values, _SEED), None)
         else:
             known = values.fill_null("") if values.null_count else values
-            ids = self._found(first_place, shift, hash_ids(known, _SEED), Text.of(known))
+            ids = self.find(first_place, np.uint64(shift), hash_ids(known, _SEED), Text.of(known))
         return np.where(valid(values), ids, 0) if values.null_count else ids
 
-    def _found(self, first_place: int, shift: int, hashes: UInt64Array, text: Text | None) -> IntArray:
-        places = (hashes >> np.uint64(shift)).astype(np.int64) + first_place
+    def find(
+        self, first_place: int | IntArray, shift: np.uint64 | UInt64Array, hashes: UInt64Array, text: Text | None
+    ) -> IntArray:
+        """Ids of values by their hashes, [n]; 0 for what is not in the vocabulary.
+
+        Args:
+            first_place, shift: of the table of each value (`tables`), or of all.
+            text: the values themselves, where they are text.
+        """
+        places = (hashes >> shift).astype(np.int64) + first_place
         at, ends = self.directory[places].astype(np.int64), self.directory[places + 1].astype(np.int64)
         ids = np.zeros(len(hashes), np.int64)
         rows = np.flatnonzero(at < ends)
