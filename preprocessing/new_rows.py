@@ -117,7 +117,9 @@ class NewRows:
 
     def _check(self, kind: type[Dataset], options: argparse.Namespace) -> None:
         if self.manifest.name != kind.name:
-            raise ConfigError(f"{self.option}: {self.given} holds '{self.manifest.name}', not '{kind.name}'. Name the same dataset.")
+            raise ConfigError(
+                f"{self.option}: {self.given} holds '{self.manifest.name}', not '{kind.name}'. Name the same dataset."
+            )
         if isinstance(kind.split, InOrder):
             raise ConfigError(
                 f"{self.option}: {kind.name} is generated and comes encoded: there are no new rows to encode. Leave the option"

@@ -236,8 +236,16 @@ class RowGroups:
                 row = int(np.argmax(wrong))
                 _bad(place, row, f"'{SCENARIO_COLUMN}' is {scenario[row]}, must be in 0..{self._num_scenarios - 1}")
         if self._group:
-            out[num_single + 2] = _int64(place, table, self._group)
+            out[num_single + 2] = self._groups_of_rows(place, table)
         return out
+
+    def _groups_of_rows(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.int64]:
+        """The group of each row. Rows without one, as new rows may be, are each a group of their own, of which GAUC says nothing."""
+        column = table.column(str(self._group))
+        if not column.null_count:
+            return column.to_numpy()
+        own = np.iinfo(np.int64).min + place.row_in_split + np.arange(place.num_rows)
+        return np.where(column.is_null().to_numpy(), own, column.fill_null(0).to_numpy())
 
     def _floats(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.float32]:
         num_dense, num_tasks = len(self.dense), len(self.tasks)

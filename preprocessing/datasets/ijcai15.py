@@ -158,7 +158,9 @@ class Ijcai15(Dataset):
         block = _with_pair(replace(block, table=block.table.rename_columns(names)))
         if self._repeat:
             at = self._pair_index.locate(block.table["pair"].to_numpy())
-            block = _with(block, label=self._pair_label.take(pa.array(at, mask=at < 0))).only(at >= 0, "outside the train pairs")
+            block = _with(block, label=self._pair_label.take(pa.array(at, mask=at < 0))).only(
+                at >= 0, "outside the train pairs"
+            )
         block, at = self._user_index.find(block)
         return _with(block, **{name: self._users[name].take(at) for name in ("age_range", "gender")})
 

@@ -126,7 +126,9 @@ class KuaiRand(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """The logs, in the order of time."""
         for name in self._logs:
-            yield DelimitedText(name, ",", _LOG, header=True, optional=self.may_lack("is_click", "long_view", "date", "time_ms"))
+            yield DelimitedText(
+                name, ",", _LOG, header=True, optional=self.may_lack("is_click", "long_view", "date", "time_ms")
+            )
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Views in the wanted tabs, joined with users and videos."""

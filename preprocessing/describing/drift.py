@@ -140,5 +140,7 @@ def drift_lines(manifest: DatasetManifest) -> list[str]:
 
 
 def _table(headers: list[str], rows: list[list[str]], title: str) -> list[str]:
-    text = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, colalign=["left", "left", *["right"] * (len(headers) - 2)])
+    text = tabulate(
+        rows, headers, tablefmt="simple", disable_numparse=True, colalign=["left", "left", *["right"] * (len(headers) - 2)]
+    )
     return [*([f"{title}:"] if title else []), *text.splitlines()]

@@ -97,7 +97,9 @@ def _figures(description: Description) -> Iterator[tuple[str, Figure, str]]:
         if manifest.scenario and len(scenarios) < len(manifest.scenario.values):
             fewer = f"The {len(scenarios)} largest of {len(manifest.scenario.values)} scenarios. "
         if found := [each for each in drifts(manifest) if each.worst > 0]:
-            note = f"The {min(len(found), _MAX_DRIFTS)} features that differ most from the train rows of the data that these are"
+            note = (
+                f"The {min(len(found), _MAX_DRIFTS)} features that differ most from the train rows of the data that these are"
+            )
             yield "Against train", _drift(found[:_MAX_DRIFTS]), f"{note} encoded like."
         yield "Label rates", _label_rates(description, scenarios), f"{fewer}{_LABELS}"
         if description.ids:
@@ -177,7 +179,9 @@ def _drift(found: list[Drift]) -> Figure:
     }
     for number, (name, values) in enumerate(shares.items()):
         axes.barh(places + 0.27 * (number - 1), values, 0.25, label=name)
-    known = [(place, each.missing_in_train) for place, each in zip(places, found, strict=True) if each.missing_in_train is not None]
+    known = [
+        (place, each.missing_in_train) for place, each in zip(places, found, strict=True) if each.missing_in_train is not None
+    ]
     if known:
         at, rates = zip(*known, strict=True)
         axes.plot(rates, np.array(at) + 0.27, "k|", label="missing in train")

@@ -94,7 +94,10 @@ def sections(description: Description) -> list[Section]:
     found, statistics = [_rows(description), *_drift(description.manifest)], description.manifest.statistics
     found += [_values(description, task, of_splits) for task, of_splits in statistics.get("label_values", {}).items()]
     if weights := statistics.get("weights"):
-        rows = [[split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())] for split in description.splits]
+        rows = [
+            [split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())]
+            for split in description.splits
+        ]
         found.append(Section("Weights of rows", ["split", *weights[description.base]], rows))
     if duplicates := statistics.get("duplicates"):
         found.append(_duplicates(duplicates))
@@ -242,7 +245,9 @@ def _missing(description: Description, feature: str) -> list[str]:
     """Share of the rows of each split that have no value of a feature; - in folders that do not tell."""
     manifest = description.manifest
     counts = manifest.statistics.get("missing", {}).get(feature)
-    return [_percent(counts[split] / max(manifest.splits[split].num_rows, 1) if counts else None) for split in description.splits]
+    return [
+        _percent(counts[split] / max(manifest.splits[split].num_rows, 1) if counts else None) for split in description.splits
+    ]
 
 
 def _left_out(description: Description) -> Section:

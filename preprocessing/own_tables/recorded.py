@@ -58,4 +58,3 @@ def encoded_parts(config: TableConfig) -> dict[str, Any]:
         scenario = config.scenario
         parts["scenario"] = [scenario.names, list(scenario.values.items()), scenario.others, cells.facts(scenario.column)]
     return parts
-

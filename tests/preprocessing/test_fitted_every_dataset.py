@@ -71,7 +71,9 @@ def half_of(kind, half, disturb):
                         for value, trace in zip(table[feature.name].to_pylist(), traces, strict=True)
                     ]
                     table = table.set_column(
-                        table.schema.get_field_index(feature.name), feature.name, pa.array(cells, schema.field(feature.name).type)
+                        table.schema.get_field_index(feature.name),
+                        feature.name,
+                        pa.array(cells, schema.field(feature.name).type),
                     )
                 for name in (name for name in table.column_names if name.startswith("label.")):
                     table = table.set_column(table.schema.get_field_index(name), name, pa.nulls(len(table), pa.float32()))
@@ -96,9 +98,7 @@ def rows_of(out, split):
     return pa.concat_tables([pq.read_table(out / part.path) for part in parts])
 
 
-@pytest.mark.parametrize(
-    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.long) for form in FAKES]
-)
+@pytest.mark.parametrize("form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.long) for form in FAKES])
 def test_half_of_the_rows_with_the_fitted_parts_of_the_other_half(form, tmp_path):
     fake, kind = FAKES[form], dataset_class(form.split()[0])
     raw = fake.write(tmp_path / "raw")
