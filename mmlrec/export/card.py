@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 import mmlrec
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.specs import FeatureSpec
 from mmlrec.export.network import Format, Scorer
 from mmlrec.export.parity import parity_text
 from mmlrec.export.tables import Precision
-from mmlrec.schema import DatasetManifest, Feature
 from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
@@ -37,6 +39,7 @@ def table_file(name: str, branches: list[str]) -> str:
 
 def make_card(
     session: Session,
+    encoder: Encoder,
     scorer: Scorer,
     stored: dict[str, tuple[int, int]],
     precision: Precision,
@@ -65,8 +68,7 @@ def make_card(
         "scenario": manifest.scenario.model_dump() if manifest.scenario else None,
         "multi_scenario": session.spec.num_scenarios > 1,
         "features": [
-            {"name": feature.name, "kind": feature.kind, "examples": examples(session.encoder, manifest, feature)}
-            for feature in manifest.features
+            {"name": spec.name, "kind": spec.kind, "examples": _examples(session, encoder, spec)} for spec in encoder.features
         ],
         "metrics": result,
         "parity": {},
@@ -90,17 +92,36 @@ def make_card(
     }
 
 
-def examples(encoder: Place, manifest: DatasetManifest, feature: Feature) -> list[Any]:
-    """Some raw values of a feature: the most frequent ones of a vocabulary; nothing of numbers and hashed values."""
-    table = manifest.table(feature.table) if feature.table else None
-    if table is None or table.vocabulary is None:
-        return []
-    try:
-        with open_parquet(encoder / table.vocabulary) as file:
+def _examples(session: Session, encoder: Encoder, spec: FeatureSpec) -> list[Any]:
+    if spec.table is None:
+        return examples(spec, None, ())
+    facts = encoder.facts["tables"][spec.table]
+    vocabulary = session.manifest.table(spec.table).vocabulary if facts["ids"] == "vocabulary" else None
+    return examples(spec, None if vocabulary is None else session.encoder / vocabulary, facts.get("borders", ()))
+
+
+def examples(spec: FeatureSpec, vocabulary: Place | None, borders: Sequence[float]) -> list[Any]:
+    """Some raw cells of a feature: the most frequent values of a vocabulary, borders of buckets, or the ends of a range.
+
+    Nothing of hashed values, and of numbers whose range is not known.
+
+    Args:
+        vocabulary: of its table, where ids are looked up.
+        borders: of its table, where ids are buckets.
+    """
+    found: list[Any]
+    if spec.kind == "dense" or borders:
+        numbers = [] if spec.indicator else list(spec.range or borders)[:_EXAMPLES]
+        found = [math.copysign(math.expm1(abs(number)), number) if spec.log else number for number in numbers]
+    elif vocabulary is None:
+        found = []
+    else:
+        with open_parquet(vocabulary) as file:
             rows = next(file.iter_batches(batch_size=_EXAMPLES, columns=["value"]), None)
-    except (OSError, pa.ArrowException):
-        return []
-    return [] if rows is None else [str(value) for value in rows.column("value").to_pylist()]
+        found = [] if rows is None else rows.column("value").to_pylist()
+    if not spec.listed:
+        return found
+    return [[value] if spec.separator is None else str(value) for value in found]
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
@@ -118,7 +139,7 @@ def readme(card: dict[str, Any]) -> str:
     lines = [
         f"# {card['method']} on {card['name']}",
         "",
-        f"A model for setting {card['setting']}, exported by mmlrec {card['mmlrec']} (torch {card['torch']}) on {card['date']}.",
+        f"For setting {card['setting']}. Exported by mmlrec {card['mmlrec']}, torch {card['torch']}, on {card['date']}.",
         "Scores of raw rows, with torch, numpy, pyarrow and safetensors alone:",
         "",
         "    import mmlrec.serving",

@@ -15,7 +15,7 @@ from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
 from mmlrec.export.card import make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
-from mmlrec.export.parity import beyond_tolerance, compare, exported_scores, parity_text
+from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.run_folder import checkpoint
@@ -107,14 +107,18 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     with new_local_folder(asked.out, "model") as folder:
         scorer = Scorer(copy.deepcopy(session.network).cpu(), session.scales)
         save_network(export_network(scorer), folder / f"network.{asked.kind}", asked.kind)
-        Encoder.load(session.encoder).save(folder / "encoder")
+        encoder = Encoder.load(session.encoder)
+        encoder.save(folder / "encoder")
         stored = _write_tables(asked, loaded, folder)
         result = run.read_result()
-        card = make_card(session, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {})
+        card = make_card(
+            session, encoder, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {}
+        )
         write_card(folder, card)
         model = load(folder)
-        scores = exported_scores(model, Encoder.load(folder / "encoder"), dataset, manifest, _SPLIT)
+        scores = exported_scores(model, dataset, manifest, _SPLIT)
         card["parity"] = compare(session, rows, scores, scorer.outputs, _SPLIT, dataset)
+        card["parity"]["encoder"] = compare_encoder(model, session, dataset, manifest, _SPLIT)
         print(parity_text(card["parity"]), flush=True)  # noqa: T201
         if asked.tables == "fp32" and (apart := beyond_tolerance(card["parity"])):
             raise DataError(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.evaluation.prediction import score_columns
+from mmlrec.export.decoded import check_encoder
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
@@ -28,19 +29,36 @@ from mmlrec.storage.places import Place
 #: probabilities, or their largest where that is more; the deviation of the labels of a regression task, likewise.
 TOLERANCE = 1e-6
 _BATCH_ROWS = 1 << 14
+#: Rows that are decoded and encoded again: they lie shuffled on disk.
+_SAMPLE_ROWS = 256
 
 
-def exported_scores(
-    model: Model, encoder: Encoder, dataset: Place, manifest: DatasetManifest, split: str
-) -> NDArray[np.float32]:
+def exported_scores(model: Model, dataset: Place, manifest: DatasetManifest, split: str) -> NDArray[np.float32]:
     """Scores of the rows of a split, [N, outputs], in the order in which they lie on disk."""
+    batches = _batches(dataset, manifest, split, _BATCH_ROWS)
+    return np.concatenate([model.score_inputs(Inputs.of(batch, model.encoder)) for batch in batches])
+
+
+def compare_encoder(model: Model, session: Session, dataset: Place, manifest: DatasetManifest, split: str) -> dict[str, Any]:
+    """Some rows of a split decoded and encoded again by the exported model's encoder.
+
+    Returns:
+        `{"rows": how many, "equal": names of the features that were compared, "not_compared": those that cannot be decoded}`.
+
+    Raises:
+        DataError: an id is another one.
+    """
+    sample = next(_batches(dataset, manifest, split, _SAMPLE_ROWS))
+    equal = check_encoder(model.encoder, session.encoder, session.manifest, sample)
+    others = [feature.name for feature in manifest.features if feature.name not in equal]
+    return {"rows": sample.num_rows, "equal": equal, "not_compared": others}
+
+
+def _batches(dataset: Place, manifest: DatasetManifest, split: str, num_rows: int) -> Iterator[pa.RecordBatch]:
     columns = [feature.name for feature in manifest.features] + ([SCENARIO_COLUMN] if manifest.scenario else [])
-    scores = []
     for part in manifest.splits[split].parts:
         with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                scores.append(model.score_inputs(Inputs.of(batch, encoder)))
-    return np.concatenate(scores)
+            yield from file.iter_batches(batch_size=num_rows, columns=columns)
 
 
 def compare(
@@ -101,7 +119,27 @@ def parity_text(parity: dict[str, Any]) -> str:
             cells.append([task, place, of["metric"], *("-" if v is None else f"{v:.6f}" for v in (before, after)), change])
     headers = ["task", "scenario", "metric", "run", "exported", "change"]
     lines += ["", tabulate(cells, headers=headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 3)]
+    if losses := _losses(parity):
+        loss, where = max(losses)
+        lines += ["", f"largest loss of AUC: {max(loss, 0.0):.6f} ({where})"]
+    encoder = parity["encoder"]
+    lines += [
+        "",
+        f"encoder: {encoder['rows']} rows decoded and encoded again, equal in {', '.join(encoder['equal']) or 'nothing'}.",
+    ]
+    if encoder["not_compared"]:
+        lines[-1] += f" Hashes, buckets and numbers cannot be decoded: {', '.join(encoder['not_compared'])}."
     return "\n".join(lines)
+
+
+def _losses(parity: dict[str, Any]) -> list[tuple[float, str]]:
+    """What AUC loses, with task and scenario, where it is defined."""
+    found = []
+    for task, of in parity["metrics"].items():
+        for place, (before, after) in {"all": of["all"], **of["scenarios"]}.items():
+            if of["metric"] == "auc" and before is not None and after is not None:
+                found.append((before - after, f"{task}, {place}"))
+    return found
 
 
 def _columns(session: Session, rows: PredictionRows, scenario: NDArray[np.int64]) -> dict[str, pa.Array]:
@@ -132,7 +170,7 @@ def _metrics(session: Session, rows: PredictionRows, scores: NDArray[np.float32]
                 values = np.clip(values, -1e3, 1e3)
             logits[:, column] = np.where(np.isnan(values), logits[:, column], values)
     reports = []
-    for of in (rows, replace(rows, logits=logits)):
+    for of in (rows, replace(rows, logits=cast(Any, logits))):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserAdvice)  # of metrics that are not defined: told by the run, None here
             reports.append(

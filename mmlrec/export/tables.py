@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ def write_table(path: Path, name: str, rows: Iterable[Tensor], shape: tuple[int,
         for chunk in rows:
             _check_finite(chunk, name, start)
             numbers = chunk.numpy()
+            weight: npt.NDArray[Any]
             if precision == "int8":
                 weight, scale, offset = quantised(numbers)
                 for part, values in (("scale", scale), ("offset", offset)):
@@ -96,8 +97,8 @@ def _check_finite(chunk: Tensor, name: str, start: int) -> None:
     bad = torch.nonzero(~chunk.isfinite().all(dim=1))
     if len(bad):
         raise DataError(
-            f"table '{name}', row {start + int(bad[0])}: a number is not finite, so the run has diverged there. Train again with"
-            " lower learning rates, or from an earlier checkpoint of the run."
+            f"table '{name}', row {start + int(bad[0])}: a number is not finite, so the run has diverged there. Train again"
+            " with lower learning rates, or from an earlier checkpoint of the run."
         )
 
 
@@ -108,9 +109,10 @@ def _safetensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> 
     Args:
         tensors: name -> kind, shape, bytes.
     """
-    header, offset = {}, 0
+    header, places, offset = {}, {}, 0
     for name, (kind, shape, num_bytes) in tensors.items():
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + num_bytes]}
+        places[name] = offset
         offset += num_bytes
     text = json.dumps(header).encode()
     text = text.ljust(-(-(len(text) + 8) // 64) * 64 - 8)  # so that numbers begin at a multiple of 64 bytes
@@ -119,4 +121,4 @@ def _safetensors(path: Path, tensors: dict[str, tuple[str, list[int], int]]) -> 
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         file.truncate(first + offset)
-        yield file, {name: first + header[name]["data_offsets"][0] for name in tensors}
+        yield file, {name: first + place for name, place in places.items()}

@@ -7,7 +7,7 @@ import io
 import os
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,22 +74,24 @@ class TableRows:
 
     def _rows(self, stored: Any, count: int, dim: int, num_rows: int) -> Iterator[Tensor]:
         """A shard's rows. It is what `torch.save` writes: an archive, not compressed, with the numbers as one file in it."""
-        with self._reader.fs.create_stream(self._reader.path / stored.relative_path, "rb") as stream:
-            with zipfile.ZipFile(_Section(stream, stored.offset, stored.length)) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("/data/0"))
-                num_bytes = archive.getinfo(name).file_size
-                if num_bytes != count * dim * 4:
-                    raise ValueError(f"{stored.relative_path} holds {num_bytes} bytes of it instead of {count * dim * 4}")
-                with archive.open(name) as numbers:  # which compares its checksum at the end
-                    for start in range(0, count, num_rows):
-                        content = bytearray(numbers.read(min(num_rows, count - start) * dim * 4))
-                        yield torch.frombuffer(content, dtype=torch.float32).view(-1, dim)
+        with (
+            self._reader.fs.create_stream(self._reader.path / stored.relative_path, "rb") as stream,
+            zipfile.ZipFile(_Section(stream, stored.offset, stored.length)) as archive,
+        ):
+            name = next(name for name in archive.namelist() if name.endswith("/data/0"))
+            num_bytes = archive.getinfo(name).file_size
+            if num_bytes != count * dim * 4:
+                raise ValueError(f"{stored.relative_path} holds {num_bytes} bytes of it instead of {count * dim * 4}")
+            with archive.open(name) as numbers:  # which compares its checksum at the end
+                for start in range(0, count, num_rows):
+                    content = bytearray(numbers.read(min(num_rows, count - start) * dim * 4))
+                    yield torch.frombuffer(content, dtype=torch.float32).view(-1, dim)
 
 
 class _Section(io.RawIOBase):
     """A part of a file as a file; zipfile looks for the directory of an archive at its end."""
 
-    def __init__(self, file: IO[bytes], start: int, num_bytes: int) -> None:
+    def __init__(self, file: Any, start: int, num_bytes: int) -> None:
         self._file, self._start, self._num_bytes, self._at = file, start, num_bytes, 0
 
     def seekable(self) -> bool:
