@@ -203,6 +203,9 @@ class RunConfig(StrictModel):
     """The whole file. `model` and `balancing` are plain: their options are those of the files that their names stand for."""
 
     run_dir: str | None = None
+    init_from: str | None = Field(
+        default=None, description="A run folder: begin with its rows, by value, and its network, by name (docs/warm_start.md)."
+    )
     dataset: DatasetConfig
     model: dict[str, Any] = {"name": "mmoe"}
     model_defaults: dict[str, Any] = {}
@@ -239,7 +242,7 @@ class RunConfig(StrictModel):
             )
         return {**content, "balancing": {**balancing, "name": strategy}}
 
-    @field_validator("run_dir")
+    @field_validator("run_dir", "init_from")
     @classmethod
     def _can_be_reached(cls, path: str | None) -> str | None:
         return None if path is None else _checked_path(path)

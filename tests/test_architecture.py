@@ -50,13 +50,17 @@ RULES = {
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
         *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base"),
     ),
+    "mmlrec.warm_start": (
+        *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
+        "mmlrec.identity",
+    ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
         *("mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.training": (
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
-        *("mmlrec.evaluation", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
+        *("mmlrec.evaluation", "mmlrec.warm_start", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
     "mmlrec.serving": ("torch", "mmlrec.encoding"),
     "mmlrec.export": (

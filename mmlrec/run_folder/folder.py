@@ -76,6 +76,7 @@ class RunFolder:
         self.plan = path / "plan.json"
         self.dataset = path / "dataset.json"
         self.encoder = path / "encoder"
+        self.init_from = path / "init_from.json"
         #: Paths of this machine, also where the run folder is none.
         written = path if isinstance(path, Path) else Path() if reports is None else reports.written
         self.metrics = written / "metrics.jsonl"
@@ -113,7 +114,7 @@ class RunFolder:
             ):  # which are appended to: a folder from elsewhere could name any file
                 if path.is_symlink() and path.is_file():
                     raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
-            for name in (self.config, self.environment, self.plan, self.dataset, self.metrics):
+            for name in (self.config, self.environment, self.plan, self.dataset, self.init_from, self.metrics):
                 for leftover in self.path.glob(f"{name.name}.*.tmp"):
                     leftover.unlink()
         except OSError as error:

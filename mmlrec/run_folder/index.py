@@ -7,9 +7,16 @@ anything. Here it may name only what an index consists of.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
@@ -18,6 +25,8 @@ from mmlrec.run_folder.summed_files import Files
 from mmlrec.storage.places import Place, read
 
 _INDEX = ".metadata"
+#: Of an archive of torch.save, in the hope that its directory is in them.
+_TAIL_BYTES = 1 << 12
 _METADATA = "torch.distributed.checkpoint.metadata"
 #: Module -> names: all that occurs in the indices that DCP has written for us, on one rank and several, with sharded tables.
 ALLOWED = {
@@ -88,3 +97,118 @@ class Reader(FileSystemReader):
         found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+
+class SavedTensor:
+    """A tensor of a checkpoint, read by ranges of its first axis, whatever ranks have written it. Nothing is unpickled.
+
+    Attributes:
+        size: of all of it.
+    """
+
+    def __init__(self, folder: Place, entry: TensorStorageMetadata, stored: Mapping[tuple[int, ...], Any]) -> None:
+        self.size, self.dtype = tuple(entry.size), entry.properties.dtype
+        self._folder = folder
+        #: First row and behind the last one of each piece, and where it lies; in the order of the rows.
+        self._pieces = sorted(
+            (
+                chunk.offsets[0] if self.size else 0,
+                chunk.offsets[0] + chunk.sizes[0] if self.size else 1,
+                stored[tuple(chunk.offsets)],
+            )
+            for chunk in entry.chunks
+        )
+        self._begins: dict[int, int] = {}
+        if any(tuple(chunk.sizes[1:]) != self.size[1:] for chunk in entry.chunks):
+            raise CheckpointError(
+                f"{folder}: a tensor is cut along another axis than its first. Load it with the release it is of."
+            )
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop-1, [stop - start, ...]; the whole when absent.
+
+        Raises:
+            CheckpointError: the file is not what the index says.
+            OSError, StorageError: it cannot be read.
+        """
+        stop = (self.size[0] if self.size else 1) if stop is None else stop
+        row_bytes = math.prod(self.size[1:]) * self.dtype.itemsize
+        content = bytearray()
+        for first, end, where in self._pieces:
+            low, high = max(first, start), min(end, stop)
+            if low < high:
+                begin = self._begin(first, (end - first) * row_bytes, where) + (low - first) * row_bytes
+                content += _range(self._folder / where.relative_path, begin, (high - low) * row_bytes)
+        if len(content) != (stop - start) * row_bytes:
+            raise CheckpointError(f"{self._folder}: its files are shorter than its index says. Do not use this run folder.")
+        shape = (stop - start, *self.size[1:]) if self.size else ()
+        return torch.frombuffer(content, dtype=self.dtype).view(shape) if content else torch.empty(shape, dtype=self.dtype)
+
+    def _begin(self, piece: int, num_bytes: int, where: Any) -> int:
+        """Byte of the file at which the numbers of a piece begin: they lie as they are in an archive of torch.save."""
+        if piece not in self._begins:
+            path = self._folder / where.relative_path
+            try:
+                with zipfile.ZipFile(io.BufferedReader(_Slice(path, where.offset, where.length), _TAIL_BYTES)) as archive:
+                    (info,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+                header = _range(path, where.offset + info.header_offset, 30)
+            except (ValueError, zipfile.BadZipFile, struct.error) as error:
+                raise CheckpointError(f"{path} holds no tensor where its index says so: {error}. Do not use it.") from error
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != num_bytes:
+                raise CheckpointError(
+                    f"{path}: a tensor has {info.file_size} bytes, its index says {num_bytes}. Do not use it."
+                )
+            of_name, of_extra = struct.unpack("<HH", header[26:30])
+            self._begins[piece] = where.offset + info.header_offset + 30 + of_name + of_extra
+        return self._begins[piece]
+
+
+def saved_tensors(folder: Place) -> dict[str, SavedTensor]:
+    """The tensors of a checkpoint by flat key; `folder` is where its files lie (`whole.inside`).
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    metadata = Reader(folder).read_metadata()
+    stored: dict[str, dict[tuple[int, ...], Any]] = {}
+    for index, where in metadata.storage_data.items():
+        stored.setdefault(index.fqn, {})[tuple(index.offset or ())] = where
+    return {
+        key: SavedTensor(folder, cast(TensorStorageMetadata, entry), stored[key])
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+
+
+class _Slice(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, path: Place, start: int, num_bytes: int) -> None:
+        super().__init__()
+        self._path, self._start, self._num_bytes, self._position = path, start, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As files do."""
+        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """As files do."""
+        length = max(0, min(len(buffer), self._num_bytes - self._position))
+        found = _range(self._path, self._start + self._position, length) if length else b""
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+
+def _range(path: Place, start: int, num_bytes: int) -> bytes:
+    if not isinstance(path, Path):
+        return bytes(path.fs.cat_file(path.path, start=start, end=start + num_bytes))
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(num_bytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -215,15 +215,20 @@ def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def label_scales(config: RunConfig, manifest: DatasetManifest, tasks: Sequence[Task]) -> dict[str, tuple[float, float]]:
+def label_scales(
+    config: RunConfig, manifest: DatasetManifest, tasks: Sequence[Task], known: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, tuple[float, float]]:
     """Mean and deviation by which a new run standardises the labels of its regression tasks; none for other tasks.
+
+    Args:
+        known: of tasks whose network is taken from another run: its outputs mean what they were trained on.
 
     Labels of one value keep their unit, less that value. Warns (`UserAdvice`) where a dataset does not record its labels.
     """
     scales, unknown = {}, []
     for task in tasks:
         if task.kind == "regression" and config.loss.standardise_labels:
-            found = manifest.train_moments(task.name).get("all")
+            found = (known or {}).get(task.name) or manifest.train_moments(task.name).get("all")
             if found is None:
                 unknown.append(task.name)
             else:
@@ -293,7 +298,11 @@ class Parts(NamedTuple):
 
 
 def build_parts(
-    config: RunConfig, source: str = "config", begun: dict[str, Any] | None = None, encoder: Place | None = None
+    config: RunConfig,
+    source: str = "config",
+    begun: dict[str, Any] | None = None,
+    encoder: Place | None = None,
+    known_scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> Parts:
     """Build all but the tables; reads no row.
 
@@ -301,6 +310,7 @@ def build_parts(
         source: config file, for messages.
         begun: state of a checkpoint of the run; None for a new one.
         encoder: where to read the manifest; the dataset when absent.
+        known_scales: of regression tasks of a new run, see `label_scales`.
 
     Raises:
         ConfigError: the method, its options, the setting or the strategy do not fit the dataset.
@@ -317,7 +327,7 @@ def build_parts(
         network.start_at_label_rates(_label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
     # What the labels of a run mean is settled when it begins; releases before left them as they are, and say nothing of it.
-    recorded = label_scales(config, manifest, spec.tasks) if begun is None else begun.get("label_scales", {})
+    recorded = begun.get("label_scales", {}) if begun is not None else label_scales(config, manifest, spec.tasks, known_scales)
     scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
     loss = _loss(config, balancing_options, network, manifest, scales)
     return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales, encoder)
@@ -331,6 +341,7 @@ def build_session(
     source: str = "config",
     begun: dict[str, Any] | None = None,
     encoder: Place | None = None,
+    known_scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> Session:
     """Build network and tables, shard them, and write the initial weights.
 
@@ -339,12 +350,13 @@ def build_session(
         source: config file, for messages.
         begun: state of a checkpoint of the run; None for a new one.
         encoder: where to read the manifest; the dataset when absent.
+        known_scales: of regression tasks of a new run, see `label_scales`.
 
     Raises:
         ConfigError: the method, its options, the setting or the sharding do not fit.
         DataError: the dataset folder is missing or damaged.
     """
-    manifest, network, loss, balancing, scales, encoder = build_parts(config, source, begun, encoder)
+    manifest, network, loss, balancing, scales, encoder = build_parts(config, source, begun, encoder, known_scales)
     spec = network.spec
     prefixes = [""]
     branches = None
@@ -416,7 +428,7 @@ def load_session(
     balancing_config(config, str(folder.config))  # An option that no strategy has is no other run.
     folder.check_same_run(config, MEASURED_OTHERWISE, remedy=_MEASURED)
     otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
-    world.raise_together(_no_best_yet(folder) if world.is_main else None)
+    world.raise_together(no_best_yet(folder) if world.is_main else None)
     begun = checkpoint.read_state(folder.best)
     own = folder.read_config().dataset.path
     if rows is None and config.dataset.path != own:
@@ -470,7 +482,7 @@ def _own_encoder(folder: RunFolder, dataset: Place, begun: dict[str, Any]) -> Pl
     return folder.encoder
 
 
-def _no_best_yet(folder: RunFolder) -> CheckpointError | None:
+def no_best_yet(folder: RunFolder) -> CheckpointError | None:
     """What to tell of a run whose best checkpoint is not there because no validation has chosen one; None of any other."""
     if whole.is_there(folder.best):
         return None

@@ -28,6 +28,8 @@ from mmlrec.storage.places import Place, place
 from mmlrec.training.advice import advise_on_speed, advise_on_warmup
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
+from mmlrec.warm_start.source import open_source
+from mmlrec.warm_start.take import take
 
 #: Most differences that a name spells out, and most characters of them together.
 _SPELT_OUT, _SPELT_LENGTH = 3, 80
@@ -163,7 +165,10 @@ def _train(
 
     begun = None if found is None else checkpoint.read_state(found)
     world.at("building the model")
-    session = build_session(config, world, for_training=True, source=source, begun=begun)
+    first = None if found is not None or config.init_from is None else open_source(config, run_dir, world)
+    same_method = first is not None and first.config.model["name"] == config.model["name"]
+    known_scales = first.scales if first is not None and same_method else None
+    session = build_session(config, world, for_training=True, source=source, begun=begun, known_scales=known_scales)
     trainer = Trainer(session, folder, profiled)
     if profiled is not None and profiled[0] > trainer.total_steps:
         raise ConfigError(f"--profile {profiled[0]}:{profiled[1]}: the run ends at step {trainer.total_steps} at the latest.")
@@ -174,6 +179,8 @@ def _train(
     doubt = check_chain(session) if found is None else None
     _create(folder, world)
     with log_file(folder.log_of(world.rank), world):
+        if first is not None:
+            take(session, first, folder)
         if restart:
             checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:

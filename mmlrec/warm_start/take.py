@@ -1,0 +1,331 @@
+"""Fill a session that begins with what another run knows: rows of tables by value, the network by name; and tell of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tabulate import tabulate
+from torch import Tensor
+
+from mmlrec.config import RunConfig
+from mmlrec.distributed.world import World, logger
+from mmlrec.embeddings.tables import local_shards
+from mmlrec.errors import CheckpointError, StorageError, UserError
+from mmlrec.registry import method, model_config
+from mmlrec.run_folder import checkpoint, whole
+from mmlrec.run_folder.folder import RunFolder, write_atomically
+from mmlrec.run_folder.index import SavedTensor, saved_tensors
+from mmlrec.schema import DatasetManifest, facts_digest
+from mmlrec.session.recommender import TABLES
+from mmlrec.session.session import Session, build_spec
+from mmlrec.warm_start.rows import Encoded, Matching, matching, old_rows
+from mmlrec.warm_start.slices import Known, Taken, layouts, taken
+from mmlrec.warm_start.source import Source
+
+#: Of a table's rows that are read at a time.
+_PIECE_BYTES = 32 << 20
+_WEIGHTS = f"model.{TABLES}.embedding_bags."
+_STATE = f"optimizer.tables.{TABLES}.embedding_bags."
+_NETWORK, _NETWORK_STATE = "model.head.network.", "optimizer.dense.head.network."
+#: Whether a tensor is taken as a whole, and whether it is not taken -> what is said of it.
+_IS = {(True, False): "taken", (False, False): "in part", (False, True): "fresh"}
+_NAMED = 10  # names that a line of the log spells out
+
+
+@dataclass
+class TableTaken:
+    """What became of a table: of its `rows`, how many are taken and new; how many of the other run's are dropped."""
+
+    table: str
+    rows: int
+    taken: int
+    new: int
+    dropped: int
+    matched: str
+    optimizer_state: str
+    note: str
+
+
+def take(session: Session, source: Source, into: RunFolder) -> None:
+    """Fill weights and optimizer state of a session that has just been built; all ranks call it together.
+
+    Each rank reads what its own shards need. It is told in the log, and written as `RUN/init_from.json`.
+
+    Raises:
+        UserError: a checkpoint is damaged or was replaced meanwhile, or a vocabulary is missing or damaged.
+    """
+    world, best = session.world, source.folder.best
+    world.at(f"taking rows and network from {source.folder.path}")
+    with checkpoint.unchanged(best, world):
+        error: UserError | None = None
+        tables: list[TableTaken] = []
+        parameters: list[dict[str, str]] = []
+        fresh = ""
+        try:
+            weights = saved_tensors(whole.inside(best))
+            state = {} if source.optimizer is None else saved_tensors(whole.inside(source.optimizer))
+        except (CheckpointError, StorageError) as cause:
+            weights, state, error = {}, {}, cause
+        world.raise_together(error)
+        own = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
+        new = Encoded(session.manifest, session.encoder)
+        tables = _take_tables(own, weights, state, new, source.encoded, world)
+        try:
+            parameters, fresh = _take_network(session, own, weights, state, source)
+        except (CheckpointError, StorageError) as cause:
+            error = cause
+        except OSError as cause:
+            error = CheckpointError(f"{source.folder.path}: its checkpoint cannot be read: {cause}. Give the command again.")
+        world.raise_together(error)
+    if world.is_main:
+        _tell(session, source, into, tables, parameters, fresh, weights)
+
+
+def _take_tables(
+    own: Mapping[str, Any],
+    weights: Mapping[str, SavedTensor],
+    state: Mapping[str, SavedTensor],
+    new: Encoded,
+    old: Encoded,
+    world: World,
+) -> list[TableTaken]:
+    names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
+    matchings = _matchings(sorted({_table(name) for name in names}), new, old, world)
+    found: list[TableTaken] = []
+    for name in names:
+        key = f"{_WEIGHTS}{name}.weight"
+        match = matchings[_table(name)]
+        if key not in weights and match.how != "not":
+            match = Matching("not", why_not="the other run has no such table")
+        states = dict(_states(name, own, state))
+        num_rows, error = 0, None
+        if match.how != "not":
+            world.at(f"taking rows of {name}")
+            try:
+                for shard, offsets in local_shards(own[key]):
+                    rows = old_rows(_table(name), match, offsets[0], offsets[0] + shard.shape[0], new, old)
+                    num_rows += int((rows >= 0).sum())
+                    _copy_rows(shard, rows, weights[key])
+                    for own_key, saved in states.items():
+                        for piece, at in local_shards(own[own_key]):
+                            if at[0] == offsets[0]:
+                                _copy_rows(piece, rows, saved)
+            except (UserError, OSError) as cause:
+                error = cause if isinstance(cause, UserError) else CheckpointError(f"table '{name}' cannot be read: {cause}.")
+        world.without_limit().raise_together(error)
+        num_rows = sum(world.gather(num_rows))
+        total, others = own[key].size()[0], weights[key].size[0] if key in weights else 0
+        with_state = any(own_key.startswith(f"{_STATE}{name}.weight.") for own_key in own)
+        of_state = "none" if not with_state else "taken" if states and num_rows else "fresh"
+        found.append(TableTaken(name, total, num_rows, total - num_rows, others - num_rows, match.how, of_state, match.why_not))
+    return found
+
+
+def _table(name: str) -> str:
+    """The manifest's name of a table, which may be one for each branch."""
+    return name.rpartition("/")[2]
+
+
+def _matchings(names: list[str], new: Encoded, old: Encoded, world: World) -> dict[str, Matching]:
+    """Of each table. Vocabularies are read through for it, so the ranks share the tables out."""
+    error: UserError | None = None
+    found: dict[str, Matching] = {}
+    for name in names[world.rank :: world.world_size]:
+        try:
+            found[name] = matching(name, new, old)
+        except UserError as cause:
+            error = cause
+            break
+    world = world.without_limit()
+    world.raise_together(error)
+    return {name: match for some in world.gather(found) for name, match in some.items()}
+
+
+def _states(name: str, own: Mapping[str, Any], state: Mapping[str, SavedTensor]) -> list[tuple[str, SavedTensor]]:
+    """State of a table's optimizer that has a row for each row, where the other run has the same."""
+    prefix = f"{_STATE}{name}.weight."
+    return [
+        (key, state[key])
+        for key, value in own.items()
+        if key.startswith(prefix) and key in state and value.dim() > 0 and tuple(value.size())[1:] == state[key].size[1:]
+    ]
+
+
+@torch.no_grad()
+def _copy_rows(shard: Tensor, rows: NDArray[np.int64], saved: SavedTensor) -> None:
+    """Copy rows of a saved tensor, some at a time: row i of the shard from rows[i], where that is no -1."""
+    into = np.flatnonzero(rows >= 0)
+    wanted = rows[into]
+    order = np.argsort(wanted, kind="stable")
+    into, wanted = into[order], wanted[order]
+    at_a_time = max(1, _PIECE_BYTES // max(1, 4 * int(np.prod(saved.size[1:]))))
+    first = 0
+    while first < len(wanted):
+        start = int(wanted[first])
+        last = int(np.searchsorted(wanted, start + at_a_time))
+        block = saved.read(start, int(wanted[last - 1]) + 1)
+        values = block[torch.from_numpy(wanted[first:last] - start)]
+        shard[torch.from_numpy(into[first:last]).to(shard.device)] = values.to(shard.device, shard.dtype)
+        first = last
+
+
+@torch.no_grad()
+def _take_network(
+    session: Session,
+    own: Mapping[str, Any],
+    weights: Mapping[str, SavedTensor],
+    state: Mapping[str, SavedTensor],
+    source: Source,
+) -> tuple[list[dict[str, str]], str]:
+    """What became of each of the network's tensors; and why nothing is taken, where another method is trained."""
+    names = [key.removeprefix(_NETWORK) for key in own if key.startswith(_NETWORK)]
+    mine, theirs = session.config.model["name"], source.config.model["name"]
+    if mine != theirs:
+        return [], f"the method is {mine} here, {theirs} there"
+    manifest = source.encoded.manifest
+    new, old = (_known(config, of) for config, of in ((session.config, session.manifest), (source.config, manifest)))
+    plans = layouts(session.network)
+    chosen = {
+        name: taken(plans[name], tuple(own[_NETWORK + name].shape), weights[_NETWORK + name].size, new, old)
+        if _NETWORK + name in weights
+        else Taken(why_not="the other run has none of this name")
+        for name in names
+    }
+    for name in names:  # a counter of a module, such as of the batches that its statistics are of
+        beside = [other for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]]
+        if own[_NETWORK + name].dim() == 0 and not all(chosen[other].whole for other in beside):
+            chosen[name] = Taken(why_not="it counts for what is not taken as a whole")
+    found = []
+    for name, plan in chosen.items():
+        key = _NETWORK + name
+        if not plan.why_not:
+            plan.copy(weights[key].read(), own[key])
+            for own_key in own:
+                if own_key not in state or not _of_parameter(own_key, name):
+                    continue
+                if own[own_key].dim() == own[key].dim():
+                    plan.copy(state[own_key].read(), own[own_key])
+                elif plan.whole:  # counts steps: what is new in a parameter that is taken in part moves as in a new run
+                    own[own_key].copy_(state[own_key].read())
+        found.append({"name": name, "is": _IS[plan.whole, bool(plan.why_not)], "why": plan.why_not})
+    return found, ""
+
+
+def _of_parameter(key: str, name: str) -> bool:
+    """Whether a key of the optimizer's state is of this parameter, and not of one whose name begins with its name."""
+    return key.startswith(f"{_NETWORK_STATE}{name}.") and "." not in key.removeprefix(f"{_NETWORK_STATE}{name}.")
+
+
+def _known(config: RunConfig, manifest: DatasetManifest) -> Known:
+    spec = build_spec(config, manifest)
+    network = method(config.model["name"])(spec, model_config(config.model, config.model_defaults, "init_from"))
+    scenarios = manifest.scenario.values if manifest.scenario and spec.num_scenarios > 1 else []
+    return Known.of(network, scenarios, [feature.name for feature in manifest.dense_features])
+
+
+def _tell(
+    session: Session,
+    source: Source,
+    into: RunFolder,
+    tables: list[TableTaken],
+    parameters: list[dict[str, str]],
+    fresh: str,
+    weights: Mapping[str, SavedTensor],
+) -> None:
+    new, old = session.manifest, source.encoded.manifest
+    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source.config, old))}
+    names["scenarios"] = tuple([] if m.scenario is None else m.scenario.values for m in (new, old))  # type: ignore[assignment]
+    names["features"] = tuple([feature.name for feature in m.features] for m in (new, old))  # type: ignore[assignment]
+    kept = {table.table for table in tables}
+    others = {key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in weights if key.startswith(_WEIGHTS)}
+    of_network = {key.removeprefix(_NETWORK) for key in weights if key.startswith(_NETWORK)}
+    step = None if source.optimizer is None else checkpoint.step_of(source.optimizer)
+    told: dict[str, Any] = {
+        "run": str(source.folder.path),
+        "step": int(source.state["step"]),
+        "optimizer_state_of_step": step,
+        "tables": [asdict(table) for table in tables],
+        "dropped_tables": sorted(others - kept),
+        "network": fresh or "by name",
+        "parameters": parameters,
+        "dropped_parameters": sorted(of_network - {parameter["name"] for parameter in parameters}),
+        **{
+            what: {
+                "known": [name for name in mine if name in theirs],
+                "new": [name for name in mine if name not in theirs],
+                "dropped": [name for name in theirs if name not in mine],
+            }
+            for what, (mine, theirs) in names.items()
+        },
+        "encoded_otherwise": _encoded_otherwise(new, old),
+    }
+    write_atomically(into.init_from, json.dumps(told, indent=1, ensure_ascii=False))
+    for line in _lines(told):
+        logger.info("%s", line)
+    if step is None:
+        logger.warning("init_from: %s has no whole checkpoint besides its best, so the optimizers begin anew", told["run"])
+    for line in told["encoded_otherwise"]:
+        logger.warning("note: init_from: %s: its numbers mean something else to what is taken", line)
+
+
+def _lines(told: Mapping[str, Any]) -> list[str]:
+    step, run = told["optimizer_state_of_step"], told["run"]
+    state = "" if step is None else f", state of the optimizers of step {step}"
+    lines = [f"init_from: weights of {run}, its best checkpoint, of step {told['step']}{state}"]
+    headers = ["table", "rows", "taken", "new", "dropped", "matched", "optimizer state", ""]
+    rows = [[*list(table.values())] for table in told["tables"]]
+    if rows:
+        lines.append(f"rows of tables:\n{tabulate(rows, headers=headers, disable_numparse=True)}")
+    if told["dropped_tables"]:
+        lines.append(f"tables that are dropped: {_listed(told['dropped_tables'])}")
+    if told["network"] != "by name":
+        lines.append(f"the network begins anew: {told['network']}")
+    else:
+        by_kind: dict[str, list[str]] = {"taken": [], "in part": [], "fresh": []}
+        for parameter in told["parameters"]:
+            why = f" ({parameter['why']})" if parameter["why"] else ""
+            by_kind[parameter["is"]].append(parameter["name"] + why)
+        lines.append(
+            f"network: {len(by_kind['taken'])} tensors taken, {len(by_kind['in part'])} in part, {len(by_kind['fresh'])} fresh"
+        )
+        lines += [f"network, {kind}: {_listed(by_kind[kind])}" for kind in ("in part", "fresh") if by_kind[kind]]
+    for what in ("tasks", "scenarios", "features"):
+        changed = [f"{kind} {_listed(told[what][kind])}" for kind in ("new", "dropped") if told[what][kind]]
+        if changed:
+            lines.append(f"{what}: {len(told[what]['known'])} known, {', '.join(changed)}")
+    return lines
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _tasks(config: RunConfig, manifest: DatasetManifest) -> list[str]:
+    return list(config.dataset.tasks or [task.name for task in manifest.tasks])
+
+
+def _encoded_otherwise(new: DatasetManifest, old: DatasetManifest) -> list[str]:
+    """Features of both whose numbers or ids are made otherwise, as by another range, and labels by another rule."""
+    if new.encoding is None or old.encoding is None or not old.encoding.comparable(new.encoding):
+        before, now = (manifest.preprocessing.get("dense_ranges") or {} for manifest in (old, new))
+        return [
+            f"feature '{name}', range: {now[name]} here, {before[name]} there"
+            for name in now
+            if before.get(name, now[name]) != now[name]
+        ]
+    pairs = [("feature", old.encoding.features, new.encoding.features), ("label", old.encoding.labels, new.encoding.labels)]
+    return [
+        f"{what} '{name}', {key}: {json.dumps(now[name].get(key))} here, {json.dumps(before[name].get(key))} there"
+        for what, before, now in pairs
+        for name in now
+        if name in before
+        for key in sorted(now[name].keys() | before[name].keys())
+        if facts_digest(now[name].get(key)) != facts_digest(before[name].get(key))
+    ]
