@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,7 +213,7 @@ def test_a_folder_is_made_once_and_a_temporary_one_goes_with_its_last_user(frame
     written = (tmp_path / "data" / "manifest.json").stat().st_mtime_ns
     assert mmlrec.prepare(frame, **COLUMNS, out=tmp_path / "data").manifest == data.manifest  # the cell is run again
     assert (tmp_path / "data" / "manifest.json").stat().st_mtime_ns == written
-    with pytest.raises(DataError, match="data was made from other raw files. Choose another out, or overwrite it"):
+    with pytest.raises(DataError, match=r"data was made from other raw files. Choose another out, or overwrite it"):
         mmlrec.prepare(frame.iloc[:900], **COLUMNS, out=tmp_path / "data")
     with pytest.raises(DataError, match=r"made with other options: config=.* or overwrite it"):
         mmlrec.prepare(frame, **COLUMNS | {"features": ["user"]}, out=tmp_path / "data")
@@ -363,7 +364,7 @@ def test_of_raw_rows_a_missing_column_and_an_unknown_scenario_are_named(frame, r
     rows = frame.head(5)
     with pytest.raises(ConfigError, match="feature price: the frame has no column 'price'"):
         run.predict(rows.drop(columns="price"))
-    with pytest.raises(DataError, match="row 2 .*device.*watch"):
+    with pytest.raises(DataError, match=r"row 2 .*device.*watch"):
         run.predict(rows.assign(device=["phone", "phone", "watch", "phone", "phone"]))
     changed = rows.assign(user=10**9, item="never seen", price=[None] * 5)
     assert run.predict(changed)["score.click"].nunique() > 1  # by tags and device
@@ -404,6 +405,33 @@ def test_new_rows_are_encoded_as_others_were_by_folder_dataset_or_run(frame, dat
     assert "rows: sunday 200" in repr(named)
 
 
+def test_metrics_of_raw_rows_are_those_of_their_scores(run):
+    new = frame_of(300, seed=7)
+    metrics, scores = run.evaluate(new), run.predict(new)
+    assert metrics.loc[("buy", "all"), "rows"] == 300
+    assert metrics.loc[("buy", "all"), "auc"] == pytest.approx(roc_auc_score(new["buy"], scores["score.buy"]), abs=1e-6)
+    pd.testing.assert_frame_equal(run.evaluate(mmlrec.prepare(new, like=run, split="sunday")), metrics)
+    with pytest.raises(DataError, match="no row of test has a label of click, buy"):
+        run.evaluate(new.drop(columns=["click", "buy"]))
+
+
+def test_a_run_scores_without_its_dataset_and_is_exported_as_it_is(data, tmp_path):
+    import mmlrec.serving
+
+    copy = mmlrec.Dataset(shutil.copytree(data.path, tmp_path / "data"))
+    run = mmlrec.train(SMALL, dataset=copy, run_dir=tmp_path / "run", progress=False, **SHORT)
+    new = frame_of(300, seed=7)
+    scores = run.predict(new)
+    model = mmlrec.serving.load(run.export(tmp_path / "model"))
+    np.testing.assert_allclose(model.score(new)[list(scores)], scores, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="model exists"):
+        run.export(tmp_path / "model")
+    shutil.rmtree(tmp_path / "data")
+    pd.testing.assert_frame_equal(mmlrec.load_run(tmp_path / "run").predict(new), scores)
+    with pytest.raises(DataError, match=r"data is gone"):
+        run.evaluate()
+
+
 def test_vocabularies_grow(frame, data):
     more = frame_of(600, seed=8)
     more["user"] += 30
@@ -425,7 +453,7 @@ def test_what_cannot_be_like_another_is_named(frame, data, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             mmlrec.prepare(frame, **arguments)
-    with pytest.raises(ConfigError, match="features.price: the frame has no column 'price'"):
+    with pytest.raises(ConfigError, match=r"features.price: the frame has no column 'price'"):
         mmlrec.prepare(frame.drop(columns="price"), like=data)
     with pytest.raises(DataError, match="frame: there is no column 'buy'"):
         mmlrec.prepare(frame.drop(columns="buy"), extend=data)

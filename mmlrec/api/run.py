@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pyarrow as pa
 
-from mmlrec.api.dataset import Dataset
+from mmlrec.api.dataset import Dataset, prepare
 from mmlrec.api.frames import Frame, arrow_table
 from mmlrec.api.process import one_process, signals_to_hear
 from mmlrec.api.scoring import score_rows
@@ -20,7 +20,7 @@ from mmlrec.config import RunConfig
 from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import UserError
-from mmlrec.evaluation.evaluation import evaluate_split
+from mmlrec.evaluation.evaluation import check_labels, choose_split, evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.export.model import Exported, export_model
 from mmlrec.export.network import Format
@@ -29,7 +29,7 @@ from mmlrec.metrics.report import lines_of
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import load
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.schema import Setting
+from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place, read
 from mmlrec.training import run as training
@@ -69,32 +69,37 @@ class Run:
         self.config = self._folder.read_config()
         self._held = _held  # temporary folders, which go with this object
 
-    def evaluate(self, data: Dataset | str | Place | None = None, split: str = "test") -> pd.DataFrame:
+    def evaluate(self, data: Frame | Dataset | str | Place | None = None, split: str | None = None) -> pd.DataFrame:
         """Metrics of the best checkpoint, one row for each task and scenario; see docs/metrics.md.
 
         Args:
-            data: a dataset that is encoded as the run's (`prepare(like=...)`), or its folder; None: the run's own.
-            split: of the dataset.
+            data: raw rows with labels, of a run on a table or a frame; or a dataset that is encoded as the run's
+                (`prepare(..., like=run)`), or its folder. None: the run's own.
+            split: of the dataset; None: test, or the only one.
 
         Returns:
             Index (task, scenario) with `all`, `mean` and `weighted mean` among the scenarios; columns rows, auc and so on.
 
         Raises:
-            UserError: the data are encoded otherwise, or gone; the run has no best checkpoint.
+            UserError: the data are encoded otherwise, or gone, or have no labels; the run has no best checkpoint.
         """
-        overrides = [] if data is None else [f"dataset.path={json.dumps(_path(data))}"]
+        if isinstance(data, pd.DataFrame | pa.Table):
+            data = prepare(data, like=self)  # kept until the end of the call
         with one_process(self.config.training.timeout, quiet=True) as world:
-            session, *_ = load_session(self._folder, world, overrides)
-            report = evaluate_split(session, split)
+            session, _, _, rows = load_session(self._folder, world, [], None if data is None else place(_path(data)))
+            manifest, there = (session.manifest, session.encoder) if rows is None else (DatasetManifest.load(rows), rows)
+            split = choose_split(manifest, there, split)
+            check_labels(session, manifest, there, split)
+            report = evaluate_split(session, split, None, rows)
         return _metrics(report).set_index(["task", "scenario"])
 
-    def predict(self, data: Frame | Dataset | str | Place, split: str = "test") -> pd.DataFrame:
+    def predict(self, data: Frame | Dataset | str | Place, split: str | None = None) -> pd.DataFrame:
         """Scores of the best checkpoint: probabilities, and of regression tasks values.
 
         Args:
             data: raw rows, with the columns that the features and the scenario are made of; others are passed over, labels
                 are not needed. Or a dataset that is encoded as the run's, or its folder.
-            split: of a dataset.
+            split: of a dataset; None: test, or the only one.
 
         Returns:
             float32 columns `score.<task>`. Of a DataFrame with its index; of a dataset beside keys, scenario and labels.
@@ -104,9 +109,11 @@ class Run:
             DataError: cells or a scenario that cannot be used, with column and row; a dataset that is encoded otherwise.
         """
         if not isinstance(data, pd.DataFrame | pa.Table):
+            rows = place(_path(data))
             with one_process(self.config.training.timeout, quiet=True) as world, tempfile.TemporaryDirectory() as folder:
-                session, *_ = load_session(self._folder, world, [])
-                write_predictions(session, place(_path(data)), split, Path(folder) / "scores.parquet")
+                session, *_ = load_session(self._folder, world, [], rows, measured=False)
+                split = choose_split(DatasetManifest.load(rows), rows, split)
+                write_predictions(session, rows, split, Path(folder) / "scores.parquet")
                 return pd.read_parquet(Path(folder) / "scores.parquet")
         encoder = Encoder.load(encoder_folder(self.path))
         with_scenario = self.config.dataset.setting is not Setting.MTL
@@ -115,10 +122,10 @@ class Run:
             for name, column in encoder.columns.items()
             if with_scenario or column.uses != ("scenario",)
         }
-        rows = arrow_table(data, needed)
+        raw = arrow_table(data, needed)
         with one_process(self.config.training.timeout, quiet=True) as world:
             session, *_ = load_session(self._folder, world, [])
-            scores = score_rows(session, encoder, rows)
+            scores = score_rows(session, encoder, raw)
         index = data.index if isinstance(data, pd.DataFrame) else None
         return pd.DataFrame({name: column.to_numpy(zero_copy_only=False) for name, column in scores.items()}, index=index)
 
