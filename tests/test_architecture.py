@@ -73,7 +73,7 @@ RULES = {
         "mmlrec.export",
     ),
     # The contracts for methods and datasets: run by tests only, so that no rule but those of entry points lets it in.
-    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "preprocessing"),
+    "mmlrec.testing": ("torch", "mmlrec.losses", "mmlrec.models.base", "mmlrec.output", "mmlrec.encoding", "preprocessing"),
     "apps": EVERYTHING,
     "benchmarks": EVERYTHING,
 }

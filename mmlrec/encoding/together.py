@@ -1,7 +1,7 @@
 """Raw rows to inputs with all features of a kind at a time.
 
 A call of numpy or Arrow costs the same for one row as for a hundred; so for few rows it is the number of calls that counts, and
-that hardly grows here with the number of features. What comes out is what `Encoder.canonical` and `encode` give column by column.
+that hardly grows here with the number of features. What comes out is what `Encoder.canonical` and `encode` give one by one.
 """
 
 from __future__ import annotations

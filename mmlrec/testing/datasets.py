@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError
-from mmlrec.schema import SPLITS, DatasetManifest, label_column
+from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, label_column
 from mmlrec.testing.contract import Contract, over
 from mmlrec.testing.raw_faults import Spoiled, bad_row, copied_rows, faults, unpacked
 from mmlrec.testing.raw_folders import Fake, Made, bytes_of, command, make, run
@@ -44,6 +47,7 @@ from preprocessing.dataset import Dataset
 from preprocessing.reading import raw_files
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.raw_files import RawFolder
 from preprocessing.split_rules import FileSplit, GroupSplit
 from preprocessing.writing.parts import SplitWriter
 
@@ -271,6 +275,30 @@ class DatasetContract(Contract):
         before, after = (json.loads(of["manifest.json"])["preprocessing"].get("dense_fills") for of in (old, new))
         assert before == after
 
+    def test_the_frozen_encoder_gives_what_stands_in_the_parts(self, made: Made, tmp_path: Path) -> None:
+        """From canonical rows; these are raw ones, too, of a dataset with a file of its own, with the scenario by value."""
+        manifest = DatasetManifest.load(made.out)
+        Encoder.load(made.out).save(tmp_path / "mapped")
+        encoder = Encoder.load(tmp_path / "mapped")
+        raw = RawFolder(made.raw, made.dataset.raw_files, "", workers=1)
+        raw.scratch = tmp_path
+        rows = pa.Table.from_batches(made.dataset.batches(raw), made.dataset.canonical_schema())
+        parts = pa.concat_tables(pq.read_table(made.out / part.path) for of in manifest.splits.values() for part in of.parts)
+        names = [spec.name for spec in encoder.features] + ([SCENARIO_COLUMN] if manifest.scenario else [])
+        others = [label_column(task.name) for task in manifest.tasks]
+        expected = _counted(parts.select([*names, *others]))
+        batch = rows.combine_chunks().to_batches()[0]
+        assert _counted(pa.table(encoder.encode(batch).select([*names, *others]))) == expected
+        if "config" in manifest.preprocessing:
+            return
+        raw_rows = rows.select([spec.name for spec in encoder.features])
+        if manifest.scenario is not None and encoder.scenario is not None:
+            values = pa.array(manifest.scenario.values).take(batch.column(SCENARIO_COLUMN))
+            if encoder.scenario.column not in raw_rows.column_names:
+                raw_rows = raw_rows.append_column(encoder.scenario.column, values)
+        found = encoder.inputs(raw_rows)
+        assert _counted(_as_table(found, encoder, rows.select(others)).select([*names, *others])) == expected
+
     def test_groups_are_on_one_side(self, made: Made) -> None:
         """No value of the key that the rule keeps together is in two splits."""
         split = made.dataset.split
@@ -292,3 +320,22 @@ class DatasetContract(Contract):
         for one, other in pairs:
             assert groups[one]
             assert not groups[one] & groups[other]
+
+
+def _counted(rows: pa.Table) -> Counter[str]:
+    """How often each row occurs."""
+    return Counter(repr(tuple(row.values())) for row in rows.to_pylist())
+
+
+def _as_table(inputs: Inputs, encoder: Encoder, others: pa.Table) -> pa.Table:
+    """Inputs as columns like those of the parts, beside other columns of the same rows."""
+    dense = [spec.name for spec in encoder.features if spec.kind == "dense"]
+    columns: dict[str, Any] = {name: inputs.dense[:, index] for index, name in enumerate(dense)}
+    for spec in encoder.features:
+        if spec.kind != "dense":
+            ids, offsets = inputs.ids[spec.name]
+            lists = pa.ListArray.from_arrays(offsets.astype(np.int32), ids)
+            columns[spec.name] = lists if spec.kind == "multi" else ids
+    if encoder.scenario is not None:
+        columns[SCENARIO_COLUMN] = inputs.scenario
+    return pa.table(columns | {name: others[name] for name in others.column_names})
