@@ -52,8 +52,8 @@ from preprocessing.own_tables.config import (
     indicator_name,
     read_table_config,
 )
-from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
+from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
@@ -444,11 +444,6 @@ class _Example(argparse.Action):
         parser.exit()
 
 
-def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:
-    """The type in which the source gives what tells the scenario."""
-    return pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
-
-
 def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     """The configuration, of a file or of the manifest of the dataset that new rows are encoded like; and where it stands."""
     like: DatasetManifest | None = getattr(options, "like", None)
@@ -460,6 +455,11 @@ def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     if like is not None:
         config = with_files(config, options.new_files, one_split=options.one_split)
     return config, where
+
+
+def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:
+    """The type in which the source gives what tells the scenario."""
+    return pa.int64() if isinstance(next(iter(scenario.values)), int) else pa.string()
 
 
 def _key_type(key: KeyConfig) -> pa.DataType:
