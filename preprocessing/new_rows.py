@@ -25,8 +25,8 @@ _OWN = ("seed", "parity", "max_bad_rows", "duplicates")
 #: What options for new rows leave among the options of a dataset, which are recorded without them.
 ASIDE = ("like", "extend", "refit_ranges", "split_names", "one_split", "labels_optional", "new_files")
 _LIKE = (
-    "encode the rows as those of this dataset, or of this run's dataset, were encoded: vocabularies and ranges as they are there."
-    " Labels may be absent, and columns that only labels need. Options that are not given are taken from there"
+    "encode the rows as those of this dataset, or of this run's dataset, were encoded: vocabularies and ranges as they are"
+    " there. Labels may be absent, and columns that only labels need. Options that are not given are taken from there"
 )
 _EXTEND = (
     "the same, with vocabularies that grow: known values keep their ids, values that are new in train get ids behind them, and"
@@ -128,13 +128,13 @@ class NewRows:
         if self.manifest.parity or getattr(options, "parity", False):
             what = f"{self.given} is" if self.manifest.parity else "--parity asks to be"
             raise ConfigError(
-                f"{self.option}: {what} encoded as the reference benchmark does, by all rows together, and nothing can be added to"
-                " that. It is for comparing with published numbers only."
+                f"{self.option}: {what} encoded as the reference benchmark does, by all rows together, and nothing can be added"
+                " to that. It is for comparing with published numbers only."
             )
         if self.manifest.encoding is None:
             raise ConfigError(
-                f"{self.option}: {self.given} does not record its encoding: a release before made it. Make it again from its raw"
-                " files."
+                f"{self.option}: {self.given} does not record its encoding: a release before made it. Make it again from its"
+                " raw files."
             )
         out = options.out
         if any(other.resolve() == out.resolve() for other in (self.given, self.folder)):

@@ -438,6 +438,9 @@ def load_session(
     elif rows is not None:
         encoder, path = _encoder_for(folder, place(own), rows, begun), own
         otherwise.insert(0, f"dataset.path={rows}")
+    elif (place(own) / MANIFEST).is_file() or not (folder.encoder / MANIFEST).is_file():
+        folder.check_same_data(begun, place(own))
+        encoder, path = place(own), own
     else:
         encoder, path = _own_encoder(folder, place(own), begun), own
     config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"path": path})})
@@ -455,30 +458,29 @@ def _encoder_for(folder: RunFolder, own: Place, rows: Place, begun: dict[str, An
     Raises:
         DataError: it is not of the data that the run was trained on, or there is none.
     """
-    if (folder.encoder / MANIFEST).is_file():
-        check_own_encoder(folder.encoder, DatasetManifest.load(folder.encoder), begun)
-        return folder.encoder
+    kept = (folder.encoder / MANIFEST).is_file()
+    if kept and (isinstance(begun.get("data"), dict) or not (own / MANIFEST).is_file()):
+        return _own_encoder(folder, own, begun)
     manifest = DatasetManifest.load(rows)
     before = Encoding.read(begun.get("encoding"), str(folder.path))
     if before is not None and before.comparable(manifest.encoding) and "train" in manifest.splits:
-        if not encoding_differences(before, manifest, rows, scenario=True, labels=False):
+        different = encoding_differences(before, manifest, rows, scenario=True, labels=False)
+        if not different:
             return rows
     if not (own / MANIFEST).is_file():
         raise DataError(
-            f"{folder.path} keeps no encoder ({folder.encoder.name}/{MANIFEST}), as runs of a release before, and its dataset {own}"
-            " is gone: what its tables hold cannot be told. Bring the dataset back."
+            f"{folder.path} is a run of a release before: it keeps no encoder ({folder.encoder.name}/{MANIFEST}), and its"
+            f" dataset {own} is gone, so what its tables hold cannot be told. Bring the dataset back."
         )
     folder.check_same_data(begun, own)
     return own
 
 
 def _own_encoder(folder: RunFolder, dataset: Place, begun: dict[str, Any]) -> Place:
-    """The dataset of the run, or `RUN/encoder` where it is gone."""
-    if (dataset / MANIFEST).is_file() or not (folder.encoder / MANIFEST).is_file():
-        folder.check_same_data(begun, dataset)
-        return dataset
+    """`RUN/encoder`, which must be of the data of the run; says so where these are gone."""
     check_own_encoder(folder.encoder, DatasetManifest.load(folder.encoder), begun)
-    logger.info("the dataset %s is gone: what the model has to know of it is taken from %s", dataset, folder.encoder)
+    if not (dataset / MANIFEST).is_file():
+        logger.info("the dataset %s is gone: what the model has to know of it is taken from %s", dataset, folder.encoder)
     return folder.encoder
 
 

@@ -71,9 +71,8 @@ class IdCounts:
         known = ids > 0
         self._occurrences[split] += len(ids)
         self._zeros[split] += len(ids) - int(np.count_nonzero(known))
-        if split != self.base:
-            if not self.fitted and self.every == 1:
-                known[known] = self.counts[ids[known] - 1] > 0
+        if split != self.base and not self.fitted and self.every == 1:
+            known[known] = self.counts[ids[known] - 1] > 0
         self._known[split] += int(np.count_nonzero(known))
         if split != self.base:
             return

@@ -1,7 +1,7 @@
 """How rows that were encoded like others differ from the train rows of these: unseen ids, numbers outside the range, rates.
 
-All figures are in the manifest: `statistics.against_train`, counted while the rows were encoded, and what `preprocessing` keeps of
-the train rows.
+All figures are in the manifest: `statistics.against_train`, counted while the rows were encoded, and what `preprocessing`
+keeps of the train rows.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Share:
 
 HEADERS = ["feature", "split", "unseen ids", "outside range", "missing", "missing in train"]
 NOTE = (
-    "Against the train rows of the data that these are encoded like, worst first. unseen: share of the values that the vocabulary"
-    " lacks, which are unseen or were rare; outside: share of the numbers below or above the range, which are cut to it."
+    "Against the train rows of the data that these are encoded like, worst first. unseen: share of the values that the"
+    " vocabulary lacks, which are unseen or were rare; outside: share of the numbers below or above the range, which are cut to"
+    " it."
 )
 
 
@@ -83,7 +84,7 @@ def drifts(manifest: DatasetManifest) -> list[Drift]:
 
 
 def shares(manifest: DatasetManifest) -> Iterator[Share]:
-    """Of each scenario the share of the rows, of each task the rate of positive labels; nothing for data encoded by themselves."""
+    """Of scenarios the share of the rows, of tasks the rate of positive labels; nothing of data that are like no others."""
     train = manifest.preprocessing.get("new_rows", {}).get("train")
     if train is None:
         return
