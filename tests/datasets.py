@@ -95,11 +95,14 @@ def write_dataset(
     return WrittenDataset(folder, manifest, written)
 
 
-def with_vocabularies(dataset: WrittenDataset, values: dict[str, list] | None = None) -> WrittenDataset:
+def with_vocabularies(
+    dataset: WrittenDataset, values: dict[str, list] | None = None, hashed: dict[str, int] | None = None
+) -> WrittenDataset:
     """The dataset with a vocabulary for each table, or for those that are named, and a record of its encoding.
 
     Args:
         values: table -> raw values of the ids 1, 2, ...; `TABLE-ID` when absent.
+        hashed: table of hashed ids -> seed.
     """
     manifest = dataset.manifest
     if values is None:
@@ -118,6 +121,9 @@ def with_vocabularies(dataset: WrittenDataset, values: dict[str, list] | None = 
             digest = vocabulary_digest(dataset.folder / path)
             facts[table.name] = {"ids": "vocabulary", "type": kind, "entries": len(own), "digest": digest}
             table = table.model_copy(update={"vocabulary": path})
+        if table.name in (hashed or {}):
+            facts[table.name] = {"ids": "hash", "buckets": table.num_rows - 1, "hashes": 1, "seed": hashed[table.name]}
+            table = table.model_copy(update={"hash_seed": hashed[table.name]})
         tables.append(table)
     features = {f.name: {"kind": f.kind} | ({"table": f.table} if f.table else {}) for f in manifest.features}
     scenario = {"values": manifest.scenario.values} if manifest.scenario else None

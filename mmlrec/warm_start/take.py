@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 from torch import Tensor
 
-from mmlrec.config import RunConfig
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.tables import local_shards
-from mmlrec.errors import CheckpointError, StorageError, UserError
+from mmlrec.errors import CheckpointError, StorageError, UserAdvice, UserError
+from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import method, model_config
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -70,6 +71,8 @@ def take(session: Session, source: Source, into: RunFolder) -> None:
         try:
             weights = saved_tensors(whole.inside(best))
             state = {} if source.optimizer is None else saved_tensors(whole.inside(source.optimizer))
+            if checkpoint.read_state(best) != source.state:
+                error = CheckpointError(f"{best} was replaced by its run while it was read. Give the command again.")
         except (CheckpointError, StorageError) as cause:
             weights, state, error = {}, {}, cause
         world.raise_together(error)
@@ -97,34 +100,59 @@ def _take_tables(
 ) -> list[TableTaken]:
     names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
     matchings = _matchings(sorted({_table(name) for name in names}), new, old, world)
-    found: list[TableTaken] = []
+    here: list[tuple[int, bool, bool]] = []  # of each table: rows taken, whether there is state, and whether any is taken
+    error: UserError | None = None
     for name in names:
+        world.at(f"taking rows of {name}")
+        try:
+            here.append(_take_table(name, matchings[_table(name)], own, weights, state, new, old))
+        except UserError as cause:
+            error = cause
+        except OSError as cause:
+            error = CheckpointError(
+                f"table '{name}' cannot be taken from {old.folder.parent}: {cause}. Give the command again."
+            )
+        if error is not None:
+            break
+    world = world.without_limit()
+    world.raise_together(error)
+    found = []
+    for name, of_ranks in zip(names, zip(*world.gather(here), strict=True), strict=True):
         key = f"{_WEIGHTS}{name}.weight"
-        match = matchings[_table(name)]
-        if key not in weights and match.how != "not":
-            match = Matching("not", why_not="the other run has no such table")
-        states = dict(_states(name, own, state))
-        num_rows, error = 0, None
-        if match.how != "not":
-            world.at(f"taking rows of {name}")
-            try:
-                for shard, offsets in local_shards(own[key]):
-                    rows = old_rows(_table(name), match, offsets[0], offsets[0] + shard.shape[0], new, old)
-                    num_rows += int((rows >= 0).sum())
-                    _copy_rows(shard, rows, weights[key])
-                    for own_key, saved in states.items():
-                        for piece, at in local_shards(own[own_key]):
-                            if at[0] == offsets[0]:
-                                _copy_rows(piece, rows, saved)
-            except (UserError, OSError) as cause:
-                error = cause if isinstance(cause, UserError) else CheckpointError(f"table '{name}' cannot be read: {cause}.")
-        world.without_limit().raise_together(error)
-        num_rows = sum(world.gather(num_rows))
-        total, others = own[key].size()[0], weights[key].size[0] if key in weights else 0
-        with_state = any(own_key.startswith(f"{_STATE}{name}.weight.") for own_key in own)
-        of_state = "none" if not with_state else "taken" if states and num_rows else "fresh"
+        match = matchings[_table(name)] if key in weights else Matching("not", why_not="a new table")
+        num_rows, total = sum(rows for rows, _, _ in of_ranks), int(own[key].size()[0])
+        others = weights[key].size[0] if key in weights else 0
+        with_state, with_taken = (any(of[index] for of in of_ranks) for index in (1, 2))
+        of_state = "none" if not with_state else "taken" if with_taken else "fresh"
         found.append(TableTaken(name, total, num_rows, total - num_rows, others - num_rows, match.how, of_state, match.why_not))
     return found
+
+
+def _take_table(
+    name: str,
+    match: Matching,
+    own: Mapping[str, Any],
+    weights: Mapping[str, SavedTensor],
+    state: Mapping[str, SavedTensor],
+    new: Encoded,
+    old: Encoded,
+) -> tuple[int, bool, bool]:
+    """Rows that this rank takes, whether it has state for them, and whether it takes any of that."""
+    key, prefix = f"{_WEIGHTS}{name}.weight", f"{_STATE}{name}.weight."
+    of_state = [other for other in own if other.startswith(prefix) and own[other].dim() > 0]
+    if key not in weights or match.how == "not":
+        return 0, bool(of_state), False
+    same = [other for other in of_state if other in state and tuple(own[other].size())[1:] == state[other].size[1:]]
+    num_rows = 0
+    for shard, (first, *_) in local_shards(own[key]):
+        rows = old_rows(_table(name), match, first, first + shard.shape[0], new, old)
+        num_rows += int((rows >= 0).sum())
+        _copy_rows(shard, rows, weights[key])
+        for other in same:
+            for piece, (at, *_) in local_shards(own[other]):
+                if at == first:
+                    _copy_rows(piece, rows, state[other])
+    return num_rows, bool(of_state), bool(same) and num_rows > 0
 
 
 def _table(name: str) -> str:
@@ -145,16 +173,6 @@ def _matchings(names: list[str], new: Encoded, old: Encoded, world: World) -> di
     world = world.without_limit()
     world.raise_together(error)
     return {name: match for some in world.gather(found) for name, match in some.items()}
-
-
-def _states(name: str, own: Mapping[str, Any], state: Mapping[str, SavedTensor]) -> list[tuple[str, SavedTensor]]:
-    """State of a table's optimizer that has a row for each row, where the other run has the same."""
-    prefix = f"{_STATE}{name}.weight."
-    return [
-        (key, state[key])
-        for key, value in own.items()
-        if key.startswith(prefix) and key in state and value.dim() > 0 and tuple(value.size())[1:] == state[key].size[1:]
-    ]
 
 
 @torch.no_grad()
@@ -188,8 +206,7 @@ def _take_network(
     mine, theirs = session.config.model["name"], source.config.model["name"]
     if mine != theirs:
         return [], f"the method is {mine} here, {theirs} there"
-    manifest = source.encoded.manifest
-    new, old = (_known(config, of) for config, of in ((session.config, session.manifest), (source.config, manifest)))
+    new, old = _known(session.network, session.manifest), _known(_network_of(source), source.encoded.manifest)
     plans = layouts(session.network)
     chosen = {
         name: taken(plans[name], tuple(own[_NETWORK + name].shape), weights[_NETWORK + name].size, new, old)
@@ -222,10 +239,17 @@ def _of_parameter(key: str, name: str) -> bool:
     return key.startswith(f"{_NETWORK_STATE}{name}.") and "." not in key.removeprefix(f"{_NETWORK_STATE}{name}.")
 
 
-def _known(config: RunConfig, manifest: DatasetManifest) -> Known:
-    spec = build_spec(config, manifest)
-    network = method(config.model["name"])(spec, model_config(config.model, config.model_defaults, "init_from"))
-    scenarios = manifest.scenario.values if manifest.scenario and spec.num_scenarios > 1 else []
+def _network_of(source: Source) -> MultiTaskModel:
+    """The other run's network, for what it is made for."""
+    config = source.config
+    spec = build_spec(config, source.encoded.manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserAdvice)  # what there is to say of it was said to that run
+        return method(config.model["name"])(spec, model_config(config.model, config.model_defaults, str(source.folder.config)))
+
+
+def _known(network: MultiTaskModel, manifest: DatasetManifest) -> Known:
+    scenarios = manifest.scenario.values if manifest.scenario and network.spec.num_scenarios > 1 else []
     return Known.of(network, scenarios, [feature.name for feature in manifest.dense_features])
 
 
@@ -239,7 +263,7 @@ def _tell(
     weights: Mapping[str, SavedTensor],
 ) -> None:
     new, old = session.manifest, source.encoded.manifest
-    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source.config, old))}
+    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source))}
     names["scenarios"] = tuple([] if m.scenario is None else m.scenario.values for m in (new, old))  # type: ignore[assignment]
     names["features"] = tuple([feature.name for feature in m.features] for m in (new, old))  # type: ignore[assignment]
     kept = {table.table for table in tables}
@@ -307,8 +331,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _tasks(config: RunConfig, manifest: DatasetManifest) -> list[str]:
-    return list(config.dataset.tasks or [task.name for task in manifest.tasks])
+def _tasks(source: Source) -> list[str]:
+    return list(source.config.dataset.tasks or [task.name for task in source.encoded.manifest.tasks])
 
 
 def _encoded_otherwise(new: DatasetManifest, old: DatasetManifest) -> list[str]:

@@ -27,6 +27,8 @@ from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
 from mmlrec.training.run import train
 from mmlrec.training.trainer import Trainer
+from mmlrec.warm_start.source import open_source
+from mmlrec.warm_start.take import take
 
 
 def record_rows(trained: list[list[int]]) -> None:
@@ -70,12 +72,27 @@ def run(action: dict, world) -> None:
         checkpoint.save(Path(action["output"]), tensors, {}, world)
     elif kind == "steps":
         steps(action, run_dir, world)
+    elif kind == "begin":
+        begin(action, run_dir, world)
     elif kind == "copy":
         if world.is_main:
             shutil.copytree(run_dir, action["output"])
         world.barrier()
     else:
         raise ValueError(kind)
+
+
+def begin(action: dict, run_dir: Path, world) -> None:
+    """What a run that begins with another one has before its first step, as a checkpoint."""
+    config = load_config(action["config"], action["overrides"])
+    session = build_session(config, world, for_training=True)
+    folder = RunFolder(run_dir)
+    if world.is_main:
+        folder.create()
+    if config.init_from is not None:
+        take(session, open_source(config, run_dir, world), folder)
+    tensors = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
+    checkpoint.save(run_dir / "begun", tensors, {}, world)
 
 
 def steps(action: dict, folder: Path, world) -> None:
