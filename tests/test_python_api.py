@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from sklearn.metrics import roc_auc_score
@@ -239,7 +240,15 @@ def test_training_leaves_the_process_as_it_was_and_may_be_repeated(data, run):
 
     def state():
         signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-        return signals, warnings.showwarning, list(warnings.filters), list(logger.handlers), logger.propagate, logger.level
+        of_logger = list(logger.handlers), logger.propagate, logger.level
+        return (
+            signals,
+            warnings.showwarning,
+            list(warnings.filters),
+            of_logger,
+            torch.initial_seed(),
+            torch.get_rng_state().tolist(),
+        )
 
     before, seen = state(), []
     taken = threading.Thread(target=lambda: seen.append(mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)))

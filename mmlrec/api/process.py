@@ -10,19 +10,19 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 
-from mmlrec.distributed.world import World, logger, process_group
+from mmlrec.distributed.world import TALKATIVE, World, logger, process_group
 from mmlrec.errors import UserError
 
 #: One call at a time: a process has one process group.
 _ONE_AT_A_TIME = threading.Lock()
-_LIBRARIES = ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace")
 
 
 @contextlib.contextmanager
 def one_process(timeout: float, *, quiet: bool = False) -> Iterator[World]:
-    """A process group of this process alone, left at the end, with loggers, warnings and filters as they were.
+    """A process group of this process alone, left at the end, with loggers, warnings and torch's random state as they were.
 
     Calls of other threads wait for their turn.
 
@@ -63,8 +63,8 @@ def signals_to_hear() -> tuple[signal.Signals, ...]:
 def _manners() -> Iterator[None]:
     """What `process_group` sets for a process of its own is as it was afterwards."""
     handlers, propagate, level = list(logger.handlers), logger.propagate, logger.level
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    with warnings.catch_warnings():
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    with warnings.catch_warnings(), torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:
