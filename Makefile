@@ -8,8 +8,8 @@ ENVIRONMENT := $(VENV)/.installed
 DATASET := data/movielens-100k
 RESULT := runs/quickstart/result.json
 MODEL := models/quickstart
-SCORE := import mmlrec.serving; model = mmlrec.serving.load("$(MODEL)"); \
-	rows = [model.example() | {"user": user} for user in (1, 2, 3)]; print(*model.score(rows), sep="\n")
+SCORE := from mmlrec.serving import load; model = load("$(MODEL)"); \
+	print(*model.score([model.example() | {"user": user} for user in (1, 2, 3)]), sep="\n")
 CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 
 .NOTPARALLEL:
