@@ -58,6 +58,10 @@ class AgainstTrain:
             for what, of_split in found.items():
                 self._counts[what][index] += np.bincount(of_split, minlength=len(self._splits))
 
+    def blank(self) -> AgainstTrain:
+        """One that has counted nothing yet, for some of the rows."""
+        return AgainstTrain(self._features, self._splits, self._given)
+
     def merge(self, other: AgainstTrain) -> None:
         """Add what another one has counted."""
         for what, counts in self._counts.items():

@@ -224,7 +224,7 @@ class Encoder:
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
-        for feature in self.fitted:
+        for feature in self.fitted if self.grows else ():
             column = rows.column(feature.name)
             self._counters[feature.table].add(column.flatten() if feature.kind == "multi" else column)
         self.fit_numbers(rows)

@@ -234,8 +234,7 @@ class Passes:
         plan = BucketPlan(placement.borders, part_rows, bucket_rows)
         sorter: BucketSort | None = None
         lock = Lock()
-        features = self._dataset.features
-        against = AgainstTrain(features, placement.names, self._given) if self._given else None
+        against = AgainstTrain(self._dataset.features, placement.names, self._given) if self._given else None
 
         def scatter(unit: _Unit) -> tuple[int, list[tuple[int, pa.Buffer]]]:
             nonlocal sorter
@@ -245,8 +244,8 @@ class Passes:
             with lock:
                 sorter = sorter or BucketSort(self._scratch, encoded.schema, plan)
             positions = np.fromfile(self._positions, np.int64, encoded.num_rows, offset=8 * unit.start)
-            if self._given is not None and against is not None:
-                counted, start = AgainstTrain(features, placement.names, self._given), 0
+            if against is not None:
+                counted, start = against.blank(), 0
                 for block, batch in zip(blocks, batches, strict=True):
                     splits = placement.splits(positions[start : start + batch.num_rows])
                     counted.add(block.rows, batch, splits)

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
@@ -120,8 +121,8 @@ def build(
         job = _Job(context, dataset, raw, seed, parity, fitted)
         rows = job.read()
         placed = job.place(rows)
-        encoder, statistics = job.fit(rows, placed)
-        statistics["duplicates"] = job.copies(rows, placed).statistics(dataset.duplicates)
+        encoder, statistics, against_train = job.fit(rows, placed)
+        statistics |= {"duplicates": job.copies(rows, placed).statistics(dataset.duplicates)} | against_train
         written = job.write(rows, placed, encoder, folder)
         shutil.rmtree(raw.scratch)
         return complete(dataset, raw, folder, encoder, written, statistics, parity, options)
@@ -203,14 +204,14 @@ class _Job:
         self._placement.close(self._dataset.name)
         return _Placed(self._placement, list(before[:-1]))
 
-    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any]]:
-        """The encoder, fitted on the train rows; and counts of groups and of missing values."""
-        shared, parity, fitted = self._shared, self._parity, self._fitted
-        fit_end, names = placed.placement.fit_end(parity), placed.placement.names
-        known = self._known()
+    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
+        """The encoder, fitted on the train rows; counts of groups and missing values; and of what is given and does not fit."""
+        fit_end, known = placed.placement.fit_end(self._parity), self._known()
+        encoder, groups, missing, against = blank = self._counters(placed.placement.names)
+        shared = self._context.broadcast(blank)
 
         def count(pieces: Iterable[PieceRows]) -> Iterator[tuple[int, Any]]:
-            encoder, groups, missing, against = _counters(shared.value, parity, names, fitted)
+            encoder, groups, missing, against = deepcopy(shared.value)
             for piece in pieces:
                 for batch, positions in piece.positions(placed.placement, placed.before[piece.index]):
                     splits = placed.placement.splits(positions)
@@ -221,7 +222,6 @@ class _Job:
                         each.add(batch, known.value.encode(batch), splits)
             yield from enumerate([*encoder.counters(), *groups.counters.values(), missing, *against])
 
-        encoder, groups, missing, against = _counters(self._dataset, parity, names, fitted)
         counters = [*encoder.counters(), *groups.counters.values(), missing, *against]
         with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
             num_tasks = min(len(counters), 4 * self._context.defaultParallelism)
@@ -230,8 +230,13 @@ class _Job:
                 counters[index].merge(counter)
             done.update(placed.placement.num_rows)
         encoder.freeze()
-        statistics = groups.statistics() | missing.statistics()
-        return encoder, statistics | (against[0].statistics() if against else {})
+        return encoder, groups.statistics() | missing.statistics(), against[0].statistics() if against else {}
+
+    def _counters(self, splits: tuple[str, ...]) -> tuple[Encoder, MergedGroups, MissingCounter, list[AgainstTrain]]:
+        """What counts, of a task or of all; the last one where there is something given."""
+        dataset, fitted = self._dataset, self._fitted
+        encoder, missing = Encoder(dataset.features, self._parity, fitted), MissingCounter(dataset.features, splits)
+        return encoder, MergedGroups(dataset), missing, [AgainstTrain(dataset.features, splits, fitted)] if fitted else []
 
     def _known(self) -> Any:
         """The encoder of what is given, before anything grows, as the tasks have it; None where nothing is given."""
@@ -352,14 +357,6 @@ class _Job:
         """Items in tasks: one each, or several where there are very many."""
         num_tasks = max(4 * self._context.defaultParallelism, len(items) // 8)
         return self._context.parallelize(items, max(min(num_tasks, len(items)), 1))
-
-
-def _counters(
-    dataset: Dataset, parity: bool, splits: tuple[str, ...], fitted: Fitted | None
-) -> tuple[Encoder, MergedGroups, MissingCounter, list[AgainstTrain]]:
-    """Of a task, or of all; the last one where there is something given."""
-    encoder, missing = Encoder(dataset.features, parity, fitted), MissingCounter(dataset.features, splits)
-    return encoder, MergedGroups(dataset), missing, [AgainstTrain(dataset.features, splits, fitted)] if fitted else []
 
 
 def _merged(counter: Any, other: Any) -> Any:

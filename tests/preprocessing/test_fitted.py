@@ -350,3 +350,10 @@ def test_damaged_vocabularies_and_folders_without_a_record_are_refused(days, tmp
     with pytest.raises(DataError, match="is not a dataset"):
         Fitted.of(tmp_path / "none", grows=False, refit_ranges=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_row_at_all(days, tmp_path, monkeypatch):
+    monkeypatch.setattr(Log, "batches", lambda self, raw: iter(()))
+    with pytest.raises(DataError, match="log: there is no row for later"):
+        make(days / "raw-2", tmp_path / "out", Log(split=OneSplit("later")), days / "one")
+    assert not (tmp_path / "out").exists()
