@@ -62,10 +62,10 @@ RULES = {
         *("torch", "torchrec", "tensorboard", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),
         *("mmlrec.evaluation", "mmlrec.warm_start", "mmlrec.data", "mmlrec.embeddings", "mmlrec.metrics", "mmlrec.models.base"),
     ),
-    "mmlrec.serving": ("torch", "mmlrec.encoding"),
+    "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
     "mmlrec.export": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
-        *("mmlrec.models.base", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
     ),
     "mmlrec.api": (
         *("torch", "torchrec.sparse", "preprocessing", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),

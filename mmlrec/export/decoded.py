@@ -91,6 +91,6 @@ def _compare(name: str, before: tuple[IntArray, IntArray], after: tuple[IntArray
         expected, found = (ids[offsets[row] : offsets[row + 1]].tolist() for ids, offsets in (before, after))
         if expected != found:
             raise DataError(
-                f"the encoder of the exported model gives '{name}' of row {row} the ids {found} instead of {expected}: a fault of"
-                " the export, or vocabularies of the run that have been changed."
+                f"the encoder of the exported model gives '{name}' of row {row} the ids {found} instead of {expected}: a fault"
+                " of the export, or vocabularies of the run that have been changed."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
@@ -106,7 +105,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     manifest = session.manifest if asked.dataset is None else DatasetManifest.load(dataset)
     with new_local_folder(asked.out, "model") as folder:
         scorer = Scorer(copy.deepcopy(session.network).cpu(), session.scales)
-        save_network(export_network(scorer), folder / f"network.{asked.kind}", asked.kind)
+        save_network(export_network(scorer, asked.kind), folder / f"network.{asked.kind}", asked.kind)
         encoder = Encoder.load(session.encoder)
         encoder.save(folder / "encoder")
         stored = _write_tables(asked, loaded, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mmlrec.errors import UserError
+from mmlrec.layers.scenario import dense_dispatch
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.models.base.model import MultiTaskModel
 
@@ -102,11 +104,14 @@ class Scorer(nn.Module):
         return (ratio.clamp(max=1 - 1e-7) if network.conditional else ratio).float()
 
 
-def export_network(scorer: Scorer) -> ExportedProgram:
-    """The graph of a network, with its weights: one for batches of any size."""
+def export_network(scorer: Scorer, kind: Format) -> ExportedProgram:
+    """The graph of a network, with its weights: one for batches of any size.
+
+    Rows of many scenarios are grouped by an operator of our own; in ONNX, which has none, all scenarios are computed.
+    """
     batch = Dim("batch")
     # More than 2 rows, or than there are scenarios: a number of the example must not be taken for another one of the network.
-    with torch.no_grad():
+    with torch.no_grad(), dense_dispatch() if kind == "onnx" else nullcontext():
         return torch.export.export(scorer, scorer.example(11), dynamic_shapes={"x": {0: batch}, "scenario": {0: batch}})
 
 

@@ -25,8 +25,9 @@ from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
 
-#: Largest difference of a score that float32 arithmetic in another order explains, relative to the scale of the scores: 1 for
-#: probabilities, or their largest where that is more; the deviation of the labels of a regression task, likewise.
+#: Largest difference of a score that float32 arithmetic in another order explains, relative to the scale of its scores. That is
+#: 1 for probabilities; of a regression task the deviation of its labels, or its largest value where that is more. Of cvr, a
+#: ratio r of probabilities with logits a and b, it is the largest r (|a| + |b|), by which the rounding of logits grows, if above 1.
 TOLERANCE = 1e-6
 _BATCH_ROWS = 1 << 14
 #: Rows that are decoded and encoded again: they lie shuffled on disk.
@@ -84,8 +85,11 @@ def compare(
         known = ~np.isnan(ours)
         if (np.isnan(exported) == known).any():
             raise DataError(f"score.{name}: the exported model does not score the rows that the run's model scores.")
+        grown = np.abs(ours[known])
+        if name == "cvr" and name not in kinds:
+            grown = grown * np.abs(rows.logits[:, [session.network.chain[0], session.network.chain[-1]]]).sum(axis=1)
         least = session.scales.get(name, (0.0, 1.0))[1] if kinds.get(name) == "regression" else 1.0
-        scale = max(least, float(np.abs(ours[known]).max(initial=0.0)))
+        scale = max(least, float(grown.max(initial=0.0)))
         largest = float(np.abs(ours[known].astype(np.float64) - exported[known]).max(initial=0.0))
         differences[name] = {"largest_difference": largest, "scale": scale}
     return {

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+_DENSE: ContextVar[bool] = ContextVar("dense", default=False)
+
+
+@contextmanager
+def dense_dispatch() -> Iterator[None]:
+    """Within it every `Dispatch` is dense: for graphs of operators that others know, too, such as ONNX."""
+    before = _DENSE.set(True)
+    try:
+        yield
+    finally:
+        _DENSE.reset(before)
 
 
 class Dispatch:
@@ -22,12 +37,11 @@ class Dispatch:
     Args:
         scenario: [B] int64 in 0..S-1.
         num_scenarios: S.
-        grouped: choose the strategy; `prefers_grouped` knows which is faster. Exported graphs have the dense one.
+        grouped: choose the strategy; `prefers_grouped` knows which is faster. Within `dense_dispatch` it is always the dense one.
     """
 
     def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
-        # Sorting has no place in an exported graph: one for all batches, ONNX among its forms.
-        self.num_scenarios, self.grouped = num_scenarios, grouped and not torch.compiler.is_exporting()
+        self.num_scenarios, self.grouped = num_scenarios, grouped and not _DENSE.get()
         self.scenario = scenario
         if self.grouped:
             self.scenario, self.order = torch.sort(scenario, stable=True)
@@ -65,6 +79,9 @@ class Dispatch:
         """
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x = x.to(kind)
+        if self.grouped and torch.compiler.is_exporting():
+            own: Tensor = torch.ops.mmlrec.scenario_linear(x, self.ends, weight, bias, shared)
+            return own
         if self.grouped and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _Grouped.apply(x, self.ends, weight, bias, shared)
         weight = (weight if shared is None else weight * shared).to(kind)
@@ -114,16 +131,8 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, shared: Tensor | None) -> Tensor:
         """Arguments as for `linear`; `ends` [S]: where the rows of each scenario end."""
-        y = x.new_empty(*x.shape[:2], weight.shape[2])
-        ctx.sizes = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        rows, outputs = _parts(x, ctx.sizes), _parts(y, ctx.sizes)
-        biases = () if bias is None else bias.to(x.dtype).unbind()
-        for members, own in _cached(weight):
-            for member, product in zip(members, _product(own, shared, x.dtype), strict=True):
-                if biases:
-                    torch.addmm(biases[member], rows[member], product, out=outputs[member])
-                else:
-                    torch.mm(rows[member], product, out=outputs[member])
+        ctx.sizes = _sizes(ends)
+        y = _grouped_linear(x, ctx.sizes, weight, bias, shared)
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x, ends, weight, shared)
         return y
@@ -158,6 +167,44 @@ class _Grouped(torch.autograd.Function):
             elif at_products is not at_weights:
                 at_weights.copy_(at_products)
         return grad_x, None, grad_weight, grad_bias if ctx.has_bias else None, grad_shared
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    """Rows of each scenario, from where they end."""
+    return list(torch.diff(ends, prepend=ends.new_zeros(1)).tolist())
+
+
+def _grouped_linear(x: Tensor, sizes: list[int], weight: Tensor, bias: Tensor | None, shared: Tensor | None) -> Tensor:
+    y = x.new_empty(*x.shape[:2], weight.shape[2])
+    rows, outputs = _parts(x, sizes), _parts(y, sizes)
+    biases = () if bias is None else bias.to(x.dtype).unbind()
+    for members, own in _cached(weight):
+        if not any(sizes[member % len(sizes)] for member in members):  # of few rows most scenarios have none
+            continue
+        for member, product in zip(members, _product(own, shared, x.dtype), strict=True):
+            if not sizes[member % len(sizes)]:
+                continue
+            if biases:
+                torch.addmm(biases[member], rows[member], product, out=outputs[member])
+            else:
+                torch.mm(rows[member], product, out=outputs[member])
+    return y
+
+
+# The same as one operator of exported graphs: sizes of groups are no shapes there. Who loads such a graph imports this file.
+torch.library.define(
+    "mmlrec::scenario_linear", "(Tensor x, Tensor ends, Tensor weight, Tensor? bias, Tensor? shared) -> Tensor"
+)
+
+
+@torch.library.impl("mmlrec::scenario_linear", "CompositeExplicitAutograd")
+def _scenario_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, shared: Tensor | None) -> Tensor:
+    return _grouped_linear(x, _sizes(ends), weight, bias, shared)
+
+
+@torch.library.register_fake("mmlrec::scenario_linear")
+def _like_scenario_linear(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, shared: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.shape[2])
 
 
 def _cached(weight: Tensor) -> Iterator[tuple[range, Tensor]]:

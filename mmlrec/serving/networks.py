@@ -43,6 +43,8 @@ def open_network(folder: Path, card: dict[str, Any], threads: int | None) -> Net
 def _torch_network(path: Path, threads: int | None) -> Network:
     import torch.export  # a second of imports that ONNX folders do without
 
+    import mmlrec.layers.scenario  # noqa: F401  (an operator of our own, which graphs with many scenarios have)
+
     if threads is not None:
         torch.set_num_threads(threads)
     module = torch.export.load(path).module()
