@@ -1,7 +1,7 @@
 """The TorchX components: `torchx run -s local_cwd apps/components.py:train --preset local --config FILE`.
 
-Also registered as `mmlrec.train`, `mmlrec.evaluate`, `mmlrec.predict` and `mmlrec.preprocess`. TorchX reads a function's
-signature and docstring for its `--help`, and wants it defined in this very file.
+Also registered as `mmlrec.train`, `mmlrec.days`, `mmlrec.evaluate`, `mmlrec.predict` and `mmlrec.preprocess`. TorchX reads a
+function's signature and docstring for its `--help`, and wants it defined in this very file.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from torchx import specs
 
 from mmlrec.errors import UserError
 from mmlrec.launch.presets import Preset, load_preset
-from mmlrec.launch.spec import evaluate_app, predict_app, preprocess_app, train_app
+from mmlrec.launch.spec import days_app, evaluate_app, predict_app, preprocess_app, train_app
 from mmlrec.terminal import plain
 
 
@@ -41,6 +41,45 @@ def train(
     with _told():
         shape = _shape(preset, nodes, nproc, image)
         return train_app(shape, config=config, overrides=list(overrides), run_dir=run_dir, imports=_modules(imports))
+
+
+def days(
+    *overrides: str,
+    config: str,
+    days: str,
+    run_dir: str,
+    forget_after: int = 0,
+    preset: str = "local",
+    nodes: str = "",
+    nproc: int = 0,
+    image: str = "",
+    imports: str = "",
+) -> specs.AppDef:
+    """Measure each day's model on the next day, then train it on that day, with torchrun.
+
+    Args:
+        overrides: key.path=value changes of the config, for each day, such as training.epochs=1
+        config: training config, relative to the current folder, or the name of a shipped one
+        days: pattern of the days' dataset folders, such as data/day-*
+        run_dir: folder for a run folder of each day; one that was begun goes on
+        forget_after: days without a value in train after which its rows start afresh; 0: they stay
+        preset: name of a preset in torchx.yaml
+        nodes: number of nodes, or least:most such as 1:4; the preset's unless given
+        nproc: processes on each node; 0 takes the preset's
+        image: container image; the preset's unless given
+        imports: modules with a method or strategy that is not part of mmlrec, separated by commas
+    """
+    with _told():
+        shape = _shape(preset, nodes, nproc, image)
+        return days_app(
+            shape,
+            config=config,
+            days=days,
+            run_dir=run_dir,
+            overrides=list(overrides),
+            forget_after=forget_after or None,
+            imports=_modules(imports),
+        )
 
 
 def evaluate(

@@ -44,7 +44,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         prog="python -m apps.launch", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dryrun", action="store_true", help="print what the scheduler would be given, and stop")
-    parser.add_argument("component", choices=["train", "evaluate", "predict", "preprocess"])
+    parser.add_argument("component", choices=["train", "days", "evaluate", "predict", "preprocess"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the component; --preset NAME among them")
     own = parser.parse_args()
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -94,7 +94,7 @@ def _stop_before_time_limit(component: str, request: object, preset: Preset) -> 
 
     TorchX has no option for it. Slurm may ask up to a minute earlier.
     """
-    if component == "train" and isinstance(request, SlurmBatchRequest) and preset.max_retries:
+    if component in ("train", "days") and isinstance(request, SlurmBatchRequest) and preset.max_retries:
         for replica in request.replicas.values():
             replica.sbatch_opts["signal"] = f"USR1@{preset.shutdown_timeout + _TO_START_AGAIN}"
 

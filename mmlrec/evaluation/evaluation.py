@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from mmlrec.data.reader import Reader
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, UserError, did_you_mean
-from mmlrec.metrics.gather import PredictionRows, gather_rows
+from mmlrec.metrics.gather import PredictionRows, gather_rows, joined
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
@@ -116,28 +116,42 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
 def evaluate_split(
     session: Session, split: str, stop: StopSignal | None = None, dataset: Place | None = None
 ) -> dict[str, Any]:
-    """The task x scenario report of a split, on every rank.
+    """The task x scenario report of a split, on every rank. Arguments and errors as of `evaluate_splits`."""
+    return evaluate_splits(session, [split], stop, dataset)[0]
+
+
+def evaluate_splits(
+    session: Session, splits: Sequence[str], stop: StopSignal | None = None, dataset: Place | None = None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The task x scenario report of the rows of some splits together; feature -> ids read as unseen. On every rank.
 
     Args:
         dataset: holds the rows, where they are not those that the run was trained on; encoded like these.
 
     Raises:
-        DataError: the split is empty or damaged, or a score is not finite.
+        DataError: a split is empty or damaged, or a score is not finite.
         Interrupted: a signal asked to stop.
     """
-    reader = session.reader(split, dataset)
-    title = f"evaluating {split}"
-    rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+    found: list[PredictionRows] = []
+    unseen: dict[str, int] = {}
+    for split in splits:
+        reader = session.reader(split, dataset)
+        title = f"evaluating {split}"
+        of_split = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
+        found += [] if of_split is None else [of_split]
+        for feature, count in unseen_ids(session, reader).items():
+            unseen[feature] = unseen.get(feature, 0) + count
+    named = " and ".join(splits)
     if not session.check_parts(stop) and stop is not None:
-        raise stopped(stop, title)
-    tell_unseen(session, reader, dataset or session.encoder)
+        raise stopped(stop, f"evaluating {named}")
+    tell_unseen(unseen, dataset or session.encoder)
     report, error = None, None
-    session.world.at(f"computing the metrics of {split}")
-    if rows is not None:
+    session.world.at(f"computing the metrics of {named}")
+    if found:
         try:
             network = session.network
             report = build_report(
-                rows,
+                joined(found),
                 tasks=session.spec.tasks,
                 scenario=session.manifest.scenario,
                 chain=network.chain,
@@ -151,7 +165,7 @@ def evaluate_split(
     session.world.raise_together(error)
     result = session.world.from_main(report)
     assert isinstance(result, dict)
-    return result
+    return result, unseen
 
 
 def choose_split(manifest: DatasetManifest, folder: Place, asked: str | None) -> str:
@@ -172,14 +186,19 @@ def choose_split(manifest: DatasetManifest, folder: Place, asked: str | None) ->
     return next(iter(manifest.splits))
 
 
-def tell_unseen(session: Session, reader: Reader, dataset: Place) -> None:
-    """On all ranks, after a pass: how many ids were read as 0 because they are behind the vocabularies of the run."""
+def unseen_ids(session: Session, reader: Reader) -> dict[str, int]:
+    """On all ranks, after a pass: feature -> ids that were read as 0 because they are behind the vocabularies of the run."""
     totals: dict[str, int] = {}
     for of_rank in session.world.gather(reader.beyond):
         for feature, count in of_rank.items():
             totals[feature] = totals.get(feature, 0) + count
-    if totals:
-        told = ", ".join(f"{feature} {count:,}" for feature, count in totals.items())
+    return totals
+
+
+def tell_unseen(unseen: Mapping[str, int], dataset: Place) -> None:
+    """Log what `unseen_ids` found in a dataset."""
+    if unseen:
+        told = ", ".join(f"{feature} {count:,}" for feature, count in unseen.items())
         logger.info("%s: ids that the run has no rows for, read as 0 (unseen): %s", dataset, told)
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, StorageError, UserError
-from mmlrec.evaluation.evaluation import predict_split, stopped, tell_unseen
+from mmlrec.evaluation.evaluation import predict_split, stopped, tell_unseen, unseen_ids
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
@@ -49,7 +49,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
-    tell_unseen(session, reader, dataset)
+    tell_unseen(unseen_ids(session, reader), dataset)
     error: UserError | None = None
     if rows is not None:
         try:

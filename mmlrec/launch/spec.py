@@ -57,20 +57,50 @@ def train_app(
         UserError: a module of `imports` cannot be used, or a path is an address that cannot be used.
     """
     _check_paths(preset, read=[config], written=[run_dir or "runs"])
-    import_modules(imports)
-    # What lies on a mount of the job is not necessarily here.
-    if not (preset.image and PurePosixPath(config).is_absolute() and not Path(config).exists()):
-        if not config_file(config).is_file():
-            raise ConfigError(
-                f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}."
-            )
-        load(config, overrides)
+    _check_config(preset, config, overrides, imports)
     script = [*_imports(imports), "--config", config]
     if run_dir is not None:
         script += ["--run-dir", run_dir]
     path = Path(config)
     name = job_name(path.parent.name, path.stem)
     return _app(preset, name, torchrun(preset, name, "apps.train", [*script, *overrides], python))
+
+
+def days_app(
+    preset: Preset,
+    *,
+    config: str,
+    days: str,
+    run_dir: str,
+    overrides: list[str],
+    forget_after: int | None = None,
+    imports: Sequence[str] = (),
+    python: str | None = None,
+) -> specs.AppDef:
+    """The job that runs `apps.days` under torchrun. Arguments and errors as of `train_app`.
+
+    Args:
+        days: pattern of the days' dataset folders.
+        forget_after: days without a value after which its rows start afresh; None: they stay.
+    """
+    _check_paths(preset, read=[config, days.rpartition("/")[0] or "."], written=[run_dir])
+    _check_config(preset, config, overrides, imports)
+    script = [*_imports(imports), "--config", config, "--days", days, "--run-dir", run_dir]
+    if forget_after is not None:
+        script += ["--forget-after", str(forget_after)]
+    name = job_name("days", Path(config).stem)
+    return _app(preset, name, torchrun(preset, name, "apps.days", [*script, *overrides], python))
+
+
+def _check_config(preset: Preset, config: str, overrides: list[str], imports: Sequence[str]) -> None:
+    """Refuse here what the job would refuse; what lies on a mount of the job is not necessarily here."""
+    import_modules(imports)
+    if not (preset.image and PurePosixPath(config).is_absolute() and not Path(config).exists()):
+        if not config_file(config).is_file():
+            raise ConfigError(
+                f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}."
+            )
+        load(config, overrides)
 
 
 def evaluate_app(

@@ -59,6 +59,13 @@ class PredictionRows:
         return cls(rows(logits.float()), rows(labels), rows(mask > 0), rows(scenario), rows(weight), rows(group), rows(row))
 
 
+def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
+    """The rows of all parts, one part behind the other; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    return PredictionRows(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PredictionRows)})
+
+
 def gather_rows(
     collected: Sequence[PredictionRows], *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
 ) -> PredictionRows | None:
@@ -74,7 +81,7 @@ def gather_rows(
     Raises:
         DataError: on rank 0, when a row comes twice: the readers of the ranks did not share one order.
     """
-    own = {f.name: np.concatenate([getattr(rows, f.name) for rows in collected]) for f in fields(PredictionRows)}
+    own: dict[str, npt.NDArray[Any]] = vars(joined(collected))
     if world_size > 1:
         counts = [0] * world_size
         dist.all_gather_object(counts, len(own["row"]), group=group)

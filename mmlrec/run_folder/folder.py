@@ -273,15 +273,16 @@ def data_state(manifest: DatasetManifest) -> dict[str, Any]:
     return {"dataset": parts_digest(manifest), "data": data_facts(manifest), "encoding": encoding}
 
 
-def write_atomically(path: Place, text: str) -> None:
-    """Write a small text file so that readers see the old or the new content, never a part, whoever else writes it, too."""
+def write_atomically(path: Place, content: str | bytes) -> None:
+    """Write a small file so that readers see the old or the new content, never a part, whoever else writes it, too."""
+    data = content.encode() if isinstance(content, str) else content
     if not isinstance(path, Path):
-        path.write_text(text, encoding="utf-8")  # as every put
+        path.write_bytes(data)  # as every put
         return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -6,9 +6,12 @@ import hashlib
 import json
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmlrec.config import ALIASES, RunConfig, load_config
 from mmlrec.distributed.stopping import SIGNALS, StopSignal
@@ -89,6 +92,7 @@ def train(
     from_step: int | None = None,
     source: str = "config",
     profiled: tuple[int, int] | None = None,
+    forgotten: Mapping[str, NDArray[np.int64]] | None = None,
     signals: Sequence[signal.Signals] = SIGNALS,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
@@ -100,6 +104,7 @@ def train(
             again, with the same configuration, the run goes on from its newest checkpoint.
         source: config file, for messages.
         profiled: first and last step of a profile, see `Profile`.
+        forgotten: table -> rows that a run with `init_from` begins with as new ones, though the other run has them.
         signals: that end the run between two steps, see `StopSignal`.
 
     Returns:
@@ -121,6 +126,7 @@ def train(
             from_step=from_step,
             source=source,
             profiled=profiled,
+            forgotten=forgotten,
             signals=signals,
         )
 
@@ -135,6 +141,7 @@ def _train(
     from_step: int | None,
     source: str,
     profiled: tuple[int, int] | None,
+    forgotten: Mapping[str, NDArray[np.int64]] | None,
     signals: Sequence[signal.Signals],
 ) -> dict[str, Any]:
     run_dir = folder.path
@@ -180,7 +187,7 @@ def _train(
     _create(folder, world)
     with log_file(folder.log_of(world.rank), world):
         if first is not None:
-            take(session, first, folder)
+            take(session, first, folder, forgotten)
         if restart:
             checkpoint.discard(folder.checkpoints, world, trainer.saver.delete)
         if found is not None:

@@ -63,7 +63,7 @@ def open_source(config: RunConfig, run_dir: Place, world: World) -> Source:
     world.at(f"checking the checkpoints of {there}")
     checkpoint.verify(folder.best, world)
     state = checkpoint.read_state(folder.best)
-    return Source(folder, before, _encoded(folder, before, state), state, _with_optimizer(folder, int(state["step"]), world))
+    return Source(folder, before, _encoded(folder, before, state), state, _with_optimizer(folder, world))
 
 
 def _encoded(folder: RunFolder, config: RunConfig, state: dict[str, Any]) -> Encoded:
@@ -78,15 +78,18 @@ def _encoded(folder: RunFolder, config: RunConfig, state: dict[str, Any]) -> Enc
             f"init_from: {folder.path} has no {folder.encoder.name}/ (an earlier release has written it), and its dataset"
             f" {dataset} is gone, so nothing says which row stands for which value. Bring the dataset back."
         )
-    folder.check_same_data(state, config)
+    folder.check_same_data(state, dataset)
     return Encoded(DatasetManifest.load(dataset), dataset)
 
 
-def _with_optimizer(folder: RunFolder, step: int, world: World) -> Place | None:
-    """The whole checkpoint with the optimizers' state: that of the step of the best, else the newest."""
+def _with_optimizer(folder: RunFolder, world: World) -> Place | None:
+    """The whole checkpoint with the optimizers' state: the newest.
+
+    Not that of the step of the best, which is there or not by when the run was interrupted: a run that begins with one that was
+    is the same to the bit as with one that was not.
+    """
     found = checkpoint.with_state(folder.checkpoints) if world.is_main else []
-    order = sorted(found, key=lambda path: (checkpoint.step_of(path) == step, checkpoint.step_of(path)), reverse=True)
-    names = world.from_main([path.name for path in order])
+    names = world.from_main([path.name for path in reversed(found)])
     assert isinstance(names, list)
     for name in names:
         reason = whole.damage(folder.checkpoints / name, world)

@@ -54,10 +54,13 @@ class TableTaken:
     note: str
 
 
-def take(session: Session, source: Source, into: RunFolder) -> None:
+def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[str, NDArray[np.int64]] | None = None) -> None:
     """Fill weights and optimizer state of a session that has just been built; all ranks call it together.
 
     Each rank reads what its own shards need. It is told in the log, and written as `RUN/init_from.json`.
+
+    Args:
+        forgotten: table -> rows, of this run, that are not taken.
 
     Raises:
         UserError: a checkpoint is damaged or was replaced meanwhile, or a vocabulary is missing or damaged.
@@ -79,7 +82,7 @@ def take(session: Session, source: Source, into: RunFolder) -> None:
         world.raise_together(error)
         own = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
         new = Encoded(session.manifest, session.encoder)
-        tables = _take_tables(own, weights, state, new, source.encoded, world)
+        tables = _take_tables(own, weights, state, new, source.encoded, forgotten or {}, world)
         try:
             parameters, network = _take_network(session, own, weights, state, source)
         except (CheckpointError, StorageError) as cause:
@@ -97,6 +100,7 @@ def _take_tables(
     state: Mapping[str, SavedTensor],
     new: Encoded,
     old: Encoded,
+    forgotten: Mapping[str, NDArray[np.int64]],
     world: World,
 ) -> list[TableTaken]:
     names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
@@ -106,7 +110,8 @@ def _take_tables(
     for name in names:
         world.at(f"taking rows of {name}")
         try:
-            here.append(_take_table(name, matchings[_table(name)], own, weights, state, new, old))
+            gone = forgotten.get(_table(name), np.empty(0, np.int64))
+            here.append(_take_table(name, matchings[_table(name)], own, weights, state, new, old, gone))
         except UserError as cause:
             error = cause
         except OSError as cause:
@@ -137,8 +142,13 @@ def _take_table(
     state: Mapping[str, SavedTensor],
     new: Encoded,
     old: Encoded,
+    forgotten: NDArray[np.int64],
 ) -> tuple[int, bool, bool]:
-    """Rows that this rank takes, whether it has state for them, and whether it takes any of that."""
+    """Rows that this rank takes, whether it has state for them, and whether it takes any of that.
+
+    Args:
+        forgotten: rows of this run's table that are not taken.
+    """
     key, prefix = f"{_WEIGHTS}{name}.weight", f"{_STATE}{name}.weight."
     of_state = [other for other in own if other.startswith(prefix) and own[other].dim() > 0]
     if key not in weights or match.how == "not":
@@ -147,6 +157,7 @@ def _take_table(
     num_rows = 0
     for shard, (first, *_) in local_shards(own[key]):
         rows = old_rows(_table(name), match, first, first + shard.shape[0], new, old)
+        rows[forgotten[(forgotten >= first) & (forgotten < first + len(rows))] - first] = -1
         num_rows += int((rows >= 0).sum())
         _copy_rows(shard, rows, weights[key])
         for other in same:

@@ -7,6 +7,11 @@ A row has a scenario s, ids i_f and numbers x_d. The score of task t is
 and its label is Bernoulli(sigmoid(score_t)). The effect e_t(f, i) of an id has mean 0 and variance 1 over the ids and comes
 from a hash of (seed, feature, id), so that a billion ids cost no memory. A multi-valued feature contributes the mean over its
 list. g[s, f] says how much a scenario heeds a feature. Effects of neighbouring tasks have correlation `--conflict`.
+
+With `--day K --drift X` it is the K-th day of a log that drifts. Each day a share X of the ids of each feature, frequent and
+rare ones alike, gives way to ids that were never seen before: rank r has the id r + num_ids * (how often it has changed). And
+effects move: e on day K is (1 - X) e on day K - 1 + sqrt(1 - (1 - X)^2) times a fresh draw, so that its variance stays 1 and
+days that lie d apart have correlation (1 - X)^d. Ids then have vocabularies, to be extended from day to day.
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ from mmlrec.errors import ConfigError
 from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
 from preprocessing.dataset import Column, Dataset, dense, multi, natural, sparse
-from preprocessing.reading.raw_files import RawFolder
+from preprocessing.reading.raw_files import RawFolder, RowFiles
 from preprocessing.rows.zipf import Zipf
-from preprocessing.split_rules import InOrder, OneSplit
+from preprocessing.split_rules import InOrder, RandomSplit, SplitRule
 from preprocessing.writing.permutation import split_ends
 
 CHUNK_ROWS = 1 << 16
@@ -35,6 +40,8 @@ _THREADS = 2
 _AUC_ROWS = 1_000_000
 _HEAD_IDS = 4096  # effects of the most frequent ids are kept; the others are hashed when drawn
 _SPARSE_SCALE, _DENSE_SCALE = 1.2, 0.6  # standard deviation of the score's parts
+_DRIFT = 0.1  # unless told
+_DAY_STEP = 1 << 40  # from the numbers of chunks and features of one day to those of the next
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -45,11 +52,13 @@ class Synthetic(Dataset):
 
     name = "synthetic"
     summary = "generated tasks x scenarios, any number of rows and ids, with the best possible AUC known"
-    split = InOrder()
+    split: SplitRule = InOrder()
     examples = """examples:
   python -m preprocessing synthetic --rows 1e6 --tasks 2 --scenarios 3 --out data/synthetic
   python -m preprocessing synthetic --rows 1e7 --sparse-features 26 --num-ids 10:1e8 --dense-features 13 --out data/large
   python -m preprocessing synthetic --rows 1e5 --num-ids 1000,500,20 --sparse-features 3 --conflict -0.8 --out data/conflict
+  python -m preprocessing synthetic --rows 1e5 --day 1 --drift 0.1 --out data/day-01
+  python -m preprocessing synthetic --day 2 --extend data/day-01 --out data/day-02
 """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -57,6 +66,15 @@ class Synthetic(Dataset):
             raise ConfigError(f"--conflict must lie in -1..1, found {options.conflict}.")
         if not 0 <= options.multi_length <= 10_000:
             raise ConfigError(f"--multi-length must lie in 0..10000, found {options.multi_length}.")
+        if hasattr(options, "drift") and not hasattr(options, "day"):
+            raise ConfigError("--drift is that of a log of several days: give --day, too.")
+        self._day: int | None = getattr(options, "day", None)
+        self._drift: float = getattr(options, "drift", _DRIFT) if self._day is not None else 0.0
+        if not 0 <= self._drift <= 1:
+            raise ConfigError(f"--drift must lie in 0..1, found {self._drift}.")
+        if self._day is not None:
+            self.split = RandomSplit()
+        self._days = self._day or 1
         self.num_rows: int = options.rows
         self._seed: int = options.seed
         self._num_tasks: int = options.tasks
@@ -70,7 +88,8 @@ class Synthetic(Dataset):
         self._num_dense: int = options.dense_features
         makers = [sparse] * options.sparse_features + [multi] * options.multi_features
         columns: list[Column] = [
-            make(name, pa.int64(), num_ids=n) for make, name, n in zip(makers, names, num_ids, strict=True)
+            make(name, pa.int64(), num_ids=n if self._day is None else None)
+            for make, name, n in zip(makers, names, num_ids, strict=True)
         ]
         self.features = (*columns, *(dense(f"dense_{d}", scaled=False) for d in range(self._num_dense)))
         self.tasks = tuple(Task(name=f"task_{t}") for t in range(self._num_tasks))
@@ -114,6 +133,14 @@ class Synthetic(Dataset):
             help="correlation between the hidden effects of neighbouring tasks: 1 = same, 0 = unrelated, -1 = opposite"
             " (default: 0.5)",
         )
+        # Absent unless given, so that what was made before there were days is still recognised as made with these options.
+        add("--day", type=_count, default=argparse.SUPPRESS, help="which day of a log that drifts, from 1 on")
+        add(
+            "--drift",
+            type=float,
+            default=argparse.SUPPRESS,
+            help=f"with --day: share of ids and effects that change from day to day (default: {_DRIFT})",
+        )
 
     def _draw_hidden(self, num_features: int) -> None:
         """Draw b [T, S], g [S, F], v [T, D] and the scenarios' shares [S]."""
@@ -130,8 +157,13 @@ class Synthetic(Dataset):
         shares = 0.7 ** np.arange(num_scenarios)
         self._scenario_ends = np.cumsum(shares / shares.sum())[:-1]
 
+    def row_files(self) -> list[RowFiles]:
+        """None: rows are drawn."""
+        return []
+
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """Chunks in order, drawn a few ahead on two threads."""
+        self._test = []
         with ThreadPoolExecutor(_THREADS) as pool:
             ahead: deque[Future[tuple[pa.RecordBatch, FloatArray, FloatArray, IntArray]]] = deque()
             starts = range(0, self.num_rows, CHUNK_ROWS)
@@ -149,7 +181,7 @@ class Synthetic(Dataset):
         Measured on the test split, or on the one split that holds all rows; at most on its first million rows.
 
         `bayes_auc`: AUC of the true probabilities against the drawn labels. `bayes_auc_expected`: the same over the
-        distribution of the labels instead of one draw.
+        distribution of the labels instead of one draw. Of a day of a log: `of_all_rows`, all splits together.
         """
         probability, label = (np.concatenate([part[k] for part in self._test], axis=1) for k in (0, 1))
         scenario = np.concatenate([part[2] for part in self._test])
@@ -161,12 +193,14 @@ class Synthetic(Dataset):
         for t, task in enumerate(self.tasks):
             drawn[task.name] = {n: auc(probability[t, rows], label[t, rows]) for n, rows in slices.items()}
             expected[task.name] = {n: auc(probability[t, rows], probability[t, rows]) for n, rows in slices.items()}
-        return {"bayes_auc": drawn, "bayes_auc_expected": expected, "bayes_auc_rows": len(scenario)}
+        found = {"bayes_auc": drawn, "bayes_auc_expected": expected, "bayes_auc_rows": len(scenario)}
+        return found if self._day is None else {"of_all_rows": found}
 
     def _chunk(self, start: int) -> tuple[pa.RecordBatch, FloatArray, FloatArray, IntArray]:
         """Rows from `start`: the batch, true probabilities [T, n], labels [T, n], scenarios [n]."""
         num_rows = min(CHUNK_ROWS, self.num_rows - start)
-        random = np.random.Generator(np.random.Philox(key=[self._seed, start // CHUNK_ROWS]))
+        chunk = start // CHUNK_ROWS + _DAY_STEP * (self._days - 1)
+        random = np.random.Generator(np.random.Philox(key=[self._seed, chunk]))
         scenario = np.searchsorted(self._scenario_ends, random.random(num_rows), side="right").astype(np.int64)
         score = self._bias.astype(np.float32)[:, scenario]
         columns: dict[str, pa.Array] = {}
@@ -197,7 +231,7 @@ class Synthetic(Dataset):
         return pa.RecordBatch.from_pydict(columns, schema=self.canonical_schema()), probability, label, scenario
 
     def _remember_test(self, start: int, probability: FloatArray, label: FloatArray, scenario: IntArray) -> None:
-        test_start = 0 if isinstance(self.split, OneSplit) else split_ends(self.num_rows)[1]
+        test_start = split_ends(self.num_rows)[1] if isinstance(self.split, InOrder) else 0
         rows = slice(max(test_start - start, 0), max(test_start + _AUC_ROWS - start, 0))
         if len(scenario[rows]):
             self._test.append((probability[:, rows].copy(), label[:, rows].copy(), scenario[rows].copy()))
@@ -206,8 +240,15 @@ class Synthetic(Dataset):
         """e_t(feature, id) of all tasks, [T, n] float32, each of mean 0 and variance 1 over the ids.
 
         sign * sqrt(|conflict|) * shared + sqrt(1 - |conflict|) * own, where the sign alternates over the tasks when
-        conflict < 0. `shared` and `own` are uniform, 16 bits of the hash each.
+        conflict < 0. `shared` and `own` are uniform, 16 bits of the hash each. On later days of a log, see the module.
         """
+        effects, kept = self._drawn_effects(feature, ids), np.float32(1 - self._drift)
+        for day in range(1, self._days):
+            effects = kept * effects + np.sqrt(1 - kept * kept) * self._drawn_effects(feature + _DAY_STEP * day, ids)
+        return effects
+
+    def _drawn_effects(self, feature: int, ids: IntArray) -> FloatArray:
+        """One draw of the effects, another one for each number of a feature."""
         key = mix64(np.array([self._seed, feature], np.uint64))
         base = mix64(ids.astype(np.uint64) ^ key[0]) ^ key[1]
         words = [mix64(base + np.uint64(w)) for w in range(self._num_tasks // 4 + 1)]
@@ -222,22 +263,34 @@ class Synthetic(Dataset):
         signs = [-1 if self._conflict < 0 and t % 2 else 1 for t in range(self._num_tasks)]
         return np.stack([sign * shared + own * uniform(1 + t) for t, sign in enumerate(signs)])
 
+    def ids_of_ranks(self, feature: int, ranks: IntArray, num_ids: int) -> IntArray:
+        """Which ids have these ranks on the day, of `num_ids` that a day has."""
+        changes = np.zeros(len(ranks), np.int64)
+        for day in range(1, self._days):
+            key = mix64(np.array([self._seed, feature + _DAY_STEP * day], np.uint64))
+            drawn = mix64(mix64(ranks.astype(np.uint64) ^ key[0]) + key[1])
+            changes += (drawn >> np.uint64(11)) < self._drift * 2**53
+        return ranks + num_ids * changes
+
 
 class _Field:
     """One feature: its distribution of ids, and the effects of its most frequent ids."""
 
     def __init__(self, index: int, num_ids: int, exponent: float, data: Synthetic) -> None:
         self._index, self._data = index, data
-        self._zipf = Zipf(num_ids, exponent)
-        self._head = data.effects(index, np.arange(1 + min(num_ids, _HEAD_IDS)))
+        self._zipf, self._num_ids = Zipf(num_ids, exponent), num_ids
+        self._head_ids = data.ids_of_ranks(index, np.arange(1 + min(num_ids, _HEAD_IDS)), num_ids)
+        self._head = data.effects(index, self._head_ids)
 
     def draw(self, random: np.random.Generator, size: int) -> tuple[IntArray, FloatArray]:
-        """Ids 1..num_ids [size] and their effects [T, size]."""
-        ids = self._zipf.draw(random, size)
+        """Ids [size], 1..num_ids unless the log drifts, and their effects [T, size]."""
+        ranks = self._zipf.draw(random, size)
         num_head = self._head.shape[1]
-        effects = np.take(self._head, ids, axis=1, mode="clip")
-        tail = np.flatnonzero(ids >= num_head)
+        effects = np.take(self._head, ranks, axis=1, mode="clip")
+        ids = np.take(self._head_ids, ranks, mode="clip")
+        tail = np.flatnonzero(ranks >= num_head)
         if tail.size:
+            ids[tail] = self._data.ids_of_ranks(self._index, ranks[tail], self._num_ids)
             effects[:, tail] = self._data.effects(self._index, ids[tail])
         return ids, effects
 

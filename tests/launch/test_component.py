@@ -26,7 +26,7 @@ def torchx_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
 
 
-NAMES = ["train", "evaluate", "predict", "preprocess"]
+NAMES = ["train", "days", "evaluate", "predict", "preprocess"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +41,11 @@ def test_torchx_accepts_the_signature_and_docstring(name):
             "evaluate",
             ["--split", "valid", "embeddings.sharding=row_wise"],
             "-m apps.evaluate --run-dir {run} --split valid embeddings.sharding=row_wise",
+        ),
+        (
+            "days",
+            ["--config", "mtl/movielens", "--days", "data/day-*", "--forget_after", "30", "training.epochs=1"],
+            "-m apps.days --config mtl/movielens --days 'data/day-*' --run-dir {run} --forget-after 30 training.epochs=1",
         ),
         (
             "predict",

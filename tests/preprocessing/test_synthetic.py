@@ -172,6 +172,8 @@ def test_equal_options_give_equal_bytes_and_another_seed_does_not(tmp_path):
         (["--zipf", "nan"], "--zipf must lie in 0..10"),
         (["--multi-length", "-2"], "--multi-length must lie in 0..10000"),
         (["--rows", "9"], "9 rows are too few"),
+        (["--drift", "0.2"], "give --day, too"),
+        (["--day", "2", "--drift", "1.5"], "--drift must lie in 0..1"),
     ],
 )
 def test_options_that_do_not_fit_are_named(tmp_path, capsys, options, words):
@@ -186,3 +188,48 @@ def test_row_counts_that_are_no_counts_are_refused(tmp_path, capsys, rows):
         main(["synthetic", "--out", str(tmp_path / "out"), f"--rows={rows}"])
     assert stop.value.code == 2
     assert "--rows" in capsys.readouterr().err
+
+
+def test_a_log_that_drifts_renews_a_share_of_its_ids_and_of_its_effects_each_day():
+    ranks, drift = np.arange(1, 100_001), 0.2
+    days = {day: make(day=day, drift=drift, num_ids="100000", sparse_features=1) for day in (1, 2, 3, 5)}
+    ids = {day: data.ids_of_ranks(0, ranks, 100_000) for day, data in days.items()}
+    assert np.array_equal(ids[1], ranks)
+    for day, of_day in ids.items():
+        assert len(np.unique(of_day)) == len(ranks)
+        assert np.array_equal((of_day - 1) % 100_000 + 1, ranks)  # whoever has a rank has it alone
+        for later, of_later in ids.items():
+            if later > day:
+                kept = np.isin(of_later, of_day)
+                assert np.array_equal(of_later[kept], of_day[kept])  # an id keeps its rank until it is gone
+                assert abs(kept.mean() - 0.8 ** (later - day)) < 0.005
+                before, after = (days[d].effects(0, of_later)[0] for d in (day, later))
+                assert abs(np.corrcoef(before, after)[0, 1] - 0.8 ** (later - day)) < 0.015
+                assert abs(after.var() - 1) < 0.015
+    frequent = ranks <= 1000  # which go as often as others
+    assert abs((ids[2] != ids[1])[frequent].mean() - drift) < 0.05
+
+
+def test_the_first_day_has_the_rows_of_a_log_without_days_and_other_days_have_others(tmp_path):
+    options = {"rows": 3000, "num_ids": "40", "sparse_features": 2, "dense_features": 1, "multi_features": 1}
+    (plain,) = make(**options).batches(RawFolder(Path(), (), ""))
+    (first,) = make(**options, day=1).batches(RawFolder(Path(), (), ""))
+    (second,) = make(**options, day=2, drift=0.0).batches(RawFolder(Path(), (), ""))
+    assert first.equals(plain)
+    assert not second.column("dense_0").equals(plain.column("dense_0"))
+    one, two = (generate(tmp_path / str(day), **options, day=day, drift=0.5) for day in (1, 2))
+    assert one.preprocessing["day"] == 1
+    assert one.table("sparse_0").vocabulary is not None
+    of_all = two.statistics["of_all_rows"]
+    assert of_all["bayes_auc_rows"] == 3000
+    # The true probabilities of the ids that are written, through the vocabulary, against the labels.
+    rows = pd.concat([read(tmp_path / "2", split) for split in ("train", "valid", "test")])
+    data = make(**options, day=2, drift=0.5)
+    score = data._slopes[0] * (rows["dense_0"].to_numpy() - 0.5) + data._bias[0, 0]
+    for f in range(2):
+        values = pq.read_table(tmp_path / "2" / two.table(f"sparse_{f}").vocabulary)["value"].to_numpy()
+        known = rows[f"sparse_{f}"].to_numpy() > 0
+        effects = data.effects(f, values[np.maximum(rows[f"sparse_{f}"].to_numpy(), 1) - 1])[0]
+        score += data._heed[0, f] * np.where(known, effects, 0)
+    found = roc_auc_score(rows["label.task_0"], score)  # without the list
+    assert 0.6 < found <= of_all["bayes_auc"]["task_0"]["all"] < found + 0.08

@@ -1,0 +1,161 @@
+"""The days, one after the other: measure the model of the day before, then train on from it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmlrec.config import RunConfig
+from mmlrec.days.folders import Day, check_extended, new_ids
+from mmlrec.days.forgetting import LAST_SEEN, LastSeen, forgotten_rows, load_seen, note_seen, save_seen
+from mmlrec.days.record import Record, data_digest
+from mmlrec.days.table import can_draw, draw_days
+from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.world import World, logger
+from mmlrec.errors import StorageError, UserError
+from mmlrec.evaluation.evaluation import evaluate_splits
+from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.one_writer import hold
+from mmlrec.schema import SPLITS
+from mmlrec.session.session import load_session
+from mmlrec.storage.places import Place
+from mmlrec.training.run import train
+
+CURVES = "days.png"
+
+#: Rows of a table that start afresh, by the table's name.
+Rows = dict[str, NDArray[np.int64]]
+
+
+def run_days(
+    config: RunConfig,
+    days: Sequence[Day],
+    run_dir: Place,
+    world: World,
+    *,
+    forget_after: int | None = None,
+    source: str = "config",
+) -> list[dict[str, Any]]:
+    """Go through the days, from where they were left, each in a run folder of its own below `run_dir`.
+
+    The model of the day before is measured on all rows of a day, none of which it has seen; then it is trained on the rows of
+    train, chosen by those of valid and measured on those of test, as every run.
+
+    Args:
+        config: of each day; its dataset is replaced by that of the day.
+        forget_after: rows that were not in train for so many days start afresh; None: none do.
+        source: config file, for messages.
+
+    Returns:
+        The lines of the record, see `Record`.
+
+    Raises:
+        UserError: a day or the configuration is unusable, or other than those on record; another run writes there; or a signal
+            stopped it.
+    """
+    with hold(run_dir, world):
+        record = Record(run_dir, world)
+        record.begin(config, forget_after, days)
+        begun = sum(line["step"] is not None for line in record.lines)
+        world.at("comparing the vocabularies of the days")
+        world.without_limit().raise_together(_error_of(check_extended, days[max(begun - 1, 0) :]) if world.is_main else None)
+        for number in range(begun, len(days)):
+            _one_day(config, days, number, record, world, forget_after, source)
+            gc.collect()  # tables of the models of this day
+        if world.is_main:
+            _draw(record)
+        return record.lines
+
+
+def _one_day(
+    config: RunConfig,
+    days: Sequence[Day],
+    number: int,
+    record: Record,
+    world: World,
+    forget_after: int | None,
+    source: str,
+) -> None:
+    day, before = days[number], days[number - 1] if number else None
+    line = record.line(day)
+    if line is None:
+        line = {
+            "day": day.name,
+            "dataset": str(day.folder),
+            "data": data_digest(day),
+            "rows": day.rows,
+            "new_ids": new_ids(before.manifest if before else None, day.manifest),
+            "forgotten": None,
+            "next_day": None,
+            "unseen": None,
+            "step": None,
+        }
+        if before is not None:
+            line["next_day"], line["unseen"] = measure(record.folder / before.name, day, world)
+        record.put(line)
+    forgotten: Rows = {}
+    if forget_after is not None:
+        seen = load_seen(record.folder / before.name) if before else {}
+        forgotten = forgotten_rows(seen, number, forget_after)
+        line["forgotten"] = {table: len(rows) for table, rows in forgotten.items()}
+    of_day = record.folder / day.name
+    train(
+        _config_of(config, day, record.folder / before.name if before else None),
+        of_day,
+        world,
+        source=source,
+        forgotten=forgotten,
+    )
+    if forget_after is not None:
+        world.at("noting which rows were seen")
+        error = _error_of(_note_seen, record.folder, days, number) if world.is_main else None
+        world.without_limit().raise_together(error)
+    record.put(line | {"step": RunFolder(of_day).read_result()["step"]})
+
+
+def _config_of(config: RunConfig, day: Day, before: Place | None) -> RunConfig:
+    changes: dict[str, Any] = {"dataset": config.dataset.model_copy(update={"path": str(day.folder)})}
+    if before is not None:
+        changes["init_from"] = str(before)
+    return config.model_copy(update=changes)
+
+
+def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:
+    """The report of a run on all rows of a day, and how many of its ids the run does not know."""
+    logger.info("%s: measuring the model of %s on all its rows", day.name, run_dir.name)
+    session, *_ = load_session(RunFolder(run_dir), world, [], day.folder)
+    with StopSignal(world) as stop:
+        return evaluate_splits(session, SPLITS, stop, day.folder)
+
+
+def _draw(record: Record) -> None:
+    if sum(line["next_day"] is not None for line in record.lines) < 2:
+        return  # which is no curve
+    if not can_draw():
+        logger.info("curves need matplotlib, which is not installed: pip install 'mmlrec[plots]', and the same command again")
+        return
+    try:
+        draw_days(record.lines, record.folder / CURVES)
+    except (OSError, StorageError) as error:
+        logger.warning("%s could not be written: %s", record.folder / CURVES, error)
+
+
+def _note_seen(folder: Place, days: Sequence[Day], number: int) -> None:
+    """On rank 0: what the day's run folder says of the rows that were seen."""
+    there, day = folder / days[number].name, days[number]
+    if (there / LAST_SEEN).is_file():
+        return
+    before: LastSeen = load_seen(folder / days[number - 1].name) if number else {}
+    save_seen(there, note_seen(before, day.folder, day.manifest, number))
+
+
+def _error_of(work: Any, *arguments: Any) -> UserError | None:
+    try:
+        work(*arguments)
+    except UserError as error:
+        return error
+    return None
