@@ -248,7 +248,9 @@ class DatasetManifest(_Contract):
     group_key: str | None = Field(default=None, description="The int64 key by which GAUC groups rows (the user).")
     num_lanes: int = Field(ge=1, description="Lanes of the reading order; see mmlrec.data.reader.")
     row_group_size: int = Field(ge=1)
-    splits: dict[str, Split] = Field(description="train, valid and test; or one of any name. Of train alone anything was fitted.")
+    splits: dict[str, Split] = Field(
+        description="train, valid and test; or one of any name. Of train alone anything was fitted."
+    )
     raw_files: dict[str, str] = Field(default={}, description="Raw file name -> sha256.")
     terms: str = Field(default="", description="Terms of use of the raw data, shown to the user.")
     parity: bool = Field(default=False, description="Encoded as the reference benchmark does: vocabularies fitted on all rows.")

@@ -23,7 +23,7 @@ def test_the_example_runs(tmp_path):
     subprocess.run(["bash", "-ec", files], cwd=tmp_path, env=path, check=True)
     told = []
     for command in commands:
-        words = [sys.executable, *shlex.split(command, comments=True)[1:]]
+        words = [sys.executable, *shlex.split(command.replace("\\\n", " "), comments=True)[1:]]
         done = processes.run(words, cwd=tmp_path, env=processes.environment(PYTHONPATH=str(ROOT)))
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
