@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.encoding.encoder import ENCODER_FILE, Encoder
@@ -102,15 +101,12 @@ class Model:
         return scores
 
     def example(self) -> dict[str, Any]:
-        """A raw row, of the examples in the card; numbers are 0, and what has no example is missing."""
-        examples = {feature["name"]: feature["examples"][0] for feature in self.card["features"] if feature["examples"]}
+        """A raw row, of the examples in the card; what has none there is missing."""
+        examples = {feature["name"]: feature["examples"] for feature in self.card["features"]}
         row: dict[str, Any] = dict.fromkeys(self.encoder.columns)
         for spec in self.encoder.features:
-            if pa.types.is_floating(spec.cell_type):
-                row[spec.column] = 0.0
-            elif row[spec.column] is None and spec.name in examples:
-                value = int(examples[spec.name]) if pa.types.is_integer(spec.raw_type) else examples[spec.name]
-                row[spec.column] = [value] if spec.listed and spec.separator is None else str(value) if spec.listed else value
+            if row[spec.column] is None and examples.get(spec.name):
+                row[spec.column] = examples[spec.name][0]
         if self.encoder.scenario is not None:
             row[self.encoder.scenario.column] = next(iter(self.encoder.scenario.known))
         return row
