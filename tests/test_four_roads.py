@@ -227,7 +227,6 @@ def largest_difference(data: Data, name: str, setting: Setting, tmp: Path, *, pr
     ("dataset", "name", "setting"),
     [
         ("table", "ple", Setting.MTMSL),
-        ("table", "mlp", Setting.MTL),
         ("movielens", "star", Setting.MTMSL),
         ("movielens", "esmm", Setting.MTL),
         ("census", "mmoe", Setting.MTL),
