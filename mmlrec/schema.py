@@ -227,7 +227,10 @@ class Part(_Contract):
 
 
 class Split(_Contract):
-    """One of train, valid, test, or one of any name that holds all rows. `label_counts[task][scenario or 'all']` = [labelled rows, positive rows]."""
+    """One of train, valid, test, or one of any name that holds all rows.
+
+    `label_counts[task][scenario or 'all']` = [labelled rows, positive rows].
+    """
 
     parts: list[Part]
     num_rows: int
