@@ -70,7 +70,9 @@ def run_of(tmp_path_factory, data):
 def encoded(folder, model, split="test"):
     """The rows of a split as the model's network reads them."""
     table = pa.concat_tables([pq.read_table(path) for path in sorted((folder / split).glob("*.parquet"))])
-    return Inputs.of(table.select([name for name in table.column_names if not name.startswith(("label.", "key."))]), model.encoder)
+    return Inputs.of(
+        table.select([name for name in table.column_names if not name.startswith(("label.", "key."))]), model.encoder
+    )
 
 
 def predicted(run_app, run, folder, tmp_path):
