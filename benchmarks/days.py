@@ -5,12 +5,12 @@ python -m benchmarks.days [--data movielens,synthetic] [--raw data/raw/ml-1m] [-
 MovieLens-1M is cut by time into days of equally many ratings; the synthetic log drifts (`python -m preprocessing synthetic
 --day`). Each day is encoded with --extend of the one before. Three ways to have a model for day k from what came before it:
 
-* days: apps.days, one epoch over each day, from the model of the day before;
-* all so far: a new model on the rows of the days 1 to k - 1, epochs until validation gets no better;
-* last day: the same on the rows of day k - 1 alone.
+* days: apps.days, from the model of the day before;
+* all so far: a new model on the rows of the days 1 to k - 1;
+* last day: a new model on the rows of day k - 1.
 
-All three have the network, the batch size and the rates of one configuration, read rows that are encoded alike, and are
-measured on all rows of day k. The cost is CPU time of training and measuring; preprocessing is left out.
+All three have one configuration and one epoch, read rows that are encoded alike, and are measured on all rows of day k. Cost
+is CPU time of training and measuring; preprocessing is left out.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from mmlrec.training.run import train
 from preprocessing.command_line import main as preprocess
 
 _DAYS = 10
-_ONE_EPOCH = {"epochs": 1, "patience": None}
-_UNTIL_NO_BETTER = {"epochs": 10, "patience": 1}
+_CONFIG = [
+    *("training.epochs=1", "training.patience=null", "training.batch_size=512", "training.log_every_steps=1000"),
+    "model_defaults={expert_hidden_units: [64, 32], gate_hidden_units: [16], tower_hidden_units: [16]}",
+]
 _SYNTHETIC = "--rows 40000 --num-ids 2000 --sparse-features 6 --dense-features 2 --drift 0.1"
 
 
@@ -108,7 +110,7 @@ def compare(config: RunConfig, days: list[Day], work: Path, world: World) -> lis
     runs = work / "runs"
     shutil.rmtree(runs, ignore_errors=True)
     start = time.process_time()
-    lines = run_days(_with(config, days[0].folder, _ONE_EPOCH), days, runs / "days", world)
+    lines = run_days(config, days, runs / "days", world)
     found = [{"way": "days", "seconds": time.process_time() - start, "auc": [_auc(line["next_day"]) for line in lines[1:]]}]
 
     def from_scratch(way: str, data: Callable[[int], Path]) -> None:
@@ -116,18 +118,14 @@ def compare(config: RunConfig, days: list[Day], work: Path, world: World) -> lis
         start, auc = time.process_time(), []
         for number, folder in enumerate(folders, start=1):
             run_dir = runs / way.replace(" ", "-") / days[number].name
-            train(_with(config, folder, _UNTIL_NO_BETTER), run_dir, world)
+            dataset = config.dataset.model_copy(update={"path": str(folder)})
+            train(config.model_copy(update={"dataset": dataset}), run_dir, world)
             auc.append(_auc(measure(run_dir, days[number], world)[0]))
         found.append({"way": way, "seconds": time.process_time() - start, "auc": auc})
 
     from_scratch("all so far", lambda number: all_so_far(days[:number], runs / "data" / days[number].name))
     from_scratch("last day", lambda number: Path(str(days[number - 1].folder)))
     return found
-
-
-def _with(config: RunConfig, folder: Any, length: dict[str, Any]) -> RunConfig:
-    dataset = config.dataset.model_copy(update={"path": str(folder)})
-    return config.model_copy(update={"dataset": dataset, "training": config.training.model_copy(update=length)})
 
 
 def _auc(report: dict[str, Any]) -> float:
@@ -160,8 +158,8 @@ def main() -> None:
                 movielens_days(options.raw, work) if name == "movielens" else synthetic_days(work)
             days = find_days(str(work / "day-*"))
             shipped = "mtl/movielens" if name == "movielens" else "scaling/synthetic"
-            common = [f"dataset.path={days[0].folder}", "training.batch_size=1024", "training.log_every_steps=1000"]
-            found = compare(load(shipped, [*common, *options.overrides]), days, work, world)
+            config = load(shipped, [f"dataset.path={days[0].folder}", *_CONFIG, *options.overrides])
+            found = compare(config, days, work, world)
             (work / "days.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
             new = {day.name: sum(line.values()) for day, line in zip(days, _new_ids(days), strict=True)}
             print(f"\n{name}: new ids {new}\n\n{tables(days, found)}", flush=True)

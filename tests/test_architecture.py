@@ -48,7 +48,7 @@ RULES = {
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
-        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base"),
+        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity"),
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
@@ -64,7 +64,7 @@ RULES = {
     ),
     "mmlrec.days": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.training"),
-        *("mmlrec.metrics", "mmlrec.identity"),
+        *("mmlrec.metrics", "mmlrec.identity", "mmlrec.encoding"),
     ),
     "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
     "mmlrec.export": (

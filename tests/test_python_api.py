@@ -1,5 +1,6 @@
 """`mmlrec.prepare`, `train` and `load_run`: what they give equals what the commands give, in a process of somebody else's."""
 
+import decimal
 import gc
 import json
 import logging
@@ -466,3 +467,41 @@ def test_what_cannot_be_like_another_is_named(frame, data, tmp_path):
         mmlrec.prepare(frame.drop(columns="price"), like=data)
     with pytest.raises(DataError, match="frame: there is no column 'buy'"):
         mmlrec.prepare(frame.drop(columns="buy"), extend=data)
+
+
+def test_columns_of_all_types_are_encoded_alike_in_training_and_in_scoring():
+    rows = 600
+    draw = np.random.default_rng(3)
+    number = draw.integers(0, 9, rows)
+    frame = pd.DataFrame(
+        {
+            "whole": number.astype("uint8"),
+            "gaps": pd.array(np.where(number < 7, number, -1), dtype="Int64").astype("Int64"),
+            "flag": number > 4,
+            "maybe": pd.array([None if n == 3 else n > 5 for n in number], dtype="boolean"),
+            "text": pd.array([None if n == 1 else f"t{n}" for n in number], dtype="string"),
+            "kind": pd.Categorical([f"k{n % 4}" for n in number]),
+            "digits": number,  # ids of text
+            "float32": (number + draw.random(rows)).astype("float32"),
+            "share": np.where(number == 2, np.nan, draw.random(rows)),
+            "price": [decimal.Decimal(int(n)) / 4 for n in number],
+            "many": [[int(n), 7] if n else None for n in number],
+            "words": [[f"w{n}"] * (n % 3) for n in number],
+        }
+    )
+    frame.loc[frame["gaps"] < 0, "gaps"] = pd.NA
+    frame["y"] = (number + draw.normal(0, 2, rows) > 4).astype(int)
+    names = [name for name in frame if name not in ("y", "digits")]
+    features = dict.fromkeys(names) | {"digits": {"kind": "id"}}
+    data = mmlrec.prepare(frame, features={name: of or short_kind(name) for name, of in features.items()}, tasks=["y"])
+    assert data.manifest.encoding.features["digits"]["type"] == "string"
+    config = {"model": {"name": "mlp", "dnn_hidden_units": [8]}, "embeddings": {"init_std": 0.5}}
+    run = mmlrec.train(config, dataset=data, progress=False, training={"max_steps": 2, "batch_size": 200})
+    encoded = run.predict(data)
+    raw = frame.iloc[encoded["key.source_line"].to_numpy() - 1].drop(columns="y")
+    np.testing.assert_allclose(run.predict(raw)["score.y"], encoded["score.y"], rtol=0, atol=1e-6)
+    assert encoded["score.y"].nunique() > 50
+
+
+def short_kind(name):
+    return {"float32": "number", "share": "number", "price": "number", "many": "ids", "words": "ids"}.get(name, "id")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,24 +12,22 @@ from numpy.typing import NDArray
 
 from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day, check_extended, new_ids
-from mmlrec.days.forgetting import LAST_SEEN, LastSeen, forgotten_rows, load_seen, note_seen, save_seen
+from mmlrec.days.forgetting import LAST_SEEN, LastSeen, forgotten_rows, load_seen, note_seen, save_seen, seen_before
 from mmlrec.days.record import Record, data_digest
 from mmlrec.days.table import can_draw, draw_days
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
+from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import StorageError, UserError
 from mmlrec.evaluation.evaluation import evaluate_splits
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.run_folder.one_writer import hold
-from mmlrec.schema import SPLITS
+from mmlrec.schema import SPLITS, DatasetManifest
 from mmlrec.session.session import load_session
-from mmlrec.storage.places import Place
+from mmlrec.storage.places import Place, place
 from mmlrec.training.run import train
 
 CURVES = "days.png"
-
-#: Rows of a table that start afresh, by the table's name.
-Rows = dict[str, NDArray[np.int64]]
 
 
 def run_days(
@@ -46,7 +45,7 @@ def run_days(
     train, chosen by those of valid and measured on those of test, as every run.
 
     Args:
-        config: of each day; its dataset is replaced by that of the day.
+        config: of each day; its dataset is replaced by that of the day. `init_from` is the run that the first day begins with.
         forget_after: rows that were not in train for so many days start afresh; None: none do.
         source: config file, for messages.
 
@@ -71,6 +70,30 @@ def run_days(
         return record.lines
 
 
+@dataclass(frozen=True)
+class _Before:
+    """The run that a day begins with: that of the day before, or for the first day what the configuration names, if any."""
+
+    run: Place | None
+    manifest: DatasetManifest | None
+
+    @classmethod
+    def of(cls, config: RunConfig, days: Sequence[Day], number: int, folder: Place) -> _Before:
+        if number:
+            return cls(folder / days[number - 1].name, days[number - 1].manifest)
+        if config.init_from is None:
+            return cls(None, None)
+        run = place(config.init_from)
+        return cls(run, DatasetManifest.load(encoder_folder(run)))
+
+    def seen(self, number: int) -> LastSeen:
+        """When rows were last seen before the day."""
+        if number:
+            assert self.run is not None
+            return load_seen(self.run)
+        return {} if self.manifest is None else seen_before(self.manifest)
+
+
 def _one_day(
     config: RunConfig,
     days: Sequence[Day],
@@ -80,7 +103,7 @@ def _one_day(
     forget_after: int | None,
     source: str,
 ) -> None:
-    day, before = days[number], days[number - 1] if number else None
+    day, before = days[number], _Before.of(config, days, number, record.folder)
     line = record.line(day)
     if line is None:
         line = {
@@ -88,40 +111,28 @@ def _one_day(
             "dataset": str(day.folder),
             "data": data_digest(day),
             "rows": day.rows,
-            "new_ids": new_ids(before.manifest if before else None, day.manifest),
+            "new_ids": new_ids(before.manifest, day.manifest),
             "forgotten": None,
             "next_day": None,
             "unseen": None,
             "step": None,
         }
-        if before is not None:
-            line["next_day"], line["unseen"] = measure(record.folder / before.name, day, world)
+        if before.run is not None:
+            line["next_day"], line["unseen"] = measure(before.run, day, world)
         record.put(line)
-    forgotten: Rows = {}
+    forgotten: dict[str, NDArray[np.int64]] = {}
     if forget_after is not None:
-        seen = load_seen(record.folder / before.name) if before else {}
-        forgotten = forgotten_rows(seen, number, forget_after)
+        forgotten = forgotten_rows(before.seen(number), number, forget_after)
         line["forgotten"] = {table: len(rows) for table, rows in forgotten.items()}
+    changes: dict[str, Any] = {"dataset": config.dataset.model_copy(update={"path": str(day.folder)})}
+    changes["init_from"] = None if before.run is None else str(before.run)
     of_day = record.folder / day.name
-    train(
-        _config_of(config, day, record.folder / before.name if before else None),
-        of_day,
-        world,
-        source=source,
-        forgotten=forgotten,
-    )
+    train(config.model_copy(update=changes), of_day, world, source=source, forgotten=forgotten)
     if forget_after is not None:
         world.at("noting which rows were seen")
-        error = _error_of(_note_seen, record.folder, days, number) if world.is_main else None
+        error = _error_of(_note_seen, of_day, before, day, number) if world.is_main else None
         world.without_limit().raise_together(error)
     record.put(line | {"step": RunFolder(of_day).read_result()["step"]})
-
-
-def _config_of(config: RunConfig, day: Day, before: Place | None) -> RunConfig:
-    changes: dict[str, Any] = {"dataset": config.dataset.model_copy(update={"path": str(day.folder)})}
-    if before is not None:
-        changes["init_from"] = str(before)
-    return config.model_copy(update=changes)
 
 
 def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:
@@ -144,16 +155,13 @@ def _draw(record: Record) -> None:
         logger.warning("%s could not be written: %s", record.folder / CURVES, error)
 
 
-def _note_seen(folder: Place, days: Sequence[Day], number: int) -> None:
-    """On rank 0: what the day's run folder says of the rows that were seen."""
-    there, day = folder / days[number].name, days[number]
-    if (there / LAST_SEEN).is_file():
-        return
-    before: LastSeen = load_seen(folder / days[number - 1].name) if number else {}
-    save_seen(there, note_seen(before, day.folder, day.manifest, number))
+def _note_seen(of_day: Place, before: _Before, day: Day, number: int) -> None:
+    """On rank 0: write into the run folder of a day on which days rows were last seen."""
+    if not (of_day / LAST_SEEN).is_file():
+        save_seen(of_day, note_seen(before.seen(number), day.folder, day.manifest, number))
 
 
-def _error_of(work: Any, *arguments: Any) -> UserError | None:
+def _error_of(work: Callable[..., None], *arguments: Any) -> UserError | None:
     try:
         work(*arguments)
     except UserError as error:

@@ -60,7 +60,7 @@ def draw_days(lines: Sequence[dict[str, Any]], path: Place) -> None:
     metrics = _metrics(measured[0]["next_day"], _DRAWN)
     drawn = [name for name in _DRAWN if name in {metric for _, metric in metrics}]
     figure = Figure(figsize=(_WIDTH, _HEIGHT * (len(drawn) + 1)), layout="constrained")
-    *plots, below = figure.subplots(len(drawn) + 1, 1, squeeze=False).ravel()
+    *plots, below = figure.subplots(len(drawn) + 1, 1, squeeze=False, sharex=True).ravel()
     names = [line["day"] for line in measured]
     for axes, metric in zip(plots, drawn, strict=True):
         for task in [task for task, of_task in metrics if of_task == metric]:
@@ -71,8 +71,7 @@ def draw_days(lines: Sequence[dict[str, Any]], path: Place) -> None:
         axes.legend()
     below.bar(names, [sum(line["new_ids"].values()) for line in measured])
     below.set_ylabel("new ids")
-    for axes in (*plots, below):
-        axes.tick_params(axis="x", rotation=45)
+    below.tick_params(axis="x", rotation=45)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     write_atomically(path, content.getvalue())

@@ -50,11 +50,16 @@ def read_day(folder: Path) -> WrittenDataset:
     return WrittenDataset(folder, DatasetManifest.load(folder), {})
 
 
-def ids_in_train(written: WrittenDataset, feature: str) -> set[int]:
-    """As they lie on disk."""
-    tables = [pq.read_table(written.folder / part.path) for part in written.manifest.splits["train"].parts]
+def ids_of(written: WrittenDataset, feature: str, split: str) -> list[int]:
+    """Those of all rows of a split, as they lie on disk."""
+    tables = [pq.read_table(written.folder / part.path) for part in written.manifest.splits[split].parts]
     column = pa.concat_tables(tables)[feature].combine_chunks()
-    return set((column.flatten() if pa.types.is_list(column.type) else column).to_pylist())
+    return (column.flatten() if pa.types.is_list(column.type) else column).to_pylist()
+
+
+def ids_in_train(written: WrittenDataset, feature: str) -> set[int]:
+    """The ids that stand in train."""
+    return set(ids_of(written, feature, "train"))
 
 
 def lines(run_dir: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
 
+import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mmlrec.embeddings.tables import initial_rows
-from tests.days.support import NEW_ROWS, ids_in_train, lines, read_day, without_ids, write_days
-from tests.processes import run
+from tests.days.support import NEW_ROWS, ids_in_train, ids_of, lines, read_day, without_ids, write_day, write_days
+from tests.processes import Command, run
 from tests.training.launch import start_ranks, tensors
 
 #: Rows of f0's table that the second and third day lack in train; the fourth has the last five again.
@@ -111,31 +113,115 @@ def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(ro
     assert [line["forgotten"] for line in lines(run_dir)[:3]] == [{}, {}, dict.fromkeys(counts, 0)]
 
 
-def killed_and_started_again(root: Path, run_dir: Path, world_size: int, number: int, moment: float) -> None:
-    """Start, end by a signal after a while unless it is done, and so on until it is."""
-    for attempt in range(30):
-        log = logs(run_dir.parent, f"{run_dir.name}-{attempt}", world_size)
-        ranks = start_ranks(arguments(root, run_dir), log)
-        try:
-            deadline = time.monotonic() + (moment if attempt == 0 else 240)
-            while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-                time.sleep(0.02)
-            if all(rank.poll() == 0 for rank in ranks):
-                return
-            for rank in ranks:
-                rank.send_signal(number)
-            codes = [rank.wait(60) for rank in ranks]
-            assert attempt == 0, (codes, log[0].read_text())
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait(60)
+def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
+    """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
+    later = tmp_path / "days"
+    later.mkdir()
+    for name in ("day-02", "day-03", "day-04"):
+        (later / name).symlink_to(root / name)
+    command = [*MODULE, "--config", str(root / "config.yaml"), "--days", str(later / "day-*"), "--forget-after", "2"]
+    done = run([*command, "--run-dir", str(tmp_path / "run"), f"init_from={root / 'whole-1' / 'day-01'}"])
+    assert done.returncode == 0, done.stderr
+    found, expected = lines(tmp_path / "run"), lines(root / "whole-1")[1:]
+    for key in ("day", "new_ids", "next_day", "unseen", "step"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+    best = [tensors(folder / "day-04" / "checkpoints" / "best") for folder in (tmp_path / "run", root / "whole-1")]
+    assert [key for key in best[0] if not best[0][key].equal(best[1][key])] == []
 
 
-@pytest.mark.parametrize(("world_size", "number", "moment"), [(1, signal.SIGKILL, 0.4), (2, signal.SIGTERM, 0.7)])
+def test_ids_that_the_model_does_not_know_are_counted(root):
+    days = [read_day(root / f"day-{number:02d}") for number in (1, 2)]
+    limits = {feature: days[0].manifest.table(table).num_rows for feature, table in (("f0", "t0"), ("m0", "tm0"))}
+    for feature, limit in limits.items():
+        beyond = sum(id >= limit for split in ("train", "valid", "test") for id in ids_of(days[1], feature, split))
+        assert lines(root / "whole-1")[1]["unseen"][feature] == beyond > 0
+
+
+def test_the_same_command_again_trains_nothing_and_a_day_that_was_added_goes_on(root, tmp_path, run_app):
+    run_dir, days = tmp_path / "run", tmp_path / "days"
+    shutil.copytree(root / "whole-1", run_dir)
+    days.mkdir()
+    for name in ("day-01", "day-02", "day-03", "day-04"):
+        (days / name).symlink_to(root / name)
+    given = ["--config", root / "config.yaml", "--days", days / "day-*", "--run-dir", run_dir, "--forget-after", 2]
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")}
+    code, error = run_app("days", *given)
+    assert code == 0, error
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")} == before
+    assert_same_end(run_dir, root / "whole-1")
+    write_day(days, 4)
+    code, error = run_app("days", *given)
+    assert code == 0, error
+    assert [line["day"] for line in lines(run_dir)] == ["day-01", "day-02", "day-03", "day-04", "day-05"]
+    assert lines(run_dir)[:4] == lines(root / "whole-1")
+    assert lines(run_dir)[4]["step"]
+
+
+def test_what_is_no_such_command_is_refused_in_words(root, tmp_path, run_app):
+    given = ["--config", root / "config.yaml", "--days", root / "day-*", "--run-dir", tmp_path / "run"]
+    for more, words in (
+        (["dataset.path=x"], "dataset.path=x: is of each day; give --days and --run-dir"),
+        (["--forget-after", "0"], "'0' is no number of days, such as 30"),
+        (["training.epoch=1"], "Did you mean 'epochs'?"),
+    ):
+        code, error = run_app("days", *given, *more)
+        assert (code, words in error) == (2, True), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_start_is_refused_while_the_first_is_alive(root, tmp_path, run_app):
+    run_dir = tmp_path / "run"
+    first = Command(arguments(root, run_dir))
+    try:
+        deadline = time.monotonic() + 120
+        while not lines(run_dir):
+            assert time.monotonic() < deadline
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.02)
+        first.send_signal(signal.SIGSTOP)
+        code, error = run_app("days", *arguments(root, run_dir)[3:], "training.keep_checkpoints=1")
+        assert code == 2
+        assert re.search(rf"{run_dir} is taken: a run that was started at .* is writing there", error)
+    finally:
+        first.kill()
+        first.wait(60)
+
+
+def killed_and_started_again(root: Path, run_dir: Path, world_size: int, number: int, seconds: float) -> None:
+    """Start, end it by a signal so many seconds after it has begun to write, and start it again."""
+    first, again = (logs(run_dir.parent, f"{run_dir.name}-{name}", world_size) for name in ("first", "again"))
+    ranks = start_ranks(arguments(root, run_dir), first)
+    try:
+        begun = None
+        while any(rank.poll() is None for rank in ranks) and (begun is None or time.monotonic() < begun + seconds):
+            if begun is None and (run_dir / "days.yaml").exists():
+                begun = time.monotonic()
+            time.sleep(0.005)
+        for rank in ranks:
+            rank.send_signal(number)
+        assert all(rank.wait(120) is not None for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait(60)
+    ranks = start_ranks(arguments(root, run_dir), again)
+    assert [rank.wait(240) for rank in ranks] == [0] * world_size, again[0].read_text()
+
+
+def cases():
+    """Two quick ones, one of them at two ranks; and twenty."""
+    yield 1, signal.SIGKILL, 0.4
+    yield 2, signal.SIGTERM, 0.7
+    draw = random.Random(20)
+    for case in range(20):
+        chosen = 1 + case % 2, (signal.SIGKILL, signal.SIGTERM)[case // 2 % 2], round(draw.random(), 3)
+        yield pytest.param(*chosen, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("world_size", "number", "moment"), list(cases()))
 def test_killed_and_started_again_it_gives_the_same_numbers(root, tmp_path, world_size, number, moment):
-    """`moment` is a share of the time that all takes."""
+    """`moment` is a share of the time that all takes from the first word in the folder on."""
     whole = root / f"whole-{world_size}"
     took = (whole / "days.png").stat().st_mtime - (whole / "days.yaml").stat().st_mtime
-    killed_and_started_again(root, tmp_path / "run", world_size, number, 2 + moment * took)
+    killed_and_started_again(root, tmp_path / "run", world_size, number, moment * took)
     assert_same_end(tmp_path / "run", whole)
