@@ -436,6 +436,9 @@ def test_a_run_scores_without_its_dataset_and_is_exported_as_it_is(data, tmp_pat
     np.testing.assert_allclose(model.score(new)[list(scores)], scores, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="model exists"):
         run.export(tmp_path / "model")
+    kept = shutil.move(tmp_path / "run" / "encoder", tmp_path / "kept")  # as in runs of releases before
+    pd.testing.assert_frame_equal(run.predict(new), scores)
+    shutil.move(kept, tmp_path / "run" / "encoder")
     shutil.rmtree(tmp_path / "data")
     pd.testing.assert_frame_equal(mmlrec.load_run(tmp_path / "run").predict(new), scores)
     with pytest.raises(DataError, match=r"data is gone"):

@@ -29,7 +29,7 @@ from mmlrec.metrics.report import lines_of
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import load
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.schema import DatasetManifest, Setting
+from mmlrec.schema import MANIFEST, DatasetManifest, Setting
 from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place, read
 from mmlrec.training import run as training
@@ -115,7 +115,9 @@ class Run:
                 split = choose_split(DatasetManifest.load(rows), rows, split)
                 write_predictions(session, rows, split, Path(folder) / "scores.parquet")
                 return pd.read_parquet(Path(folder) / "scores.parquet")
-        encoder = Encoder.load(encoder_folder(self.path))
+        # Releases before kept no encoder in the run: the dataset has it.
+        kept = self.path if (self._folder.encoder / MANIFEST).is_file() else place(self.config.dataset.path)
+        encoder = Encoder.load(encoder_folder(kept))
         with_scenario = self.config.dataset.setting is not Setting.MTL
         needed = {
             name: " and ".join(column.uses)
