@@ -376,6 +376,8 @@ def test_of_raw_rows_a_missing_column_and_an_unknown_scenario_are_named(frame, r
         run.predict(rows.drop(columns="price"))
     with pytest.raises(DataError, match=r"row 2 .*device.*watch"):
         run.predict(rows.assign(device=["phone", "phone", "watch", "phone", "phone"]))
+    with pytest.raises(ConfigError, match="list is neither a dataset, nor the folder of one"):
+        run.predict([{"user": 1}])
     changed = rows.assign(user=10**9, item="never seen", price=[None] * 5)
     assert run.predict(changed)["score.click"].nunique() > 1  # by tags and device
 

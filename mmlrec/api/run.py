@@ -19,7 +19,7 @@ from mmlrec.api.temporary import TemporaryFolder
 from mmlrec.config import RunConfig
 from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.folders import encoder_folder
-from mmlrec.errors import UserError
+from mmlrec.errors import ConfigError, UserError
 from mmlrec.evaluation.evaluation import check_labels, choose_split, evaluate_split
 from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.export.model import Exported, export_model
@@ -241,7 +241,14 @@ def load_run(path: str | Place) -> Run:
 
 
 def _path(data: Dataset | str | Place) -> str:
-    return str(data.path if isinstance(data, Dataset) else data)
+    if isinstance(data, Dataset):
+        return str(data.path)
+    if isinstance(data, str) or hasattr(data, "joinpath"):
+        return str(data)
+    raise ConfigError(
+        f"{type(data).__name__} is neither a dataset, nor the folder of one. Raw rows are a pandas DataFrame or an Arrow table:"
+        " pandas.DataFrame(rows)."
+    )
 
 
 def _metrics(report: dict[str, Any]) -> pd.DataFrame:
