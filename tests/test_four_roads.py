@@ -159,8 +159,8 @@ def config_of(data: Data, name: str, setting: Setting) -> dict:
     tasks, options = data.tasks[setting], {}
     if name == "apg" and setting is Setting.MTL:
         options["condition"] = "self"
-    if name == "mlp" or issubclass(class_of(name), ChainModel):
-        tasks = tasks[:2]  # which are binary
+    if name in ("mlp", "hmoe", "star") or issubclass(class_of(name), ChainModel):
+        tasks = tasks[:2]  # which are binary: these methods take no regression task beside binary ones
     if issubclass(class_of(name), ChainModel):
         options |= {"roles": tasks, "allow_non_chain": True}
     return {
