@@ -7,6 +7,9 @@ RUN := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
 DATASET := data/movielens-100k
 RESULT := runs/quickstart/result.json
+MODEL := models/quickstart
+SCORE := from mmlrec.serving import load; model = load("$(MODEL)"); \
+	print(*model.score([model.example() | {"user": user} for user in (1, 2, 3)]), sep="\n")
 CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 
 .NOTPARALLEL:
@@ -14,14 +17,14 @@ CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 .PHONY: help environment quickstart test test-all test-cluster lint types tests tests-all clean
 
 help:
-	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks"
+	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks and exported"
 	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
 	@echo "make test-all    the same with the long tests"
 	@echo "make test-cluster  pretend hosts, containers, a Slurm, an S3 server; installs what it needs where it may, and skips the rest"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
-	@echo "make clean       remove the environment and all that tools have cached; data/ and runs/ stay"
+	@echo "make clean       remove the environment and all that tools have cached; data/, runs/ and models/ stay"
 
 environment: $(ENVIRONMENT)
 
@@ -37,13 +40,19 @@ $(RESULT): $(DATASET)/manifest.json configs/mtl/movielens-100k.yaml configs/base
 	@rm -rf $(@D)
 	$(RUN) -m apps.train --config configs/mtl/movielens-100k.yaml --run-dir $(@D)
 
-quickstart: $(RESULT)
+$(MODEL)/model.json: $(RESULT)
+	@rm -rf $(@D)
+	$(RUN) -m apps.export --run-dir $(<D) --out $(@D)
+
+quickstart: $(RESULT) $(MODEL)/model.json
+	$(RUN) -c '$(SCORE)'
 	@echo
-	@echo "Done: the trained model and its metrics are in $(<D)/ (rm -r $(<D) to train again). To try next:"
+	@echo "Done: the trained model and its metrics are in $(<D)/ (rm -r $(<D) to train again), the exported one in $(MODEL)/. To try next:"
 	@echo "  source $(VENV)/bin/activate"
 	@echo "  python -m apps.train --config configs/mtl/movielens-100k.yaml model.name=ple"
 	@echo "  torchrun --standalone --nproc-per-node 2 -m apps.train --config configs/mtl/movielens-100k.yaml"
 	@echo "  python -m apps.evaluate --run-dir $(<D)"
+	@echo "  python -m apps.serve --model $(MODEL)"
 
 # Each of the three runs and reports, whatever the one before it said.
 test: $(ENVIRONMENT)

@@ -6,7 +6,7 @@ line) and the key. Imports neither torch nor torchrec.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -278,14 +278,17 @@ def _found(path: str | Place) -> Place:
 
 
 def load_config(
-    path: str | Place, overrides: list[str] | None = None, options: Callable[[], Iterable[str]] = tuple
+    path: str | Place | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    options: Callable[[], Iterable[str]] = tuple,
 ) -> RunConfig:
     """Read a YAML file, merge what its `base:` files give, apply `key.path=value` overrides, and check everything but options.
 
     Those of method and strategy stand in the files of these: `registry.load` checks them, too.
 
     Args:
-        path: of the file, an address, or the name of a shipped one: see `paths.config_file`.
+        path: of the file, an address, or the name of a shipped one: see `paths.config_file`. From Python also the content.
+        overrides: of the command line; from Python also sections, which are merged key by key.
         options: gives the dotted keys of such options, for hints about an unknown key.
 
     Raises:
@@ -293,7 +296,16 @@ def load_config(
         UserError: `path` is an address that cannot be read.
     """
     origin: dict[str, str] = {}
-    content = load_with_base(_found(path), origin)
+    content: dict[str, Any] = {}
+    if isinstance(path, Mapping):
+        source = "config"
+        merge(content, dict(path), source, origin)
+    else:
+        source = str(path)
+        content = load_with_base(_found(path), origin)
+    if isinstance(overrides, Mapping):
+        merge(content, dict(overrides), "overrides", origin)
+        overrides = []
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not all(part.strip() == part != "" for part in key.split(".")):
@@ -317,7 +329,7 @@ def load_config(
         RunConfig,
         content,
         prefix="",
-        source=str(path),
+        source=source,
         origin=origin,
         everywhere=lambda: (keys() for keys in (partial(keys_of, RunConfig), options)),
         other_names=OTHER_NAMES,

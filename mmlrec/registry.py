@@ -7,6 +7,7 @@ new file is found by its name and imported when it is asked for. Those of other 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,14 +100,18 @@ def option_keys() -> list[str]:
     return list(dict.fromkeys(["model.name", "balancing.name", *of_methods, *of_strategies]))
 
 
-def load(path: str | Path, overrides: list[str]) -> RunConfig:
+def load(path: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapping[str, Any]) -> RunConfig:
     """The configuration of a file and a command line, checked and spelt out: `load_config` and `resolve`.
+
+    From Python also of a configuration's content and of sections over it.
 
     Raises:
         ConfigError: as these two.
         UserError: as these two.
     """
-    return resolve(load_config(path, overrides, option_keys), f"{path} with the command line")
+    source = "config" if isinstance(path, Mapping) else str(path)
+    over = "overrides" if isinstance(overrides, Mapping) else "the command line"
+    return resolve(load_config(path, overrides, option_keys), f"{source} with {over}")
 
 
 def resolve(config: RunConfig, source: str) -> RunConfig:

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import mmlrec
 from mmlrec.errors import ConfigError, DataError, UserError, discard_output
@@ -88,6 +88,37 @@ def _run(arguments: list[str]) -> None:
     if options.dataset == _DESCRIBE:
         description_report.run(options)
         return
+    made = _make(kinds[options.dataset], options, new)
+    if made.was_there:
+        print(f"{options.out}: already there, made from the same raw files and options.")
+    else:
+        _print_summary(made.manifest, options.out, made.next_config)
+
+
+class Made(NamedTuple):
+    """A dataset folder. `was_there`: it had been made before, from the same raw files and options."""
+
+    manifest: DatasetManifest
+    next_config: str
+    was_there: bool
+
+
+def make(arguments: list[str]) -> Made:
+    """The dataset folder that a command line asks for, without a summary.
+
+    Args:
+        arguments: of a dataset, such as ["table", "--config", FILE, "--out", FOLDER]; argparse refuses others, and ends Python.
+
+    Raises:
+        UserError: options do not go together, raw data are bad, or `--out` cannot be used.
+    """
+    new, arguments = asked_for(arguments)
+    kinds = _asked_for(arguments)
+    options = _parser(kinds, new).parse_args(arguments)
+    return _make(kinds[options.dataset], options, new)
+
+
+def _make(kind: type[Dataset], options: argparse.Namespace, new: NewRows | None) -> Made:
     if new is None:
         refuse_alone(options)
     given = options.raw
@@ -97,10 +128,10 @@ def _run(arguments: list[str]) -> None:
         raise ConfigError(f"--download: files are fetched into a folder, and {given} is none. Fetch them, then put them there.")
     with spooled(Path() if given is None else given) as spool:
         options.raw = given and spool.folder
-        _make(kinds[options.dataset], options, spool, new)
+        return _made(kind, options, spool, new)
 
 
-def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool, new: NewRows | None) -> None:
+def _made(kind: type[Dataset], options: argparse.Namespace, spool: Spool, new: NewRows | None) -> Made:
     dataset = kind(options) if new is None else new.dataset(kind, options)
     dataset.duplicates = options.duplicates or dataset.duplicates
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
@@ -117,8 +148,7 @@ def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool, new: N
     if _holds_dataset(options.out):
         if not options.overwrite:
             _refuse_other(options.out, kind.name, recorded, raw)
-            print(f"{options.out}: already there, made from the same raw files and options.")
-            return
+            return Made(DatasetManifest.load(options.out), dataset.next_config, True)
         _refuse_more(options.out)
     parity = getattr(options, "parity", False)
     how: dict[str, Any] = {"seed": options.seed, "parity": parity, "options": recorded, "fitted": new and new.fitted}
@@ -126,7 +156,7 @@ def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool, new: N
         manifest = spark.build(dataset, raw, options.out, **how)
     else:
         manifest = build(dataset, raw, options.out, memory_bytes=int(options.memory * (1 << 30)), **how)
-    _print_summary(manifest, options.out, dataset.next_config)
+    return Made(manifest, dataset.next_config, False)
 
 
 def _asked_for(arguments: list[str]) -> dict[str, type[Dataset]]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 from mmlrec.distributed.world import World
 from mmlrec.errors import UserError
+
+#: What asks a process of its own to stop: a terminal, a scheduler that takes it away, one that does so soon.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 #: Steps between agreements of all ranks whether one of them was asked to stop.
 _AGREE_EVERY = 10
@@ -34,13 +38,18 @@ class Interrupted(UserError):
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops read between steps. A second SIGINT kills."""
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops read between steps. A second SIGINT kills.
+
+    Args:
+        signals: others than these three, where the process belongs to somebody else. Python takes some in its main thread only.
+    """
 
     #: Exit code for a run that a scheduler stopped and should start again.
     PREEMPTED = 85
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self._world = world
+        self._signals = signals
         self._received: int | None = None
 
     @property
@@ -49,7 +58,7 @@ class StopSignal:
         return self._received is not None
 
     def __enter__(self) -> StopSignal:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {s: signal.signal(s, self._note) for s in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:

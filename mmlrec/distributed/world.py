@@ -34,6 +34,9 @@ from mmlrec.terminal import plain
 
 logger = logging.getLogger("mmlrec")
 
+#: Loggers of libraries whose messages no user can act on.
+TALKATIVE = ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace")
+
 #: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
 TIMEOUT = 600.0
 _NO_LIMIT = timedelta(days=365)
@@ -410,5 +413,5 @@ def quiet_libraries() -> None:
         ".*Grad strides do not match bucket view strides.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    for name in ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace"):
+    for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -97,7 +97,7 @@ def entries_of(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def report_table(report: dict[str, Any]) -> str:
     """A report as an aligned text table, one line for each task, scenario and mean."""
-    lines = list(_lines(report))
+    lines = list(lines_of(report))
     columns = [name for name in (*_COUNTS, *_METRICS) if any(entry.get(name) is not None for _, _, entry in lines)]
     cells = [[task, scenario, *(_cell(entry, name) for name in columns)] for task, scenario, entry in lines]
     mark = "Trained on labels that are no chain (model.allow_non_chain).\n" if report.get("allow_non_chain") else ""
@@ -109,7 +109,7 @@ def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
 
     A metric that one of the reports lacks is left empty.
     """
-    runs = [list(_lines(report)) for report in reports]
+    runs = [list(lines_of(report)) for report in reports]
     columns = [name for name in _METRICS if any(entry.get(name) is not None for _, _, entry in runs[0])]
     cells = []
     for lines in zip(*runs, strict=True):
@@ -308,7 +308,8 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _lines(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def lines_of(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Task, scenario and entry of each line of the report as a table; "all", "mean" and "weighted mean" are scenarios, too."""
     for task, entry in entries_of(report):
         yield task, "all", entry
         for value, part in entry.get("scenarios", {}).items():

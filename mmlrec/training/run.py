@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmlrec.config import ALIASES, RunConfig, load_config
-from mmlrec.distributed.stopping import StopSignal
+from mmlrec.distributed.stopping import SIGNALS, StopSignal
 from mmlrec.distributed.world import World, log_file, logger
 from mmlrec.embeddings.sharding import plan_table
 from mmlrec.errors import CheckpointError, ConfigError, UserError
@@ -92,6 +93,7 @@ def train(
     source: str = "config",
     profiled: tuple[int, int] | None = None,
     forgotten: Mapping[str, NDArray[np.int64]] | None = None,
+    signals: Sequence[signal.Signals] = SIGNALS,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
 
@@ -103,6 +105,7 @@ def train(
         source: config file, for messages.
         profiled: first and last step of a profile, see `Profile`.
         forgotten: table -> rows that a run with `init_from` begins with as new ones, though the other run has them.
+        signals: that end the run between two steps, see `StopSignal`.
 
     Returns:
         The test report, on every rank.
@@ -124,6 +127,7 @@ def train(
             source=source,
             profiled=profiled,
             forgotten=forgotten,
+            signals=signals,
         )
 
 
@@ -138,6 +142,7 @@ def _train(
     source: str,
     profiled: tuple[int, int] | None,
     forgotten: Mapping[str, NDArray[np.int64]] | None,
+    signals: Sequence[signal.Signals],
 ) -> dict[str, Any]:
     run_dir = folder.path
     found = checkpoint.latest(folder.checkpoints, world)
@@ -208,7 +213,7 @@ def _train(
             for warning in [doubt, short, late, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
-        with StopSignal(world) as stop, trainer.saver:
+        with StopSignal(world, signals) as stop, trainer.saver:
             try:
                 trainer.fit(stop)
             except Exception as error:

@@ -1,0 +1,65 @@
+"""DataFrames and Arrow tables as they are given, as Arrow columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import pandas as pd
+import pyarrow as pa
+
+from mmlrec.errors import ConfigError, DataError, did_you_mean
+
+#: Raw rows: a pandas DataFrame or an Arrow table.
+Frame: TypeAlias = pd.DataFrame | pa.Table
+
+
+def columns_of(frame: Frame) -> list[str]:
+    """The names of its columns.
+
+    Raises:
+        ConfigError: it is neither a DataFrame nor an Arrow table.
+        DataError: names are no text, or not unique.
+    """
+    if not isinstance(frame, pd.DataFrame | pa.Table):
+        raise ConfigError(f"frame: a pandas DataFrame or an Arrow table is needed, found {type(frame).__name__}.")
+    names = frame.column_names if isinstance(frame, pa.Table) else list(frame.columns)
+    for name in names:
+        if not isinstance(name, str):
+            raise DataError(f"frame: the column {name!r} has no text as its name. Rename it: frame.rename(columns=str).")
+        if names.count(name) > 1:
+            raise DataError(f"frame: two columns have the name '{name}'. Rename one of them.")
+    return names
+
+
+def arrow_table(frame: Frame, columns: Mapping[str, str]) -> pa.Table:
+    """Some columns of a frame as Arrow. In a DataFrame None, NaN, NaT and NA are missing cells.
+
+    Args:
+        columns: those to take -> the argument that names each, for messages.
+
+    Raises:
+        ConfigError: it is no frame, or a column is not there.
+        DataError: a column's cells are of several types, or of one that Arrow does not know.
+    """
+    names = columns_of(frame)
+    found = {}
+    for column, argument in columns.items():
+        if column not in names:
+            listed = f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+            raise ConfigError(
+                f"{argument}: the frame has no column '{column}'.{did_you_mean(column, names)} Its columns: {listed}."
+            )
+        found[column] = frame[column] if isinstance(frame, pa.Table) else _arrow(frame[column], column, argument)
+    return pa.table(found)
+
+
+def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:
+    try:
+        return pa.Array.from_pandas(series)
+    except (pa.ArrowException, TypeError) as error:
+        kinds = sorted({type(cell).__name__ for cell in series.dropna()})
+        holds = f"cells of several types ({', '.join(kinds[:5])})" if len(kinds) > 1 else f"cells that cannot be read: {error}"
+        raise DataError(
+            f"{argument}: column '{column}' holds {holds}. Give it one, for example frame['{column}'].astype('string')."
+        ) from error
