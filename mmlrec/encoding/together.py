@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmlrec.encoding.cells import Cells
 from mmlrec.encoding.columns import quantile_ids, valid
 from mmlrec.encoding.features import feature_values
 from mmlrec.encoding.specs import FeatureSpec, Specs
@@ -28,6 +29,21 @@ class Doubtful(Exception):
 
 _FLOATS = (pa.DoubleArray, pa.FloatArray)
 _INTEGERS = (pa.Int64Array, pa.Int32Array, pa.Int16Array, pa.Int8Array)
+
+
+def parsed(columns: list[pa.Array], taken: list[bool], kind: pa.DataType) -> list[pa.Array]:
+    """The columns with int64 or float64 in place of text, in those to whose cells nothing is done before. Raises Doubtful."""
+    texts = [index for index, column in enumerate(columns) if taken[index] and isinstance(column, pa.StringArray)]
+    if not texts:
+        return columns
+    values, faults = as_type(pa.concat_arrays([columns[index] for index in texts]), kind, "", Cells())
+    if not all(good.all() for good, _, _ in faults):
+        raise Doubtful
+    found, start = list(columns), 0
+    for index in texts:
+        found[index] = values.slice(start, len(columns[index]))
+        start += len(columns[index])
+    return found
 
 
 class Numbers:
@@ -66,8 +82,10 @@ class Numbers:
     def inputs(self, cells: dict[str, pa.Array], num_rows: int) -> tuple[NDArray[np.float32], dict[str, IntArray]]:
         """Dense features [B, N], and ids by quantiles. Raises Doubtful."""
         numbers = np.empty((len(self._features), num_rows))
+        columns = [cells[spec.column] for spec in self._features]
+        columns = parsed(columns, self._taken, pa.float64())
         for index, spec in enumerate(self._features):
-            numbers[index] = self._raw(spec, cells[spec.column], self._taken[index])
+            numbers[index] = self._raw(spec, columns[index], self._taken[index])
         if self._log:
             raw = pa.array(numbers[self._log].ravel())
             logs = pc.multiply(pc.sign(raw), pc.log1p(pc.abs(raw)))
@@ -146,7 +164,10 @@ class _Group:
         """As of `IdFeatures`; `singles`: where rows begin that have a value each."""
         if not self._features:
             return {}
-        found = [self._values(spec, cells[spec.column], taken) for spec, taken in zip(self._features, self._taken, strict=True)]
+        columns = [cells[spec.column] for spec in self._features]
+        if not self._text:
+            columns = parsed(columns, self._taken, pa.int64())
+        found = [self._values(*each) for each in zip(self._features, columns, self._taken, strict=True)]
         ends = np.cumsum([0, *(len(values) for values, _ in found)])
         ids = self._ids(pa.concat_arrays([values for values, _ in found]), ends)
         inputs = {}
