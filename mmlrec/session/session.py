@@ -26,14 +26,13 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
-from mmlrec.identity import encoding_differences
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint, whole
-from mmlrec.run_folder.encoder import check_own_encoder
+from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
-from mmlrec.schema import MANIFEST, DatasetManifest, Encoding, Setting, Task
+from mmlrec.schema import MANIFEST, DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
@@ -462,11 +461,8 @@ def _encoder_for(folder: RunFolder, own: Place, rows: Place, begun: dict[str, An
     if kept and (isinstance(begun.get("data"), dict) or not (own / MANIFEST).is_file()):
         return _own_encoder(folder, own, begun)
     manifest = DatasetManifest.load(rows)
-    before = Encoding.read(begun.get("encoding"), str(folder.path))
-    if before is not None and before.comparable(manifest.encoding) and "train" in manifest.splits:
-        different = encoding_differences(before, manifest, rows, scenario=True, labels=False)
-        if not different:
-            return rows
+    if "train" in manifest.splits and is_encoded_alike(rows, manifest, begun):
+        return rows
     if not (own / MANIFEST).is_file():
         raise DataError(
             f"{folder.path} is a run of a release before: it keeps no encoder ({folder.encoder.name}/{MANIFEST}), and its"
