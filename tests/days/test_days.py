@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from mmlrec.embeddings.tables import initial_rows
 from mmlrec.storage.places import place
@@ -76,14 +79,19 @@ def test_the_table_counts_what_is_new_and_says_how_the_model_of_the_day_before_d
 
 
 def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_all_its_rows(root, tmp_path):
-    """As apps.evaluate measures each split."""
-    counts = 0
+    """Against the scores of apps.predict, split by split."""
+    scores = []
     for split in ("train", "valid", "test"):
-        command = [sys.executable, "-m", "apps.evaluate", "--run-dir", str(root / "whole-1" / "day-01"), "--split", split]
-        done = run([*command, f"dataset.path={root / 'day-02'}"])
+        command = [sys.executable, "-m", "apps.predict", "--run-dir", str(root / "whole-1" / "day-01"), "--split", split]
+        done = run([*command, "--input", str(root / "day-02"), "--output", str(tmp_path / f"{split}.parquet")])
         assert done.returncode == 0, done.stderr
-        counts += int(re.search(r"^click +all +(\d+)", done.stdout, re.MULTILINE)[1])
-    assert counts == lines(root / "whole-1")[1]["next_day"]["tasks"]["click"]["rows"]
+        scores.append(pq.read_table(tmp_path / f"{split}.parquet").to_pandas())
+    rows = pd.concat(scores)
+    assert len(rows) == 300 + 75 + 75
+    for task, found in lines(root / "whole-1")[1]["next_day"]["tasks"].items():
+        known = rows[rows[f"label.{task}"].notna()]
+        assert found["rows"] == len(known)
+        assert found["auc"] == pytest.approx(roc_auc_score(known[f"label.{task}"], known[f"score.{task}"]), abs=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
