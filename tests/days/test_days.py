@@ -91,7 +91,9 @@ def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_
     for task, found in lines(root / "whole-1")[1]["next_day"]["tasks"].items():
         known = rows[rows[f"label.{task}"].notna()]
         assert found["rows"] == len(known)
-        assert found["auc"] == pytest.approx(roc_auc_score(known[f"label.{task}"], known[f"score.{task}"]), abs=1e-6)
+        pairs = found["positives"] * (len(known) - found["positives"])
+        # Two logits may round to one probability, which is half a pair.
+        assert abs(found["auc"] - roc_auc_score(known[f"label.{task}"], known[f"score.{task}"])) < 1.1 / pairs
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
