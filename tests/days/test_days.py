@@ -126,6 +126,7 @@ def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(ro
     assert [line["forgotten"] for line in lines(run_dir)[:3]] == [{}, {}, dict.fromkeys(counts, 0)]
 
 
+@pytest.mark.long
 def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
     """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
     later = tmp_path / "days"
