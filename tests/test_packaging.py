@@ -1,13 +1,20 @@
 import ast
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from packaging.requirements import Requirement
+
+from tests.serving.folders import DIM, LOOKUPS, ROWS, encoded_by_hand, raw_rows, scores_by_hand, tables, write_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -173,3 +180,40 @@ def is_installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def with_requirements(names: tuple[str, ...]) -> set[str]:
+    """Distributions, and all that they need."""
+    found: set[str] = set()
+    todo = list(names)
+    while todo:
+        if (name := todo.pop()) not in found:
+            found.add(name)
+            needed = map(Requirement, metadata.requires(name) or [])
+            todo += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.mark.long
+def test_an_exported_model_scores_in_an_environment_of_four_packages(wheel, tmp_path):
+    """torch, numpy, pyarrow and safetensors, as they are installed here, and the wheel without what it asks for."""
+    contents, rows = tables("fp32", ROWS, DIM), raw_rows(20)
+    weight = write_model(tmp_path / "model", contents)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    venv.create(tmp_path / "fresh", with_pip=True)
+    python = tmp_path / "fresh/bin/python"
+    (site,) = (tmp_path / "fresh/lib").glob("python*/site-packages")
+    for name in with_requirements(("torch", "numpy", "pyarrow", "safetensors")):
+        for file in metadata.files(name) or []:
+            top = site / file.parts[0]
+            if file.parts[0] not in ("..", "__pycache__") and not top.exists():
+                top.symlink_to(str(metadata.distribution(name).locate_file(file.parts[0])))
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    code = "import json, mmlrec.serving as s; print(json.dumps(s.load('model').score(json.load(open('rows.json')))))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [[row["score.click"], row["score.buy"]] for row in json.loads(done.stdout)]
+    np.testing.assert_allclose(found, scores_by_hand(encoded_by_hand(rows), contents, [LOOKUPS], weight), atol=2e-6)
+    absent = "import importlib.util as u; print([n for n in ('pydantic', 'yaml', 'pandas', 'torchrec') if u.find_spec(n)])"
+    assert subprocess.run([python, "-c", absent], capture_output=True, text=True, check=True).stdout == "[]\n"

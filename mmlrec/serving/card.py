@@ -19,6 +19,7 @@ _WANTED: dict[str, Any] = {
     "tables": [{"name": str, "file": str, "rows": int, "dim": int, "dtype": str}],
     "lookups": [[{"feature": str, "table": str, "pooling": str}]],
     "dense": [str],
+    "features": [{"name": str, "examples": list}],
     "multi_scenario": bool,
 }
 

@@ -101,8 +101,8 @@ class Model:
         return scores
 
     def example(self) -> dict[str, Any]:
-        """A raw row, of the examples in the card."""
-        examples = {feature["name"]: feature.get("examples") for feature in self.card.get("features", [])}
+        """A raw row, of the examples in the card; what has none there is missing."""
+        examples = {feature["name"]: feature["examples"] for feature in self.card["features"]}
         row: dict[str, Any] = dict.fromkeys(self.encoder.columns)
         for spec in self.encoder.features:
             if row[spec.column] is None and examples.get(spec.name):

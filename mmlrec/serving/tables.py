@@ -1,20 +1,27 @@
-"""Embedding tables as they lie on disk: mapped, not read. A lookup touches the pages of its rows."""
+"""Embedding tables as they lie on disk, in safetensors' format: mapped, not read. A lookup touches the pages of its rows.
+
+Mapped here and not by the safetensors package: that maps for writing, which the kernel refuses for tables larger than memory,
+and does not tell it that rows are read at random, so that it would read their neighbours, too.
+"""
 
 from __future__ import annotations
 
+import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from mmlrec.errors import DataError
 from mmlrec.serving.card import AGAIN
 
 #: dtype of a table in the card -> that of its `weight` in the file.
-_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8}
+_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2"), "int8": np.dtype("u1")}
+#: dtypes as the file has them.
+_STORED: dict[str, np.dtype[Any]] = {"F32": _DTYPES["fp32"], "F16": _DTYPES["fp16"], "U8": _DTYPES["int8"]}
 
 
 @dataclass(frozen=True)
@@ -41,24 +48,23 @@ class Table:
         Raises:
             DataError: the file cannot be read, or is not what the card says.
         """
-        path = folder / entry["file"]
-        parts = ("weight", "scale", "offset") if entry["dtype"] == "int8" else ("weight",)
-        shape = (entry["rows"], entry["dim"])
-        wanted = {
-            "weight": (_DTYPES.get(entry["dtype"]), shape),
-            "scale": (np.float32, shape[:1]),
-            "offset": (np.float32, shape[:1]),
+        path, of_row = folder / entry["file"], (_DTYPES["fp32"], (entry["rows"],))
+        wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "weight": (_DTYPES.get(entry["dtype"]), (entry["rows"], entry["dim"]))
         }
+        if entry["dtype"] == "int8":
+            wanted |= {"scale": of_row, "offset": of_row}
         try:
-            with safe_open(path, framework="pt") as file:
-                found = {part: file.get_tensor(part).numpy() for part in parts}
-        except (OSError, SafetensorError) as error:
+            found = {part: array for part, array in _mapped(path).items() if part in wanted}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: the table '{entry['name']}' cannot be read: {error}. {AGAIN}") from error
+        if lacking := [part for part in wanted if part not in found]:
+            raise DataError(f"{path}: the table '{entry['name']}' has no {lacking[0]}. {AGAIN}")
         for part, array in found.items():
             if (array.dtype, array.shape) != wanted[part]:
                 raise DataError(
                     f"{path}: {part} of the table '{entry['name']}' is {array.dtype} {list(array.shape)}, the card says"
-                    f" {entry['dtype']} {list(shape)}. {AGAIN}"
+                    f" {entry['dtype']} {list(wanted['weight'][1])}. {AGAIN}"
                 )
         return cls(**found)
 
@@ -91,3 +97,22 @@ class Table:
         if pooling == "mean":
             bags /= np.maximum(lengths, 1)[:, None].astype(np.float32)
         return bags
+
+
+def _mapped(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file: 8 bytes with the length of a JSON header, the header, the numbers.
+
+    Raises ValueError, KeyError or TypeError where it is none, or cut off.
+    """
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content.madvise(mmap.MADV_RANDOM)
+    first = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:first])
+    found = {}
+    for name, of in header.items():
+        if name != "__metadata__":
+            start, stop = of["data_offsets"]
+            dtype = _STORED[of["dtype"]]
+            found[name] = np.frombuffer(content, dtype, (stop - start) // dtype.itemsize, first + start).reshape(of["shape"])
+    return found

@@ -39,10 +39,10 @@ FACTS = {
 #: Features of the card, with examples of raw values.
 FEATURES = [
     {"name": "user", "kind": "sparse", "examples": ["u1", "u2"]},
-    {"name": "price", "kind": "dense", "examples": [3.5]},
-    {"name": "tags", "kind": "multi", "examples": [[101, 102]]},
-    {"name": "marks", "kind": "multi", "examples": [[103]]},
-    {"name": "age", "kind": "dense", "examples": [33]},
+    {"name": "price", "kind": "dense", "examples": [0.0, 10.0]},
+    {"name": "tags", "kind": "multi", "examples": [[100], [101]]},
+    {"name": "marks", "kind": "multi", "examples": []},
+    {"name": "age", "kind": "dense", "examples": [20.0, 60.0]},
 ]
 
 

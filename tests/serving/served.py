@@ -20,7 +20,7 @@ class Served:
         arguments = [sys.executable, "-m", "apps.serve", "--model", str(model), "--port", "0", *options]
         self.log = log
         self.command = processes.Command(arguments, log=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (found := re.search(r"ready: http://127.0.0.1:(\d+)/", log.read_text())):
             assert self.command.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

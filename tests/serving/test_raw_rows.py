@@ -125,5 +125,5 @@ def test_huge_integers_are_ids_of_text_and_no_numbers_of_64_bits(toy):
 
 def test_the_example_of_the_card_scores(toy):
     row = toy[0].example()
-    assert row == {"user": "u1", "price": 3.5, "tags": [101, 102], "marks": [103], "age": 33, "place": "home"}
+    assert row == {"user": "u1", "price": 0.0, "tags": [100], "marks": None, "age": 20.0, "place": "home"}
     assert len(toy[0].score([row])) == 1
