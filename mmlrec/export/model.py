@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
+
+from torch import Tensor
 
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
@@ -77,10 +80,10 @@ def export_model(asked: Exported, world: World, stop: StopSignal | None = None) 
     error: UserError | None = None
     if rows is not None:
         try:
-            _write(asked, loaded, dataset, rows)
+            _write(asked, loaded, dataset, rows, stop)
         except UserError as cause:
             error = cause
-    world.raise_together(error)
+    world.without_limit().raise_together(error)  # Large tables take their time.
 
 
 def _check_out(asked: Exported) -> None:
@@ -113,7 +116,7 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     return dataset
 
 
-def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows) -> None:
+def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows, stop: StopSignal | None) -> None:
     session, run = loaded.session, asked.run
     manifest = session.manifest if asked.dataset is None else DatasetManifest.load(dataset)
     with new_local_folder(asked.out, "model") as folder:
@@ -121,7 +124,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
         save_network(export_network(scorer, asked.kind), folder / f"network.{asked.kind}", asked.kind)
         encoder = Encoder.load(session.encoder)
         encoder.save(folder / ENCODER)
-        stored = _write_tables(asked, loaded, folder)
+        stored = _write_tables(asked, loaded, folder, stop)
         result = run.read_result()
         card = make_card(
             session, encoder, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {}
@@ -143,7 +146,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     logger.info("%s: %s on %s, tables in %s", asked.out, card["method"], card["name"], asked.tables)
 
 
-def _write_tables(asked: Exported, loaded: Loaded, folder: Path) -> dict[str, tuple[int, int]]:
+def _write_tables(asked: Exported, loaded: Loaded, folder: Path, stop: StopSignal | None) -> dict[str, tuple[int, int]]:
     """The tables of the checkpoint that was loaded; table -> rows and width."""
     session, best = loaded.session, asked.run.best
     branches = [name for name, _, _ in session.branches()]
@@ -153,10 +156,17 @@ def _write_tables(asked: Exported, loaded: Loaded, folder: Path) -> dict[str, tu
     tables = TableRows(best, list(keys.values()))
     for name, key in keys.items():
         shape = tables.shape(key)
-        rows = tables.read(key, max(1, CHUNK_BYTES // (4 * shape[1])))
+        rows = _until(stop, tables.read(key, max(1, CHUNK_BYTES // (4 * shape[1]))), asked.out)
         write_table(folder / table_file(name, branches), name, rows, shape, asked.tables)
     _check_step(best, loaded.step)
     return {name: tables.shape(key) for name, key in keys.items()}
+
+
+def _until(stop: StopSignal | None, rows: Iterator[Tensor], out: Path) -> Iterator[Tensor]:
+    for some in rows:
+        if stop is not None and stop.received:  # of this rank, which alone writes
+            raise stop.interrupted(f"{out}: not written: stopped by a signal. Run the same command again.")
+        yield some
 
 
 def _check_step(best: Place, step: int) -> None:
