@@ -73,14 +73,13 @@ def write_models(folder: Path) -> Scorer:
     tables = {name: {"ids": "vocabulary", "rows": size + 1} for name, size in zip(names, SIZES, strict=True)}
     facts = {"form": 1, "dataset": "benchmark", "digest": "", "features": features, "scenario": None, "tables": tables}
     encoder = Encoder(facts, Vocabularies.of(values))
-    program = export_network(scorer)
     formats: tuple[Format, ...] = ("pt2", "onnx")
     for kind in formats:
         model = folder / kind
         (model / "tables").mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
         encoder.save(model / "encoder")
-        save_network(program, model / f"network.{kind}", kind)
+        save_network(export_network(scorer, kind), model / f"network.{kind}", kind)
         for name, size in zip(names, SIZES, strict=True):
             rows = 0.1 * torch.randn(size + 1, SHAPE.dim, generator=generator)
             write_table(model / f"tables/{name}.safetensors", name, [rows], (size + 1, SHAPE.dim), "fp32")
