@@ -1,10 +1,12 @@
 """Speed of the dense part (network and loss, forward and backward) of every method, relative to SharedBottom in the same run.
 
 python -m benchmarks.methods [--methods mmoe,ple] [--quick] [--threads 2] [--out runs/methods.json]
+python -m benchmarks.methods --exported --methods mmoe,star [--threads 1]
 
 Three tables: time beside operations (benchmarks.flops), in MTL and MSL; the cost of 32 scenarios over that of 2; and whole
 training steps of MMoE with PCGrad over those with fixed weights. Every figure is a median over rounds in which all take their
-turn, so that whatever else the machine does hits all alike.
+turn, so that whatever else the machine does hits all alike. `--exported` prints one other table: scores of exported graphs
+with rows grouped by scenario, as in network.pt2, and with all scenarios computed, as in network.onnx; both run by torch.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tabulate import tabulate
@@ -27,6 +30,7 @@ from tabulate import tabulate
 from benchmarks import throughput
 from benchmarks.flops import FORWARD, Case
 from mmlrec.distributed.world import keep_freed_memory
+from mmlrec.export.network import Format, Scorer, export_network
 from mmlrec.losses import LossOptions
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.paths import local_path
@@ -177,6 +181,25 @@ def balancing(folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
+def exported(wanted: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Time of exported graphs with 4 and 64 scenarios and two tasks: grouped, and all scenarios."""
+    steps: dict[Any, Step] = {}
+    for label, scenarios in product(wanted, (4, 64)):
+        tasks = (Task(name="t0"), Task(name="t1"))
+        spec = ModelSpec(Setting.MTMSL, tasks, scenarios, {f"f{i}": 16 for i in range(20)}, 13)
+        scorer = Scorer(method(label)(spec, method(label).Config()), {})
+        graphs = {kind: export_network(scorer, kind).module() for kind in get_args(Format)}
+        for rows, (kind, graph) in product((1, 100, 1000), graphs.items()):
+            steps[label, scenarios, rows, kind] = partial(graph, *scorer.example(rows))
+    with torch.inference_mode():
+        times = measure(steps, rounds)
+    return [
+        {"method": label, "scenarios": scenarios, "rows": rows}
+        | {f"ms_{kind}": 1e3 * median(times[label, scenarios, rows, kind]) for kind in get_args(Format)}
+        for label, scenarios, rows in dict.fromkeys(key[:3] for key in steps)
+    ]
+
+
 def main() -> None:
     """Measure, print the tables, write the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -186,6 +209,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="batch size")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=local_path, default=Path("runs/methods.json"))
+    parser.add_argument("--exported", action="store_true", help="exported graphs of --methods in place of all other tables")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # As in training.
@@ -193,6 +217,9 @@ def main() -> None:
     for name in wanted:
         method(name.split()[0])
     rounds = 3 if arguments.quick else arguments.rounds
+    if arguments.exported:
+        print(tabulate(exported(wanted, rounds), headers="keys", floatfmt=".1f"))
+        return
     shapes = ["movielens"] if arguments.quick else list(SHAPES)
     show = partial(tabulate, headers="keys", floatfmt=".2f")
     result: dict[str, Any] = {"threads": arguments.threads, "rows": arguments.rows, "rounds": rounds, "cost": [], "growth": []}

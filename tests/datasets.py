@@ -125,7 +125,11 @@ def with_vocabularies(
             facts[table.name] = {"ids": "hash", "buckets": table.num_rows - 1, "hashes": 1, "seed": hashed[table.name]}
             table = table.model_copy(update={"hash_seed": hashed[table.name]})
         tables.append(table)
-    features = {f.name: {"kind": f.kind} | ({"table": f.table} if f.table else {}) for f in manifest.features}
+    features = {}
+    for f in manifest.features:
+        features[f.name] = {"kind": f.kind, "type": "float32"}
+        if f.table:
+            features[f.name] |= {"type": facts[f.table].get("type", "int64"), "table": f.table}
     scenario = {"values": manifest.scenario.values} if manifest.scenario else None
     labels = {task.name: {"kind": task.kind} for task in manifest.tasks}
     encoding = Encoding.of(features, facts, scenario, labels)

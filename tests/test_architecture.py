@@ -52,7 +52,7 @@ RULES = {
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
-        "mmlrec.identity",
+        *("mmlrec.identity", "mmlrec.encoding.vocabularies"),
     ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),

@@ -27,7 +27,8 @@ from mmlrec.storage.places import Place
 
 #: Largest difference of a score that float32 arithmetic in another order explains, relative to the scale of its scores. That is
 #: 1 for probabilities; of a regression task the deviation of its labels, or its largest value where that is more. Of cvr, a
-#: ratio r of probabilities with logits a and b, it is the largest r (|a| + |b|), by which the rounding of logits grows, if above 1.
+#: ratio r of probabilities with logits a and b, it is the largest r (|a| + |b|) where that is more: so the rounding of logits
+#: grows in it.
 TOLERANCE = 1e-6
 _BATCH_ROWS = 1 << 14
 #: Rows that are decoded and encoded again: they lie shuffled on disk.

@@ -67,8 +67,8 @@ class TableRows:
     def _table(self, key: str, found: Any) -> TensorStorageMetadata:
         if not isinstance(found, TensorStorageMetadata):
             raise CheckpointError(f"{self._folder}: this checkpoint is of another model: it lacks '{key}'.")
-        whole_rows = all(chunk.offsets[1] == 0 and chunk.sizes[1] == found.size[1] for chunk in found.chunks)
-        if len(found.size) != 2 or found.properties.dtype != torch.float32 or not whole_rows:
+        table = len(found.size) == 2 and found.properties.dtype == torch.float32
+        if not table or any(chunk.offsets[1] != 0 or chunk.sizes[1] != found.size[1] for chunk in found.chunks):
             raise CheckpointError(f"{self._folder}: '{key}' is no table of float32 in shards of whole rows.")
         return found
 

@@ -1,8 +1,9 @@
 """Which rows of a table stand for the same values in another run: old ids of new ones, for the rows that a rank holds.
 
 Ids of a vocabulary are matched by value. Where one vocabulary begins with the other, as after `--extend`, ids are equal and
-nothing has to be read for it; elsewhere a rank holds the values of its own rows of one table, and reads the other vocabulary
-past them, in pieces. Hashed ids, buckets of numbers, and ids that come as such are equal where what makes them is.
+nothing has to be read for it; elsewhere a rank holds the values of its own rows of one table, sorted by their hashes, and
+reads the other vocabulary past them, in pieces. Hashed ids, buckets of numbers, and ids that come as such are equal where
+what makes them is.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError
 from mmlrec.identity import check_vocabulary, vocabulary_digest
 from mmlrec.schema import DatasetManifest, Table
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
 
-#: Values of a vocabulary that are read past those that are held. Each time Arrow hashes what is held anew.
+#: Values of a vocabulary that are read at a time.
 _PIECE = 1 << 20
 
 How = Literal["by value", "by id", "not"]
@@ -126,17 +127,24 @@ def old_rows(name: str, found: Matching, start: int, stop: int, new: Encoded, ol
     if found.how == "by id" or found.common:
         return np.where(rows < found.common, rows, -1)
     rows = np.where(rows == 0, 0, -1)
-    held = [(values, ids) for values, ids in _vocabulary(new.vocabulary(name)) if ids[0] < stop and ids[-1] >= start]
-    if not held:
-        return rows
-    ids = np.concatenate([ids for _, ids in held])
-    own = (ids >= start) & (ids < stop)
-    values, ids = pa.concat_arrays([values for values, _ in held]).filter(pa.array(own)), ids[own]
+    ids, held = _between(new.vocabulary(name), start, stop)
+    index = Vocabularies.of({name: held})
     for others, their_ids in _vocabulary(old.vocabulary(name)):
-        at = pc.index_in(others, value_set=values)
-        there = at.is_valid().to_numpy(zero_copy_only=False)
-        rows[ids[at.drop_null().to_numpy()] - start] = their_ids[there]
+        at = index.look_up(name, others)
+        found_here = at > 0
+        rows[ids[at[found_here] - 1] - start] = their_ids[found_here]
     return rows
+
+
+def _between(path: Place, start: int, stop: int) -> tuple[NDArray[np.int64], list[pa.Array]]:
+    """The ids start..stop-1 that a vocabulary has, [n], and their values, in pieces."""
+    ids, values = [np.empty(0, np.int64)], []
+    for some, their_ids in _vocabulary(path):
+        own = (their_ids >= start) & (their_ids < stop)
+        if own.any():
+            ids.append(their_ids[own])
+            values.append(some.filter(pa.array(own)))
+    return np.concatenate(ids), values
 
 
 def _vocabulary(path: Place) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:

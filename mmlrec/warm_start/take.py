@@ -22,7 +22,7 @@ from mmlrec.registry import method, model_config
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder, write_atomically
 from mmlrec.run_folder.index import SavedTensor, saved_tensors
-from mmlrec.schema import DatasetManifest, facts_digest
+from mmlrec.schema import DatasetManifest, Setting, facts_digest
 from mmlrec.session.recommender import TABLES
 from mmlrec.session.session import Session, build_spec
 from mmlrec.warm_start.rows import Encoded, Matching, matching, old_rows
@@ -36,6 +36,7 @@ _STATE = f"optimizer.tables.{TABLES}.embedding_bags."
 _NETWORK, _NETWORK_STATE = "model.head.network.", "optimizer.dense.head.network."
 #: Whether a tensor is taken as a whole, and whether it is not taken -> what is said of it.
 _IS = {(True, False): "taken", (False, False): "in part", (False, True): "fresh"}
+_BY_NAME, _WITHOUT_STATE = "by name", "by name, and its optimizer begins anew"
 _NAMED = 10  # names that a line of the log spells out
 
 
@@ -67,7 +68,7 @@ def take(session: Session, source: Source, into: RunFolder) -> None:
         error: UserError | None = None
         tables: list[TableTaken] = []
         parameters: list[dict[str, str]] = []
-        fresh = ""
+        network = ""
         try:
             weights = saved_tensors(whole.inside(best))
             state = {} if source.optimizer is None else saved_tensors(whole.inside(source.optimizer))
@@ -80,14 +81,14 @@ def take(session: Session, source: Source, into: RunFolder) -> None:
         new = Encoded(session.manifest, session.encoder)
         tables = _take_tables(own, weights, state, new, source.encoded, world)
         try:
-            parameters, fresh = _take_network(session, own, weights, state, source)
+            parameters, network = _take_network(session, own, weights, state, source)
         except (CheckpointError, StorageError) as cause:
             error = cause
         except OSError as cause:
             error = CheckpointError(f"{source.folder.path}: its checkpoint cannot be read: {cause}. Give the command again.")
         world.raise_together(error)
     if world.is_main:
-        _tell(session, source, into, tables, parameters, fresh, weights)
+        _tell(session, source, into, tables, parameters, network, weights)
 
 
 def _take_tables(
@@ -180,8 +181,9 @@ def _copy_rows(shard: Tensor, rows: NDArray[np.int64], saved: SavedTensor) -> No
     """Copy rows of a saved tensor, some at a time: row i of the shard from rows[i], where that is no -1."""
     into = np.flatnonzero(rows >= 0)
     wanted = rows[into]
-    order = np.argsort(wanted, kind="stable")
-    into, wanted = into[order], wanted[order]
+    if (wanted[1:] < wanted[:-1]).any():
+        order = np.argsort(wanted, kind="stable")
+        into, wanted = into[order], wanted[order]
     at_a_time = max(1, _PIECE_BYTES // max(1, 4 * int(np.prod(saved.size[1:]))))
     first = 0
     while first < len(wanted):
@@ -201,11 +203,11 @@ def _take_network(
     state: Mapping[str, SavedTensor],
     source: Source,
 ) -> tuple[list[dict[str, str]], str]:
-    """What became of each of the network's tensors; and why nothing is taken, where another method is trained."""
+    """What became of each of the network's tensors; and of all of it: by name, or why nothing is taken."""
     names = [key.removeprefix(_NETWORK) for key in own if key.startswith(_NETWORK)]
     mine, theirs = session.config.model["name"], source.config.model["name"]
     if mine != theirs:
-        return [], f"the method is {mine} here, {theirs} there"
+        return [], f"begins anew: the method is {mine} here, {theirs} there"
     new, old = _known(session.network, session.manifest), _known(_network_of(source), source.encoded.manifest)
     plans = layouts(session.network)
     chosen = {
@@ -218,10 +220,11 @@ def _take_network(
         beside = [other for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]]
         if own[_NETWORK + name].dim() == 0 and not all(chosen[other].whole for other in beside):
             chosen[name] = Taken(why_not="it counts for what is not taken as a whole")
-    found = []
+    found, others = [], False
     for name, plan in chosen.items():
         key = _NETWORK + name
         if not plan.why_not:
+            others = others or any(_of_parameter(own_key, name) and own_key not in state for own_key in own)
             plan.copy(weights[key].read(), own[key])
             for own_key in own:
                 if own_key not in state or not _of_parameter(own_key, name):
@@ -231,7 +234,7 @@ def _take_network(
                 elif plan.whole:  # counts steps: what is new in a parameter that is taken in part moves as in a new run
                     own[own_key].copy_(state[own_key].read())
         found.append({"name": name, "is": _IS[plan.whole, bool(plan.why_not)], "why": plan.why_not})
-    return found, ""
+    return found, _WITHOUT_STATE if others else _BY_NAME
 
 
 def _of_parameter(key: str, name: str) -> bool:
@@ -259,13 +262,17 @@ def _tell(
     into: RunFolder,
     tables: list[TableTaken],
     parameters: list[dict[str, str]],
-    fresh: str,
+    network: str,
     weights: Mapping[str, SavedTensor],
 ) -> None:
     new, old = session.manifest, source.encoded.manifest
-    names = {"tasks": ([task.name for task in session.spec.tasks], _tasks(source))}
-    names["scenarios"] = tuple([] if m.scenario is None else m.scenario.values for m in (new, old))  # type: ignore[assignment]
-    names["features"] = tuple([feature.name for feature in m.features] for m in (new, old))  # type: ignore[assignment]
+    multi_scenario = [config.dataset.setting is not Setting.MTL for config in (session.config, source.config)]
+    scenarios = [m.scenario.values if m.scenario and used else [] for m, used in zip((new, old), multi_scenario, strict=True)]
+    names: dict[str, tuple[list[str], list[str]]] = {
+        "tasks": ([task.name for task in session.spec.tasks], _tasks(source)),
+        "scenarios": (scenarios[0], scenarios[1]),
+        "features": ([feature.name for feature in new.features], [feature.name for feature in old.features]),
+    }
     kept = {table.table for table in tables}
     others = {key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in weights if key.startswith(_WEIGHTS)}
     of_network = {key.removeprefix(_NETWORK) for key in weights if key.startswith(_NETWORK)}
@@ -276,7 +283,7 @@ def _tell(
         "optimizer_state_of_step": step,
         "tables": [asdict(table) for table in tables],
         "dropped_tables": sorted(others - kept),
-        "network": fresh or "by name",
+        "network": network,
         "parameters": parameters,
         "dropped_parameters": sorted(of_network - {parameter["name"] for parameter in parameters}),
         **{
@@ -292,7 +299,7 @@ def _tell(
     write_atomically(into.init_from, json.dumps(told, indent=1, ensure_ascii=False))
     for line in _lines(told):
         logger.info("%s", line)
-    if step is None:
+    if source.optimizer is None:
         logger.warning("init_from: %s has no whole checkpoint besides its best, so the optimizers begin anew", told["run"])
     for line in told["encoded_otherwise"]:
         logger.warning("note: init_from: %s: its numbers mean something else to what is taken", line)
@@ -308,9 +315,9 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
         lines.append(f"rows of tables:\n{tabulate(rows, headers=headers, disable_numparse=True)}")
     if told["dropped_tables"]:
         lines.append(f"tables that are dropped: {_listed(told['dropped_tables'])}")
-    if told["network"] != "by name":
-        lines.append(f"the network begins anew: {told['network']}")
-    else:
+    if told["network"] != _BY_NAME:
+        lines.append(f"network: {told['network']}")
+    if told["parameters"]:
         by_kind: dict[str, list[str]] = {"taken": [], "in part": [], "fresh": []}
         for parameter in told["parameters"]:
             why = f" ({parameter['why']})" if parameter["why"] else ""

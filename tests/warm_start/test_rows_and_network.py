@@ -238,6 +238,7 @@ def test_every_row_is_where_its_value_is_and_every_slice_where_its_name_is(root)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_every_number_of_ranks_and_every_plan_on_both_sides(root):
     sources = list(itertools.product((1, 2, 3), PLANS))
     for size in (1, 2, 3):

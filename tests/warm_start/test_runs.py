@@ -117,7 +117,7 @@ def test_another_method_takes_tables_alone(first, tmp_path):
     command = [sys.executable, "-m", "apps.train", "--config", str(tmp_path / "other.yaml"), "--run-dir", str(tmp_path / "new")]
     result = run([*command, f"init_from={first / 'run'}"], env=environment())
     assert result.returncode == 0, result.stderr
-    assert "the network begins anew: the method is mlp here, shared_bottom there" in result.stderr
+    assert "network: begins anew: the method is mlp here, shared_bottom there" in result.stderr
     assert sorted(table["taken"] for table in told(tmp_path / "new")["tables"]) == [30, 31, 32, 33]
 
 
@@ -126,6 +126,10 @@ def test_another_table_optimizer_begins_anew_with_the_rows_that_are_taken(tmp_pa
     assert {table["optimizer_state"] for table in told(tmp_path / "a")["tables"]} == {"fresh"}
     begin("embeddings.optimizer.name=sgd", run_dir=tmp_path / "b")
     assert {table["optimizer_state"] for table in told(tmp_path / "b")["tables"]} == {"none"}
+    assert told(tmp_path / "b")["network"] == "by name"
+    error = begin("dense.optimizer.name=adagrad", run_dir=tmp_path / "c")
+    assert "network: by name, and its optimizer begins anew" in error
+    assert {table["optimizer_state"] for table in told(tmp_path / "c")["tables"]} == {"taken"}
 
 
 def test_what_cannot_be_begun_with_is_refused(first, tmp_path, begin):
