@@ -24,10 +24,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--run-dir", type=place, required=True, help="run folder")
     parser.add_argument(
-        "--input", type=place, required=True, help="dataset folder, encoded with the vocabularies the run was trained on"
+        "--input",
+        type=place,
+        required=True,
+        help="dataset folder, encoded like the data of the run: python -m preprocessing NAME --like RUN; without labels, too",
     )
     parser.add_argument("--output", type=place, required=True, help=f"file to write; its name says how: {', '.join(ENDINGS)}")
-    parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="default: test")
+    parser.add_argument("--split", metavar="NAME", help="default: test, or the only split of the input")
     add_import(parser)
     return parser.parse_args()
 
@@ -39,16 +42,19 @@ def main() -> None:
     import_modules(arguments.imports)
     from mmlrec.distributed.stopping import StopSignal
     from mmlrec.distributed.world import process_group
+    from mmlrec.evaluation.evaluation import choose_split
     from mmlrec.evaluation.prediction import write_predictions
     from mmlrec.run_folder.folder import RunFolder
+    from mmlrec.schema import DatasetManifest
     from mmlrec.session.session import load_session
 
     folder = RunFolder(arguments.run_dir)
     all_imported()
     with process_group(folder.read_config().training.timeout) as world:
-        session, *_ = load_session(folder, world, [])
+        session, *_ = load_session(folder, world, [], arguments.input, measured=False)
+        split = choose_split(DatasetManifest.load(arguments.input), arguments.input, arguments.split)
         with StopSignal(world) as stop:
-            write_predictions(session, arguments.input, arguments.split, arguments.output, stop)
+            write_predictions(session, arguments.input, split, arguments.output, stop)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def check_vocabulary(path: Place, facts: Mapping[str, Any]) -> None:
 
 
 def encoding_differences(
-    before: Encoding, manifest: DatasetManifest, folder: Place, *, scenario: bool, labels: bool
+    before: Encoding, manifest: DatasetManifest, folder: Place, *, scenario: bool, labels: bool, extended: bool = False
 ) -> list[str]:
     """What a dataset encodes otherwise than the data of a run, a line each; empty where equal cells give equal inputs.
 
@@ -118,6 +118,7 @@ def encoding_differences(
         before: of the run.
         manifest: of the dataset in `folder`, which has an encoding.
         scenario, labels: whether these parts are compared, too.
+        extended: vocabularies that begin with those of the run are let pass: what is behind can be read as unseen.
 
     Raises:
         DataError: a vocabulary of the dataset, which had to be looked into, is damaged.
@@ -136,15 +137,40 @@ def encoding_differences(
             if name not in old or name not in new:
                 lines.append(f"  {which}: {'in the run only' if name in old else 'not in the run'}")
             elif what == "table" and _begins_with(old[name], new[name], manifest, name, folder):
+                if extended:
+                    continue
                 more = new[name]["entries"] - old[name]["entries"]
                 lines.append(f"  {which}: the vocabulary of the run, and behind it {more} values that the run has no rows for")
             else:
-                lines += [
-                    f"  {which}, {key}: {_shown(new[name].get(key))} here, {_shown(old[name].get(key))} in the run"
-                    for key in [*old[name], *(key for key in new[name] if key not in old[name])]
-                    if facts_digest(old[name].get(key)) != facts_digest(new[name].get(key))
-                ]
+                lines += fact_differences(which, old[name], new[name], "in the run")
     return lines
+
+
+def fact_differences(which: str, old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> list[str]:
+    """What differs between the facts of one part of an encoding, a line each.
+
+    Args:
+        which: names the part.
+        where: the old facts are.
+    """
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        here, there = _shown(new.get(key)), _shown(old.get(key))
+        if (key in old) != (key in new) and here == there:  # null, and no such fact
+            here, there = ("nothing", there) if key in old else (here, "nothing")
+        if here != there or facts_digest(old.get(key)) != facts_digest(new.get(key)):
+            lines.append(f"  {which}, {key}: {here} here, {there} {where}")
+    return lines
+
+
+def grown_tables(before: Encoding | None, manifest: DatasetManifest, folder: Place) -> set[str]:
+    """Tables of a dataset whose vocabularies begin with those of a run, and go on; none where encodings cannot be compared."""
+    if before is None or not before.comparable(manifest.encoding):
+        return set()
+    now = manifest.encoding
+    assert now is not None
+    both = before.tables.keys() & now.tables.keys()
+    return {name for name in both if _begins_with(before.tables[name], now.tables[name], manifest, name, folder)}
 
 
 def _begins_with(old: Mapping[str, Any], new: Mapping[str, Any], manifest: DatasetManifest, name: str, folder: Place) -> bool:
@@ -189,10 +215,13 @@ def data_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def rows_alone_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two `data_facts` agree in all but which rows there are and in which order: a model can be measured on both."""
+    """Whether two `data_facts` agree in all but which rows there are and in which order: a model can be measured on both.
+
+    How many rows tables have is for the encodings to compare: a vocabulary may have grown.
+    """
 
     def others(facts: Mapping[str, Any]) -> dict[str, Any]:
-        rows = ("num_lanes", "row_group_size", "rows of ", "parts of ")
+        rows = ("num_lanes", "row_group_size", "tables", "rows of ", "parts of ")
         return {key: value for key, value in facts.items() if not key.startswith(rows)}
 
     return others(before) == others(now)

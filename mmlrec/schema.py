@@ -227,7 +227,10 @@ class Part(_Contract):
 
 
 class Split(_Contract):
-    """One of train, valid, test. `label_counts[task][scenario or 'all']` = [labelled rows, positive rows]."""
+    """One of train, valid, test, or one of any name that holds all rows.
+
+    `label_counts[task][scenario or 'all']` = [labelled rows, positive rows].
+    """
 
     parts: list[Part]
     num_rows: int
@@ -248,7 +251,9 @@ class DatasetManifest(_Contract):
     group_key: str | None = Field(default=None, description="The int64 key by which GAUC groups rows (the user).")
     num_lanes: int = Field(ge=1, description="Lanes of the reading order; see mmlrec.data.reader.")
     row_group_size: int = Field(ge=1)
-    splits: dict[str, Split]
+    splits: dict[str, Split] = Field(
+        description="train, valid and test; or one of any name. Of train alone anything was fitted."
+    )
     raw_files: dict[str, str] = Field(default={}, description="Raw file name -> sha256.")
     terms: str = Field(default="", description="Terms of use of the raw data, shown to the user.")
     parity: bool = Field(default=False, description="Encoded as the reference benchmark does: vocabularies fitted on all rows.")

@@ -18,10 +18,13 @@ from mmlrec.storage.places import Place, is_local, place
 from mmlrec.terminal import plain_output
 from preprocessing.dataset import Dataset, dataset_class, datasets, natural
 from preprocessing.describing import report as description_report
+from preprocessing.describing.drift import drift_lines
 from preprocessing.describing.notes import block, look_at_this
 from preprocessing.downloading.download import download
 from preprocessing.engines import spark
 from preprocessing.engines.local import build
+from preprocessing.new_rows import ASIDE, NewRows, asked_for, refuse_alone
+from preprocessing.new_rows import add_options as add_new_rows
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.reading.spool import Spool, spooled
 from preprocessing.split_rules import Duplicates
@@ -43,7 +46,7 @@ _PROGRAM = "python -m preprocessing"
 _DESCRIBE = "describe"  # the one sub-command that is no dataset
 #: Options that do not change what is written.
 _MOST_GIB = 1 << 20
-_NO_CONTENT = {"imports", "dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine", "duplicates"}
+_NO_CONTENT = {*ASIDE, "imports", "dataset", "raw", "out", "overwrite", "download", "workers", "memory", "engine", "duplicates"}
 
 
 def main(arguments: list[str]) -> int:
@@ -79,11 +82,14 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 def _run(arguments: list[str]) -> None:
     before, arguments = _imports().parse_known_args(arguments)
     import_modules(before.imports)
+    new, arguments = asked_for(arguments)
     kinds = _asked_for(arguments)
-    options = _parser(kinds).parse_args(arguments)
+    options = _parser(kinds, new).parse_args(arguments)
     if options.dataset == _DESCRIBE:
         description_report.run(options)
         return
+    if new is None:
+        refuse_alone(options)
     given = options.raw
     if options.engine == "spark" and not (is_local(options.out) and (given is None or is_local(given))):
         raise ConfigError("--engine spark: --raw and --out must be folders that all its machines see; addresses are refused.")
@@ -91,19 +97,22 @@ def _run(arguments: list[str]) -> None:
         raise ConfigError(f"--download: files are fetched into a folder, and {given} is none. Fetch them, then put them there.")
     with spooled(Path() if given is None else given) as spool:
         options.raw = given and spool.folder
-        _make(kinds[options.dataset], options, spool)
+        _make(kinds[options.dataset], options, spool, new)
 
 
-def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool) -> None:
-    dataset = kind(options)
+def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool, new: NewRows | None) -> None:
+    dataset = kind(options) if new is None else new.dataset(kind, options)
     dataset.duplicates = options.duplicates or dataset.duplicates
     recorded = {name: value for name, value in sorted(vars(options).items()) if name not in _NO_CONTENT}
     recorded["mmlrec"] = mmlrec.__version__
     if dataset.duplicates != "keep":
         recorded["duplicates"] = dataset.duplicates
+    if new is not None:
+        recorded["new_rows"] = new.record
     if options.download:
         download(dataset, options.raw)
-    raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers)
+    absent = tuple(dataset.row_files()) if new is not None else ()
+    raw = RawFolder(options.raw, dataset.raw_files, _advice(dataset), options.max_bad_rows, options.workers, absent)
     spool.fetch(raw.paths.values())
     if _holds_dataset(options.out):
         if not options.overwrite:
@@ -112,13 +121,11 @@ def _make(kind: type[Dataset], options: argparse.Namespace, spool: Spool) -> Non
             return
         _refuse_more(options.out)
     parity = getattr(options, "parity", False)
+    how: dict[str, Any] = {"seed": options.seed, "parity": parity, "options": recorded, "fitted": new and new.fitted}
     if options.engine == "spark":
-        manifest = spark.build(dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded)
+        manifest = spark.build(dataset, raw, options.out, **how)
     else:
-        memory_bytes = int(options.memory * (1 << 30))
-        manifest = build(
-            dataset, raw, options.out, seed=options.seed, parity=parity, options=recorded, memory_bytes=memory_bytes
-        )
+        manifest = build(dataset, raw, options.out, memory_bytes=int(options.memory * (1 << 30)), **how)
     _print_summary(manifest, options.out, dataset.next_config)
 
 
@@ -136,7 +143,7 @@ def _imports() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
+def _parser(kinds: dict[str, type[Dataset]], new: NewRows | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         parents=[_imports()],
@@ -171,6 +178,10 @@ def _parser(kinds: dict[str, type[Dataset]]) -> argparse.ArgumentParser:
             command.add_argument("--download", action="store_true", help="fetch missing raw files into --raw first")
         command.set_defaults(raw=Path(), download=False, max_bad_rows=0, duplicates=None)
         kind.add_options(command)
+        if new is not None:
+            new.fill(command)
+        elif kind.raw_files or kind.sources is not Dataset.sources:
+            add_new_rows(command)
     summary = "what a dataset folder holds: label rates, ids, coverage, examples; as tables and as a page with plots"
     command = commands.add_parser(_DESCRIBE, help=summary, description=f"{_DESCRIBE}: {summary}.")
     description_report.add_options(command)
@@ -268,7 +279,7 @@ def _holds_dataset(out: Place) -> bool:
 
 def _refuse_more(out: Place) -> None:
     """Raise when a folder that is to be replaced holds more than a dataset."""
-    more = sorted({path.name for path in out.iterdir()} - {MANIFEST, MARK, "vocab", *SPLITS})
+    more = sorted({path.name for path in out.iterdir()} - {MANIFEST, MARK, "vocab", *SPLITS, *DatasetManifest.load(out).splits})
     if more:
         raise DataError(
             f"{out} holds more than a dataset ({', '.join(more[:5])}), which --overwrite would delete. Move that away, or"
@@ -302,7 +313,7 @@ def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
     rows = {"all": statistics["rows"]} | statistics.get("scenario_rows", {})
     duplicates = statistics["duplicates"]
     if duplicates["rows"] or duplicates.get("dropped"):
-        print(f"  {_copies(duplicates)}")
+        print(f"  {_copies(duplicates, len(manifest.splits) > 1)}")
     tasks = [task.name for task in manifest.tasks if task.name in statistics["label_rates"]]
     width = max([12, *(len(task) + 2 for task in tasks)])
     first = max(12, *(len(name) + 2 for name in names))
@@ -324,18 +335,28 @@ def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
         print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
+    for line in drift_lines(manifest):
+        print(f"  {line}")
     if notes := block(look_at_this(manifest, out)):
         print(notes)
-    print(f"It is in {out}. Run next:\n  python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}")
+    train = f"python -m apps.train --config {config} {shlex.quote(f'dataset.path={out}')}"
+    if "train" in manifest.splits:
+        print(f"It is in {out}. Run next:\n  {train}")
+        return
+    told = f"--run-dir RUN --input {shlex.quote(str(out))}"
+    print(f"It is in {out}. Run next, with a run that was trained on data encoded so:")
+    print(f"  python -m apps.predict {told} --output scores.parquet")
+    if any(counts["all"][0] for split in manifest.splits.values() for counts in split.label_counts.values()):
+        print(f"  python -m apps.evaluate {told}")
 
 
-def _copies(counts: dict[str, Any]) -> str:
+def _copies(counts: dict[str, Any], several: bool) -> str:
     """The line about rows that are equal to others."""
     told = f"copies of rows (duplicates: {counts['policy']}): "
     if counts["policy"] == "drop":
         return f"{told}{counts['dropped']:,} left out"
-    sides = f"of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
-    return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike; {sides}"
+    sides = f"; of valid {counts['valid_in_train']:,} and of test {counts['test_in_train']:,} are equal to a row of train"
+    return f"{told}{counts['rows']:,}, at most {counts['most']:,} rows alike{sides if several else ''}"
 
 
 def _shown(value: float | None) -> str:

@@ -31,19 +31,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from mmlrec import extensions
 from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.hashing import hash_ids
-from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Scenario, Task, key_column, label_column
-from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Scenario, Task, key_column, label_column
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, RowFiles, Source
 from preprocessing.split_rules import SIDE_COLUMN, Duplicates, FileSplit, RandomSplit, SplitRule, together
 
 #: Keys that say where a row stands in the raw files: the file's name below --raw, and its line (or row, in Parquet), from 1.
@@ -99,6 +103,11 @@ class Column:
     hashing: Hashing | None = None
     num_buckets: int | None = None
     fill: float | Literal["mean"] | None = None
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether its ids are those of values that are counted."""
+        return self.kind != "dense" and self.num_ids is None and self.hashing is None and self.num_buckets is None
 
 
 def sparse(
@@ -191,6 +200,8 @@ class Dataset:
         features, tasks, scenario, keys (name -> int64 or string), group_key: as in mmlrec.schema. For a group key that is
             text the folder has one more key, the 64-bit hash of it (`hashed_group`), by which rows are grouped.
         weighted: the rows have weights, `sample.weight`.
+        labels_optional: the rows are new ones, for a model that is there: what only labels, weights, the split and groups
+            need may be absent. Set by `take_new_rows`.
         next_config: config named in the closing line "run next", and overrides that it needs.
     """
 
@@ -216,6 +227,7 @@ class Dataset:
     numbering: tuple[str, ...] = ()
     group_key: str | None = None
     weighted: bool = False
+    labels_optional: bool = False
     num_rows: int = 0
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -243,7 +255,7 @@ class Dataset:
     def batches(self, raw: RawFolder) -> Iterator[pa.RecordBatch]:
         """The canonical table, of `canonical_schema()`. Raises DataError naming file and line of a bad row."""
         self.prepare(raw)
-        for source in self.sources():
+        for source in self.present_sources(raw):
             for batches in raw.map(self.canonical, source):
                 yield from batches
 
@@ -251,8 +263,42 @@ class Dataset:
         """The canonical rows of a block; none where all its rows are bad."""
         columns, schema = self.rows(block), self.canonical_schema()
         if self.hashed_group is not None:
-            columns[key_column(self.hashed_group)] = _hashed(columns[key_column(str(self.group_key))], str(self.group_key))
+            texts = columns[key_column(str(self.group_key))]
+            columns[key_column(self.hashed_group)] = _hashed(texts, str(self.group_key), self.labels_optional)
+        if self.labels_optional and not columns.keys() >= {*map(key_column, PLACE_KEYS)}:
+            raise DataError(f"{self.name}: its file does not say where new rows stand: let rows() add self.places(block).")
         return pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
+
+    def take_new_rows(self) -> None:
+        """The rows are for a model that is there. They may lack labels, and tell file and line, by which scores are found."""
+        self.labels_optional = True
+        self.keys = self.keys | PLACE_KEYS
+        self.numbering = tuple(dict.fromkeys((*self.numbering, *PLACE_KEYS)))
+
+    def take_over(self, manifest: DatasetManifest) -> None:
+        """What `prepare` would find in the rows as it was found in those of a dataset that this one is encoded like."""
+
+    def row_files(self) -> list[RowFiles]:
+        """The raw files that give rows. Of new rows, some of these files may be missing."""
+        return [RowFiles(frozenset([source.name])) for source in self.sources()]
+
+    def present_sources(self, raw: RawFolder) -> list[Source]:
+        """`sources`, of the files that are there."""
+        return [source for source in self.sources() if source.name in raw.paths]
+
+    def may_lack(self, *columns: str) -> tuple[str, ...]:
+        """Columns that only labels, weights, the split and groups need: all of them for new rows, else none."""
+        return columns if self.labels_optional else ()
+
+    def labelled(self, block: Block, column: str, values: Iterable[Any]) -> NDArray[np.bool_]:
+        """[rows] whether a column of a label holds one of these values; in new rows it may hold none."""
+        found = block.table[column]
+        known = pc.is_in(found, pa.array(values, found.type))
+        return np.asarray(pc.or_(known, pc.is_null(found)) if self.labels_optional else known, bool)
+
+    def places(self, block: Block) -> dict[str, Any]:
+        """File and line of new rows, as columns; `rows` adds them to what it returns."""
+        return place_columns(block) if self.labels_optional else {}
 
     @property
     def hashed_group(self) -> str | None:
@@ -280,6 +326,14 @@ class Dataset:
     def placing(self) -> SplitRule:
         """The rule of the split, equal rows together where that is asked for."""
         return together(self.split) if self.duplicates == "keep_together" else self.split
+
+    @classmethod
+    def encodes(cls, options: argparse.Namespace) -> dict[str, Any]:
+        """What these options, which are left as they are, choose of what is encoded: part -> facts. Equal ones encode alike."""
+        dataset = cls(copy.deepcopy(options))
+        facts: dict[str, Any] = {f"feature {column.name}": column for column in dataset.features}
+        facts |= {"tasks": dataset.tasks, "scenario": dataset.scenario, "order of features": list(facts)}
+        return facts | {"rules of values": dataset.encoding_rules()}
 
     def statistics(self) -> dict[str, Any]:
         """More entries for the manifest's statistics, asked for after the last batch."""
@@ -317,13 +371,14 @@ def place_columns(block: Block) -> dict[str, Any]:
     return dict(zip(map(key_column, PLACE_KEYS), columns, strict=True))
 
 
-def _hashed(texts: Any, name: str) -> pa.Array:
-    """64-bit hashes of a key of text, int64. Raises DataError when some rows have none."""
+def _hashed(texts: Any, name: str, optional: bool) -> pa.Array:
+    """64-bit hashes of a key of text, int64. Raises DataError when some rows have none, and it is not `optional`."""
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
-    if texts.null_count:
+    if texts.null_count and not optional:
         raise DataError(f"key '{name}', by which GAUC groups rows, is missing in some of them. Mend or leave out these rows.")
-    return pa.array(hash_ids(texts, 0).view("int64"))
+    missing = texts.is_null().to_numpy(zero_copy_only=False)
+    return pa.array(hash_ids(texts.fill_null(""), 0).view("int64"), mask=missing)
 
 
 def _own() -> dict[str, extensions.Source]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from mmlrec.schema import key_column
+from mmlrec.errors import ConfigError
+from mmlrec.schema import SPLITS, key_column
 
 #: Column of the canonical table that says a row's side under `FileSplit`.
 SIDE_COLUMN = "split.side"
@@ -17,6 +19,8 @@ COPY_COLUMN = key_column(COPY_KEY)
 Duplicates = Literal["keep", "drop", "keep_together"]
 
 
+_SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_FOLDERS = ("vocab", "scratch")
 #: Shares of train, valid and test, unless a rule has others.
 EIGHT_ONE_ONE = (0.8, 0.1, 0.1)
 Fractions = tuple[float, float, float]
@@ -72,7 +76,30 @@ class TimeSplit:
     fractions: Fractions = EIGHT_ONE_ONE
 
 
-SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit
+@dataclass(frozen=True)
+class OneSplit:
+    """All rows in one split, `train` or any other: rows that came later, for a dataset with fitted parts given.
+
+    Raises:
+        ConfigError: the name cannot be that of a split's folder.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _SPLIT_NAME.fullmatch(self.name) or self.name in _FOLDERS:
+            raise ConfigError(
+                f"'{self.name}' is no name of a split: letters, digits, '_' and '-', the first a letter or digit, and none of"
+                f" {', '.join(_FOLDERS)}, which are folders beside it."
+            )
+
+
+SplitRule = RandomSplit | InOrder | FileSplit | GroupSplit | TimeSplit | OneSplit
+
+
+def split_names(rule: SplitRule) -> tuple[str, ...]:
+    """The splits that a rule makes, in their order. Of `train` alone anything is fitted."""
+    return (rule.name,) if isinstance(rule, OneSplit) else SPLITS
 
 
 def ends(fractions: Fractions) -> tuple[Fraction, Fraction]:

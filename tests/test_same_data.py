@@ -14,7 +14,7 @@ import pytest
 
 from mmlrec.data import verification
 from mmlrec.errors import DataError, UserAdvice
-from mmlrec.identity import data_facts, parts_digest
+from mmlrec.identity import data_facts, file_sha256, parts_digest
 from mmlrec.schema import DatasetManifest, Encoding
 from mmlrec.training import trainer
 from preprocessing.command_line import main
@@ -165,13 +165,35 @@ def test_predict_names_the_part_that_differs(features, words, table, app, tmp_pa
     assert not output.exists()
 
 
-def test_a_vocabulary_that_only_appends_is_recognised(table, app, tmp_path):
+def test_ids_of_a_vocabulary_that_has_grown_are_unseen(table, app, tmp_path):
+    """Predictions and metrics are those of the same rows with id 0 there; the number of such ids is told."""
     more = make_table(tmp_path / "more", new_items=2)
     assert pq.read_table(more / "vocab/item.parquet")["value"].to_pylist()[-2:] == ["new0", "new1"]
     predict = ["predict", "--run-dir", table / "run", "--input", more, "--output", tmp_path / "scores.parquet"]
-    code, error = app(*predict)
-    assert code == 2
-    assert "table 'item': the vocabulary of the run, and behind it 2 values that the run has no rows for" in error
+    code, error = app(*predict, "--split", "train")
+    assert code == 0, error
+    assert f"{more}: ids that the run has no rows for, read as 0 (unseen): item 2" in error
+    scores = pq.read_table(tmp_path / "scores.parquet").to_pydict()
+    plain = shutil.copytree(more, tmp_path / "plain")
+    shutil.copytree(table / "made/data/vocab", plain / "vocab", dirs_exist_ok=True)
+    part = DatasetManifest.load(plain).splits["train"].parts[0]
+    rows = pq.read_table(plain / part.path)
+    ids = np.where(rows["item"].to_numpy() > 6, 0, rows["item"].to_numpy())
+    assert np.count_nonzero(ids == 0) == 2
+    pq.write_table(rows.set_column(rows.schema.get_field_index("item"), "item", [ids]), plain / part.path)
+    content, known = (json.loads((folder / "manifest.json").read_text()) for folder in (plain, table / "made/data"))
+    content |= {key: known[key] for key in ("tables", "encoding")}
+    file = plain / part.path
+    content["splits"]["train"]["parts"][0] |= {"num_bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (plain / "manifest.json").write_text(json.dumps(content))
+    assert app(*predict[:3], "--input", plain, "--split", "train", "--output", tmp_path / "plain.parquet")[0] == 0
+    assert pq.read_table(tmp_path / "plain.parquet").to_pydict() == scores
+    told = []
+    for folder in (more, plain):
+        code, error = app("evaluate", "--run-dir", table / "run", "--input", folder, "--split", "train")
+        assert code == 0, error
+        told.append(error)
+    assert ["item 2" in error for error in told] == [True, False]
     vocabulary = pq.read_table(more / "vocab/item.parquet")
     pq.write_table(vocabulary.take(list(range(len(vocabulary)))[::-1]), more / "vocab/item.parquet")
     code, error = app(*predict)

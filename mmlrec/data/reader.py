@@ -8,7 +8,7 @@ making of batches run in threads behind the consumer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -44,6 +44,11 @@ class Reader:
         rank: r of world_size W.
         seed: of the training order.
         cache_bytes: decoded row groups kept for the next epoch.
+        known_rows: table -> rows that the model has for it, where the dataset's vocabulary has grown since; ids beyond are
+            read as 0.
+
+    Attributes:
+        beyond: feature -> ids that this rank has read as 0 so far, because the model has no rows for them.
 
     Raises:
         ConfigError: an unknown task, or weighted features.
@@ -62,12 +67,18 @@ class Reader:
         world_size: int = 1,
         seed: int = 0,
         cache_bytes: int = 256 * 1024**2,
+        known_rows: Mapping[str, int] | None = None,
     ) -> None:
         self._groups = RowGroups(place(folder), manifest, split, tasks)
         self._cache = RowGroupCache(self._groups, cache_bytes)
         self._manifest = manifest
         self._batch_size, self._rank, self._world_size, self._seed = batch_size, rank, world_size, seed
         self._keys = [f.name for f in manifest.sparse_features]
+        self.beyond: dict[str, int] = {}
+        tables, known = manifest.by_name, known_rows or {}
+        grown = {name for name, rows in known.items() if name in tables and tables[name].num_rows > rows}
+        #: Feature -> first id that the model has no row for; of features whose table has grown.
+        self._limits = {f.name: known[str(f.table)] for f in manifest.sparse_features if f.table in grown}
         self._padded_rows = -(-batch_size // world_size)
         self._ones = torch.ones(len(self._keys) * self._padded_rows, dtype=torch.int32)
 
@@ -135,6 +146,8 @@ class Reader:
         integers = np.concatenate([p.integers for p in parts], axis=1)
         floats = np.concatenate([p.floats for p in parts])
         ragged = [_join([p.ragged[i] for p in parts]) for i in range(len(self._groups.multi))]
+        if self._limits:
+            self._read_as_unseen(integers, ragged)
         num_single, num_dense, num_tasks = len(self._groups.single), len(self._groups.dense), len(self._groups.tasks)
         row, scenario, group = integers[num_single:]
         dense, labels, mask, weight = np.split(floats, [num_dense, num_dense + num_tasks, num_dense + 2 * num_tasks], axis=1)
@@ -149,6 +162,15 @@ class Reader:
             row=self._padded(row, fill=-1),
             group=self._padded(group),
         )
+
+    def _read_as_unseen(self, integers: npt.NDArray[np.int64], ragged: list[Ragged]) -> None:
+        """Put 0 in place of ids that the model has no rows for. The arrays are the batch's own."""
+        columns = dict(zip((f.name for f in self._groups.single), integers, strict=False))
+        columns |= {f.name: bags.values for f, bags in zip(self._groups.multi, ragged, strict=True)}
+        for name, limit in self._limits.items():
+            beyond = columns[name] >= limit
+            columns[name][beyond] = 0
+            self.beyond[name] = self.beyond.get(name, 0) + int(np.count_nonzero(beyond))
 
     def _sparse(self, ids: npt.NDArray[np.int64], ragged: list[Ragged]) -> KeyedJaggedTensor:
         num_rows = ids.shape[1]

@@ -119,6 +119,7 @@ class RowGroups:
         self._table_rows = np.array([self._tables[str(f.table)].num_rows for f in self.single], np.int64)
         self._manifest = manifest
         self._group = key_column(manifest.group_key) if manifest.group_key else None
+        self._new = manifest.preprocessing.get("new_rows", {}).get("option") == "like"
         self._weight: bool | None = None
         self._groups = self._open(folder, split)
         self.num_rows = np.array([g.num_rows for g in self._groups], np.int64)
@@ -236,8 +237,16 @@ class RowGroups:
                 row = int(np.argmax(wrong))
                 _bad(place, row, f"'{SCENARIO_COLUMN}' is {scenario[row]}, must be in 0..{self._num_scenarios - 1}")
         if self._group:
-            out[num_single + 2] = _int64(place, table, self._group)
+            out[num_single + 2] = self._groups_of_rows(place, table)
         return out
+
+    def _groups_of_rows(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.int64]:
+        """The group of each row. New rows may have none: each is then a group of its own, of which GAUC says nothing."""
+        column = table.column(str(self._group))
+        if not (column.null_count and self._new):
+            return _int64(place, table, str(self._group))
+        own = np.iinfo(np.int64).min + place.row_in_split + np.arange(place.num_rows)
+        return np.where(column.is_null().to_numpy(), own, column.fill_null(0).to_numpy())
 
     def _floats(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.float32]:
         num_dense, num_tasks = len(self.dense), len(self.tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -12,13 +13,17 @@ import torch
 from tqdm import tqdm
 
 from mmlrec.data.batch import Batch
+from mmlrec.data.reader import Reader
 from mmlrec.distributed.stopping import Interrupted, StopSignal
-from mmlrec.errors import DataError, UserError
+from mmlrec.distributed.world import logger
+from mmlrec.errors import DataError, UserError, did_you_mean
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.run_folder.folder import RunFolder, write_atomically
+from mmlrec.schema import DatasetManifest
 from mmlrec.session.session import Session
+from mmlrec.storage.places import Place
 
 
 def predict_split(
@@ -108,18 +113,24 @@ def _not_finite(rows: PredictionRows) -> DataError | None:
     )
 
 
-def evaluate_split(session: Session, split: str, stop: StopSignal | None = None) -> dict[str, Any]:
+def evaluate_split(
+    session: Session, split: str, stop: StopSignal | None = None, dataset: Place | None = None
+) -> dict[str, Any]:
     """The task x scenario report of a split, on every rank.
+
+    Args:
+        dataset: holds the rows, where they are not those that the run was trained on; encoded like these.
 
     Raises:
         DataError: the split is empty or damaged, or a score is not finite.
         Interrupted: a signal asked to stop.
     """
-    reader = session.reader(split)
+    reader = session.reader(split, dataset)
     title = f"evaluating {split}"
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
+    tell_unseen(session, reader, dataset or session.encoder)
     report, error = None, None
     session.world.at(f"computing the metrics of {split}")
     if rows is not None:
@@ -141,6 +152,45 @@ def evaluate_split(session: Session, split: str, stop: StopSignal | None = None)
     result = session.world.from_main(report)
     assert isinstance(result, dict)
     return result
+
+
+def choose_split(manifest: DatasetManifest, folder: Place, asked: str | None) -> str:
+    """The split that is asked for; else test, or the only one.
+
+    Raises:
+        DataError: it is not there, or none is asked for and several are.
+    """
+    names = ", ".join(manifest.splits)
+    if asked is not None:
+        if asked not in manifest.splits:
+            raise DataError(f"{folder}: there is no split '{asked}'.{did_you_mean(asked, manifest.splits)} Splits: {names}.")
+        return asked
+    if "test" in manifest.splits:
+        return "test"
+    if len(manifest.splits) > 1:
+        raise DataError(f"{folder}: which of its splits? Name one with --split: {names}.")
+    return next(iter(manifest.splits))
+
+
+def tell_unseen(session: Session, reader: Reader, dataset: Place) -> None:
+    """On all ranks, after a pass: how many ids were read as 0 because they are behind the vocabularies of the run."""
+    totals: dict[str, int] = {}
+    for of_rank in session.world.gather(reader.beyond):
+        for feature, count in of_rank.items():
+            totals[feature] = totals.get(feature, 0) + count
+    if totals:
+        told = ", ".join(f"{feature} {count:,}" for feature, count in totals.items())
+        logger.info("%s: ids that the run has no rows for, read as 0 (unseen): %s", dataset, told)
+
+
+def check_labels(session: Session, manifest: DatasetManifest, dataset: Place, split: str) -> None:
+    """Raise DataError when no row of a split has a label of any task of the run."""
+    counts, names = manifest.splits[split].label_counts, [task.name for task in session.spec.tasks]
+    if not any(counts[name]["all"][0] for name in names if name in counts):
+        raise DataError(
+            f"{dataset}: no row of {split} has a label of {', '.join(names)}, so there is nothing to measure. Scores need no"
+            f" labels: python -m apps.predict --run-dir RUN --input {shlex.quote(str(dataset))} --output scores.parquet"
+        )
 
 
 def write_result(folder: RunFolder, split: str, report: dict[str, Any], *, step: int) -> None:

@@ -14,9 +14,9 @@ import pyarrow as pa
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, StorageError, UserError
-from mmlrec.evaluation.evaluation import predict_split, stopped
+from mmlrec.evaluation.evaluation import predict_split, stopped, tell_unseen
 from mmlrec.evaluation.score_files import ScoreFile, ending
-from mmlrec.identity import encoding_differences
+from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
@@ -49,6 +49,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     rows = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
+    tell_unseen(session, reader, dataset)
     error: UserError | None = None
     if rows is not None:
         try:
@@ -79,7 +80,7 @@ def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -
         raise DataError(f"{folder}: its scenarios are {values[1]}, the run was trained with {values[0]}, in this order.")
     before = trained.encoding if trained.encoding is not None and trained.encoding.comparable(given.encoding) else None
     if before is not None:
-        lines = encoding_differences(before, given, folder, scenario=with_scenarios, labels=False)
+        lines = encoding_differences(before, given, folder, scenario=with_scenarios, labels=False, extended=True)
     else:
         lines = _recorded_ranges_differ(session, given, folder)
     if lines:
@@ -88,9 +89,10 @@ def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -
             "Equal cells would be other inputs to the model. Encode the input as the training data were: with their ranges,"
             " vocabularies and options, as one side of a split by files."
         )
+    grown, others = grown_tables(before, given, folder), given.by_name
     for table in trained.tables:
-        other = given.table(table.name)
-        if table.num_rows != other.num_rows:
+        other = others[table.name]
+        if table.num_rows != other.num_rows and table.name not in grown:
             raise DataError(
                 f"{folder}: table '{table.name}' has {other.num_rows} rows, the run was trained with {table.num_rows}:"
                 f" {_OTHER_IDS}"

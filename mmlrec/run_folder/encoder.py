@@ -106,6 +106,19 @@ def _copy(source: Place, target: Place) -> None:
             put_file(Path(folder) / "copy", target)
 
 
+def is_encoded_alike(there: Place, manifest: DatasetManifest, state: dict[str, object]) -> bool:
+    """Whether a dataset is known to be encoded as that of a run, whatever its labels are.
+
+    Args:
+        manifest: of the dataset.
+        state: of a checkpoint of the run.
+    """
+    before = Encoding.read(state.get("encoding"), str(there))
+    if before is None or not before.comparable(manifest.encoding):
+        return False
+    return not encoding_differences(before, manifest, there, scenario=True, labels=False)
+
+
 def check_own_encoder(there: Place, manifest: DatasetManifest, state: dict[str, object]) -> None:
     """Refuse an encoder that is not of the data that the run was trained on.
 

@@ -22,7 +22,7 @@ from mmlrec.run_folder.lock import unwritable
 from mmlrec.run_folder.one_writer import Holder
 from mmlrec.run_folder.reports import Reports, log_name
 from mmlrec.schema import DatasetManifest, Encoding
-from mmlrec.storage.places import Place, place, read
+from mmlrec.storage.places import Place, read
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -190,12 +190,14 @@ class RunFolder:
         listed = "".join(f"  {key}: {before!r} in the run folder, {now!r} now\n" for key, (before, now) in different.items())
         raise ConfigError(f"{self.path} holds a run with another configuration:\n{listed}{remedy}")
 
-    def check_same_data(self, state: dict[str, Any], config: RunConfig, *, other_rows: bool = False) -> bool:
+    def check_same_data(self, state: dict[str, Any], there: Place, *, other_rows: bool = False) -> bool:
         """Refuse to go on, or to evaluate, on data that differ from those of the run, or that are encoded otherwise.
 
         Args:
             state: of a checkpoint; what it holds of `data_state` is compared.
-            other_rows: other rows are let pass where it is known that they are encoded alike, labels included.
+            there: the dataset.
+            other_rows: other rows are let pass where it is known that they are encoded alike, labels included; also with
+                vocabularies that begin with those of the run.
 
         Returns:
             Whether these are the rows of the run.
@@ -204,7 +206,6 @@ class RunFolder:
             ConfigError: listing what differs, with both values where they are short.
             DataError: the dataset or its manifest is damaged.
         """
-        there = place(config.dataset.path)
         manifest = DatasetManifest.load(there)
         recorded = state.get("data")
         if isinstance(recorded, dict) and recorded.get("form") == DATA_FORM:
@@ -218,7 +219,8 @@ class RunFolder:
         encoded: list[str] = []
         if before is not None and comparable:
             # Where rows are the same to the bit, so are labels, whatever their rule.
-            encoded = encoding_differences(before, manifest, there, scenario=True, labels=bool(different))
+            labels = bool(different)
+            encoded = encoding_differences(before, manifest, there, scenario=True, labels=labels, extended=other_rows)
         if not different and not encoded:
             return True
         if other_rows and comparable and not encoded and rows_alone_differ(recorded, data_facts(manifest)):

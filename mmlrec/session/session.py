@@ -30,7 +30,7 @@ from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint, whole
-from mmlrec.run_folder.encoder import check_own_encoder
+from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
@@ -101,7 +101,7 @@ class Session:
         if folder is None and self.encoder != there:
             raise DataError(
                 f"dataset.path: {there} is gone, and with it the rows of {split}. Bring it back, or give other rows that are"
-                f" encoded alike: dataset.path=FOLDER. How they were encoded is in {self.encoder}."
+                f" encoded alike: --input FOLDER. How they were encoded is in {self.encoder}."
             )
         manifest = self.manifest if folder is None else DatasetManifest.load(folder)
         reader = Reader(
@@ -113,6 +113,7 @@ class Session:
             rank=self.world.rank,
             world_size=self.world.world_size,
             seed=training.seed,
+            known_rows=None if folder is None else {table.name: table.num_rows for table in self.manifest.tables},
         )
         self.verification.add(there, manifest.splits[split].parts)
         return reader
@@ -403,13 +404,20 @@ class Loaded(NamedTuple):
     step: int
     #: What an evaluation measures otherwise than the run does itself: keys of the configuration, each with its value.
     otherwise: list[str]
+    #: Other rows than the run's own, to measure it on; None for its own.
+    rows: Place | None
 
 
-def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loaded:
+def load_session(
+    folder: RunFolder, world: World, overrides: list[str], rows: Place | None = None, *, measured: bool = True
+) -> Loaded:
     """The best checkpoint of a run, for evaluation and prediction. Where its dataset is gone, there are no rows in the session.
 
     Args:
         overrides: of the configuration. Other rows and another precision are let pass, see `Loaded.otherwise`.
+        rows: a dataset in place of the run's own; the same as `dataset.path` among the overrides.
+        measured: the rows are to be measured, so that they must be known to be encoded alike; otherwise the caller compares
+            what there is.
 
     Raises:
         UserError: the folder is no run, has no usable best checkpoint, or one that its run replaces at the moment, or the
@@ -421,25 +429,54 @@ def load_session(folder: RunFolder, world: World, overrides: list[str]) -> Loade
     otherwise = [f"{key}={now}" for key, (_, now) in differences(folder.read_config(), config).items()]
     world.raise_together(no_best_yet(folder) if world.is_main else None)
     begun = checkpoint.read_state(folder.best)
-    encoder = _own_encoder(folder, config, begun)
-    if encoder is None and not folder.check_same_data(begun, config, other_rows=bool(overrides)):
-        otherwise.insert(0, f"dataset.path={config.dataset.path}")
+    own = folder.read_config().dataset.path
+    if rows is None and config.dataset.path != own:
+        rows = place(config.dataset.path)
+    if rows is not None and measured and folder.check_same_data(begun, rows, other_rows=True):
+        encoder, path, rows = rows, str(rows), None  # the run's own, which have moved
+    elif rows is not None:
+        encoder, path = _encoder_for(folder, place(own), rows, begun), own
+        otherwise.insert(0, f"dataset.path={rows}")
+    elif (place(own) / MANIFEST).is_file() or not (folder.encoder / MANIFEST).is_file():
+        folder.check_same_data(begun, place(own))
+        encoder, path = place(own), own
+    else:
+        encoder, path = _own_encoder(folder, place(own), begun), own
+    config = config.model_copy(update={"dataset": config.dataset.model_copy(update={"path": path})})
     session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun, encoder=encoder)
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
         state = checkpoint.read_state(folder.best)
         checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
-    return Loaded(session, int(state["step"]), otherwise)
+    return Loaded(session, int(state["step"]), otherwise, rows)
 
 
-def _own_encoder(folder: RunFolder, config: RunConfig, begun: dict[str, Any]) -> Place | None:
-    """`RUN/encoder` where the dataset of the run is gone; None where it is there, or another one is asked for."""
-    dataset = place(config.dataset.path)
-    own = config.dataset.path == folder.read_config().dataset.path
-    if not own or (dataset / MANIFEST).is_file() or not (folder.encoder / MANIFEST).is_file():
-        return None
+def _encoder_for(folder: RunFolder, own: Place, rows: Place, begun: dict[str, Any]) -> Place:
+    """What tells the model of its data when other rows are read: `RUN/encoder`, the run's own dataset, or these rows.
+
+    Raises:
+        DataError: it is not of the data that the run was trained on, or there is none.
+    """
+    kept = (folder.encoder / MANIFEST).is_file()
+    if kept and (isinstance(begun.get("data"), dict) or not (own / MANIFEST).is_file()):
+        return _own_encoder(folder, own, begun)
+    manifest = DatasetManifest.load(rows)
+    if "train" in manifest.splits and is_encoded_alike(rows, manifest, begun):
+        return rows
+    if not (own / MANIFEST).is_file():
+        raise DataError(
+            f"{folder.path} is a run of a release before: it keeps no encoder ({folder.encoder.name}/{MANIFEST}), and its"
+            f" dataset {own} is gone, so what its tables hold cannot be told. Bring the dataset back."
+        )
+    folder.check_same_data(begun, own)
+    return own
+
+
+def _own_encoder(folder: RunFolder, dataset: Place, begun: dict[str, Any]) -> Place:
+    """`RUN/encoder`, which must be of the data of the run; says so where these are gone."""
     check_own_encoder(folder.encoder, DatasetManifest.load(folder.encoder), begun)
-    logger.info("the dataset %s is gone: what the model has to know of it is taken from %s", dataset, folder.encoder)
+    if not (dataset / MANIFEST).is_file():
+        logger.info("the dataset %s is gone: what the model has to know of it is taken from %s", dataset, folder.encoder)
     return folder.encoder
 
 

@@ -37,13 +37,14 @@ import pytest
 from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError
-from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, label_column
+from mmlrec.schema import SCENARIO_COLUMN, SPLITS, DatasetManifest, key_column, label_column
 from mmlrec.testing.contract import Contract, over
 from mmlrec.testing.raw_faults import Spoiled, bad_row, copied_rows, faults, unpacked
-from mmlrec.testing.raw_folders import Fake, Made, bytes_of, command, make, run
+from mmlrec.testing.raw_folders import Fake, Made, bytes_of, command, made_of, make, run
 from mmlrec.testing.traces import sides_of_lines, traced
+from mmlrec.testing.without_labels import without_labels
 from preprocessing.command_line import main
-from preprocessing.dataset import Dataset
+from preprocessing.dataset import PLACE_KEYS, Dataset
 from preprocessing.reading import raw_files
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
@@ -92,6 +93,16 @@ kind = getattr(importlib.import_module({dataset.__module__!r}), {dataset.__name_
 command_line.dataset_class = lambda name: kind
 sys.exit(command_line.main(sys.argv[1:]))
 """
+
+
+def _rows(out: Path) -> pa.Table:
+    parts = [part for split in DatasetManifest.load(out).splits.values() for part in split.parts]
+    return pa.concat_tables([pq.read_table(out / part.path) for part in parts])
+
+
+def _cells(rows: pa.Table, names: list[str]) -> list[tuple[str, ...]]:
+    """The rows, as what can be counted and ordered."""
+    return list(zip(*([repr(cell) for cell in rows[name].to_pylist()] for name in names), strict=True))
 
 
 class DatasetContract(Contract):
@@ -205,6 +216,35 @@ class DatasetContract(Contract):
                 if rarer >= 20 and counts[often].mean() >= 5 and wrong < 0.01 * rarer:
                     decided.append(f"{feature.name} tells {task.name}: {wrong:.0f} wrong, {rarer:.0f} by the rate alone")
         assert not decided, decided
+
+    def test_new_rows_may_lack_labels_and_are_encoded_alike(self, made: Made, tmp_path: Path) -> None:
+        """--like, of the raw files as they are and without what only labels need: the rows of the dataset, by their place."""
+        if "--parity" in self.fake.options:
+            pytest.skip("nothing is encoded like that")
+        like = ("--like", str(made.out), "--split", "new")
+        labelled = made_of(self.dataset, self.fake, made.raw, tmp_path / "labelled", *like)
+        raw = made.with_files(without_labels(labelled, self.fake.labels), tmp_path / "raw")
+        bare = made_of(self.dataset, self.fake, raw, tmp_path / "bare", *like)
+        before, manifests = DatasetManifest.load(made.out), [DatasetManifest.load(each.out) for each in (labelled, bare)]
+        features, labels = [f.name for f in before.features], [label_column(task.name) for task in before.tasks]
+        assert [(list(each.splits), each.encoding) for each in manifests] == 2 * [(["new"], before.encoding)]
+        for each in manifests:
+            assert {*each.keys} == {*before.keys, *PLACE_KEYS}
+        old, with_labels, without = (_rows(each.out) for each in (made, labelled, bare))
+        assert Counter(_cells(old, [*features, *labels])) == Counter(_cells(with_labels, [*features, *labels]))
+        found: list[dict[tuple[Any, ...], list[tuple[Any, ...]]]] = []
+        for rows in (with_labels, without):
+            by_place: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+            for place, cells in zip(_cells(rows, list(map(key_column, PLACE_KEYS))), _cells(rows, features), strict=True):
+                by_place.setdefault(place, []).append(cells)
+            found.append({place: sorted(cells) for place, cells in by_place.items()})
+        lines, files = {place: found[1].get(place) for place in found[0]}, {place[0] for place in found[0]}
+        assert lines == found[0]
+        assert files <= {repr(file) for file in made.sources}
+        empty = [label for label in labels if without[label].null_count == len(without)]
+        assert all(without[label].null_count == with_labels[label].null_count for label in labels if label not in empty)
+        stripped = [file for file in bare.sources if made.paths[file] != bare.paths.get(file)]
+        assert empty or not any(getattr(bare.sources[file], "optional", self.fake.labels) for file in stripped)
 
     @pytest.mark.parametrize("when", ["reading", "writing"])
     def test_full_disk_is_told_and_leaves_nothing(

@@ -22,11 +22,13 @@ class Fake:
         write: puts raw files of some thousand rows into a folder that does not exist yet, and returns it.
         options: of the command line, beyond --raw and --out; {raw} in them is the folder.
         own: columns of the raw files that identify a row: of two with the same values, one is left out.
+        labels: keys of JSON lines that only labels need.
     """
 
     write: Callable[[Path], Path]
     options: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def arguments(self, raw: Path) -> list[str]:
         """The options for files that lie in `raw`, and --raw."""
@@ -73,10 +75,14 @@ class Made:
 
 def make(kind: type[Dataset], fake: Fake, folder: Path) -> Made:
     """The dataset of a fake, in `folder`."""
-    raw = fake.write(folder / "raw")
+    return made_of(kind, fake, fake.write(folder / "raw"), folder / "out")
+
+
+def made_of(kind: type[Dataset], fake: Fake, raw: Path, out: Path, *more: str) -> Made:
+    """The dataset of raw files that are there."""
     with _watched() as (made, paths, sources):
-        assert run(kind, fake, raw, folder / "out", "--workers", "1") == 0
-    return Made(raw, folder / "out", made[-1], paths, sources)
+        assert run(kind, fake, raw, out, "--workers", "1", *more) == 0
+    return Made(raw, out, made[-1], paths, sources)
 
 
 def run(kind: type[Dataset], fake: Fake, raw: Path, out: Path, *more: str) -> int:

@@ -135,7 +135,7 @@ def _train(
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
         folder.check_same_run(config, REMEDIES if goes_back else ())
     if found is not None:
-        folder.check_same_data(checkpoint.read_state(found), config)
+        folder.check_same_data(checkpoint.read_state(found), place(config.dataset.path))
         if goes_back and from_step is not None:
             found = checkpoint.go_back(folder.checkpoints, from_step, folder.best, world)
         elif _complete(folder, found, config) and not restart:

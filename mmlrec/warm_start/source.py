@@ -78,7 +78,7 @@ def _encoded(folder: RunFolder, config: RunConfig, state: dict[str, Any]) -> Enc
             f"init_from: {folder.path} has no {folder.encoder.name}/ (an earlier release has written it), and its dataset"
             f" {dataset} is gone, so nothing says which row stands for which value. Bring the dataset back."
         )
-    folder.check_same_data(state, config)
+    folder.check_same_data(state, dataset)
     return Encoded(DatasetManifest.load(dataset), dataset)
 
 

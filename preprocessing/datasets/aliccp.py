@@ -23,10 +23,10 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from mmlrec.errors import ConfigError, DataError
-from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Scenario, Task
 from preprocessing.dataset import Dataset, EncodingRules, multi, sparse
 from preprocessing.reading.delimited import DelimitedText
-from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, RowFiles
 from preprocessing.rows.join import IdIndex, RowsOnDisk
 from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
@@ -101,6 +101,8 @@ class AliCCP(Dataset):
         lists = {} if self.parity else dict.fromkeys((f"f{field}" for field in _HISTORIES), pa.list_(_ID))
         self._common: dict[str, tuple[IdIndex, RowsOnDisk]] = {}
         for side in _SIDES:
+            if f"common_features_{side}.csv" not in raw.paths:  # of new rows
+                continue
             rows = RowsOnDisk(raw.scratch / f"common_{side}", singles | lists)
             source = DelimitedText(f"common_features_{side}.csv", ",", _COMMON)
             blocks = rows.store(raw.map(self._good_common, source))
@@ -109,17 +111,27 @@ class AliCCP(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """The samples."""
         for side in _SIDES:
-            yield DelimitedText(f"sample_skeleton_{side}.csv", ",", _SKELETON)
+            optional = self.may_lack("click", "purchase")
+            yield DelimitedText(f"sample_skeleton_{side}.csv", ",", _SKELETON, optional=optional)
+
+    def row_files(self) -> list[RowFiles]:
+        """Pairs of samples and what they share."""
+        return [RowFiles(frozenset((f"sample_skeleton_{side}.csv", f"common_features_{side}.csv"))) for side in _SIDES]
+
+    def take_over(self, manifest: DatasetManifest) -> None:
+        """The places."""
+        if manifest.encoding is not None and manifest.encoding.scenario is not None:
+            self._places = list(manifest.encoding.scenario["places"])
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Samples joined with their common features; purchases without a click are left out."""
         side = block.source.name.removeprefix("sample_skeleton_").removesuffix(".csv")
         block = block.require(block.present("sample_id"), "the sample_id is missing. Mend the line.")
         for name in ("click", "purchase"):
-            good = np.isin(block.table[name].to_numpy(), (0, 1))
+            good = self.labelled(block, name, (0, 1))
             block = block.require(good, f"{name} must be 0 or 1, found {{{name}}}. Mend the line.")
-        possible = block.table["purchase"].to_numpy() <= block.table["click"].to_numpy()
-        block = block.only(possible, "purchases without a click")
+        possible = pc.less_equal(block.table["purchase"], block.table["click"]).fill_null(True)
+        block = block.only(possible.to_numpy(), "purchases without a click")
         block = _with_features(_with_index(block), _SAMPLE, () if self.parity else _SAMPLE_LISTS)
         block = block.only(block.present("f301"), "without field 301")
         block = block.require(
@@ -140,6 +152,7 @@ class AliCCP(Dataset):
             "key.sample_id": samples["sample_id"],
             "key.common_features": samples["common_features"],
             SIDE_COLUMN: np.full(len(samples), _SIDES[side]),
+            **self.places(block),
         }
 
     def statistics(self) -> dict[str, Any]:

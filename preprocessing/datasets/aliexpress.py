@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
 from mmlrec.errors import ConfigError
 from mmlrec.schema import SCENARIO_COLUMN, Scenario, Task
 from preprocessing.dataset import Dataset, dense, sparse
 from preprocessing.reading.delimited import DelimitedText
-from preprocessing.reading.raw_files import Block, RawFile, RawFolder
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, RowFiles
 from preprocessing.rows.join import IdIndex, RowsOnDisk
 from preprocessing.split_rules import SIDE_COLUMN, FileSplit
 
@@ -118,11 +118,13 @@ class AliExpress(Dataset):
             return
         for country in self._countries:
             for user_name, item_name in self._names(country):
+                if item_name not in raw.paths:  # of new rows
+                    continue
                 users = RowsOnDisk(raw.scratch / user_name, {name: _USER[name] for name in _USER if name != "search_id"})
                 blocks = users.store(raw.map(_with_search_id, DelimitedText(user_name, ",", _USER)))
                 index = IdIndex("search_id", blocks, raw.bad_rows)
                 self._pair = index, users, np.zeros(users.num_rows, bool)
-                for batches in raw.map(self.canonical, DelimitedText(item_name, ",", _ITEM)):
+                for batches in raw.map(self.canonical, DelimitedText(item_name, ",", _ITEM, optional=self.may_lack("label"))):
                     yield from batches
                 self._unshown[user_name] = int(users.num_rows - np.count_nonzero(self._pair[2]))
                 users.remove()
@@ -131,7 +133,12 @@ class AliExpress(Dataset):
         """Files of the processed form."""
         for country in self._countries:
             for (name,) in self._names(country):
-                yield DelimitedText(name, ",", _PROCESSED, header=True)
+                optional = self.may_lack("click", "conversion")
+                yield DelimitedText(name, ",", _PROCESSED, header=True, optional=optional)
+
+    def row_files(self) -> list[RowFiles]:
+        """Pairs, or processed files."""
+        return [RowFiles(frozenset(names)) for country in self._countries for names in self._names(country)]
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Of a processed file, or of an item file joined with the user file of its pair."""
@@ -142,7 +149,7 @@ class AliExpress(Dataset):
         columns[SCENARIO_COLUMN] = np.full(len(block.lines), scenario)
         columns["country"] = pa.repeat(self._countries[scenario], len(block.lines))
         columns[SIDE_COLUMN] = np.full(len(block.lines), side)
-        return columns
+        return columns | self.places(block)
 
     def statistics(self) -> dict[str, Any]:
         """`searches_without_items`: lines of each user file that no item refers to (raw form only)."""
@@ -156,30 +163,30 @@ class AliExpress(Dataset):
 
     def _processed_rows(self, block: Block) -> tuple[Block, dict[str, Any]]:
         for label in ("click", "conversion"):
-            good = np.isin(block.table[label].to_numpy(), (0, 1))
+            good = self.labelled(block, label, (0, 1))
             block = block.require(good, f"{label} must be 0 or 1, found {{{label}}}. Mend the line.")
-        click, conversion = (block.table[label].to_numpy() for label in ("click", "conversion"))
-        good = conversion <= click
+        good = pc.less_equal(block.table["conversion"], block.table["click"]).fill_null(True).to_numpy()
         block = block.require(good, "a conversion without a click. Mend the line or fetch the file again.")
-        return block, _with_labels(block.table, click[good] + conversion[good])
+        return block, _with_labels(block.table, block.table["click"], block.table["conversion"])
 
     def _joined_rows(self, block: Block) -> tuple[Block, dict[str, Any]]:
         index, users, shown = self._pair
-        good = np.isin(block.table["label"].to_numpy(), (0, 1, 2))
+        good = self.labelled(block, "label", (0, 1, 2))
         block = block.require(good, "the label must be 0 (shown), 1 (clicked) or 2 (bought), found {label}. Mend the line.")
         block, rows = index.find(block)
         shown[rows] = True
-        return block, _with_labels(block.table, block.table["label"].to_numpy()) | users.take(rows)
+        label = block.table["label"]
+        return block, _with_labels(block.table, pc.greater(label, 0), pc.greater(label, 1)) | users.take(rows)
 
 
 def _with_search_id(block: Block) -> Block:
     return block.require(block.present("search_id"), "the search_id is missing. Mend the line.")
 
 
-def _with_labels(table: pa.Table, label: NDArray[np.int64]) -> dict[str, Any]:
-    """The table's columns, and the labels that 0 shown, 1 clicked, 2 bought mean."""
+def _with_labels(table: pa.Table, click: pa.ChunkedArray, conversion: pa.ChunkedArray) -> dict[str, Any]:
+    """The table's columns, and the labels."""
     columns = {name: table[name] for name in table.column_names}
-    return columns | {"label.click": (label > 0).astype(np.float32), "label.conversion": (label > 1).astype(np.float32)}
+    return columns | {"label.click": click.cast(_NUMBER), "label.conversion": conversion.cast(_NUMBER)}
 
 
 DATASETS = (AliExpress,)

@@ -128,7 +128,7 @@ class Amazon(Dataset):
         self._replaced = np.empty(0, np.int64)
         if not self.parity:
             pairs = _Pairs(raw.scratch / "pairs")
-            for source in self.sources():
+            for source in self.present_sources(raw):
                 for records in raw.map(self._records, source, count_bad_rows=False):
                     pairs.add(records)
             self._replaced = pairs.replaced()
@@ -157,6 +157,7 @@ class Amazon(Dataset):
             key_column("reviewer_id"): review["reviewerID"],
             key_column("asin_id"): review["asin"],
             key_column("unix_review_time"): review["unixReviewTime"],
+            **self.places(block),
         }
         if self._release == "2014":
             return columns | {"vote": pc.list_element(review["helpful"], 0)}
@@ -167,9 +168,11 @@ class Amazon(Dataset):
         return columns | {"style": styles}
 
     def _checked(self, block: Block) -> Block:
+        optional = self.may_lack("overall", "unixReviewTime")
         for name in ("overall", "reviewTime", "unixReviewTime", "reviewerID", "asin"):
-            block = block.require(block.present(name), f"{name} is missing. {_REMEDY}")
-        good = np.isin(block.table["overall"].to_numpy(), (1, 2, 3, 4, 5))
+            if name not in optional:
+                block = block.require(block.present(name), f"{name} is missing. {_REMEDY}")
+        good = self.labelled(block, "overall", range(1, 6))
         block = block.require(good, f"overall must be 1, 2, 3, 4 or 5, found {{overall}}. {_REMEDY}")
         good = pc.match_substring_regex(block.table["reviewTime"], _DATE).to_numpy()
         block = block.require(good, f"reviewTime must be a date such as '09 4, 2015', found {{reviewTime!r}}. {_REMEDY}")
@@ -193,7 +196,7 @@ class Amazon(Dataset):
         records = np.empty(len(block.lines), _Pairs.RECORD)
         reviewer, item = (block.table[name].combine_chunks() for name in ("reviewerID", "asin"))
         records["pair"] = hash_ids(reviewer, 0) ^ hash_ids(item, 1)
-        records["time"] = block.table["unixReviewTime"].to_numpy()
+        records["time"] = block.table["unixReviewTime"].fill_null(0).to_numpy()  # null in new rows only
         records["place"] = self._places(block)
         return records
 

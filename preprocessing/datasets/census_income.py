@@ -89,17 +89,19 @@ class _Census(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """Train file, then test file."""
         for file in self.raw_files:
-            yield DelimitedText(file.name, ", ", self.fields, comment=self.comment)
+            optional = self.may_lack(*(field for field, _, _ in self.labels.values()))
+            yield DelimitedText(file.name, ", ", self.fields, comment=self.comment, optional=optional)
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Cleaned columns and the two labels."""
         block = self._cleaned(block)
         for field, zeros, ones in self.labels.values():
-            known = pc.is_in(block.table[field], pa.array(self._known(zeros + ones, block.source.name))).to_numpy()
+            known = self.labelled(block, field, self._known(zeros + ones, block.source.name))
             block = block.require(known, f"{field} holds no known value: {{{field}!r}}. Mend the line.")
         columns: dict[str, Any] = {feature.name: block.table[feature.name] for feature in self.features}
         for task, (field, _, ones) in self.labels.items():
-            columns[label_column(task)] = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
+            positive = pc.is_in(block.table[field], pa.array(ones)).cast(pa.float32())
+            columns[label_column(task)] = pc.if_else(pc.is_valid(block.table[field]), positive, None)
         columns |= place_columns(block)
         columns[SIDE_COLUMN] = np.full(len(block.lines), 2 if block.source.name.endswith(".test") else 0)
         return columns

@@ -21,7 +21,7 @@ from mmlrec.schema import Scenario, Task
 from preprocessing.dataset import Column, Dataset, EncodingRules, dense, multi, sparse
 from preprocessing.reading.arrays import Arrays
 from preprocessing.reading.delimited import DelimitedText
-from preprocessing.reading.raw_files import Block, RawFile, Source
+from preprocessing.reading.raw_files import Block, RawFile, RowFiles, Source
 from preprocessing.split_rules import FileSplit
 
 _INT, _TEXT, _NUMBER = pa.int64(), pa.string(), pa.float32()
@@ -131,24 +131,34 @@ class Criteo(Dataset):
     def sources(self) -> Iterator[Source]:
         """Day after day."""
         if self._form == "kaggle":
-            yield DelimitedText("train.txt", "\t", _LINE)
+            yield DelimitedText("train.txt", "\t", _LINE, optional=self.may_lack("label"))
         for day in self._days:
             names = [form.format(day) for form in _DAY_FILES[self._form]]
             if self._arrays:
                 ids = pa.list_(_INT) if self._form == "multi-hot" else _INT
                 columns = {"label": _INT, **dict.fromkeys(NUMBERS, _NUMBER), **dict.fromkeys(CATEGORIES, ids)}
                 files = zip(names, (("label",), tuple(NUMBERS), tuple(CATEGORIES)), strict=True)
-                yield Arrays(names[0], tuple(files), columns)
+                optional = self.may_lack("label")
+                yield Arrays(names[1 if optional else 0], tuple(files), columns, optional)
             else:
-                yield DelimitedText(names[0], "\t", _LINE)
+                yield DelimitedText(names[0], "\t", _LINE, optional=self.may_lack("label"))
+
+    def row_files(self) -> list[RowFiles]:
+        """Of a day in arrays, that of the labels may be absent."""
+        if not self._arrays:
+            return super().row_files()
+        days = [[form.format(day) for form in _DAY_FILES[self._form]] for day in self._days]
+        return [RowFiles(frozenset(names[1:]), frozenset(names[:1])) for names in days]
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Ad views."""
-        good = np.isin(block.table["label"].to_numpy(), (0, 1))
+        if self._arrays:  # the file that a complaint is about
+            block = replace(block, path=block.path.with_name(_DAY_FILES[self._form][0].format(_day_of(block))))
+        good = self.labelled(block, "label", (0, 1))
         block = block.require(good, "the label must be 0 or 1, found {label}. Mend the line.")
         block, features = self._array_features(block) if self._arrays else self._text_features(block)
         num_rows = len(block.lines)
-        columns = features | {"label.click": block.table["label"].to_numpy().astype(np.float32), "key.line": block.lines}
+        columns = features | {"label.click": block.table["label"].cast(_NUMBER), "key.line": block.lines} | self.places(block)
         if self._days:
             day = _day_of(block)
             columns["key.day"] = np.full(num_rows, day)

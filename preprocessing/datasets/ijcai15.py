@@ -38,6 +38,8 @@ _FEATURES = ("age_range", "gender", "item_id", "cat_id", "brand_id", "user_id", 
 _ID_END = 10**9  # a pair's key has the user's id above the last nine digits, the merchant's in them
 _DAY = "(1[0-2]|[1-9])(0[1-9]|[12][0-9]|3[01])"  # month and day, without a leading zero
 _EVENT = rf"[0-9]{{1,18}}:[0-9]{{1,18}}:([0-9]{{1,18}}(\.0*)?)?:{_DAY}:[0-3]"
+#: Of new rows: neither day nor action need be there.
+_UNLABELLED_EVENT = rf"[0-9]{{1,18}}:[0-9]{{1,18}}:([0-9]{{1,18}}(\.0*)?)?:({_DAY})?:[0-3]?"
 #: 11 November alone holds 10,582,633 of 54,925,330 events, so cuts at 80 and 90 % of the rows would both fall on that day.
 _CUTS = (1101, 1111)
 
@@ -77,6 +79,7 @@ class Ijcai15(Dataset):
             self.keys["pair"] = _INT
         else:
             self.tasks = (Task(name="label", role="ctr", implied_by_next=True), Task(name="label2", role="ctcvr"))
+        self._own_keys = tuple(self.keys)
         own: dict[str, SplitRule] = {"pair": GroupSplit("pair")} if self._repeat else {"time": TimeSplit("time_stamp", _CUTS)}
         rules = own | {"random": RandomSplit()}
         split = options.split or ("pair" if self._repeat else "random")
@@ -114,43 +117,50 @@ class Ijcai15(Dataset):
         users = raw.table(DelimitedText(_USERS, ",", _USER_FIELDS, header=True), self._good_users)
         self._users, self._user_index = users.table, IdIndex("user_id", [users], raw.bad_rows)
         if self._repeat:
-            pairs = raw.table(DelimitedText(_PAIRS, ",", _PAIR_FIELDS, header=True), good_pairs)
+            optional = self.may_lack("label")
+            pairs = raw.table(
+                DelimitedText(_PAIRS, ",", _PAIR_FIELDS, header=True, optional=optional),
+                lambda block: good_pairs(block, optional=self.labels_optional),
+            )
             self._pair_index = IdIndex("pair", [pairs], raw.bad_rows)
-            self._pair_label = pairs.table["label"].to_numpy()
+            self._pair_label = pairs.table["label"].combine_chunks()
 
     def sources(self) -> Iterator[DelimitedText]:
         """The log, or the files of lists. Test lists carry events of train's time: they serve the funnel."""
         if not self._lists:
-            yield DelimitedText(_LOG, ",", _LOG_FIELDS, header=True)
+            optional = self.may_lack("action_type", "time_stamp")
+            yield DelimitedText(_LOG, ",", _LOG_FIELDS, header=True, optional=optional)
             return
         fields = _USER_FIELDS | {"merchant_id": _INT, "activity_log": _TEXT}
         if self._repeat:
             fields["label"] = _INT
         for file in self.raw_files:
-            yield DelimitedText(file.name, ",", fields, header=True)
+            yield DelimitedText(file.name, ",", fields, header=True, optional=self.may_lack("label") if self._repeat else ())
 
     def rows(self, block: Block) -> dict[str, Any]:
         """The events of a block with their user's age and gender."""
         block = self._listed(block) if self._lists else self._logged(block)
-        event, action = block.table, block.table["action_type"].to_numpy()
+        event, action = block.table, block.table["action_type"]
         columns: dict[str, Any] = {name: event[name] for name in _FEATURES}
-        columns["label.label"] = (event["label"].to_numpy() if self._repeat else action > 0).astype(np.float32)
-        columns["label.label2"] = (action == 2).astype(np.float32)
-        return columns | {f"key.{name}": event[name] for name in self.keys}
+        columns["label.label"] = (event["label"] if self._repeat else pc.greater(action, 0)).cast(pa.float32())
+        columns["label.label2"] = pc.equal(action, 2).cast(pa.float32())
+        return columns | {f"key.{name}": event[name] for name in self._own_keys} | self.places(block)
 
     def _logged(self, block: Block) -> Block:
         """Lines of the log. For repeat: those of the pairs, with their label."""
         block = _whole_numbers(block, "brand_id")
         for name in ("user_id", "seller_id"):
             block = _within(block, name, 0, _ID_END - 1)
-        block = _within(block, "action_type", 0, 3)
-        day = pc.match_substring_regex(block.table["time_stamp"].cast(_TEXT), f"^{_DAY}$").fill_null(False)
+        block = _within(block, "action_type", 0, 3, optional=self.labels_optional)
+        day = pc.match_substring_regex(block.table["time_stamp"].cast(_TEXT), f"^{_DAY}$").fill_null(self.labels_optional)
         block = block.require(day.to_numpy(), "time_stamp must be month and day, as in 829, found {time_stamp}. Mend the line.")
         names = ["merchant_id" if name == "seller_id" else name for name in block.table.column_names]
         block = _with_pair(replace(block, table=block.table.rename_columns(names)))
         if self._repeat:
             at = self._pair_index.locate(block.table["pair"].to_numpy())
-            block = _with(block, label=self._pair_label[at]).only(at >= 0, "outside the train pairs")
+            block = _with(block, label=self._pair_label.take(pa.array(at, mask=at < 0))).only(
+                at >= 0, "outside the train pairs"
+            )
         block, at = self._user_index.find(block)
         return _with(block, **{name: self._users[name].take(at) for name in ("age_range", "gender")})
 
@@ -158,12 +168,14 @@ class Ijcai15(Dataset):
         """The events in the lists of format 2's lines, in their order. For repeat: of the lines with a label."""
         block = _with_pair(self._good_users(_within(block, "merchant_id", 0, _ID_END - 1)))
         log = block.table["activity_log"]
-        good = pc.match_substring_regex(log, f"^({_EVENT}(#{_EVENT})*)?$").to_numpy()
+        event = _UNLABELLED_EVENT if self.labels_optional else _EVENT
+        good = pc.match_substring_regex(log, f"^({event}(#{event})*)?$").to_numpy()
         form = "item_id:cat_id:brand_id:time_stamp:action_type divided by #"
         block = block.require(good, f"activity_log is no list of {form}. Mend the line or fetch the file again.")
         if self._repeat:
-            block = _within(block, "label", -1, 1)
-            block = block.only(block.table["label"].to_numpy() >= 0, "outside the train pairs")
+            block = _within(block, "label", -1, 1, optional=self.labels_optional)
+            inside = pc.greater_equal(block.table["label"], 0).fill_null(True)
+            block = block.only(inside.to_numpy(), "outside the train pairs")
         block = block.only(block.present("activity_log"), "no event")
         lists = pc.split_pattern(block.table["activity_log"].combine_chunks(), "#")
         line = pc.list_parent_indices(lists).to_numpy()
@@ -171,7 +183,7 @@ class Ijcai15(Dataset):
         columns = {name: block.table[name].take(line) for name in block.table.column_names if name != "activity_log"}
         for number, name in enumerate(("item_id", "cat_id", "brand_id", "time_stamp", "action_type")):
             part = parts.take(np.arange(number, len(parts), 5))
-            columns[name] = part if name == "brand_id" else part.cast(_INT)
+            columns[name] = part if name == "brand_id" else pc.if_else(pc.equal(part, ""), None, part).cast(_INT)
         return _whole_numbers(replace(block, lines=block.lines[line], table=pa.table(columns)), "brand_id")
 
     def _good_users(self, block: Block) -> Block:
@@ -185,11 +197,11 @@ class Ijcai15(Dataset):
         return block
 
 
-def good_pairs(block: Block) -> Block:
-    """Lines of the train pairs with a column `pair`; those whose label is not 0 or 1 are bad rows."""
+def good_pairs(block: Block, *, optional: bool = False) -> Block:
+    """Lines of the train pairs with a column `pair`; those whose label is not 0 or 1, or `optional`, are bad rows."""
     for name in ("user_id", "merchant_id"):
         block = _within(block, name, 0, _ID_END - 1)
-    return _with_pair(_within(block, "label", 0, 1))
+    return _with_pair(_within(block, "label", 0, 1, optional=optional))
 
 
 def _with(block: Block, **columns: Any) -> Block:

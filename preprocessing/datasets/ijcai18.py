@@ -36,6 +36,7 @@ _FIELDS = {
     **{"is_trade": _INT},
 }
 _IDS = ("item_id", "user_id")
+_KEYS = ("instance_id", "user_id", "item_id", "context_timestamp")
 #: The 18 sparse columns of the reference, and the gender.
 _SPARSE = [name for name in _FIELDS if name not in {*_DENSE, *_IDS, "instance_id", "is_trade"}]
 #: Columns that the native form replaces by others.
@@ -78,7 +79,7 @@ class Ijcai18(Dataset):
         self.features = (_parity_features() if self.parity else _native_features()) + ids
         self.tasks = (Task(name="is_trade"),)
         self.scenario = Scenario(name="user_gender_id", values=["missing", "female", "male", "household"])
-        self.keys = dict.fromkeys(("instance_id", "user_id", "item_id", "context_timestamp"), _INT)
+        self.keys = dict.fromkeys(_KEYS, _INT)
         self.group_key = "user_id"
         if self._last_day:
             self.split = FileSplit()
@@ -122,7 +123,7 @@ class Ijcai18(Dataset):
         block = self._good(block)
         block = block.only(~np.isin(block.lines, self._repeated), "an earlier line has the instance_id")
         table = block.table
-        columns: dict[str, Any] = {f"key.{name}": table[name] for name in self.keys}
+        columns: dict[str, Any] = {f"key.{name}": table[name] for name in _KEYS} | self.places(block)
         columns["label.is_trade"] = table["is_trade"].cast(_NUMBER)
         columns[SCENARIO_COLUMN] = pc.add(table["user_gender_id"], 1)
         if self._last_day:
@@ -130,18 +131,22 @@ class Ijcai18(Dataset):
         return columns | (_parity_columns(table) if self.parity else _native_columns(table))
 
     def _source(self) -> DelimitedText:
-        return DelimitedText(self.raw_files[0].name, " ", _FIELDS, header=True)
+        return DelimitedText(self.raw_files[0].name, " ", _FIELDS, header=True, optional=self.may_lack("is_trade"))
 
     def _good(self, block: Block) -> Block:
         """The rows that can be used, with -1 in empty cells."""
         table = block.table
         for number, name in enumerate(table.column_names):
             column = table[name]
+            if name in self.may_lack("is_trade"):
+                continue
             filled = pc.if_else(pc.equal(column, ""), "-1", column) if name in _LISTS else column.fill_null(-1)
             table = table.set_column(number, name, filled)
         block = replace(block, table=table)
         block = block.require(~_equals(table["instance_id"], -1), "the instance_id is missing. Mend the line.")
-        for name, lowest, highest in (("is_trade", 0, 1), ("user_gender_id", -1, 2), ("context_timestamp", -1, _LAST_SECOND)):
+        good = self.labelled(block, "is_trade", (0, 1))
+        block = block.require(good, "is_trade must be a whole number from 0 to 1, found {is_trade}. Mend the line.")
+        for name, lowest, highest in (("user_gender_id", -1, 2), ("context_timestamp", -1, _LAST_SECOND)):
             value = block.table[name].to_numpy()
             complaint = f"{name} must be a whole number from {lowest} to {highest}, found {{{name}}}. Mend the line."
             block = block.require((value >= lowest) & (value <= highest), complaint)
@@ -149,7 +154,7 @@ class Ijcai18(Dataset):
             value = block.table[name].to_numpy()
             good = (value == -1) | ((value >= 0) & (value <= 1))
             block = block.require(good, f"{name} must lie in 0..1, or be -1 for missing, found {{{name}}}. Mend the line.")
-        if self._last_day:
+        if self._last_day and isinstance(self.split, FileSplit):
             complaint = "context_timestamp is missing, but --split last_day needs it. Mend the line."
             block = block.require(~_equals(block.table["context_timestamp"], -1), complaint)
         for name, (entry, shown) in _LISTS.items():

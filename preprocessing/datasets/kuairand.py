@@ -29,6 +29,7 @@ _ID, _TEXT = pa.int64(), pa.string()
 _LOG = dict.fromkeys(("user_id", "video_id", "date", "hourmin", "time_ms", "is_click", "long_view", "tab"), _ID)
 _VIDEO_TEXTS = ("video_type", "upload_dt", "upload_type")
 _VIDEO_CODES = ("author_id", "visible_status", "server_width", "server_height", "music_id", "music_type")
+_KEYS = ("user_id", "video_id", "date", "time_ms")
 _NUM_TABS = 15
 _ARCHIVE = "https://zenodo.org/records/10439422/files/KuaiRand-{}.tar.gz"
 _ARCHIVES = {"pure": "Pure", "1k": "1K", "27k": "27K"}
@@ -90,7 +91,7 @@ class KuaiRand(Dataset):
             self.scenario = Scenario(name="tab", values=tabs)
         else:
             self.next_config = "configs/mtl/kuairec.yaml dataset.tasks=[is_click,long_view]"
-        self.keys = dict.fromkeys(("user_id", "video_id", "date", "time_ms"), _ID)
+        self.keys = dict.fromkeys(_KEYS, _ID)
         self.group_key = "user_id"
 
     @classmethod
@@ -125,18 +126,24 @@ class KuaiRand(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """The logs, in the order of time."""
         for name in self._logs:
-            yield DelimitedText(name, ",", _LOG, header=True)
+            yield DelimitedText(
+                name, ",", _LOG, header=True, optional=self.may_lack("is_click", "long_view", "date", "time_ms")
+            )
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Views in the wanted tabs, joined with users and videos."""
+        optional = self.may_lack("date", "time_ms")
         for name in ("user_id", "video_id", "date", "hourmin", "tab"):
+            if name in optional:
+                continue
             block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
         for name, low, high in (("tab", 0, _NUM_TABS - 1), ("hourmin", 0, 2359), ("date", *_DAYS)):
-            values = block.table[name].to_numpy()
-            good = (values >= low) & (values <= high)
+            values = block.table[name]
+            within = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
+            good = within.fill_null(name in optional).to_numpy()
             block = block.require(good, f"{name} must lie in {low}..{high}, found {{{name}}}. Mend the line.")
         for name in ("is_click", "long_view"):
-            good = np.isin(block.table[name].to_numpy(), (0, 1))
+            good = self.labelled(block, name, (0, 1))
             block = block.require(good, f"{name} must be 0 or 1, found {{{name}}}. Mend the line.")
         block = block.only(np.isin(block.table["tab"].to_numpy(), self._tabs), "in other tabs")
         block, _ = self._user_index.find(block)
@@ -149,7 +156,8 @@ class KuaiRand(Dataset):
             "hour": views["hourmin"].to_numpy() // 100,
             **{f"label.{task.name}": views[task.name].cast(pa.float32()) for task in self.tasks},
             SCENARIO_COLUMN: pc.index_in(views["tab"], pa.array(self._tabs)).cast(_ID),
-            **{f"key.{name}": views[name] for name in self.keys},
+            **{f"key.{name}": views[name] for name in _KEYS},
+            **self.places(block),
         }
 
     def _good_videos(self, videos: Block) -> Block:

@@ -99,33 +99,37 @@ class KuaiRec(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """The big matrix, and the small one where it is valid and test."""
         columns = {"user_id": _ID, "video_id": _ID, "watch_ratio": pa.float64()}
-        yield DelimitedText(_BIG, ",", columns if self._both else columns | {"date": _ID}, header=True)
+        optional, dated = self.may_lack("watch_ratio"), columns if self._both else columns | {"date": _ID}
+        yield DelimitedText(_BIG, ",", dated, header=True, optional=optional)
         if self._both:
-            yield DelimitedText(_SMALL, ",", columns, header=True)
+            yield DelimitedText(_SMALL, ",", columns, header=True, optional=optional)
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Views joined with users and videos."""
         for name in block.table.column_names:
+            if name in self.may_lack("watch_ratio"):
+                continue
             block = block.require(block.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
         if not self._both:
             day = pc.match_substring_regex(block.table["date"].cast(pa.string()), _DAY).to_numpy()
             block = block.require(day, "date must be a day such as 20200705, found {date}. Mend the line.")
-        good = block.table["watch_ratio"].to_numpy() >= 0
+        good = pc.greater_equal(block.table["watch_ratio"], 0).fill_null(True).to_numpy()
         block = block.require(good, "the watch_ratio must be 0 or more, found {watch_ratio}. Mend the line.")
         block, _ = self._user_index.find(block)
         block, video_rows = self._video_index.find(block)
         user_rows = self._user_index.locate(block.table["user_id"].to_numpy())
-        views, ratio = block.table, block.table["watch_ratio"].to_numpy()
+        views, ratio = block.table, block.table["watch_ratio"]
         users = self._users.take(user_rows)
         columns = {name: users[name] for name in users.column_names} | {name: views[name] for name in views.column_names}
         return columns | {
             "feat": self._feat.take(video_rows),
-            "label.label": (ratio >= 1).astype(np.float32),
-            "label.label2": (ratio > 2).astype(np.float32),
+            "label.label": pc.greater_equal(ratio, 1).cast(pa.float32()),
+            "label.label2": pc.greater(ratio, 2).cast(pa.float32()),
             SCENARIO_COLUMN: self._activity[user_rows],
             "key.user_id": views["user_id"],
             "key.video_id": views["video_id"],
             SIDE_COLUMN: np.full(len(views), 2 if block.source.name == _SMALL else 0),
+            **self.places(block),
         }
 
     def _good_videos(self, videos: Block) -> Block:

@@ -40,6 +40,7 @@ _HOME = "https://grouplens.org/datasets/movielens/"
 _NO_GENRES = "(no genres listed)"
 _INT, _TEXT = pa.int64(), pa.string()
 _RATING = {"user": _INT, "movie": _INT, "rating": _INT, "timestamp": _INT}
+_KEYS = ("user", "movie", "timestamp")
 
 
 class _MovieLens(Dataset):
@@ -66,7 +67,7 @@ class _MovieLens(Dataset):
         self.scenario = _SCENARIOS[options.scenario]
         if self.parity and options.scenario == "age3":
             self.features += (sparse("age3", _INT),)  # the reference appends the scenario
-        self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
+        self.keys = dict.fromkeys(_KEYS, _INT)
         self.group_key = "user"
 
     occupation_type: ClassVar[pa.DataType]
@@ -103,25 +104,25 @@ class _MovieLens(Dataset):
 
     def sources(self) -> Iterator[DelimitedText]:
         """The ratings."""
-        yield DelimitedText(self.ratings_name, self.separator, _RATING)
+        yield DelimitedText(self.ratings_name, self.separator, _RATING, optional=self.may_lack("rating"))
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Ratings joined with users and movies."""
-        block = _complete(block)
-        rating = block.table["rating"].to_numpy()
-        good = (rating >= 1) & (rating <= 5)
+        block = _complete(block, self.may_lack("rating", "timestamp"))
+        good = self.labelled(block, "rating", range(1, 6))
         block = block.require(good, "a rating must be 1, 2, 3, 4 or 5, found {rating}. Mend the line.")
         block, _ = self._user_index.find(block)
         block, movie_rows = self._movie_index.find(block)
         _, user_rows = self._user_index.find(block)
-        rating, user = block.table["rating"].to_numpy(), self._users.take(user_rows)
+        user = self._users.take(user_rows)
         columns = {
             "user": user["user"],
             "movie": block.table["movie"],
             **{name: user[name] for name in ("gender", "age", "occupation", "zip")},
             "genres": self._genres.take(movie_rows),
-            **_labels(rating),
-            **{f"key.{name}": block.table[name] for name in self.keys},
+            **_labels(block),
+            **{f"key.{name}": block.table[name] for name in _KEYS},
+            **self.places(block),
         }
         if self.scenario is not None:
             columns["sample.scenario"] = columns["age3"] = _scenario_ids(self.scenario, user)
@@ -215,7 +216,7 @@ class _MovieLensCsv(Dataset):
         genres = sparse("genres") if self.parity else multi("genres")
         self.features = (sparse("user", _INT), sparse("movie", _INT), genres)
         self.tasks = _TASKS
-        self.keys = {"user": _INT, "movie": _INT, "timestamp": _INT}
+        self.keys = dict.fromkeys(_KEYS, _INT)
         self.group_key = "user"
 
     def prepare(self, raw: RawFolder) -> None:
@@ -233,21 +234,22 @@ class _MovieLensCsv(Dataset):
     def sources(self) -> Iterator[DelimitedText]:
         """The ratings."""
         columns = {"userId": _INT, "movieId": _INT, "rating": pa.float32(), "timestamp": _INT}
-        yield DelimitedText("ratings.csv", ",", columns, header=True, quoted=True)
+        optional = self.may_lack("rating", "timestamp")
+        yield DelimitedText("ratings.csv", ",", columns, header=True, quoted=True, optional=optional)
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Ratings joined with movies."""
         block = replace(block, table=block.table.rename_columns({"userId": "user", "movieId": "movie"}))
-        block = _complete(block)
-        rating = block.table["rating"].to_numpy()
-        good = np.isin(rating, np.arange(0.5, 5.5, 0.5))
+        block = _complete(block, self.may_lack("rating", "timestamp"))
+        good = self.labelled(block, "rating", np.arange(0.5, 5.5, 0.5))
         block = block.require(good, "a rating must be a half or whole number from 0.5 to 5, found {rating:g}. Mend the line.")
         block, movie_rows = self._movie_index.find(block)
         return {
             **{name: block.table[name] for name in ("user", "movie")},
             "genres": self._genres.take(pa.array(movie_rows)),
-            **_labels(block.table["rating"].to_numpy()),
-            **{f"key.{name}": block.table[name] for name in self.keys},
+            **_labels(block),
+            **{f"key.{name}": block.table[name] for name in _KEYS},
+            **self.places(block),
         }
 
 
@@ -269,14 +271,17 @@ class MovieLens25M(_MovieLensCsv):
     archive_md5 = "6b51fb2759a8657d3bfcbfc42b592ada"
 
 
-def _complete(ratings: Block) -> Block:
+def _complete(ratings: Block, optional: tuple[str, ...]) -> Block:
     for name in _RATING:
+        if name in optional:
+            continue
         ratings = ratings.require(ratings.present(name), f"the {name} is missing. Mend the line or fetch the file again.")
     return ratings
 
 
-def _labels(rating: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-    return {"label.label2": (rating > 2).astype(np.float32), "label.label3": (rating > 3).astype(np.float32)}
+def _labels(ratings: Block) -> dict[str, pa.ChunkedArray]:
+    rating = ratings.table["rating"]
+    return {f"label.label{least}": pc.greater(rating, least).cast(pa.float32()) for least in (2, 3)}
 
 
 def _good_movies(movies: Block) -> Block:

@@ -27,7 +27,7 @@ from mmlrec.schema import Scenario, Task
 from preprocessing.dataset import Column, Dataset, dense, multi, natural, sparse
 from preprocessing.reading.raw_files import RawFolder
 from preprocessing.rows.zipf import Zipf
-from preprocessing.split_rules import InOrder
+from preprocessing.split_rules import InOrder, OneSplit
 from preprocessing.writing.permutation import split_ends
 
 CHUNK_ROWS = 1 << 16
@@ -144,7 +144,9 @@ class Synthetic(Dataset):
                 yield batch
 
     def statistics(self) -> dict[str, Any]:
-        """What the best model can reach on (at most the first million rows of) the test split, [task][all or scenario].
+        """What the best model can reach, [task][all or scenario].
+
+        Measured on the test split, or on the one split that holds all rows; at most on its first million rows.
 
         `bayes_auc`: AUC of the true probabilities against the drawn labels. `bayes_auc_expected`: the same over the
         distribution of the labels instead of one draw.
@@ -195,7 +197,7 @@ class Synthetic(Dataset):
         return pa.RecordBatch.from_pydict(columns, schema=self.canonical_schema()), probability, label, scenario
 
     def _remember_test(self, start: int, probability: FloatArray, label: FloatArray, scenario: IntArray) -> None:
-        test_start = split_ends(self.num_rows)[1]
+        test_start = 0 if isinstance(self.split, OneSplit) else split_ends(self.num_rows)[1]
         rows = slice(max(test_start - start, 0), max(test_start + _AUC_ROWS - start, 0))
         if len(scenario[rows]):
             self._test.append((probability[:, rows].copy(), label[:, rows].copy(), scenario[rows].copy()))

@@ -25,7 +25,7 @@ from mmlrec.encoding.features import feature_values, scenario_ids
 from mmlrec.encoding.specs import FeatureSpec, ScenarioSpec
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.paths import local_path
-from mmlrec.schema import Scenario, Task
+from mmlrec.schema import DatasetManifest, Scenario, Task
 from mmlrec.storage.places import place
 from preprocessing.dataset import (
     PLACE_KEYS,
@@ -53,6 +53,7 @@ from preprocessing.own_tables.config import (
     read_table_config,
 )
 from preprocessing.own_tables.files import file_format, matching_files, separator_of
+from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
@@ -115,10 +116,14 @@ class Table(Dataset):
     )
 
     def __init__(self, options: argparse.Namespace) -> None:
-        path: Path = options.config
-        self._config = config = read_table_config(path)
-        self._where = str(path)
-        options.raw = options.raw or path.parent
+        config, self._where = _chosen(options)
+        self._config, self._may_lack = config, getattr(options, "labels_optional", False)
+        self._needed = {feature.column or name for name, feature in config.features.items()}
+        self._needed |= {config.scenario.column} if config.scenario else set()
+        if options.raw is None:
+            if not isinstance(options.config, Path):
+                raise ConfigError("--raw is missing: the folder of the new files.")
+            options.raw = options.config.parent
         options.config = json.loads(config.model_dump_json(exclude_defaults=True))
         self.terms = config.terms  # type: ignore[misc]
         self._sides = self._find_files(options.raw)
@@ -146,7 +151,7 @@ class Table(Dataset):
 
     @classmethod
     def add_options(cls, parser: argparse.ArgumentParser) -> None:
-        """`--config`, `--raw`, `--example`."""
+        """`--config`, `--raw`, `--files`, `--example`."""
         parser.add_argument("--config", type=local_path, required=True, metavar="YAML", help="what the columns mean; see below")
         parser.add_argument(
             "--raw",
@@ -154,13 +159,25 @@ class Table(Dataset):
             default=None,
             help="folder of the files that the configuration names; or s3://bucket/name (default: where the configuration is)",
         )
+        parser.add_argument(
+            "--files",
+            dest="new_files",
+            nargs="+",
+            metavar="PATTERN",
+            help="of new rows (--like, --extend): the files below --raw, in place of those that the configuration names",
+        )
         parser.add_argument("--example", action=_Example, help="print a configuration to start from, and stop")
+
+    @classmethod
+    def encodes(cls, options: argparse.Namespace) -> dict[str, Any]:
+        """By the configuration: how the files are written, and what their columns are called there, is none of it."""
+        return encoded_parts(_chosen(options)[0])
 
     def prepare(self, raw: RawFolder) -> None:
         """A key that no JSON line has would be all missing, in silence: looked for in some lines, and if need be in all."""
         if self._format != "json":
             return
-        wanted = set(self._reads)
+        wanted = {*self._reads} - {*self._optional()}
         seen: dict[str, None] = {}
         for name in self._sides:
             for piece in itertools.islice(raw.pieces(name), 1):
@@ -184,11 +201,12 @@ class Table(Dataset):
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""
+        optional = self._optional()
         for name in self._sides:
             if self._format == "json":
                 yield JsonLines(name, self._reads, self._cells)
             elif self._format == "parquet":
-                yield ParquetRows(name, self._reads, self._cells)
+                yield ParquetRows(name, self._reads, self._cells, optional)
             else:
                 csv = self._config.csv
                 separator = csv.separator or separator_of(name)
@@ -203,7 +221,12 @@ class Table(Dataset):
                     skip_blank=True,
                     cells=self._cells,
                     fields=tuple(csv.columns),
+                    optional=optional,
                 )
+
+    def _optional(self) -> tuple[str, ...]:
+        """Columns that new rows may lack: those that neither a feature nor the scenario is made of."""
+        return self.may_lack(*(name for name in self._reads if name not in self._needed))
 
     def rows(self, block: Block) -> dict[str, Any]:
         """Columns of the canonical table; faulty rows are bad rows."""
@@ -285,7 +308,7 @@ class Table(Dataset):
         reads: dict[str, tuple[pa.DataType, str]] = {}
         names = self._config.csv.columns
         for column, kind, where in uses:
-            if names and column not in names:
+            if names and column not in names and not (self._may_lack and column not in self._needed):
                 raise ConfigError(f"{self._where}: {where}: csv.columns has no '{column}'.{did_you_mean(column, names)}")
             before, other = reads.get(column, (kind, where))
             if before != kind and not {before, kind} <= {*_NUMBERS}:
@@ -369,13 +392,14 @@ class Table(Dataset):
 
     def _make_weights(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
         if self._config.weight is not None:
-            columns["sample.weight"], more = own_columns.weight(
-                table[self._config.weight].combine_chunks(), self._config.weight
-            )
+            values = table[self._config.weight].combine_chunks()
+            if self.labels_optional:
+                values = values.fill_null(1)
+            columns["sample.weight"], more = own_columns.weight(values, self._config.weight)
             faults += more
 
     def _make_keys(self, table: pa.Table, columns: dict[str, pa.Array], faults: to.Faults) -> None:
-        needed = {self.group_key, getattr(self._config.split, "key", None)}
+        needed = set() if self.labels_optional else {self.group_key, getattr(self._config.split, "key", None)}
         for name, key in self._config.keys.items():
             source = key.column or name
             values = to.present(table[source].combine_chunks())
@@ -418,6 +442,19 @@ class _Example(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(EXAMPLE, end="")
         parser.exit()
+
+
+def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
+    """The configuration, of a file or of the manifest of the dataset that new rows are encoded like; and where it stands."""
+    like: DatasetManifest | None = getattr(options, "like", None)
+    if isinstance(options.config, Path):
+        config, where = read_table_config(options.config), str(options.config)
+    else:
+        assert like is not None
+        config, where = recorded_table_config(like), f"the configuration of {like.name}"
+    if like is not None:
+        config = with_files(config, options.new_files, one_split=options.one_split)
+    return config, where
 
 
 def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,19 +42,22 @@ class IdCounts:
         counts: occurrences of each counted id in train, [slots]; id 0 is left out.
         seen: whether it occurs in a scenario of train, [S, slots].
         lengths: train rows whose list is so long, [_MAX_LENGTH + 1]; all 1 for a sparse feature.
+        base: the split that stands for train above; another one of data that are encoded like others and have no train.
     """
 
-    def __init__(self, num_rows: int, num_scenarios: int, max_bytes: int, fitted: bool) -> None:
-        self.fitted = fitted
+    def __init__(
+        self, num_rows: int, num_scenarios: int, max_bytes: int, fitted: bool, splits: tuple[str, ...] = SPLITS
+    ) -> None:
+        self.fitted, self.base = fitted, splits[0]
         slots = max(max_bytes // (8 + num_scenarios), 1)
         self.every = max(-(-(num_rows - 1) // slots), 1)
         slots = -(-(num_rows - 1) // self.every)
         self.counts = np.zeros(slots, np.int64)
         self.seen = np.zeros((num_scenarios, slots), bool)
         self.lengths = np.zeros(_MAX_LENGTH + 1, np.int64)
-        self._occurrences = dict.fromkeys(SPLITS, 0)
-        self._known = dict.fromkeys(SPLITS, 0)
-        self._zeros = dict.fromkeys(SPLITS, 0)
+        self._occurrences = dict.fromkeys(splits, 0)
+        self._known = dict.fromkeys(splits, 0)
+        self._zeros = dict.fromkeys(splits, 0)
         self._rows_without = self._num_rows = 0
 
     def add(self, split: str, ids: IntArray, lengths: IntArray | None, scenario: IntArray | None) -> None:
@@ -67,10 +71,10 @@ class IdCounts:
         known = ids > 0
         self._occurrences[split] += len(ids)
         self._zeros[split] += len(ids) - int(np.count_nonzero(known))
-        if split != "train":
-            if not self.fitted and self.every == 1:
-                known[known] = self.counts[ids[known] - 1] > 0
-            self._known[split] += int(np.count_nonzero(known))
+        if split != self.base and not self.fitted and self.every == 1:
+            known[known] = self.counts[ids[known] - 1] > 0
+        self._known[split] += int(np.count_nonzero(known))
+        if split != self.base:
             return
         if lengths is None:
             self.lengths[1] += len(ids)
@@ -106,11 +110,11 @@ class IdCounts:
     @property
     def mean_length(self) -> float:
         """Mean number of ids of a train row."""
-        return self._occurrences["train"] / max(self._num_rows, 1)
+        return self._occurrences[self.base] / max(self._num_rows, 1)
 
     def coverage(self, split: str) -> float | None:
         """Share of the id occurrences in valid or test that train knows. None when there are none, or it was not counted."""
-        if not self._occurrences[split] or (not self.fitted and self.every > 1):
+        if not self._occurrences[split] or (not self.fitted and (self.every > 1 or self.base != "train")):
             return None
         return self._known[split] / self._occurrences[split]
 
@@ -147,19 +151,21 @@ class NumberCounts:
     Attributes:
         rows, total, zeros: split -> rows, sum of the values, rows with exactly 0, the missing ones among them.
         low, high: least and greatest value of train.
+        base: the split that stands for train here.
         sample: train values; rows are shuffled on disk, so the first ones are a random sample.
     """
 
-    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    total: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0.0))
-    zeros: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    base: str = "train"
+    rows: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    total: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    zeros: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     low: float = float("inf")
     high: float = float("-inf")
     sample: list[NDArray[np.float32]] = field(default_factory=list)
 
     def add(self, split: str, values: NDArray[np.float32]) -> None:
         """Count the values of some rows."""
-        if split == "train" and len(values):
+        if split == self.base and len(values):
             if self.rows[split] < _SAMPLE_ROWS:
                 self.sample.append(values[: _SAMPLE_ROWS - self.rows[split]].copy())
             self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
@@ -220,6 +226,7 @@ class Description:
     Attributes:
         ids: sparse or multi feature -> its ids. numbers: dense feature -> its values.
         groups: split -> values of the group key; None without one.
+        splits: train first. base: the first of them.
         examples: the first train rows, decoded: column -> value.
     """
 
@@ -230,6 +237,21 @@ class Description:
     groups: dict[str, Distinct] | None
     examples: list[dict[str, Any]]
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """See above."""
+        return split_names(self.manifest)
+
+    @property
+    def base(self) -> str:
+        """See above."""
+        return self.splits[0]
+
+
+def split_names(manifest: DatasetManifest) -> tuple[str, ...]:
+    """The splits, train first."""
+    return tuple(sorted(manifest.splits, key=lambda name: name != "train"))
+
 
 def describe(folder: Place, num_examples: int) -> Description:
     """Read a dataset folder through.
@@ -239,15 +261,15 @@ def describe(folder: Place, num_examples: int) -> Description:
     """
     manifest = DatasetManifest.load(folder)
     _check_files(folder, manifest)
-    num_scenarios = len(manifest.scenario.values) if manifest.scenario else 0
+    num_scenarios, splits = len(manifest.scenario.values) if manifest.scenario else 0, split_names(manifest)
     max_bytes = _COUNT_BYTES // max(len(manifest.sparse_features), 1)
     ids, tables = {}, manifest.by_name
     for feature in manifest.sparse_features:
         table = tables[str(feature.table)]
         fitted = table.vocabulary is not None and not manifest.parity
-        ids[feature.name] = IdCounts(table.num_rows, num_scenarios, max_bytes, fitted)
-    numbers = {f.name: NumberCounts() for f in manifest.dense_features}
-    groups = {split: Distinct() for split in SPLITS} if manifest.group_key else None
+        ids[feature.name] = IdCounts(table.num_rows, num_scenarios, max_bytes, fitted, splits)
+    numbers = {f.name: NumberCounts(splits[0]) for f in manifest.dense_features}
+    groups = {split: Distinct() for split in splits} if manifest.group_key else None
     with progress(f"{manifest.name}: read", sum(split.num_rows for split in manifest.splits.values())) as done:
         for split, part, rows in _row_groups(folder, manifest):
             scenario = rows[SCENARIO_COLUMN].to_numpy() if manifest.scenario else None
@@ -300,7 +322,7 @@ def _row_groups(folder: Place, manifest: DatasetManifest) -> Iterator[tuple[str,
     names += [key_column(manifest.group_key)] if manifest.group_key else []
 
     def jobs() -> Iterator[tuple[str, Part, int]]:
-        for name in SPLITS:
+        for name in split_names(manifest):
             for part in manifest.splits[name].parts:
                 metadata = _metadata(folder / part.path, part.num_bytes, part.sha256)
                 if metadata.num_rows != part.num_rows:
@@ -339,7 +361,7 @@ def _ids(path: Place, rows: pa.RecordBatch, feature: Feature, table: Table) -> t
 
 def _examples(folder: Place, manifest: DatasetManifest, num_rows: int) -> list[dict[str, Any]]:
     """The first train rows with raw values for ids and numbers."""
-    part = manifest.splits["train"].parts[0]
+    part = manifest.splits[split_names(manifest)[0]].parts[0]
     with open_parquet(folder / part.path, part.num_bytes, part.sha256) as file:
         table = next(file.iter_batches(max(num_rows, 1))).slice(0, num_rows)
     rows = table.to_pylist()

@@ -22,6 +22,8 @@ def look_at_this(manifest: DatasetManifest, folder: Place) -> list[str]:
     Args:
         folder: where the dataset lies.
     """
+    if "train" not in manifest.splits:  # new rows: nothing is trained on them
+        return []
     found = [*_tasks(manifest), *_weights(manifest), *_scenarios(manifest)]
     tables = manifest.by_name
     for feature in manifest.features:
@@ -131,7 +133,11 @@ def _copies(manifest: DatasetManifest) -> Iterator[str]:
     counts = manifest.statistics.get("duplicates", {})
     if not counts:
         return
-    found = {split: (counts[f"{split}_in_train"], manifest.splits[split].num_rows) for split in SPLITS[1:]}
+    found = {
+        split: (counts[f"{split}_in_train"], manifest.splits[split].num_rows)
+        for split in SPLITS[1:]
+        if split in manifest.splits
+    }
     if any(copies >= _COPIED * num_rows > 0 for copies, num_rows in found.values()):
         told = " and ".join(f"{copies:,} of {num_rows:,} rows of {split}" for split, (copies, num_rows) in found.items())
         # Together, they are on two sides only where the raw files say the side.

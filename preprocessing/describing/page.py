@@ -16,6 +16,7 @@ import numpy as np
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.terminal import plain
 from preprocessing.describing.description import Description
+from preprocessing.describing.drift import Drift, drifts
 
 if TYPE_CHECKING:  # imported where it is used: tables need no plots, and matplotlib starts slowly
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # imported where it is used: tables need no plots, and matplo
 
 _MAX_SCENARIOS = 12  # bars and squares beyond that cannot be told apart
 _LABELS = "Share of labelled rows that are positive; of a regression task the mean of its labels."
+_MAX_DRIFTS = 20
 _COLUMNS = 4  # plots beside each other
 _STYLE = """
 body { font-family: sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }
@@ -94,6 +96,11 @@ def _figures(description: Description) -> Iterator[tuple[str, Figure, str]]:
         fewer = ""
         if manifest.scenario and len(scenarios) < len(manifest.scenario.values):
             fewer = f"The {len(scenarios)} largest of {len(manifest.scenario.values)} scenarios. "
+        if found := [each for each in drifts(manifest) if each.worst > 0]:
+            note = (
+                f"The {min(len(found), _MAX_DRIFTS)} features that differ most from the train rows of the data that these are"
+            )
+            yield "Against train", _drift(found[:_MAX_DRIFTS]), f"{note} encoded like."
         yield "Label rates", _label_rates(description, scenarios), f"{fewer}{_LABELS}"
         if description.ids:
             note = (
@@ -138,7 +145,7 @@ def _largest_scenarios(description: Description) -> list[int]:
     scenario, splits = description.manifest.scenario, description.manifest.splits
     if scenario is None:
         return []
-    rows = [splits["train"].scenario_rows[name] for name in scenario.values]
+    rows = [splits[description.base].scenario_rows[name] for name in scenario.values]
     return sorted(sorted(range(len(rows)), key=lambda s: (-rows[s], s))[:_MAX_SCENARIOS])
 
 
@@ -158,6 +165,30 @@ def _label_rates(description: Description, scenarios: list[int]) -> Figure:
         axes.set_xticks(range(len(names)), [_plain(name) for name in names])
         axes.set_title(_plain(task.name))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def _drift(found: list[Drift]) -> Figure:
+    """Bars of what is unseen, outside of the range, and missing, with a mark where train was."""
+    figure = _new_figure(11, 1.2 + 0.3 * len(found))
+    axes, places = figure.subplots(), np.arange(len(found))
+    shares = {
+        "unseen ids": [each.unseen or 0 for each in found],
+        "outside the range": [each.outside or 0 for each in found],
+        "missing": [each.missing for each in found],
+    }
+    for number, (name, values) in enumerate(shares.items()):
+        axes.barh(places + 0.27 * (number - 1), values, 0.25, label=name)
+    known = [
+        (place, each.missing_in_train) for place, each in zip(places, found, strict=True) if each.missing_in_train is not None
+    ]
+    if known:
+        at, rates = zip(*known, strict=True)
+        axes.plot(rates, np.array(at) + 0.27, "k|", label="missing in train")
+    axes.set_yticks(places, [_plain(f"{each.feature}, {each.split}") for each in found])
+    axes.set_xlim(0, 1)
+    axes.invert_yaxis()
+    figure.legend(loc="outside right upper")
     return figure
 
 

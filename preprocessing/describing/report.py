@@ -10,15 +10,15 @@ from typing import Any
 from tabulate import tabulate
 
 from mmlrec.paths import local_path
-from mmlrec.schema import SPLITS, DatasetManifest
+from mmlrec.schema import DatasetManifest
 from mmlrec.storage.places import place
+from preprocessing.describing import drift
 from preprocessing.describing.description import Description, describe
 from preprocessing.describing.notes import block, look_at_this
 from preprocessing.describing.page import require_matplotlib, write_page
 
 _CELL = 40  # longest text of a cell
 _LISTED = 4  # values shown of a list
-_MISSING = [f"missing in {split}" for split in SPLITS]
 _NUMBER = re.compile(r"(about )?[-\d][-\d.,e+]*( %)?")
 
 
@@ -91,11 +91,14 @@ def _align(section: Section) -> list[str]:
 
 def sections(description: Description) -> list[Section]:
     """The tables of the report."""
-    found, statistics = [_rows(description)], description.manifest.statistics
+    found, statistics = [_rows(description), *_drift(description.manifest)], description.manifest.statistics
     found += [_values(description, task, of_splits) for task, of_splits in statistics.get("label_values", {}).items()]
     if weights := statistics.get("weights"):
-        rows = [[split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())] for split in SPLITS]
-        found.append(Section("Weights of rows", ["split", *weights["train"]], rows))
+        rows = [
+            [split, *("-" if value is None else f"{value:.6g}" for value in weights[split].values())]
+            for split in description.splits
+        ]
+        found.append(Section("Weights of rows", ["split", *weights[description.base]], rows))
     if duplicates := statistics.get("duplicates"):
         found.append(_duplicates(duplicates))
     if description.groups is not None:
@@ -142,12 +145,19 @@ def _rows(description: Description) -> Section:
     return Section("Rows and label rates", headers, rows)
 
 
+def _drift(manifest: DatasetManifest) -> list[Section]:
+    """Of data that are encoded like others."""
+    found = [Section("Against train", drift.HEADERS, [each.cells for each in drift.drifts(manifest)], drift.NOTE)]
+    found.append(Section("Shares against train", drift.SHARE_HEADERS, [each.cells for each in drift.shares(manifest)]))
+    return [section for section in found if section.rows]
+
+
 def _values(description: Description, task: str, of_splits: dict[str, Any]) -> Section:
     """The labels of a regression task."""
     manifest = description.manifest
     rows = [
         [split, scenario, *("-" if value is None else f"{value:.6g}" for value in values.values())]
-        for split in SPLITS
+        for split in description.splits
         for scenario, values in of_splits[split].items()
     ]
     headers = ["split", manifest.scenario.name if manifest.scenario else "scenario", *of_splits["all"]["all"]]
@@ -169,31 +179,33 @@ def _groups(description: Description) -> Section:
     for split, values in groups.items():
         num_groups = values.count()
         per_group = f"{manifest.splits[split].num_rows / num_groups:.2f}" if num_groups else "-"
-        rows.append([split, f"{num_groups:,}", per_group, _percent(values.share_in(groups["train"]))])
+        rows.append([split, f"{num_groups:,}", per_group, _percent(values.share_in(groups[description.base]))])
     key = str(manifest.group_key)
     text = next((name for name in manifest.keys if f"{name}_hash" == key), None)
     note = f"A group is a value of key '{text or key}'" + (f", by its hash in key '{key}'." if text else ".")
-    return Section("Groups", ["split", "groups", "rows of a group", "share that train has"], rows, note)
+    return Section("Groups", ["split", "groups", "rows of a group", f"share that {description.base} has"], rows, note)
 
 
 def _features(description: Description) -> Section:
     manifest, rows = description.manifest, []
-    tables = manifest.by_name
+    tables, splits, base = manifest.by_name, description.splits, description.base
+    unseen = [split for split in splits if split != "train"]
     for feature in manifest.sparse_features:
         ids, missing = description.ids[feature.name], manifest.statistics.get("missing", {}).get(feature.name)
-        shares = _missing(manifest, feature.name)
-        rare = ids.missing - missing["train"] / max(manifest.splits["train"].num_rows, 1) if missing else None
-        with_id = {split: 0 if feature.kind == "multi" else missing[split] if missing else None for split in SPLITS}
+        shares = _missing(description, feature.name)
+        rare = ids.missing - missing[base] / max(manifest.splits[base].num_rows, 1) if missing else None
+        with_id = {split: 0 if feature.kind == "multi" else missing[split] if missing else None for split in splits}
         rows.append(
             [
                 *(feature.name, feature.kind, feature.table, f"{tables[str(feature.table)].num_rows:,}"),
                 *(("about " if ids.every > 1 else "") + f"{ids.num_seen:,}", *shares, _percent(rare)),
-                *(_percent(ids.unseen(split, with_id[split])) for split in SPLITS[1:]),
+                *(_percent(ids.unseen(split, with_id[split])) for split in unseen),
                 f"{ids.mean_length:.2f}",
             ]
         )
-    headers = ["feature", "kind", "table", "table rows", "ids in train", *_MISSING, "rare in train"]
-    headers += ["unseen in valid", "unseen in test", "mean length"]
+    headers = ["feature", "kind", "table", "table rows", f"ids in {base}", *(f"missing in {split}" for split in splits)]
+    headers += [f"rare in {base}" if base == "train" else f"without an id in {base}"]
+    headers += [*(f"unseen in {split}" for split in unseen), "mean length"]
     note = (
         "missing: rows without a value. rare: train rows whose values are all rarer than the minimum count. unseen: share of"
         " the values there are which train does not know; - where the ids are no vocabulary of train and too many to count"
@@ -203,22 +215,22 @@ def _features(description: Description) -> Section:
 
 
 def _numbers(description: Description) -> Section:
-    ranges = description.manifest.preprocessing.get("dense_ranges") or {}
+    ranges, splits, base = description.manifest.preprocessing.get("dense_ranges") or {}, description.splits, description.base
     rows = []
     for name, counts in description.numbers.items():
         bounds = ranges.get(name)
         raw = f"{bounds[0]:g} .. {bounds[1]:g}" if bounds else "-"
-        means = [f"{counts.total[split] / max(counts.rows[split], 1):.4g}" for split in SPLITS]
-        zeros = "-" if name in ranges else _percent(counts.zeros["train"] / max(counts.rows["train"], 1))
-        shares = _missing(description.manifest, name)
+        means = [f"{counts.total[split] / max(counts.rows[split], 1):.4g}" for split in splits]
+        zeros = "-" if name in ranges else _percent(counts.zeros[base] / max(counts.rows[base], 1))
+        shares = _missing(description, name)
         rows.append([name, raw, f"{counts.low:g} .. {counts.high:g}", *means, *shares, zeros])
     headers = [
         "feature",
         "train range before scaling",
         "least, greatest",
-        *(f"mean, {split}" for split in SPLITS),
-        *_MISSING,
-        "zero in train",
+        *(f"mean, {split}" for split in splits),
+        *(f"missing in {split}" for split in splits),
+        f"zero in {base}",
     ]
     fills = description.manifest.preprocessing.get("dense_fills", {})
     filled = ", ".join(f"{name} {value:g}" for name, value in fills.items())
@@ -229,10 +241,13 @@ def _numbers(description: Description) -> Section:
     return Section("Dense features", headers, rows, note)
 
 
-def _missing(manifest: DatasetManifest, feature: str) -> list[str]:
+def _missing(description: Description, feature: str) -> list[str]:
     """Share of the rows of each split that have no value of a feature; - in folders that do not tell."""
+    manifest = description.manifest
     counts = manifest.statistics.get("missing", {}).get(feature)
-    return [_percent(counts[split] / max(manifest.splits[split].num_rows, 1) if counts else None) for split in SPLITS]
+    return [
+        _percent(counts[split] / max(manifest.splits[split].num_rows, 1) if counts else None) for split in description.splits
+    ]
 
 
 def _left_out(description: Description) -> Section:
@@ -246,13 +261,12 @@ def _left_out(description: Description) -> Section:
 def _examples(description: Description) -> Section:
     examples = description.examples
     rows = [[name, *(_shown(row[name]) for row in examples)] for name in examples[0]]
-    headers = ["column", *(f"train row {number}" for number in range(1, len(examples) + 1))]
+    headers = ["column", *(f"{description.base} row {number}" for number in range(1, len(examples) + 1))]
     note = "Ids are decoded through the vocabularies, numbers through the range of train; - is missing, rare or unseen."
     return Section("Examples", headers, rows, note)
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
+_percent = drift.percent
 
 
 def _shown(value: Any) -> str:

@@ -36,6 +36,13 @@ class QuantileBuckets:
         self._num_pending = 0
         self.borders = np.empty(0, np.float32)
 
+    @classmethod
+    def known(cls, lowest: pa.Array) -> QuantileBuckets:
+        """Those that were found before, by the least number of each bucket, as `save` writes it. Not to be fitted."""
+        buckets = cls(len(lowest))
+        buckets.borders = lowest.to_numpy()[1:]
+        return buckets
+
     def add(self, values: pa.Array) -> None:
         """Count float32 values; nulls are left out."""
         keys = _ordered(values.drop_null().to_numpy()) >> self._shift

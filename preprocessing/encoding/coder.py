@@ -115,16 +115,20 @@ class Coder:
 
     def _rank(self, vocabularies: Path, limit: int, job: tuple[int, Column]) -> int:
         index, feature = job
-        table = str(feature.table)
+        table, encoder = str(feature.table), self._encoder
+        path, given = vocabularies / f"{table}.parquet", encoder.given.vocabulary(table) if encoder.given else None
+        if given and not encoder.grows:
+            given.copy(path)
         return rank(
             self._dictionaries.tables[table],
             lambda generation: self._counts.get((table, generation)),
-            1 if self._encoder.parity else feature.min_count,
-            self._encoder.parity,
-            VocabularyFile(vocabularies / f"{table}.parquet", feature.raw_type),
+            encoder.min_count(feature),
+            encoder.parity,
+            VocabularyFile(path, feature.raw_type) if encoder.grows else None,
             lambda generation, ids: self._ids.put((table, generation), ids),
             self._folder / f"ranking-{index}",
             limit,
+            given,
         )
 
     def encode(self, coded: Coded) -> pa.RecordBatch:

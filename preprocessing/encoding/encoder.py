@@ -18,6 +18,7 @@ from mmlrec.hashing import bucket_ids, hash_ids
 from mmlrec.schema import Table
 from preprocessing.dataset import Column, Dataset
 from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
+from preprocessing.encoding.fitted import Fitted
 from preprocessing.encoding.ranking import VocabularyFile
 from preprocessing.split_rules import SIDE_COLUMN
 
@@ -62,12 +63,25 @@ class Vocabulary:
 
     Ids go by descending count, ties by raw value; in the parity form by raw value alone (numeric order for integers, byte
     order for strings), as a label encoder gives.
+
+    Args:
+        counts: of values, as `ValueCounter` gives them.
+        known: entries whose ids stay, `value` and `count` in the order of their ids; others stand behind. What was counted of
+            them is added to their counts.
     """
 
-    def __init__(self, counts: pa.Table, min_count: int, parity: bool) -> None:
+    def __init__(self, counts: pa.Table, min_count: int, parity: bool, known: pa.Table | None = None) -> None:
+        if known is not None:
+            known = known.cast(counts.schema)
+            values = known["value"].combine_chunks()
+            more = pc.index_in(values, value_set=counts["value"].combine_chunks())
+            of_known = pc.add(known["count"], pc.take(counts["count"], more).fill_null(0))
+            known = pa.table({"value": values, "count": of_known})
+            counts = counts.filter(pc.invert(pc.is_in(counts["value"], value_set=values)))
         kept = counts.filter(pc.greater_equal(counts["count"], min_count))
         order = [("value", "ascending")] if parity else [("count", "descending"), ("value", "ascending")]
-        self._entries = kept.sort_by(order).combine_chunks()
+        kept = kept.sort_by(order)
+        self._entries = (kept if known is None else pa.concat_tables([known, kept])).combine_chunks()
         self._values = self._entries["value"].combine_chunks()
         if pa.types.is_integer(self._values.type):
             self._order = np.argsort(self._values.to_numpy())
@@ -130,6 +144,13 @@ class Mean:
         self._sum = Fraction(0)
         self._count = 0
 
+    @classmethod
+    def known(cls, value: float) -> Mean:
+        """One that was found before."""
+        mean = cls()
+        mean._sum, mean._count = Fraction(value), 1
+        return mean
+
     def add(self, values: pa.Array) -> None:
         """Take in an array; nulls are left out."""
         numbers = values.drop_null().cast(pa.float64()).to_numpy()
@@ -164,16 +185,31 @@ def exact_sum(numbers: NDArray[np.float64]) -> Fraction:
 
 
 class Encoder:
-    """Fits vocabularies and ranges with `fit`, freezes them with `freeze`, turns canonical rows into ids with `encode`."""
+    """Fits vocabularies and ranges with `fit`, freezes them with `freeze`, turns canonical rows into ids with `encode`.
 
-    def __init__(self, features: tuple[Column, ...], parity: bool) -> None:
+    Args:
+        given: fitted parts, of a dataset with the same features, that are not to be found. Its vocabularies are read by
+            `freeze`, all of them into memory.
+    """
+
+    def __init__(self, features: tuple[Column, ...], parity: bool, given: Fitted | None = None) -> None:
         self._features = features
         self.parity = parity
-        self.fitted = [f for f in features if f.kind != "dense" and not (f.num_ids or f.hashing or f.num_buckets)]
-        self._counters = {f.table: ValueCounter(f.raw_type) for f in self.fitted}
+        self.given = given
+        #: Whether values get ids that had none; whether what is found of numbers is given.
+        self.grows, self._numbers_given = given is None or given.grows, given is not None and not given.refit_ranges
+        self.fitted = [f for f in features if f.has_vocabulary]
+        counted = self.fitted if self.grows else []
+        self._counters = {f.table: ValueCounter(f.raw_type) for f in counted}
         self.ranges = {f.name: DenseRange() for f in features if f.scaled}
         self.means = {f.name: Mean() for f in features if f.fill == "mean"}
         self.buckets = {f.name: QuantileBuckets(f.num_buckets) for f in features if f.num_buckets}
+        if given is not None and not given.refit_ranges:
+            self.ranges = {name: DenseRange(*given.ranges[name] or ()) for name in self.ranges}
+            self.means = {name: Mean.known(given.fills[name]) for name in self.means}
+            self.buckets = {
+                name: QuantileBuckets.known(given.vocabulary(name).table()["value"].combine_chunks()) for name in self.buckets
+            }
         self._collisions = {
             f.table: CollisionCounter(f.hashing.num_buckets, f.hashing.num_hashes) for f in features if f.hashing
         }
@@ -188,19 +224,15 @@ class Encoder:
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
-        for feature in self.fitted:
+        for feature in self.fitted if self.grows else ():
             column = rows.column(feature.name)
             self._counters[feature.table].add(column.flatten() if feature.kind == "multi" else column)
         self.fit_numbers(rows)
 
     def fit_numbers(self, rows: pa.RecordBatch) -> None:
         """Take note of all that needs no vocabulary."""
-        for name, seen in self.ranges.items():
-            seen.add(rows.column(name))
-        for name, mean in self.means.items():
-            mean.add(rows.column(name))
-        for name, buckets in self.buckets.items():
-            buckets.add(rows.column(name))
+        for name, counter in self._number_counters():
+            counter.add(rows.column(name))
         for feature in self._features:
             if feature.hashing:
                 column = rows.column(feature.name)
@@ -209,19 +241,30 @@ class Encoder:
 
     def counters(self) -> list[Any]:
         """All that `fit` counts with: each has a method `merge`, which adds what the one of another encoder has counted."""
-        numbers = (*self.ranges.values(), *self.means.values(), *self.buckets.values())
+        numbers = [counter for _, counter in self._number_counters()]
         return [*self._counters.values(), *numbers, *self._collisions.values()]
 
+    def _number_counters(self) -> list[tuple[str, DenseRange | Mean | QuantileBuckets]]:
+        """Feature and what is found of its numbers; nothing where that is given."""
+        return [] if self._numbers_given else [*self.ranges.items(), *self.means.items(), *self.buckets.items()]
+
     def freeze(self) -> None:
-        """Turn the counts into vocabularies and buckets."""
-        min_counts = {f.table: 1 if self.parity else f.min_count for f in self.fitted}
-        for table, counter in self._counters.items():
-            assert table is not None
-            self.vocabularies[table] = Vocabulary(counter.counts(), min_counts[table], self.parity)
+        """Turn the counts, and what is given, into vocabularies and buckets."""
+        for feature in self.fitted:
+            table = str(feature.table)
+            if table in self.vocabularies:
+                continue
+            counter = self._counters.get(table, ValueCounter(feature.raw_type))
+            known = self.given.vocabulary(table).table() if self.given else None
+            self.vocabularies[table] = Vocabulary(counter.counts(), self.min_count(feature), self.parity, known)
             self.num_rows[table] = self.vocabularies[table].num_rows
         self._counters.clear()
         for buckets in self.buckets.values():
             buckets.freeze()
+
+    def min_count(self, feature: Column) -> int:
+        """How often a value must be seen to have an id."""
+        return 1 if self.parity else feature.min_count
 
     def encode(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """The same rows with ids int64, lists of ids list<int64>, dense float32; other columns untouched."""
@@ -263,11 +306,14 @@ class Encoder:
         return {"dense_ranges": self.dense_ranges()} | ({"dense_fills": fills} if fills else {})
 
     def save(self, folder: Path) -> None:
-        """Write `<table>.parquet` for each vocabulary and each feature in buckets."""
+        """Write `<table>.parquet` for each vocabulary and each feature in buckets; what is given and stays is copied."""
         folder.mkdir(exist_ok=True)
-        fitted: dict[str, Vocabulary | QuantileBuckets] = {**self.vocabularies, **self.buckets}
-        for table, entries in fitted.items():
-            entries.save(folder / f"{table}.parquet")
+        for fitted, given in ((self.vocabularies, not self.grows), (self.buckets, self._numbers_given)):
+            for table, entries in fitted.items():
+                if given and self.given is not None:
+                    self.given.vocabulary(table).copy(folder / f"{table}.parquet")
+                else:
+                    entries.save(folder / f"{table}.parquet")
 
     def encode_column(self, feature: Column, values: pa.Array) -> pa.Array:
         """A column of `encode`."""

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mmlrec.schema import SPLITS
 from preprocessing.dataset import Column
 
 IntArray = NDArray[np.int64]
@@ -15,17 +14,17 @@ IntArray = NDArray[np.int64]
 class MissingCounter:
     """How many rows of each split have no value of each feature."""
 
-    def __init__(self, features: tuple[Column, ...]) -> None:
-        self._names = [feature.name for feature in features]
-        self._counts = np.zeros((len(features), len(SPLITS)), np.int64)
+    def __init__(self, features: tuple[Column, ...], splits: tuple[str, ...]) -> None:
+        self._names, self._splits = [feature.name for feature in features], splits
+        self._counts = np.zeros((len(features), len(splits)), np.int64)
 
     def counts(self, rows: pa.RecordBatch, splits: IntArray) -> IntArray:
-        """Of some rows, canonical or with codes, [features, 3]; `splits` are [rows], 0 train, 1 valid, 2 test."""
+        """Of some rows, canonical or with codes, [features, splits]; `splits` are [rows], the place of each row's."""
         counts = np.zeros_like(self._counts)
         for index, name in enumerate(self._names):
             without = _without(rows.column(name))
             if without.any():
-                counts[index] = np.bincount(splits[without], minlength=len(SPLITS))
+                counts[index] = np.bincount(splits[without], minlength=len(self._splits))
         return counts
 
     def add(self, counts: IntArray) -> None:
@@ -38,7 +37,7 @@ class MissingCounter:
 
     def statistics(self) -> dict[str, dict[str, dict[str, int]]]:
         """For the manifest: feature -> split -> rows."""
-        rows = [dict(zip(SPLITS, counts, strict=True)) for counts in self._counts.tolist()]
+        rows = [dict(zip(self._splits, counts, strict=True)) for counts in self._counts.tolist()]
         return {"missing": dict(zip(self._names, rows, strict=True))}
 
 

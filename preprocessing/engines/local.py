@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from mmlrec.errors import DataError
-from mmlrec.schema import SPLITS, DatasetManifest, Feature
+from mmlrec.schema import DatasetManifest, Feature
 from mmlrec.storage.places import Place
 from preprocessing.dataset import Dataset
+from preprocessing.encoding.against_train import AgainstTrain
 from preprocessing.encoding.encoder import Encoder
-from preprocessing.encoding.identity import encoding_of
+from preprocessing.encoding.fitted import Fitted
+from preprocessing.encoding.identity import check_given, encoding_of
 from preprocessing.encoding.missing import MissingCounter
 from preprocessing.encoding.row_hashes import row_hashes
 from preprocessing.engines.passes import Memory, Passes
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
-from preprocessing.split_rules import InOrder
+from preprocessing.split_rules import InOrder, split_names
 from preprocessing.writing.copies import CopyCounter, marked
 from preprocessing.writing.output import new_folder
 from preprocessing.writing.parts import NUM_LANES, SplitWriter, Written, row_group_size
@@ -40,6 +42,7 @@ def build(
     parity: bool,
     options: dict[str, Any],
     memory_bytes: int = MEMORY_BYTES,
+    fitted: Fitted | None = None,
 ) -> DatasetManifest:
     """Make the dataset folder `out`, whole or not at all.
 
@@ -48,12 +51,16 @@ def build(
         parity: fit on all rows, in the order of raw values, as the reference benchmark does.
         options: the resolved options, recorded in the manifest.
         memory_bytes: that the process may take; the dataset does not depend on it.
+        fitted: parts of another dataset that are taken, not found.
 
     Raises:
+        ConfigError: the dataset does not fit to `fitted`.
         DataError: bad raw data, or a place that cannot be written.
     """
+    if fitted is not None:
+        check_given(dataset, fitted, parity, split_names(dataset.split), raw.workers)
     with new_folder(out) as folder:
-        encoder = Encoder(dataset.features, parity)
+        encoder = Encoder(dataset.features, parity, fitted)
         memory = Memory(memory_bytes, raw.workers)
         if isinstance(dataset.split, InOrder):
             assert not encoder.needs_fitting, "a dataset split in order comes encoded"
@@ -65,7 +72,8 @@ def build(
             passes = Passes(dataset, raw, folder, encoder, seed, parity, memory)
             passes.read()
             statistics = passes.count()
-            splits = passes.write()
+            splits, more = passes.write()
+            statistics |= more
         return complete(dataset, raw, folder, encoder, splits, statistics, parity, options)
 
 
@@ -87,12 +95,15 @@ def complete(
     encoder.save(folder / "vocab")
     splits = {name: of_split.split for name, of_split in written.items()}
     statistics = _statistics(dataset, written) | statistics | dataset.statistics()
-    if collisions := encoder.collisions():
+    if "train" in splits and (collisions := encoder.collisions()):
         statistics["hash_collisions"] = collisions
     if raw.bad_rows.counts:
         statistics["bad_rows"] = raw.bad_rows.counts
     if raw.passed_over:
         statistics["passed_over"] = raw.passed_over
+    encoding = encoding_of(dataset, encoder, folder, raw.workers)
+    if encoder.given is not None and encoder.given.frozen:
+        assert encoding.digest == encoder.given.encoding.digest, "what is given has not stayed as it was"
     manifest = DatasetManifest(
         name=dataset.name,
         tables=encoder.tables(),
@@ -102,14 +113,14 @@ def complete(
         keys=list(dataset.all_keys),
         group_key=dataset.hashed_group or dataset.group_key,
         num_lanes=NUM_LANES,
-        row_group_size=row_group_size(splits["train"].num_rows, NUM_LANES),
+        row_group_size=row_group_size(next(iter(splits.values())).num_rows, NUM_LANES),
         splits=splits,
         raw_files=raw.sha256(),
         terms=dataset.terms,
         parity=parity,
         statistics=statistics,
         preprocessing=options | encoder.fitted_numbers(),
-        encoding=encoding_of(dataset, encoder, folder, raw.workers),
+        encoding=encoding,
     )
     manifest.save(folder)
     return manifest
@@ -119,9 +130,10 @@ def _write_in_order(
     dataset: Dataset, raw: RawFolder, encoder: Encoder, borders: list[int], folder: Path, memory: Memory
 ) -> tuple[dict[str, Written], dict[str, Any]]:
     """The three splits, one behind the other as the rows come; and further statistics."""
-    group_rows = row_group_size(borders[1], NUM_LANES)
-    writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in SPLITS]
-    copies, missing = CopyCounter(folder / "scratch", borders[-1], memory.copy_bytes), MissingCounter(dataset.features)
+    group_rows, names = row_group_size(borders[1], NUM_LANES), split_names(dataset.split)
+    writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in names]
+    copies, missing = CopyCounter(folder / "scratch", borders[-1], memory.copy_bytes), MissingCounter(dataset.features, names)
+    against = AgainstTrain(dataset.features, names, encoder.given) if encoder.given else None
     start = 0
     with progress(f"{dataset.name}: encode, write", borders[-1]) as done:
         for batch in dataset.batches(raw):
@@ -133,12 +145,15 @@ def _write_in_order(
             splits = np.searchsorted(borders[1:-1], np.arange(start, start + batch.num_rows), side="right")
             copies.add(marked(row_hashes(batch, dataset.identity).to_numpy(), splits))
             missing.add(missing.counts(batch, splits))
+            if against is not None:
+                against.add(batch, encoded, splits)
             start += batch.num_rows
             done.update(batch.num_rows)
     assert start == dataset.num_rows, f"{start} rows were generated, {dataset.num_rows} announced"
     statistics = missing.statistics() | {"duplicates": copies.count().statistics(dataset.duplicates)}
     (folder / "scratch").rmdir()
-    return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}, statistics
+    written = {name: writer.close() for name, writer in zip(names, writers, strict=True)}
+    return written, statistics | (against.statistics() if against else {})
 
 
 def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]:
@@ -163,7 +178,7 @@ def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]
         found["label_values"] = values
     if dataset.weighted:
         found["weights"] = {split: of_split.weights.statistics() for split, of_split in written.items()}
-    if ranges := written["train"].ranges:
+    if "train" in written and (ranges := written["train"].ranges):
         found["within_ranges"] = {name: squeeze.statistics() for name, squeeze in ranges.items()}
     if dataset.scenario:
         found["scenario_rows"] = {n: sum(split.scenario_rows[n] for split in splits) for n in names[1:]}

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from mmlrec.hashing import UInt64Array
-from mmlrec.schema import SPLITS
 from preprocessing.dataset import Dataset
+from preprocessing.encoding.against_train import AgainstTrain
 from preprocessing.encoding.coder import Coded, Coder
 from preprocessing.encoding.encoder import Encoder, check_canonical, encoded_schema
 from preprocessing.encoding.groups import BoundedGroups
@@ -108,6 +108,7 @@ class Passes:
         self, dataset: Dataset, raw: RawFolder, folder: Path, encoder: Encoder, seed: int, parity: bool, memory: Memory
     ) -> None:
         self._dataset, self._raw, self._folder, self._parity, self._memory = dataset, raw, folder, parity, memory
+        self._given = encoder.given
         self._scratch = folder / "scratch"
         self._scratch.mkdir()
         self._placement = Placement(dataset.placing, seed, self._scratch)
@@ -163,9 +164,9 @@ class Passes:
     def count(self) -> dict[str, Any]:
         """Positions, and the vocabularies of the train rows; gives further statistics."""
         placement = self._placement
-        train_end = placement.num_rows if self._parity else placement.train_end
+        fit_end = placement.fit_end(self._parity)
         copies = CopyCounter(self._scratch / "copies", placement.num_rows, self._memory.copy_bytes)
-        missing = MissingCounter(self._dataset.features)
+        missing = MissingCounter(self._dataset.features, placement.names)
 
         def load(unit: _Unit) -> tuple[list[Coded], IntArray]:
             coded = self._load(unit)
@@ -191,7 +192,7 @@ class Passes:
         with progress(f"{self._dataset.name}: count values", placement.num_rows) as done, self._positions.open("wb") as file:
             for blocks in in_order(place, with_places(), self._raw.workers):
                 for block in blocks:
-                    self._coder.count(block.coded, block.positions < train_end)
+                    self._coder.count(block.coded, block.positions < fit_end)
                     file.write(block.positions.data)
                     copies.add(block.marks)
                     missing.add(block.missing)
@@ -202,17 +203,17 @@ class Passes:
         duplicates = counted.result().statistics(self._dataset.duplicates, self._num_dropped)
         return self._groups.statistics() | missing.statistics() | {"duplicates": duplicates}
 
-    def write(self) -> dict[str, Written]:
-        """Rows to the parts of train, valid and test."""
-        group_rows = row_group_size(self._placement.train_end, NUM_LANES)
-        sorter, plan = self._distribute(group_rows)
+    def write(self) -> tuple[dict[str, Written], dict[str, Any]]:
+        """Rows to the parts of the splits; and statistics of how they differ from the rows whose fitted parts were given."""
+        group_rows, names = row_group_size(self._placement.train_end, NUM_LANES), self._placement.names
+        sorter, plan, statistics = self._distribute(group_rows)
         dataset, lock = self._dataset, Lock()
 
         scaled = dataset.scaled
 
         def write_part(part: tuple[int, int, range]) -> tuple[int, Written]:
             split, number, buckets = part
-            writer = SplitWriter(self._folder, SPLITS[split], group_rows, dataset.tasks, dataset.scenario, number, scaled)
+            writer = SplitWriter(self._folder, names[split], group_rows, dataset.tasks, dataset.scenario, number, scaled)
             for bucket in buckets:
                 rows = sorter.read(bucket)
                 writer.write(rows.cast(self._schema))
@@ -220,27 +221,37 @@ class Passes:
                     done.update(rows.num_rows)
             return split, writer.close()
 
-        found: list[list[Written]] = [[], [], []]
+        found: list[list[Written]] = [[] for _ in names]
         with progress(f"{dataset.name}: write", self._placement.num_rows) as done:
             for split, part in in_order(write_part, plan.parts, self._raw.workers):
                 found[split].append(part)
         shutil.rmtree(self._scratch)
-        return {name: join_splits(parts) for name, parts in zip(SPLITS, found, strict=True)}
+        return {name: join_splits(parts) for name, parts in zip(names, found, strict=True)}, statistics
 
-    def _distribute(self, group_rows: int) -> tuple[BucketSort, BucketPlan]:
+    def _distribute(self, group_rows: int) -> tuple[BucketSort, BucketPlan, dict[str, Any]]:
         placement, part_rows = self._placement, part_size(group_rows)
         bucket_rows = min(max(shuffle.BUCKET_ROWS, placement.num_rows // 64), self._unit_rows(), part_rows)
-        borders = (0, placement.train_end, placement.valid_end, placement.num_rows)
-        plan = BucketPlan(borders, part_rows, bucket_rows)
+        plan = BucketPlan(placement.borders, part_rows, bucket_rows)
         sorter: BucketSort | None = None
         lock = Lock()
+        against = AgainstTrain(self._dataset.features, placement.names, self._given) if self._given else None
 
         def scatter(unit: _Unit) -> tuple[int, list[tuple[int, pa.Buffer]]]:
             nonlocal sorter
-            encoded = pa.concat_batches([self._coder.encode(block) for block in self._load(unit)])
+            blocks = self._load(unit)
+            batches = [self._coder.encode(block) for block in blocks]
+            encoded = pa.concat_batches(batches)
             with lock:
                 sorter = sorter or BucketSort(self._scratch, encoded.schema, plan)
             positions = np.fromfile(self._positions, np.int64, encoded.num_rows, offset=8 * unit.start)
+            if against is not None:
+                counted, start = against.blank(), 0
+                for block, batch in zip(blocks, batches, strict=True):
+                    splits = placement.splits(positions[start : start + batch.num_rows])
+                    counted.add(block.rows, batch, splits)
+                    start += batch.num_rows
+                with lock:
+                    against.merge(counted)
             return encoded.num_rows, sorter.scatter(encoded, positions)
 
         with progress(f"{self._dataset.name}: shuffle", placement.num_rows) as done:
@@ -250,7 +261,7 @@ class Passes:
                 done.update(num_rows)
         assert sorter is not None
         self._spill.remove()
-        return sorter, plan
+        return sorter, plan, against.statistics() if against else {}
 
     def _unit_rows(self) -> int:
         row_bytes = max(self._spill.num_bytes // self._placement.num_rows, 8 * len(self._schema))

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
@@ -30,10 +31,13 @@ import numpy as np
 import pyarrow as pa
 
 from mmlrec.errors import ConfigError, DataError
-from mmlrec.schema import SPLITS, DatasetManifest
+from mmlrec.schema import DatasetManifest
 from preprocessing.dataset import Dataset, datasets
+from preprocessing.encoding.against_train import AgainstTrain
 from preprocessing.encoding.encoder import Encoder, encoded_schema
+from preprocessing.encoding.fitted import Fitted
 from preprocessing.encoding.groups import MergedGroups
+from preprocessing.encoding.identity import check_given
 from preprocessing.encoding.missing import MissingCounter
 from preprocessing.engines.local import complete
 from preprocessing.engines.spark_pieces import (
@@ -48,7 +52,7 @@ from preprocessing.engines.spark_pieces import (
 )
 from preprocessing.progress import progress
 from preprocessing.reading.raw_files import RawFolder
-from preprocessing.split_rules import COPY_COLUMN, TimeSplit
+from preprocessing.split_rules import COPY_COLUMN, TimeSplit, split_names
 from preprocessing.writing import shuffle
 from preprocessing.writing.copies import Copies, count_copies, marked
 from preprocessing.writing.output import new_folder
@@ -81,13 +85,23 @@ T = TypeVar("T")
 _HASHES = 1 << 22
 
 
-def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: bool, options: dict[str, Any]) -> DatasetManifest:
+def build(
+    dataset: Dataset,
+    raw: RawFolder,
+    out: Path,
+    *,
+    seed: int,
+    parity: bool,
+    options: dict[str, Any],
+    fitted: Fitted | None = None,
+) -> DatasetManifest:
     """Make the dataset folder `out` as `engine.build` does, to the byte.
 
-    An active SparkContext is used, and left running; else one is started, with Spark's own configuration.
+    An active SparkContext is used, and left running; else one is started, with Spark's own configuration. Vocabularies, those
+    that are given, too, are in the memory of the driver and of each task.
 
     Raises:
-        ConfigError: the dataset does not come in blocks; or Spark cannot be started.
+        ConfigError: the dataset does not come in blocks, or does not fit to `fitted`; or Spark cannot be started.
         DataError: bad raw data, a place that cannot be written, or a failure of Spark.
     """
     if not _in_blocks(type(dataset)):
@@ -98,15 +112,17 @@ def build(dataset: Dataset, raw: RawFolder, out: Path, *, seed: int, parity: boo
             "--engine spark: copies of rows are dropped on one machine only. Leave --engine away, or keep them on one side with"
             " duplicates: keep_together."
         )
+    if fitted is not None:
+        check_given(dataset, fitted, parity, split_names(dataset.split), raw.workers)
     with new_folder(out) as folder, _spark(f"mmlrec {dataset.name}", folder) as context:
         raw.scratch = folder / "scratch"
         raw.scratch.mkdir()
         dataset.prepare(raw)
-        job = _Job(context, dataset, raw, seed, parity)
+        job = _Job(context, dataset, raw, seed, parity, fitted)
         rows = job.read()
         placed = job.place(rows)
-        encoder, statistics = job.fit(rows, placed)
-        statistics["duplicates"] = job.copies(rows, placed).statistics(dataset.duplicates)
+        encoder, statistics, against_train = job.fit(rows, placed)
+        statistics |= {"duplicates": job.copies(rows, placed).statistics(dataset.duplicates)} | against_train
         written = job.write(rows, placed, encoder, folder)
         shutil.rmtree(raw.scratch)
         return complete(dataset, raw, folder, encoder, written, statistics, parity, options)
@@ -137,8 +153,10 @@ class _Placed:
 class _Job:
     """The steps of a run."""
 
-    def __init__(self, context: SparkContext, dataset: Dataset, raw: RawFolder, seed: int, parity: bool) -> None:
-        self._context, self._dataset, self._raw, self._parity = context, dataset, raw, parity
+    def __init__(
+        self, context: SparkContext, dataset: Dataset, raw: RawFolder, seed: int, parity: bool, fitted: Fitted | None
+    ) -> None:
+        self._context, self._dataset, self._raw, self._parity, self._fitted = context, dataset, raw, parity, fitted
         self._shared = context.broadcast(dataset)
         self._placement = Placement(dataset.placing, seed, raw.scratch)
         self._seed = seed
@@ -148,7 +166,7 @@ class _Job:
         """The canonical rows. Raises DataError with the first complaint in the order of files and lines."""
         from pyspark import StorageLevel
 
-        files, sources = self._cut(), {source.name: source for source in self._dataset.sources()}
+        files, sources = self._cut(), {source.name: source for source in self._dataset.present_sources(self._raw)}
         numbered = list(enumerate(cut for file in files for cut in file.cuts))
         shared, limit = self._shared, self._raw.bad_rows.limit
         placement = None if self._cuts_unknown() else self._placement
@@ -186,22 +204,25 @@ class _Job:
         self._placement.close(self._dataset.name)
         return _Placed(self._placement, list(before[:-1]))
 
-    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any]]:
-        """The encoder, fitted on the train rows; and counts of groups and of missing values."""
-        shared, parity = self._shared, self._parity
-        fit_end = placed.placement.num_rows if parity else placed.placement.train_end
+    def fit(self, rows: RDD[PieceRows], placed: _Placed) -> tuple[Encoder, dict[str, Any], dict[str, Any]]:
+        """The encoder, fitted on the train rows; counts of groups and missing values; and of what is given and does not fit."""
+        fit_end, known = placed.placement.fit_end(self._parity), self._known()
+        encoder, groups, missing, against = blank = self._counters(placed.placement.names)
+        shared = self._context.broadcast(blank)
 
         def count(pieces: Iterable[PieceRows]) -> Iterator[tuple[int, Any]]:
-            encoder, groups, missing = _counters(shared.value, parity)
+            encoder, groups, missing, against = deepcopy(shared.value)
             for piece in pieces:
                 for batch, positions in piece.positions(placed.placement, placed.before[piece.index]):
+                    splits = placed.placement.splits(positions)
                     encoder.fit(batch.filter(pa.array(positions < fit_end)))
                     groups.add(batch)
-                    missing.add(missing.counts(batch, placed.placement.splits(positions)))
-            yield from enumerate([*encoder.counters(), *groups.counters.values(), missing])
+                    missing.add(missing.counts(batch, splits))
+                    for each in against:
+                        each.add(batch, known.value.encode(batch), splits)
+            yield from enumerate([*encoder.counters(), *groups.counters.values(), missing, *against])
 
-        encoder, groups, missing = _counters(self._dataset, parity)
-        counters = [*encoder.counters(), *groups.counters.values(), missing]
+        counters = [*encoder.counters(), *groups.counters.values(), missing, *against]
         with progress(f"{self._dataset.name}: count values", placed.placement.num_rows) as done:
             num_tasks = min(len(counters), 4 * self._context.defaultParallelism)
             counted = rows.mapPartitions(count).reduceByKey(_merged, num_tasks, _same)
@@ -209,7 +230,21 @@ class _Job:
                 counters[index].merge(counter)
             done.update(placed.placement.num_rows)
         encoder.freeze()
-        return encoder, groups.statistics() | missing.statistics()
+        return encoder, groups.statistics() | missing.statistics(), against[0].statistics() if against else {}
+
+    def _counters(self, splits: tuple[str, ...]) -> tuple[Encoder, MergedGroups, MissingCounter, list[AgainstTrain]]:
+        """What counts, of a task or of all; the last one where there is something given."""
+        dataset, fitted = self._dataset, self._fitted
+        encoder, missing = Encoder(dataset.features, self._parity, fitted), MissingCounter(dataset.features, splits)
+        return encoder, MergedGroups(dataset), missing, [AgainstTrain(dataset.features, splits, fitted)] if fitted else []
+
+    def _known(self) -> Any:
+        """The encoder of what is given, before anything grows, as the tasks have it; None where nothing is given."""
+        if self._fitted is None:
+            return None
+        known = Encoder(self._dataset.features, self._parity, replace(self._fitted, grows=False, refit_ranges=False))
+        known.freeze()
+        return self._context.broadcast(known)
 
     def copies(self, rows: RDD[PieceRows], placed: _Placed) -> Copies:
         """Count the rows that are equal to others. A task holds the hashes of some `_HASHES` rows."""
@@ -233,11 +268,10 @@ class _Job:
         placement, dataset = placed.placement, self._dataset
         group_rows = row_group_size(placement.train_end, NUM_LANES)
         part_rows = part_size(group_rows)
-        borders = (0, placement.train_end, placement.valid_end, placement.num_rows)
-        plan = BucketPlan(borders, part_rows, min(shuffle.BUCKET_ROWS, part_rows))
+        plan = BucketPlan(placement.borders, part_rows, min(shuffle.BUCKET_ROWS, part_rows))
         part_of_bucket = [part for part, (_, _, buckets) in enumerate(plan.parts) for _ in buckets]
         shared_encoder, schema, scratch = self._context.broadcast(encoder), encoded_schema(dataset), self._raw.scratch
-        tasks, scenario = dataset.tasks, dataset.scenario
+        tasks, scenario, names = dataset.tasks, dataset.scenario, placement.names
 
         def encode(piece: PieceRows) -> Iterator[tuple[int, bytes]]:
             for batch, positions in piece.positions(placement, placed.before[piece.index]):
@@ -252,7 +286,7 @@ class _Job:
             place = scratch / uuid4().hex  # a task may be tried twice at a time
             try:
                 place.mkdir()
-                writer = SplitWriter(place, SPLITS[split], group_rows, tasks, scenario, number, scaled)
+                writer = SplitWriter(place, names[split], group_rows, tasks, scenario, number, scaled)
                 for _, streams in groupby(content, itemgetter(0)):
                     writer.write(ordered(batch for _, stream in streams for batch in from_stream(stream)))
                 yield part, place, writer.close()
@@ -263,20 +297,20 @@ class _Job:
             by_part = rows.flatMap(encode).repartitionAndSortWithinPartitions(len(plan.parts), part_of_bucket.__getitem__)
             results = by_part.mapPartitionsWithIndex(write).collect()
             done.update(placement.num_rows)
-        found: list[list[Written]] = [[], [], []]
+        found: list[list[Written]] = [[] for _ in names]
         for result in sorted(_or_raise(results), key=itemgetter(0)):
             part, place, written = result
-            (folder / SPLITS[plan.parts[part][0]]).mkdir(exist_ok=True)
+            (folder / names[plan.parts[part][0]]).mkdir(exist_ok=True)
             for file in written.split.parts:
                 (place / file.path).rename(folder / file.path)
             found[plan.parts[part][0]].append(written)
-        return {name: join_splits(parts) for name, parts in zip(SPLITS, found, strict=True)}
+        return {name: join_splits(parts) for name, parts in zip(names, found, strict=True)}
 
     def _cut(self) -> list[_File]:
         """The pieces of the files, up to the first file that cannot be read to its end."""
         files: list[_File] = []
         orders: list[Stretch] = []
-        for source in self._dataset.sources():
+        for source in self._dataset.present_sources(self._raw):
             files.append(_File(source.name))
             try:
                 orders += stretches(len(files) - 1, source, self._raw)
@@ -323,10 +357,6 @@ class _Job:
         """Items in tasks: one each, or several where there are very many."""
         num_tasks = max(4 * self._context.defaultParallelism, len(items) // 8)
         return self._context.parallelize(items, max(min(num_tasks, len(items)), 1))
-
-
-def _counters(dataset: Dataset, parity: bool) -> tuple[Encoder, MergedGroups, MissingCounter]:
-    return Encoder(dataset.features, parity), MergedGroups(dataset), MissingCounter(dataset.features)
 
 
 def _merged(counter: Any, other: Any) -> Any:

@@ -29,16 +29,20 @@ class Arrays(Source):
         files: name -> columns. An .npy file has one column of its array for each; an .npz file has a member K.npy, a list a
             row, for the K-th of them, from 0.
         columns: name -> int64 or float32, or a list of them.
+        optional: columns whose file may be absent; they are then null.
     """
 
     files: tuple[tuple[str, tuple[str, ...]], ...]
     columns: dict[str, pa.DataType]
+    optional: tuple[str, ...] = ()
 
     def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
         """Rows of all arrays, as an Arrow stream of one batch. Raises DataError when the arrays do not fit together."""
         with ExitStack() as stack:
             arrays: list[_Array] = []
             for name, columns in self.files:
+                if name not in raw.paths and {*columns} <= {*self.optional}:
+                    continue
                 arrays += self._open(raw.paths[name], name, columns, stack)
             num_rows = arrays[0].num_rows
             for array in arrays:
@@ -71,7 +75,8 @@ class Arrays(Source):
                 for k, name in enumerate(names):
                     table[name] = pa.array(np.ascontiguousarray(values[:, k])).cast(self.columns[name])
         lines = np.arange(piece.first_line, piece.first_line + batch.num_rows)
-        return Block(self, piece.path, lines, pa.table(table))
+        absent = {name: pa.nulls(batch.num_rows, self.columns[name]) for name in self.optional if name not in table}
+        return Block(self, piece.path, lines, pa.table(table | absent))
 
     def _open(self, path: Path, name: str, columns: tuple[str, ...], stack: ExitStack) -> Iterator[_Array]:
         with readable(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 from collections import Counter
@@ -48,6 +49,8 @@ class DelimitedText(Source):
         cells: what is done to a cell first; integers may then stand as 7.0, numbers as true and false, which are 1 and 0, and
             the header's names lose blanks as cells do. None: cells are taken as they stand.
         fields: names of all fields in their order; from the header, where there is one, and else `columns` when absent.
+        optional: columns that the file may lack; they are then null. Where no header names the fields, a file lacks all of them
+            or none: that its first line has so many fields less tells it.
         header_line: number of the line that is the header.
     """
 
@@ -61,6 +64,7 @@ class DelimitedText(Source):
     cells: Cells | None = None
     fields: tuple[str, ...] = ()
     header_line: int = 1
+    optional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.quoted and len(self.separator.encode()) > 1:
@@ -72,14 +76,28 @@ class DelimitedText(Source):
 
     def opened(self, path: Path, text: bytes) -> DelimitedText:
         """With `fields`. Raises DataError when the header lacks a wanted column, or there is none."""
-        if not self.header:
-            return replace(self, fields=self.fields or tuple(self.columns))
         found = self._first_row(text)
+        if not self.header:
+            return replace(self, fields=self._fields_of(found[1] if found else b""))
         if found is None:
             remedy = "Fetch it again." if self.cells is None else "Name the columns in its first line, or in csv.columns."
             raise DataError(f"{path}: there is no header: its lines are blank or begin with {self.comment!r}. {remedy}")
         number, line = found
         return replace(self, fields=_header(path, number, line, self), header_line=number)
+
+    @property
+    def there(self) -> dict[str, pa.DataType]:
+        """Those of `columns` that the file has; asked for once `fields` are known."""
+        return {name: kind for name, kind in self.columns.items() if name not in self.optional or name in self.fields}
+
+    def _fields_of(self, first: bytes) -> tuple[str, ...]:
+        """Of a file without a header, by the number of fields of its first line."""
+        fields = self.fields or tuple(self.columns)
+        lacking = tuple(name for name in fields if name not in self.optional)
+        with contextlib.suppress(UnicodeDecodeError, ValueError):
+            if len(lacking) < len(fields) and len(_fields(first.rstrip(b"\r").decode(self.encoding), self)) == len(lacking):
+                return lacking
+        return fields
 
     def parse(self, piece: Piece) -> Block:
         """The rows of a piece; see `Source`."""
@@ -166,7 +184,7 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
     if twice:
         remedy = "Fetch the file again, or rename one." if form.cells is None else "Rename one."
         raise DataError(f"{path}, line {number}: the header names {', '.join(twice[:5])} twice. {remedy}")
-    missing = [name for name in form.columns if name not in counts]
+    missing = [name for name in form.columns if name not in counts and name not in form.optional]
     if missing:
         lacks = f"lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is {first[:80]!r}"
         remedy = "Fetch the file again, or name its columns in the first line."
@@ -195,8 +213,17 @@ def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form:
 
 
 def _parse(text: bytes, form: DelimitedText) -> pa.Table:
+    table, there = _parsed(text, form), form.there
+    if len(there) == len(form.columns):
+        return table
+    absent = {name: pa.nulls(len(table), kind) for name, kind in form.columns.items() if name not in there}
+    return pa.table({name: absent[name] if name in absent else table[name] for name in form.columns})
+
+
+def _parsed(text: bytes, form: DelimitedText) -> pa.Table:
+    wanted = form.there
     if not text:
-        return pa.schema(form.columns.items()).empty_table()
+        return pa.schema(wanted.items()).empty_table()
     if len(form.fields) > 1 and (text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text):
         raise pa.ArrowInvalid("an empty line")  # which Arrow takes for a row of missing values
     if form.quoted and text.count(b"\r") != text.count(b"\r\n"):
@@ -222,20 +249,20 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
     as_text = form.cells is not None and not form.cells.as_they_stand
     if not as_text:
         try:
-            table = read(form.columns)
+            table = read(wanted)
         except pa.ArrowInvalid:
             if form.cells is None:
                 raise
             as_text = True  # an integer may stand as 7.0, a number as true
     if as_text:
-        table = read(dict.fromkeys(form.columns, pa.string()))
+        table = read(dict.fromkeys(wanted, pa.string()))
     if len(table) != text.count(b"\n"):
         raise pa.ArrowInvalid("a carriage return within a line, or a line end within quotes")
     # A quote that is open on the last line takes in its line end only, and the number of rows stays right.
     if quote and (why := _complaint(text[:-1].rpartition(b"\n")[2].removesuffix(b"\r"), form)):
         raise pa.ArrowInvalid(why)
     if not as_text and (b"0x" in text or b"0X" in text):
-        integers = [name for name, kind in form.columns.items() if pa.types.is_integer(kind)]
+        integers = [name for name, kind in wanted.items() if pa.types.is_integer(kind)]
         texts = read(dict.fromkeys(integers, pa.string())) if integers else table
         if any(pc.any(pc.match_substring_regex(texts[name], _HEXADECIMAL)).as_py() for name in integers):
             raise pa.ArrowInvalid("a hexadecimal number")
@@ -243,8 +270,7 @@ def _parse(text: bytes, form: DelimitedText) -> pa.Table:
     if not as_text:
         return table
     assert form.cells is not None
-    columns = {name: _taken(table[name].combine_chunks(), name, kind, form.cells) for name, kind in form.columns.items()}
-    return pa.table(columns)
+    return pa.table({name: _taken(table[name].combine_chunks(), name, kind, form.cells) for name, kind in wanted.items()})
 
 
 def _taken(texts: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.Array:

@@ -33,10 +33,12 @@ class ParquetRows(Source):
         columns: name -> int64, float32, float64, bool or string, or a list of one of these. As strings, times and dates are
             given in ISO 8601, integers in digits, and booleans as `true` and `false`.
         cells: what is done to a value first. None: values are taken as they stand.
+        optional: columns that the file may lack; they are then null.
     """
 
     columns: dict[str, pa.DataType]
     cells: Cells | None = None
+    optional: tuple[str, ...] = ()
 
     def pieces(self, raw: RawFolder, piece_bytes: int) -> Iterator[Piece]:
         """Rows as an Arrow stream of one batch. Raises DataError when a column is missing or of another kind."""
@@ -51,7 +53,8 @@ class ParquetRows(Source):
             row_bytes = unpacked_bytes // max(file.metadata.num_rows, 1)
             rows = min(max(piece_bytes // max(row_bytes, 1), 1), _MOST_ROWS)
             start = 1
-            for batch in file.iter_batches(rows, columns=list(self.columns)):
+            there = [name for name in self.columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(rows, columns=there):
                 sink = pa.BufferOutputStream()
                 with pa.ipc.new_stream(sink, batch.schema) as stream:
                     stream.write_batch(batch)
@@ -74,6 +77,9 @@ class ParquetRows(Source):
         for index, name in enumerate(table.column_names):
             if not _is_text(table[name].type):  # whose bytes are looked at first
                 table = table.set_column(index, name, cells.take(name, table[name].combine_chunks()))
+        for name in self.optional:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), self.columns[name]))
         block = Block(self, piece.path, np.arange(piece.first_line, piece.first_line + len(table)), table)
         for name, kind in self.columns.items():
             good = _fits(table[name].combine_chunks(), kind)
@@ -86,6 +92,8 @@ class ParquetRows(Source):
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         for name, kind in self.columns.items():
+            if name in self.optional and name not in schema.names:
+                continue
             if name not in schema.names:
                 raise DataError(
                     f"{path}: there is no column '{name}'.{did_you_mean(name, schema.names)}"

@@ -185,6 +185,14 @@ def work(function: Callable[[Block], T], source: Source, piece: Piece) -> Work[T
     return Work(num_rows, sorted(block.bad_rows, key=lambda row: row.line), block.passed_over, result)
 
 
+@dataclass(frozen=True)
+class RowFiles:
+    """Raw files that give rows together: all `needed` ones are there, or none; `labels` may be missing alone."""
+
+    needed: frozenset[str]
+    labels: frozenset[str] = frozenset()
+
+
 class RawFolder:
     """The folder given as --raw.
 
@@ -205,8 +213,15 @@ class RawFolder:
     scratch: Path
 
     def __init__(
-        self, folder: Path, files: tuple[RawFile, ...], advice: str, max_bad_rows: int = 0, workers: int | None = None
+        self,
+        folder: Path,
+        files: tuple[RawFile, ...],
+        advice: str,
+        max_bad_rows: int = 0,
+        workers: int | None = None,
+        absent: tuple[RowFiles, ...] = (),
     ) -> None:
+        """`absent`: of these, all but one may be missing."""
         self._folder = folder
         self.bad_rows = BadRows(max_bad_rows, folder)
         self.passed_over: dict[str, dict[str, int]] = {}
@@ -215,6 +230,10 @@ class RawFolder:
         found = {file.name: find_raw(folder, file.name) for file in files}
         self.paths = {name: path for name, path in found.items() if path is not None}
         missing = [name for name in found if name not in self.paths]
+        passed_over = [files for files in absent if not files.needed & self.paths.keys()]
+        if len(passed_over) < len(absent):
+            without = {name for files in passed_over for name in files.needed}
+            missing = [name for name in missing if name not in without.union(*(files.labels for files in absent))]
         if missing:
             where = "lacks" if folder.is_dir() else f"{'is no folder' if folder.exists() else 'does not exist'}; it should hold"
             forms = "plain, gzipped as NAME.gz or zipped as NAME.zip"

@@ -46,7 +46,7 @@ class BucketPlan:
     def buckets(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """Bucket of each position, and the place within it."""
         parts = self.parts
-        first_buckets = np.array([next(buckets.start for s, _, buckets in parts if s == split) for split in range(3)])
+        first_buckets = np.array([next((buckets.start for s, _, buckets in parts if s == split), 0) for split in range(3)])
         split = (positions >= self.borders[1]).astype(np.int64) + (positions >= self.borders[2])
         part, within = np.divmod(positions - np.array(self.borders[:3])[split], self.part_rows)
         bucket, place = np.divmod(within, self.bucket_rows)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mmlrec.errors import DataError
 from mmlrec.hashing import UInt64Array, mix64
-from mmlrec.schema import SPLITS, key_column
+from mmlrec.schema import key_column
 from preprocessing.split_rules import (
     COPY_KEY,
     EIGHT_ONE_ONE,
@@ -27,10 +27,12 @@ from preprocessing.split_rules import (
     FileSplit,
     Fractions,
     GroupSplit,
+    OneSplit,
     RandomSplit,
     SplitRule,
     TimeSplit,
     ends,
+    split_names,
 )
 from preprocessing.writing.permutation import RowPermutation, split_ends
 
@@ -42,7 +44,8 @@ IntArray = NDArray[np.int64]
 class Placement:
     """Counts rows with `count`, settles the cuts with `close`, then gives each row its position.
 
-    Attributes (after `close`): num_rows; train_end, valid_end: positions where train and valid end.
+    Attributes (after `close`): num_rows; train_end, valid_end: positions where train and valid end. Under `OneSplit` all rows
+    are before both, in the one split of `names`.
     """
 
     num_rows: int
@@ -52,6 +55,7 @@ class Placement:
     def __init__(self, rule: SplitRule, seed: int, folder: Path, cuts: tuple[int, int] | None = None) -> None:
         """`cuts`: those of a `TimeSplit` that has none of its own, where they were found elsewhere."""
         self._rule, self._seed = rule, seed
+        self.names = split_names(rule)
         self._cuts = rule.cuts or cuts if isinstance(rule, TimeSplit) else None
         self._times = folder / "times.bin"
         self._sizes = np.zeros(3, np.int64)
@@ -111,6 +115,17 @@ class Placement:
         """Split of each position, [rows]: 0 train, 1 valid, 2 test."""
         return (positions >= self.train_end).astype(np.int64) + (positions >= self.valid_end)
 
+    def fit_end(self, parity: bool) -> int:
+        """Position before which rows are fitted on: train, all rows in the parity form, none where no split is train."""
+        if self.names[0] != "train":
+            return 0
+        return self.num_rows if parity else self.train_end
+
+    @property
+    def borders(self) -> tuple[int, int, int, int]:
+        """Positions where the splits begin, and the number of rows."""
+        return 0, self.train_end, self.valid_end, self.num_rows
+
     def after(self, sizes: IntArray) -> Placement:
         """A placement for rows that follow these many of each block, [3]: so that pieces can be placed apart."""
         placement = copy(self)
@@ -128,7 +143,9 @@ class Placement:
         if isinstance(self._rule, RandomSplit) and self.num_rows < 10:
             shares = _ratio(self._rule.fractions)
             raise DataError(f"{name}: {self.num_rows} rows are too few to be split {shares}; give at least 10.")
-        for split, size in zip(SPLITS, sizes, strict=True):
+        for split, size in zip(self.names, sizes, strict=False):
+            if size == 0 and isinstance(self._rule, OneSplit):
+                raise DataError(f"{name}: there is no row for {split}. Give more rows.")
             if size == 0:
                 raise DataError(
                     f"{name}: no row of {self.num_rows:,} falls to {split}: they are divided {self._words()}. {self._remedy()}"
@@ -165,7 +182,7 @@ class Placement:
         return f"{why}; rows of one value stay together. Divide by a key that tells more times apart, or by another rule."
 
     def _blocks(self, rows: pa.RecordBatch) -> IntArray:
-        """Block of each row: 0, 1, 2 = the sides; 0 for all under RandomSplit."""
+        """Block of each row: 0, 1, 2 = the sides; 0 for all under RandomSplit and OneSplit."""
         rule = self._rule
         if isinstance(rule, GroupSplit):
             chance, (train, valid) = _chance(_key(rows, rule.key), self._seed), map(float, ends(rule.fractions))

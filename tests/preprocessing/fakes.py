@@ -76,13 +76,17 @@ FAKES: dict[str, Fake] = {
             "mtmsl/amazon": ["label", "label2"],
         },
         own=("reviewerID", "asin", "unixReviewTime"),
+        labels=("overall",),
     ),
-    "amazon-2018 time": Fake(write_amazon, ("--split", "time"), own=("reviewerID", "asin", "unixReviewTime")),
+    "amazon-2018 time": Fake(
+        write_amazon, ("--split", "time"), own=("reviewerID", "asin", "unixReviewTime"), labels=("overall",)
+    ),
     "amazon-2018 2014": Fake(
         write_amazon_2014,
         ("--release", "2014", "--categories", "Beauty,Baby"),
         configs={"mtl/amazon": ["label", "label2"]},
         own=("reviewerID", "asin", "unixReviewTime"),
+        labels=("overall",),
     ),
     "aliccp": Fake(write_aliccp, configs={"msl/aliexpress": ["click"]}),
     "criteo": Fake(write_days, ("--days", "0-2", "--scenario", "day"), configs={"scaling/criteo": ["click"]}),
@@ -95,6 +99,8 @@ FAKES: dict[str, Fake] = {
         configs={"scaling/criteo": ["click"]},
     ),
     "table": Fake(write_table, _TABLE, configs={"scaling/synthetic": ["click", "buy", "liked"]}),
-    "table json": Fake(lambda folder: write_table(folder, "json"), _TABLE),
+    "table json": Fake(
+        lambda folder: write_table(folder, "json"), _TABLE, labels=("clicked", "orders", "rating", "row", "time")
+    ),
     "table parquet": Fake(lambda folder: write_table(folder, "parquet"), _TABLE),
 }

@@ -23,6 +23,7 @@ from preprocessing.engines import spark_pieces
 from preprocessing.writing import parts, shuffle
 from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.movielens_fake import folder_bytes, write_movielens
+from tests.preprocessing.table_fake import records, write_csv, write_table
 from tests.preprocessing.table_fake import small as small_table
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,54 @@ def test_same_bytes_as_the_local_engine(form, spark, small, tmp_path, monkeypatc
     local, on_spark = both(form.split()[0], fake.arguments(raw), tmp_path)
     assert local.keys() == on_spark.keys()
     assert [name for name in local if local[name] != on_spark[name]] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--like", "--split", "later"),
+        ("--extend",),
+        pytest.param(("--extend", "--refit-ranges"), marks=pytest.mark.long),
+        pytest.param(("--like", "--split", "train,valid,test"), marks=pytest.mark.long),
+        pytest.param(("--extend", "--split", "train"), marks=pytest.mark.long),
+    ],
+    ids=" ".join,
+)
+def test_later_rows_with_fitted_parts_given(options, spark, small, tmp_path):
+    """Frozen, growing and refitted: the same bytes, and the same counts of what train did not know."""
+    write_table(tmp_path / "raw", num_rows=600)
+    rows = records(900, seed=5)
+    for k, row in enumerate(rows):
+        row["item"] = row["item"] if k % 4 else f"new {k % 30}"
+        row["price"] = row["price"] if k % 7 else 1e5 * (-1) ** k
+    write_csv(tmp_path / "new" / "a-rows.csv", rows[:500])
+    write_csv(tmp_path / "new" / "b-rows.csv", rows[500:])
+    assert make("table", ["--config", str(tmp_path / "raw/my_table.yaml")], tmp_path / "one", "local") == 0
+    new = [options[0], str(tmp_path / "one"), "--raw", str(tmp_path / "new"), *options[1:]]
+    local, on_spark = both("table", new, tmp_path)
+    assert local.keys() == on_spark.keys()
+    assert [name for name in local if local[name] != on_spark[name]] == []
+    one, manifest = DatasetManifest.load(tmp_path / "one"), DatasetManifest.load(tmp_path / "spark")
+    assert (manifest.encoding == one.encoding) == (options[0] == "--like")
+    against = manifest.statistics["against_train"]
+    assert (
+        min(sum(split["unseen"] for split in against["item"].values()), sum(s["outside"] for s in against["price"].values()))
+        > 50
+    )
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.long) for form in FAKES if form.split()[0] not in IN_ONE_GO]
+)
+def test_every_dataset_with_the_fitted_parts_of_another_seed(form, spark, small, tmp_path):
+    """Split otherwise, train knows other values."""
+    fake = FAKES[form]
+    raw = fake.write(tmp_path / "raw")
+    name = form.split()[0]
+    assert make(name, [*fake.arguments(raw), "--seed", "7"], tmp_path / "one", "local") == 0
+    for word in ("--like", "--extend"):
+        local, on_spark = both(name, [word, str(tmp_path / "one"), "--raw", str(raw)], tmp_path / word[2:])
+        assert [name for name in local if local[name] != on_spark[name]] == []
 
 
 @pytest.mark.parametrize("policy", ["keep", "keep_together"])
