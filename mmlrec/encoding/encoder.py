@@ -18,6 +18,7 @@ from mmlrec.encoding.inputs import Inputs, joined
 from mmlrec.encoding.mapped import read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
 from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
+from mmlrec.encoding.typed import plain
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
 from mmlrec.hashing import bucket_ids
@@ -92,10 +93,7 @@ class Encoder:
             DataError: a column is missing or of a type that cannot be used; a cell is of another kind, or no scenario's. The
                 message names the column, and the row, counted from 0.
         """
-        found = self._canonical(rows, scenario)
-        if not found:
-            return pa.RecordBatch.from_struct_array(pa.array([{}] * rows.num_rows, pa.struct([])))
-        return pa.RecordBatch.from_pydict(found)
+        return pa.RecordBatch.from_pydict(self._canonical(rows, scenario))
 
     def encode(self, canonical: pa.RecordBatch) -> pa.RecordBatch:
         """The same rows with ids int64, lists of ids list<int64>, numbers float32; other columns untouched.
@@ -129,6 +127,7 @@ class Encoder:
     def _some(self, cells: dict[str, pa.Array], start: int, num_rows: int) -> Inputs:
         if num_rows < len(next(iter(cells.values()))):
             cells = {name: column.slice(start, num_rows) for name, column in cells.items()}
+        cells = {name: plain(column) for name, column in cells.items()}
         dense, ids = self._numbers.inputs(cells, num_rows)
         found = self._id_features.inputs(cells, num_rows)
         found |= {name: (of, np.arange(num_rows + 1)) for name, of in ids.items()}

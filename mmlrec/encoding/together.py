@@ -31,19 +31,46 @@ _FLOATS = (pa.DoubleArray, pa.FloatArray)
 _INTEGERS = (pa.Int64Array, pa.Int32Array, pa.Int16Array, pa.Int8Array)
 
 
-def parsed(columns: list[pa.Array], taken: list[bool], kind: pa.DataType) -> list[pa.Array]:
-    """The columns with int64 or float64 in place of text, in those to whose cells nothing is done before. Raises Doubtful."""
-    texts = [index for index, column in enumerate(columns) if taken[index] and isinstance(column, pa.StringArray)]
-    if not texts:
-        return columns
-    values, faults = as_type(pa.concat_arrays([columns[index] for index in texts]), kind, "", Cells())
-    if not all(good.all() for good, _, _ in faults):
-        raise Doubtful
-    found, start = list(columns), 0
-    for index in texts:
-        found[index] = values.slice(start, len(columns[index]))
-        start += len(columns[index])
-    return found
+#: No column's name: rules that hold for all columns hold for it, too.
+_ANY = "\0"
+
+
+class _Rules:
+    """What is done to cells of the columns of some features before they are values: to numbers, and to text.
+
+    Attributes:
+        numbers: feature by feature, whether nothing is done to a number.
+        texts: whether the same is done to a text as to one of the column `_ANY`.
+    """
+
+    def __init__(self, cells: Cells, features: list[FeatureSpec]) -> None:
+        self.cells = cells
+        marks = [cells.marks(spec.column) for spec in features]
+        for_all = not isinstance(cells.missing, dict)
+        self.numbers = [not (spec.listed or any(map(_is_number, some))) for spec, some in zip(features, marks, strict=True)]
+        self.texts = [not spec.listed and (for_all or not some) for spec, some in zip(features, marks, strict=True)]
+
+    def converted(self, columns: list[pa.Array], found: type[pa.Array], kind: pa.DataType) -> list[pa.Array]:
+        """The columns with int64 or float64 in place of those of a type, where `texts`. Raises Doubtful."""
+        places = [index for index, column in enumerate(columns) if self.texts[index] and isinstance(column, found)]
+        if not places:
+            return columns
+        values, faults = as_type(pa.concat_arrays([columns[index] for index in places]), kind, _ANY, self.cells)
+        if not all(good.all() for good, _, _ in faults):
+            raise Doubtful
+        changed, start = list(columns), 0
+        for index in places:
+            changed[index] = values.slice(start, len(columns[index]))
+            start += len(columns[index])
+        return changed
+
+
+def _is_number(mark: str) -> bool:
+    """Whether it names a number, NaN excepted, which is missing in any case."""
+    try:
+        return float(mark) == float(mark)
+    except ValueError:
+        return False
 
 
 class Numbers:
@@ -55,8 +82,7 @@ class Numbers:
     def __init__(self, specs: Specs) -> None:
         self._specs = specs
         self._features = [spec for spec in specs.features if pa.types.is_floating(spec.raw_type)]
-        marked = [bool(specs.cells.marks(spec.column)) for spec in self._features]
-        self._taken = [not marks for marks in marked]  # nothing is done to cells that are numbers
+        self._rules = _Rules(specs.cells, self._features)
         self._dense = [index for index, spec in enumerate(self._features) if spec.kind == "dense"]
         dense = [self._features[index] for index in self._dense]
         self._log = [index for index, spec in enumerate(self._features) if spec.log]
@@ -82,10 +108,10 @@ class Numbers:
     def inputs(self, cells: dict[str, pa.Array], num_rows: int) -> tuple[NDArray[np.float32], dict[str, IntArray]]:
         """Dense features [B, N], and ids by quantiles. Raises Doubtful."""
         numbers = np.empty((len(self._features), num_rows))
-        columns = [cells[spec.column] for spec in self._features]
-        columns = parsed(columns, self._taken, pa.float64())
+        columns = self._rules.converted([cells[spec.column] for spec in self._features], pa.StringArray, pa.float64())
         for index, spec in enumerate(self._features):
-            numbers[index] = self._raw(spec, columns[index], self._taken[index])
+            taken = self._rules.numbers[index] or columns[index] is not cells[spec.column]
+            numbers[index] = self._raw(spec, columns[index], taken)
         if self._log:
             raw = pa.array(numbers[self._log].ravel())
             logs = pc.multiply(pc.sign(raw), pc.log1p(pc.abs(raw)))
@@ -155,21 +181,29 @@ class _Group:
         self._shifts = np.array([shift for _, shift in places], np.uint64)
         self._starts = mix64(np.array([table.seed for table in self._tables], np.uint64))
         self._buckets = np.array([table.buckets for table in self._tables[self._num_known :][: self._num_hashed]], np.uint64)
-        # The type of cells that are values as they stand.
-        cells = specs.cells
-        self._plain = pa.StringArray if text else pa.Int64Array
-        self._taken = [not (spec.listed or cells.marks(spec.column) or (text and cells.strip)) for spec in self._features]
+        self._rules = _Rules(specs.cells, self._features)
 
     def inputs(self, cells: dict[str, pa.Array], singles: IntArray) -> Ids:
         """As of `IdFeatures`; `singles`: where rows begin that have a value each."""
         if not self._features:
             return {}
         columns = [cells[spec.column] for spec in self._features]
-        if not self._text:
-            columns = parsed(columns, self._taken, pa.int64())
-        found = [self._values(*each) for each in zip(self._features, columns, self._taken, strict=True)]
+        if self._text:
+            plain = [
+                taken and isinstance(column, pa.StringArray) for taken, column in zip(self._rules.texts, columns, strict=True)
+            ]
+        else:
+            given = columns
+            for kind in (pa.StringArray, pa.DoubleArray):
+                columns = self._rules.converted(columns, kind, pa.int64())
+            plain = [
+                column is not before or (taken and isinstance(column, pa.Int64Array))
+                for column, before, taken in zip(columns, given, self._rules.numbers, strict=True)
+            ]
+        found = [self._values(*each) for each in zip(self._features, columns, plain, strict=True)]
         ends = np.cumsum([0, *(len(values) for values, _ in found)])
-        ids = self._ids(pa.concat_arrays([values for values, _ in found]), ends)
+        values = pa.concat_arrays([values for values, _ in found])
+        ids = self._ids(self._rules.cells.take(_ANY, values) if self._text else values, ends)
         inputs = {}
         for index, (spec, (_, offsets)) in enumerate(zip(self._features, found, strict=True)):
             many = self._tables[index].hashes
@@ -177,9 +211,9 @@ class _Group:
             inputs[spec.name] = ids[index], begins * many if many > 1 else begins
         return inputs
 
-    def _values(self, spec: FeatureSpec, cells: pa.Array, taken: bool) -> tuple[pa.Array, IntArray | None]:
-        """The values in all rows, and where the rows begin; None: each has one."""
-        if taken and isinstance(cells, self._plain):
+    def _values(self, spec: FeatureSpec, cells: pa.Array, plain: bool) -> tuple[pa.Array, IntArray | None]:
+        """The values in all rows, and where the rows begin; None: each has one. `plain`: the cells are the values."""
+        if plain:
             return cells, None
         values, faults = feature_values(spec, cells, self._specs.cells, self._specs.empty_is_missing)
         if not all(good.all() for good, _, _ in faults):

@@ -18,13 +18,17 @@ from mmlrec.errors import DataError
 
 _WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
-_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+_LIST_TYPES = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 _KINDS = {pa.int64(): "an integer", pa.float64(): "a number", pa.string(): "text"}
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether values are texts."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+def plain(values: pa.Array) -> pa.Array:
+    """The values of a dictionary as such, and text of any type as string."""
+    values = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
+    return values.cast(pa.string()) if isinstance(values, pa.LargeStringArray | pa.StringViewArray) else values
 
 
 def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> Converted:
@@ -36,11 +40,11 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
     Raises:
         DataError: no value of the column's type can be taken as one of this kind.
     """
-    values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    values = plain(values)
     if pa.types.is_null(values.type):
         return pa.nulls(len(values), kind), []
-    if is_text(values.type):
-        return _from_text(cells.take(column, values.cast(pa.string())), kind, column, cells)
+    if pa.types.is_string(values.type):
+        return _from_text(cells.take(column, values), kind, column, cells)
     if pa.types.is_decimal(values.type) and pa.types.is_integer(kind):
         return _from_text(cells.take(column, values.cast(pa.string())), kind, column, cells)
     values = cells.take(column, values)
@@ -67,9 +71,9 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
 
 def as_lists(values: pa.Array, kind: pa.DataType, separator: str | None, column: str, cells: Cells) -> Converted:
     """Lists of int64 or string, from lists or text; null is an empty list, or stays null. Raises as `as_type`."""
-    values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+    values = plain(values)
     if not any(test(values.type) for test in _LIST_TYPES):
-        if separator is None and not (is_text(values.type) or pa.types.is_null(values.type)):
+        if separator is None and not (pa.types.is_string(values.type) or pa.types.is_null(values.type)):
             raise DataError(
                 f"column '{column}' is of type {values.type}; a list of ids is needed in each row, or a JSON list as text."
             )
@@ -79,9 +83,8 @@ def as_lists(values: pa.Array, kind: pa.DataType, separator: str | None, column:
         else:
             lists, more = json_lists(texts, column, kind, cells)
         return lists, faults + more
-    if not pa.types.is_list(values.type):
-        values = values.cast(pa.large_list(values.type.value_type)).cast(pa.list_(values.type.value_type))
-    lengths = values.value_lengths().fill_null(0).to_numpy()
+    # A cast from lists that are views to others gives wrong ones where some are null; this does not.
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy().astype(np.int64)
     ids, of_ids = as_type(pc.list_flatten(values), kind, column, cells)
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
     lists = pa.ListArray.from_arrays(pa.array(offsets), ids)

@@ -8,7 +8,7 @@ other one has; of a text the bytes are compared, too, so that equal hashes of di
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Vocabularies:
     text: Text
 
     @classmethod
-    def of(cls, values: dict[str, Iterable[pa.Array]]) -> Vocabularies:
+    def of(cls, values: Mapping[str, Iterable[pa.Array]]) -> Vocabularies:
         """Of the values of each table in the order of their ids 1, 2, ...: chunks of int64, string or large_string."""
         found = {name: _Sorted.of(chunks) for name, chunks in values.items()}
         parts = {name: part for text in (True, False) for name, part in found.items() if (part.text is not None) == text}

@@ -119,14 +119,18 @@ def write_parquet(path, rows, dirty):
 WRITE = {"csv": write_csv, "jsonl": write_json, "parquet": write_parquet}
 
 
-@pytest.fixture(scope="module", params=WRITE)
+#: Marks by column: the same everywhere, but for the words, among which NULL is one.
+BY_COLUMN = {name: CONFIG["missing"] for name in record(0, random.Random(0), False) if name not in ("words", "y")}
+
+
+@pytest.fixture(scope="module", params=[*WRITE, "csv, marks by column"])
 def trained(request, tmp_path_factory):
     """An encoder fitted on files of a form; and the reference, fitted on the values themselves."""
-    folder = tmp_path_factory.mktemp(request.param)
+    folder, form = tmp_path_factory.mktemp("table"), request.param.partition(",")[0]
     for side, num_rows in (("train", 300), ("valid", 30), ("test", 30)):
-        WRITE[request.param](folder / f"{side}.{request.param}", records(num_rows, len(side)), random.Random(3))
-    names = {side: [f"{side}.{request.param}"] for side in ("train", "valid", "test")}
-    config = CONFIG | {"split": {"rule": "file", **names}}
+        WRITE[form](folder / f"{side}.{form}", records(num_rows, len(side)), random.Random(3))
+    names = {side: [f"{side}.{form}"] for side in ("train", "valid", "test")}
+    config = CONFIG | {"split": {"rule": "file", **names}} | ({"missing": BY_COLUMN} if form != request.param else {})
     assert run(write_config(folder, config), folder / "out") == 0
     return Encoder.load(folder / "out"), Reference(config, records(300, len("train")))
 
