@@ -1,7 +1,8 @@
 """What is on record of the days in their folder: the configuration, and a line for each day.
 
-`days.yaml` says how the days are trained, and is written once. `days.jsonl` has one line for each day that was begun, and is
-replaced as a whole. It holds nothing of the clock, so that days that were interrupted leave the same bytes.
+`days.yaml` says how the days are trained, and is written once, with the first line. `days.jsonl` has one line for each day that
+was measured or trained, and is replaced as a whole. It holds nothing of the clock, so that days that were interrupted leave the
+same bytes. Before the first line there is nothing to keep to: a mistake in the configuration can be mended.
 """
 
 from __future__ import annotations
@@ -37,23 +38,29 @@ class Record:
         self._world = world
         self._settings, self._lines = folder / "days.yaml", folder / "days.jsonl"
         self.lines: list[dict[str, Any]] = []
+        self._text = ""
 
     def begin(self, config: RunConfig, forget_after: int | None, days: Sequence[Day]) -> None:
-        """Read what is there, and refuse other days and another configuration; write the configuration where nothing is.
+        """Read what is there, and refuse other days and another configuration.
 
         Args:
             config: of any of the days.
 
         Raises:
             ConfigError: naming each key, or the day, that differs.
-            UserError: the folder cannot be written, or is damaged.
+            UserError: what is there is damaged.
         """
+        content = {"forget_after": forget_after, "config": config.model_dump(mode="json")}
+        self._text = yaml.safe_dump(content, sort_keys=False)
         error: UserError | None = None
         if self._world.is_main:
             try:
+                if (self.folder / "config.yaml").is_file():
+                    raise ConfigError(f"{self.folder} holds a run; days have a folder of their own. Choose another --run-dir.")
                 self.lines = self._read()
-                self._check_settings(config, forget_after)
-                self._check_days(days)
+                if self.lines:
+                    self._check_settings(config, forget_after)
+                    self._check_days(days)
             except UserError as cause:
                 error = cause
         self._world.raise_together(error)
@@ -71,10 +78,13 @@ class Record:
         Raises:
             UserError: the folder cannot be written.
         """
+        first = not self.lines
         self.lines = [other for other in self.lines if other["day"] != line["day"]] + [line]
         error: UserError | None = None
         if self._world.is_main:
             try:
+                if first:
+                    self._write(self._settings, self._text)
                 self._write(self._lines, "".join(json.dumps(of_day) + "\n" for of_day in self.lines))
             except UserError as cause:
                 error = cause
@@ -92,16 +102,10 @@ class Record:
         return lines
 
     def _check_settings(self, config: RunConfig, forget_after: int | None) -> None:
-        content = {"forget_after": forget_after, "config": config.model_dump(mode="json")}
-        if not self._settings.is_file():
-            if (self.folder / "config.yaml").is_file():
-                raise ConfigError(f"{self.folder} holds a run, and days have a folder of their own. Choose another --run-dir.")
-            self._write(self._settings, yaml.safe_dump(content, sort_keys=False))
-            return
         try:
             before = yaml.safe_load(read(self._settings))
             config_before, forgotten_before = RunConfig.model_validate(before["config"]), before["forget_after"]
-        except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        except (FileNotFoundError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise UserError(f"{self._settings} is damaged: {error}. Bring it back, or choose another --run-dir.") from error
         different = differences(config_before, config)
         if forgotten_before != forget_after:

@@ -119,7 +119,7 @@ def _one_day(
         }
         if before.run is not None:
             line["next_day"], line["unseen"] = measure(before.run, day, world)
-        record.put(line)
+            record.put(line)
     forgotten: dict[str, NDArray[np.int64]] = {}
     if forget_after is not None:
         forgotten = forgotten_rows(before.seen(number), number, forget_after)

@@ -111,5 +111,5 @@ def test_a_run_folder_is_no_folder_of_days(tmp_path, world):
     (tmp_path / "config.yaml").rename(tmp_path / "run.yaml")
     days, config = find_days(str(tmp_path / "day-*")), load_config(tmp_path / "run.yaml")
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ConfigError, match="holds a run, and days have a folder of their own"):
+    with pytest.raises(ConfigError, match="holds a run; days have a folder of their own"):
         Record(tmp_path, world).begin(config, None, days)
