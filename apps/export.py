@@ -19,8 +19,8 @@ def parse() -> argparse.Namespace:
         prog="python -m apps.export",
         description="Write network, tables, encoder and a card of the best checkpoint of a run into one folder, which"
         " mmlrec.serving loads, and compare its scores with those of the run's own model on the test rows: the largest"
-        " difference, and AUC by task and scenario before and after. Where tables in fp32 score otherwise, nothing is written. Works at any"
-        " number of processes.",
+        " difference, and AUC by task and scenario before and after. Where tables in fp32 score otherwise, nothing is written."
+        " Works at any number of processes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  python -m apps.export --run-dir runs/NAME --out models/NAME\n"
         "  python -m apps.export --run-dir runs/NAME --out models/NAME-small --tables int8 --format onnx",

@@ -5,8 +5,8 @@ python -m benchmarks.methods --exported --methods mmoe,star [--threads 1]
 
 Three tables: time beside operations (benchmarks.flops), in MTL and MSL; the cost of 32 scenarios over that of 2; and whole
 training steps of MMoE with PCGrad over those with fixed weights. Every figure is a median over rounds in which all take their
-turn, so that whatever else the machine does hits all alike. `--exported` prints one other table: scores of exported graphs with rows
-grouped by scenario, as in network.pt2, and with all scenarios computed, as in network.onnx; both run by torch.
+turn, so that whatever else the machine does hits all alike. `--exported` prints one other table: scores of exported graphs
+with rows grouped by scenario, as in network.pt2, and with all scenarios computed, as in network.onnx; both run by torch.
 """
 
 from __future__ import annotations

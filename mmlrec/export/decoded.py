@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,14 @@ from mmlrec.storage.places import Place
 IntArray = NDArray[np.int64]
 
 
+def inputs_of(encoded: pa.RecordBatch, encoder: Encoder) -> Inputs:
+    """Encoded rows as a network reads them. Ids of values that joined the vocabulary after the run are 0, as unseen ones."""
+    inputs = Inputs.of(encoded, encoder)
+    rows = {spec.name: encoder.facts["tables"][spec.table]["rows"] for spec in encoder.features if spec.table is not None}
+    ids = {name: (np.where(of < rows[name], of, 0), offsets) for name, (of, offsets) in inputs.ids.items()}
+    return replace(inputs, ids=ids)
+
+
 def check_encoder(encoder: Encoder, folder: Place, manifest: DatasetManifest, encoded: pa.RecordBatch) -> list[str]:
     """Decode rows, encode the raw cells again, and compare the ids.
 
@@ -37,7 +46,7 @@ def check_encoder(encoder: Encoder, folder: Place, manifest: DatasetManifest, en
     Raises:
         DataError: an id is another one; naming feature and row.
     """
-    inputs = Inputs.of(encoded, encoder)
+    inputs = inputs_of(encoded, encoder)
     vocabularies = {table.name: table.vocabulary for table in manifest.tables if table.vocabulary is not None}
     raw: dict[str, list[Any]] = {}
     compared: list[tuple[FeatureSpec, NDArray[np.bool_]]] = []

@@ -12,10 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.evaluation.prediction import score_columns
-from mmlrec.export.decoded import check_encoder
+from mmlrec.export.decoded import check_encoder, inputs_of
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import build_report
 from mmlrec.models.base.chain import ChainModel
@@ -38,7 +37,7 @@ _SAMPLE_ROWS = 256
 def exported_scores(model: Model, dataset: Place, manifest: DatasetManifest, split: str) -> NDArray[np.float32]:
     """Scores of the rows of a split, [N, outputs], in the order in which they lie on disk."""
     batches = _batches(dataset, manifest, split, _BATCH_ROWS)
-    return np.concatenate([model.score_inputs(Inputs.of(batch, model.encoder)) for batch in batches])
+    return np.concatenate([model.score_inputs(inputs_of(batch, model.encoder)) for batch in batches])
 
 
 def compare_encoder(model: Model, session: Session, dataset: Place, manifest: DatasetManifest, split: str) -> dict[str, Any]:

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
 _DENSE: ContextVar[bool] = ContextVar("dense", default=False)
 
 
 @contextmanager
 def dense_dispatch() -> Iterator[None]:
-    """Within it every `Dispatch` is dense: for graphs of operators that others know, too, such as ONNX."""
+    """Within it every `Dispatch` of an exported graph is dense: for operators that others know, too, such as those of ONNX."""
     before = _DENSE.set(True)
     try:
         yield
@@ -37,11 +36,12 @@ class Dispatch:
     Args:
         scenario: [B] int64 in 0..S-1.
         num_scenarios: S.
-        grouped: choose the strategy; `prefers_grouped` knows which is faster. Within `dense_dispatch` it is always the dense one.
+        grouped: choose the strategy; `prefers_grouped` knows which is faster. Graphs exported in `dense_dispatch` are dense.
     """
 
     def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
-        self.num_scenarios, self.grouped = num_scenarios, grouped and not _DENSE.get()
+        dense = torch.compiler.is_exporting() and _DENSE.get()
+        self.num_scenarios, self.grouped = num_scenarios, grouped and not dense
         self.scenario = scenario
         if self.grouped:
             self.scenario, self.order = torch.sort(scenario, stable=True)
