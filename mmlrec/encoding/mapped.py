@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,9 @@ def read_arrays(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[st
                 raise DataError(f"{path} is damaged: it has {size:,} bytes, {of['bytes']:,} were written. {_RESTORE}")
             if _ends_digest(path) != of["sha256"]:
                 raise DataError(f"{path} is damaged: its checksum is not that of the file that was written. {_RESTORE}")
-            arrays[name] = np.load(path, mmap_mode="r").view(np.ndarray)
+            mapped = np.load(path, mmap_mode="r")
+            cast(mmap.mmap, mapped.base).madvise(mmap.MADV_RANDOM)  # else the kernel reads and maps what lies around
+            arrays[name] = mapped.view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. {_RESTORE}") from error
     return arrays

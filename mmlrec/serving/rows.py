@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -66,10 +67,10 @@ def _is_frame(rows: object) -> bool:
 
 def _named(names: list[Any], columns: Mapping[str, RawColumn]) -> list[str]:
     """Those of the columns that are there. Raises DataError where one is there twice."""
-    found = {name: names.count(name) for name in columns}
-    if twice := [name for name, count in found.items() if count > 1]:
-        raise DataError(f"the column '{twice[0]}' is there {found[twice[0]]} times: drop all but one.")
-    return [name for name, count in found.items() if count]
+    there = Counter(names)
+    if twice := [name for name in columns if there[name] > 1]:
+        raise DataError(f"the column '{twice[0]}' is there {there[twice[0]]} times: drop all but one.")
+    return [name for name in columns if name in there]
 
 
 def _array(values: Sequence[Any] | pandas.Series, column: RawColumn) -> pa.Array:

@@ -88,8 +88,8 @@ class Table:
             offsets: [B + 1], where in `ids` each bag begins, and the last one ends; the first is 0.
             pooling: "sum" or "mean".
         """
-        rows, lengths = self.rows(ids), np.diff(offsets)
-        if (lengths == 1).all():
+        rows, lengths = self.rows(ids), offsets[1:] - offsets[:-1]
+        if len(ids) == len(lengths) and lengths.all():  # one id in each
             return rows
         bags = np.zeros((len(lengths), self.weight.shape[1]), np.float32)
         if len(filled := np.flatnonzero(lengths)):

@@ -18,13 +18,20 @@ from tests.serving.folders import FACTS, TAGS, tables, write_model
 NUM_USERS, DIM = 10_000_000, 134
 MIB, GIB = 1 << 20, 1 << 30
 MEASURE = """
-import json, re, sys, time
+import json, os, re, sys, time
+from pathlib import Path
 import numpy as np
 import torch.export.pt2_archive
 from mmlrec import serving
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+# As a machine that has not seen the files: what was written a moment ago is in its memory, in large pieces.
+for path in Path(sys.argv[1]).rglob("*.*"):
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 def row(user):
     return {"user": f"user-{user:08d}", "price": 1.0, "tags": [101], "marks": [], "age": 30, "place": "home"}
@@ -73,6 +80,5 @@ def test_load_maps_and_scoring_touches_only_its_rows(tmp_path):
     print(found)
     assert found["cpu_seconds"] < 2  # not of the clock: other tests run beside this one
     assert found["loaded"] < 100 * MIB
-    # Of each row one place in the table and five in the vocabulary: the kernel maps 64 KiB around each, where they are cached.
-    assert found["scored"] < 100 * 6 * 64 * 1024 + 16 * MIB
+    assert found["scored"] < 16 * MIB  # a hundred rows: a place in the table and five in the vocabulary for each
     assert found["last"] != found["unseen"]
