@@ -137,7 +137,9 @@ def tables(days: list[Day], found: list[dict[str, Any]]) -> str:
     names = [way["way"] for way in found]
     rows = [[day.name, *(f"{way['auc'][number]:.4f}" for way in found)] for number, day in enumerate(days[1:])]
     rows.append(["mean", *(f"{np.mean(way['auc']):.4f}" for way in found)])
-    cost = [["CPU time, relative to days", *(f"{way['seconds'] / found[0]['seconds']:.1f}" for way in found)]]
+    seconds = [way["seconds"] for way in found]
+    cost = [["CPU seconds", *(f"{of_way:.0f}" for of_way in seconds)]]
+    cost.append(["relative to days", *(f"{of_way / seconds[0]:.1f}" for of_way in seconds)])
     return tabulate([*rows, *cost], headers=["next-day AUC", *names], tablefmt="github", disable_numparse=True)
 
 

@@ -1,5 +1,6 @@
 """Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
 
+import json
 import random
 import re
 import shutil
@@ -8,11 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from mmlrec.embeddings.tables import initial_rows
+from mmlrec.storage.places import place
 from tests.days.support import NEW_ROWS, ids_in_train, ids_of, lines, read_day, without_ids, write_day, write_days
 from tests.processes import Command, run
+from tests.storage import upload
 from tests.training.launch import start_ranks, tensors
 
 #: Rows of f0's table that the second and third day lack in train; the fourth has the last five again.
@@ -73,14 +79,21 @@ def test_the_table_counts_what_is_new_and_says_how_the_model_of_the_day_before_d
 
 
 def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_all_its_rows(root, tmp_path):
-    """As apps.evaluate measures each split."""
-    counts = 0
+    """Against the scores of apps.predict, split by split."""
+    scores = []
     for split in ("train", "valid", "test"):
-        command = [sys.executable, "-m", "apps.evaluate", "--run-dir", str(root / "whole-1" / "day-01"), "--split", split]
-        done = run([*command, f"dataset.path={root / 'day-02'}"])
+        command = [sys.executable, "-m", "apps.predict", "--run-dir", str(root / "whole-1" / "day-01"), "--split", split]
+        done = run([*command, "--input", str(root / "day-02"), "--output", str(tmp_path / f"{split}.parquet")])
         assert done.returncode == 0, done.stderr
-        counts += int(re.search(r"^click +all +(\d+)", done.stdout, re.MULTILINE)[1])
-    assert counts == lines(root / "whole-1")[1]["next_day"]["tasks"]["click"]["rows"]
+        scores.append(pq.read_table(tmp_path / f"{split}.parquet").to_pandas())
+    rows = pd.concat(scores)
+    assert len(rows) == 300 + 75 + 75
+    for task, found in lines(root / "whole-1")[1]["next_day"]["tasks"].items():
+        known = rows[rows[f"label.{task}"].notna()]
+        assert found["rows"] == len(known)
+        pairs = found["positives"] * (len(known) - found["positives"])
+        # Two logits may round to one probability, which is half a pair.
+        assert abs(found["auc"] - roc_auc_score(known[f"label.{task}"], known[f"score.{task}"])) < 1.1 / pairs
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -155,6 +168,20 @@ def test_the_same_command_again_trains_nothing_and_a_day_that_was_added_goes_on(
     assert [line["day"] for line in lines(run_dir)] == ["day-01", "day-02", "day-03", "day-04", "day-05"]
     assert lines(run_dir)[:4] == lines(root / "whole-1")
     assert lines(run_dir)[4]["step"]
+
+
+def test_days_and_run_folders_may_lie_on_an_object_store(root, tmp_path, store, run_app):
+    """Two days; the second start finds the first done, and the numbers are those of local folders."""
+    days, run_dir = f"{store.address}/days", f"{store.address}/run"
+    given = ["--config", root / "config.yaml", "--run-dir", run_dir, "--forget-after", 2]
+    upload(root / "day-01", place(f"{days}/day-01"))
+    code, error = run_app("days", *given, "--days", f"{days}/day-*")
+    assert code == 0, error
+    upload(root / "day-02", place(f"{days}/day-02"))
+    code, error = run_app("days", *given, "--days", f"{days}/day-*")
+    assert code == 0, error
+    found = [json.loads(line) for line in (place(run_dir) / "days.jsonl").read_text().splitlines()]
+    assert [line | {"dataset": None} for line in found] == [line | {"dataset": None} for line in lines(root / "whole-1")[:2]]
 
 
 def test_what_is_no_such_command_is_refused_in_words(root, tmp_path, run_app):
