@@ -243,6 +243,20 @@ def test_a_run_without_result_and_one_whose_dataset_is_gone(run_of, data, run_ap
     assert "has no rows in split 'test'" in error
 
 
+def test_values_that_joined_a_vocabulary_after_the_run_are_compared_as_unseen_ones(run_of, data, run_app, tmp_path):
+    regression = {"price": (3.0, 40.0)}
+    written = write_dataset(tmp_path / "grown", rows={"test": 60, "train": 40}, table_rows=70, regression=regression)
+    grown = with_vocabularies(written).folder
+    ids = pq.read_table(grown / "test" / "part-00000.parquet").column("f0").to_numpy()
+    assert (ids >= 50).any()
+    out = tmp_path / "model"
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", out, "--input", grown)
+    assert code == 0, error
+    parity = json.loads((out / "model.json").read_text())["parity"]
+    assert parity["rows"] == 60
+    assert parity["encoder"]["equal"] == ["f0", "m0", "f1", "f2", "scenario page"]
+
+
 def test_what_is_there_is_replaced_only_when_asked(run_of, run_app, tmp_path):
     out = tmp_path / "model"
     out.mkdir()
