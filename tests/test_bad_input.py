@@ -491,9 +491,10 @@ def test_predict_on_a_dataset_with_another_vocabulary(data, train, app, tmp_path
     code, error = app("predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", output)
     assert code == 0, error
     (data.folder / "vocab/t0.parquet").unlink()
-    code, error = app(
-        "predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", tmp_path / "again.parquet"
-    )
+    again = ("predict", "--run", tmp_path / "run", "--input", tmp_path / "same", "--output", tmp_path / "again.parquet")
+    assert app(*again)[0] == 0  # the run has kept it
+    (tmp_path / "run" / "encoder" / "vocab/t0.parquet").unlink()
+    code, error = app(*again)
     assert code == 2
     assert "vocabulary of table 't0'" in error
 
