@@ -3,8 +3,8 @@
 python -m benchmarks.serving [--threads 2] [--calls 300] [--requests 10000] [--cpu-time]
 
 All that is compared is called in turn, in one process, so that what else the machine does meets all alike. The network's floor
-are its matrix products alone, on the same shapes; `floor at the rate of large products` (by the clock) is `benchmarks.flops` by the rate of a
-large matrix product.
+are its matrix products alone, on the same shapes; `floor at the rate of large products`, by the clock, is `benchmarks.flops` by
+the rate of a large matrix product.
 """
 
 from __future__ import annotations

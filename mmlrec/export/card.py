@@ -22,7 +22,8 @@ from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
 from mmlrec.terminal import plain
 
-CARD = "model.json"
+CARD, README = "model.json", "README.md"
+ENCODER, TABLES_FOLDER = "encoder", "tables"
 #: Of the folder: raised when a reader of the form before would read something wrong.
 FORM = 1
 _EXAMPLES = 3
@@ -34,7 +35,8 @@ def table_file(name: str, branches: list[str]) -> str:
     Names of tables hold letters, digits, '_' and '-' only; those of branches hold whatever a scenario is called.
     """
     branch, _, table = name.rpartition("/")
-    return f"tables/{table}.{branches.index(branch)}.safetensors" if branch else f"tables/{table}.safetensors"
+    number = f".{branches.index(branch)}" if branch else ""
+    return f"{TABLES_FOLDER}/{table}{number}.safetensors"
 
 
 def make_card(
@@ -131,7 +133,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> None:
 
 def write_readme(folder: Path, card: dict[str, Any]) -> None:
     """Write README.md."""
-    (folder / "README.md").write_text(readme(card), encoding="utf-8")
+    (folder / README).write_text(readme(card), encoding="utf-8")
 
 
 def readme(card: dict[str, Any]) -> str:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
+
+from torch import Tensor
 
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
@@ -12,7 +16,7 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import CheckpointError, DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
-from mmlrec.export.card import make_card, table_file, write_card, write_readme
+from mmlrec.export.card import CARD, ENCODER, README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
 from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
@@ -29,6 +33,8 @@ from mmlrec.storage.places import Place, place
 
 #: The split that a model is compared on.
 _SPLIT = "test"
+#: What lies in the folder of an exported model.
+_PARTS = {CARD, README, ENCODER, TABLES_FOLDER, *(f"network.{kind}" for kind in get_args(Format))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +67,7 @@ def export_model(asked: Exported, world: World, stop: StopSignal | None = None) 
         UserError: the run has no usable best checkpoint, there are no rows to compare on, the folder exists, or the scores of
             float32 tables differ by more than the order of arithmetic explains. No part of the folder is left.
     """
-    if asked.out.exists() and not asked.overwrite:
-        raise UserError(f"{asked.out} exists. Choose another --out, or replace it with --overwrite.")
+    _check_out(asked)
     precision = asked.run.read_config().training.precision
     loaded = load_session(asked.run, world, [] if precision == "fp32" else ["training.precision=fp32"])
     session = loaded.session
@@ -75,10 +80,21 @@ def export_model(asked: Exported, world: World, stop: StopSignal | None = None) 
     error: UserError | None = None
     if rows is not None:
         try:
-            _write(asked, loaded, dataset, rows)
+            _write(asked, loaded, dataset, rows, stop)
         except UserError as cause:
             error = cause
-    world.raise_together(error)
+    world.without_limit().raise_together(error)  # Large tables take their time.
+
+
+def _check_out(asked: Exported) -> None:
+    """Refuse a place that is taken; with `overwrite` one that holds anything but an exported model."""
+    if not asked.out.exists():
+        return
+    if not asked.overwrite:
+        raise UserError(f"{asked.out} exists. Choose another --out, or replace it with --overwrite.")
+    names = {path.name for path in asked.out.iterdir()} if asked.out.is_dir() else {asked.out.name}
+    if others := sorted(names - _PARTS):
+        raise UserError(f"{asked.out} is no exported model: it holds {others[0]}, which is not deleted. Choose another --out.")
 
 
 def _rows_to_compare(asked: Exported, session: Session) -> Place:
@@ -100,15 +116,15 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     return dataset
 
 
-def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows) -> None:
+def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows, stop: StopSignal | None) -> None:
     session, run = loaded.session, asked.run
     manifest = session.manifest if asked.dataset is None else DatasetManifest.load(dataset)
     with new_local_folder(asked.out, "model") as folder:
         scorer = Scorer(copy.deepcopy(session.network).cpu(), session.scales)
         save_network(export_network(scorer, asked.kind), folder / f"network.{asked.kind}", asked.kind)
         encoder = Encoder.load(session.encoder)
-        encoder.save(folder / "encoder")
-        stored = _write_tables(asked, loaded, folder)
+        encoder.save(folder / ENCODER)
+        stored = _write_tables(asked, loaded, folder, stop)
         result = run.read_result()
         card = make_card(
             session, encoder, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {}
@@ -130,20 +146,27 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     logger.info("%s: %s on %s, tables in %s", asked.out, card["method"], card["name"], asked.tables)
 
 
-def _write_tables(asked: Exported, loaded: Loaded, folder: Path) -> dict[str, tuple[int, int]]:
+def _write_tables(asked: Exported, loaded: Loaded, folder: Path, stop: StopSignal | None) -> dict[str, tuple[int, int]]:
     """The tables of the checkpoint that was loaded; table -> rows and width."""
     session, best = loaded.session, asked.run.best
     branches = [name for name, _, _ in session.branches()]
     keys = {table["table"]: f"model.{TABLES}.embedding_bags.{table['table']}.weight" for table in session.plan}
-    (folder / "tables").mkdir()
+    (folder / TABLES_FOLDER).mkdir()
     _check_step(best, loaded.step)
     tables = TableRows(best, list(keys.values()))
     for name, key in keys.items():
         shape = tables.shape(key)
-        rows = tables.read(key, max(1, CHUNK_BYTES // (4 * shape[1])))
+        rows = _until(stop, tables.read(key, max(1, CHUNK_BYTES // (4 * shape[1]))), asked.out)
         write_table(folder / table_file(name, branches), name, rows, shape, asked.tables)
     _check_step(best, loaded.step)
     return {name: tables.shape(key) for name, key in keys.items()}
+
+
+def _until(stop: StopSignal | None, rows: Iterator[Tensor], out: Path) -> Iterator[Tensor]:
+    for some in rows:
+        if stop is not None and stop.received:  # of this rank, which alone writes
+            raise stop.interrupted(f"{out}: not written: stopped by a signal. Run the same command again.")
+        yield some
 
 
 def _check_step(best: Place, step: int) -> None:

@@ -257,16 +257,22 @@ def test_values_that_joined_a_vocabulary_after_the_run_are_compared_as_unseen_on
     assert parity["encoder"]["equal"] == ["f0", "m0", "f1", "f2", "scenario page"]
 
 
-def test_what_is_there_is_replaced_only_when_asked(run_of, run_app, tmp_path):
+def test_what_is_there_is_replaced_only_when_asked_and_only_a_model(run_of, run_app, tmp_path):
     out = tmp_path / "model"
-    out.mkdir()
-    (out / "mine").write_text("kept")
+    assert run_app("export", "--run-dir", run_of("mmoe"), "--out", out, "--tables", "fp16")[0] == 0
+    before = (out / "model.json").read_bytes()
     code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", out)
     assert code == 2
     assert "--overwrite" in error
+    (out / "mine").write_text("kept")
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", out, "--overwrite")
+    assert code == 2
+    assert "it holds mine, which is not deleted" in error
     assert (out / "mine").read_text() == "kept"
+    assert (out / "model.json").read_bytes() == before
+    (out / "mine").unlink()
     assert run_app("export", "--run-dir", run_of("mmoe"), "--out", out, "--overwrite")[0] == 0
-    assert not (out / "mine").exists()
+    assert {table["dtype"] for table in load(out).card["tables"]} == {"fp32"}
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 

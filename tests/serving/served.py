@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import signal
 import socket
 import sys
 import time
@@ -27,11 +26,6 @@ class Served:
             time.sleep(0.02)
         self.port = int(found[1])
         self.url = f"http://127.0.0.1:{self.port}"
-
-    def end(self) -> int:
-        """SIGTERM; its exit code."""
-        self.command.send_signal(signal.SIGTERM)
-        return self.command.wait(20)
 
     def peak_bytes(self) -> int:
         """The most memory that it has held."""

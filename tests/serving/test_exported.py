@@ -62,21 +62,9 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-METHODS = [
-    *[("mmoe", "mtmsl"), ("single_task", "mtl")],
-    *(
-        pytest.param(*of, marks=pytest.mark.long)
-        for of in [
-            ("esmm", "mtl"),
-            ("escm2", "mtmsl"),
-            ("aitm", "mtmsl"),
-            ("star", "msl"),
-            ("ple", "mtmsl"),
-            ("pepnet", "mtmsl"),
-        ]
-    ),
-    pytest.param("single_task", "msl", marks=pytest.mark.long),
-]
+MORE = [("single_task", "mtl"), ("single_task", "msl"), ("star", "msl"), ("ple", "mtmsl"), ("pepnet", "mtmsl")]
+MORE += [("esmm", "mtl"), ("escm2", "mtmsl"), ("aitm", "mtmsl")]
+METHODS = [("mmoe", "mtmsl"), *(pytest.param(*of, marks=pytest.mark.long) for of in MORE)]
 
 
 @pytest.mark.parametrize(("method", "setting"), METHODS)
