@@ -190,6 +190,7 @@ def test_what_is_no_such_command_is_refused_in_words(root, tmp_path, run_app):
         (["dataset.path=x"], "dataset.path=x: is of each day; give --days and --run-dir"),
         (["--forget-after", "0"], "'0' is no number of days, such as 30"),
         (["training.epoch=1"], "Did you mean 'epochs'?"),
+        (["dataset.tasks=[clik]"], "'clik' is not a task"),  # found when the first day begins; nothing keeps to it
     ):
         code, error = run_app("days", *given, *more)
         assert (code, words in error) == (2, True), error
