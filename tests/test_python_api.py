@@ -225,6 +225,12 @@ def test_a_folder_is_made_once_and_a_temporary_one_goes_with_its_last_user(frame
         mmlrec.Dataset(tmp_path)
     held = mmlrec.prepare(frame, **COLUMNS)
     folder = held.path
+    child = os.fork()
+    if not child:  # what ends with a copy of the object deletes nothing
+        held = None
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
     run = mmlrec.train(SMALL, dataset=held, progress=False, **SHORT)
     del held
     gc.collect()

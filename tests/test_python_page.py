@@ -16,7 +16,8 @@ def test_all_blocks_run_in_one_session(tmp_path, monkeypatch, capfd):
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), session)
     shown = capfd.readouterr().out
-    assert "score.click" in shown and "train 8,000, valid 1,000, test 1,000" in shown
+    assert "score.click" in shown
+    assert "train 8,000, valid 1,000, test 1,000" in shown
     assert session["run"].evaluate().loc[("click", "all"), "auc"] > 0.75
     assert len(session["scores"]) == 1000
     assert session["scores"]["score.click"].between(0, 1).all()

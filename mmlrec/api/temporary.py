@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -13,4 +14,10 @@ class TemporaryFolder:
 
     def __init__(self, name: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"mmlrec-{name}-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        weakref.finalize(self, _delete, self.path, os.getpid())
+
+
+def _delete(path: Path, maker: int) -> None:
+    """Not in a process that was forked from the one that made it, and ends before it."""
+    if os.getpid() == maker:
+        shutil.rmtree(path, ignore_errors=True)

@@ -52,8 +52,8 @@ from preprocessing.own_tables.config import (
     indicator_name,
     read_table_config,
 )
-from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.own_tables.files import file_format, matching_files, separator_of
+from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
