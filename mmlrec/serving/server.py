@@ -39,8 +39,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}. Choose another one.") from error
-    # Connections have it from here. asyncio sets it only where a socket names its protocol; without it the body of an answer waits
-    # until the client has acknowledged the head, 40 ms.
+    # Connections have it from here. asyncio sets it only where a socket names its protocol; without it the body of an answer
+    # waits until the client has acknowledged the head, 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
