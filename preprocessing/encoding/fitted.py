@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import DataError
 from mmlrec.schema import ENCODING_FORM, DatasetManifest, Encoding, Table
 from mmlrec.storage.parquet import open_parquet
@@ -71,11 +72,13 @@ class Fitted:
 
     @classmethod
     def of(cls, folder: Place, *, grows: bool, refit_ranges: bool) -> Fitted:
-        """Those of a folder with a manifest.
+        """Those of a dataset, or of the dataset of a run.
 
         Raises:
-            DataError: there is none, or it has no record of its encoding that this release can compare.
+            UserError: the folder is neither.
+            DataError: it has no record of its encoding that this release can compare.
         """
+        folder = encoder_folder(folder)
         manifest = DatasetManifest.load(folder)
         if manifest.encoding is None or manifest.encoding.form != ENCODING_FORM:
             raise DataError(

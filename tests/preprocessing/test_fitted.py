@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmlrec.errors import ConfigError, DataError
+from mmlrec.errors import ConfigError, DataError, UserError
 from mmlrec.schema import MANIFEST, DatasetManifest, Scenario, Task
 from mmlrec.storage.places import place, put_file
 from preprocessing import command_line
@@ -163,6 +163,7 @@ def test_a_known_vocabulary_beyond_the_memory_goes_through_the_disk(days, tmp_pa
     make(days / "raw-2", tmp_path / "ample", like=days / "one", grows=True)
     assert partitioned == []
     monkeypatch.setattr("preprocessing.encoding.fitted.GivenVocabulary.num_bytes", lambda self: 1 << 40)
+    monkeypatch.setattr("preprocessing.encoding.fitted._BATCH_ROWS", 7)
     monkeypatch.setattr("preprocessing.encoding.coder._LEAST_SORTED_BYTES", 1 << 34)
     make(days / "raw-2", tmp_path / "tight", like=days / "one", grows=True)
     assert len(partitioned) == 3
@@ -275,8 +276,8 @@ def test_only_a_manifest_and_vocabularies_are_needed_wherever_they_lie(days, tmp
     """As a run keeps them: without the parts."""
     manifest = DatasetManifest.load(days / "one")
     splits = {name: split.model_copy(update={"parts": []}) for name, split in manifest.splits.items()}
-    shutil.copytree(days / "one/vocab", tmp_path / "kept/vocab")
-    manifest.model_copy(update={"splits": splits}).save(tmp_path / "kept")
+    shutil.copytree(days / "one/vocab", tmp_path / "kept/encoder/vocab")
+    manifest.model_copy(update={"splits": splits}).save(tmp_path / "kept/encoder")
     stored = place(f"memory://{tmp_path.name}/kept")
     for path in (tmp_path / "kept").rglob("*.*"):
         put_file(path, stored / path.relative_to(tmp_path / "kept").as_posix())
@@ -347,7 +348,7 @@ def test_damaged_vocabularies_and_folders_without_a_record_are_refused(days, tmp
     DatasetManifest.load(days / "one").model_copy(update={"encoding": None}).save(tmp_path / "one")
     with pytest.raises(DataError, match="does not say how it is encoded"):
         Fitted.of(tmp_path / "one", grows=False, refit_ranges=False)
-    with pytest.raises(DataError, match="is not a dataset"):
+    with pytest.raises(UserError, match="is neither a dataset nor a run"):
         Fitted.of(tmp_path / "none", grows=False, refit_ranges=False)
     assert not (tmp_path / "out").exists()
 

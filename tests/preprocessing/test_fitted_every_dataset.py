@@ -18,7 +18,7 @@ from tests.preprocessing.fakes import FAKES
 from tests.preprocessing.reference import Reference
 
 TRACE = "key.trace"
-QUICK = ["movielens-1m", "ijcai15 lists", "amazon-2018", "aliccp", "criteo multi-hot", "table"]
+QUICK = ["movielens-1m", "ijcai15 lists", "aliccp", "criteo multi-hot"]
 
 
 def spread(trace):
