@@ -119,11 +119,7 @@ class Run:
         kept = self.path if (self._folder.encoder / MANIFEST).is_file() else place(self.config.dataset.path)
         encoder = Encoder.load(encoder_folder(kept))
         with_scenario = self.config.dataset.setting is not Setting.MTL
-        needed = {
-            name: " and ".join(column.uses)
-            for name, column in encoder.columns.items()
-            if with_scenario or column.uses != ("scenario",)
-        }
+        needed = {name: " and ".join(column.uses) for name, column in encoder.needed(scenario=with_scenario).items()}
         raw = arrow_table(data, needed)
         with one_process(self.config.training.timeout, quiet=True) as world:
             session, *_ = load_session(self._folder, world, [])

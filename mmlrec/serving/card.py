@@ -47,6 +47,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: an exported model of form {form!r}, this release reads {FORM}. {AGAIN}")
     if wrong := _mismatch(card, _WANTED, ""):
         raise DataError(f"{path} is damaged: {wrong}. {AGAIN}")
+    if not card["lookups"]:
+        raise DataError(f"{path} is damaged: lookups is empty. {AGAIN}")
     tables = {table["name"] for table in card["tables"]}
     for branch in card["lookups"]:
         for lookup in branch:
