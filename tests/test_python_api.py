@@ -451,6 +451,10 @@ def test_a_run_scores_without_its_dataset_and_is_exported_as_it_is(data, tmp_pat
     pd.testing.assert_frame_equal(mmlrec.load_run(tmp_path / "run").predict(new), scores)
     with pytest.raises(DataError, match=r"data is gone"):
         run.evaluate()
+    with pytest.raises(DataError, match=r"data, is gone.*in Python, data="):
+        run.export(tmp_path / "later")
+    later = run.export(tmp_path / "later", new.drop(columns=["click", "buy"]))
+    np.testing.assert_array_equal(mmlrec.serving.load(later).score(new), model.score(new))
 
 
 def test_vocabularies_grow(frame, data):

@@ -103,7 +103,7 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     if asked.dataset is None and session.encoder != own:
         raise DataError(
             f"the dataset of the run, {own}, is gone, and an export is compared with the run's model on rows: bring it back, or"
-            " give rows that are encoded alike with --input DATASET."
+            " give rows that are encoded alike: --input DATASET; in Python, data=."
         )
     dataset = asked.dataset or own
     manifest = session.manifest if asked.dataset is None else DatasetManifest.load(dataset)
@@ -112,7 +112,7 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     if _SPLIT not in manifest.splits or not manifest.splits[_SPLIT].num_rows:
         raise DataError(
             f"{dataset} has no rows in split '{_SPLIT}', and an export is compared with the run's model on rows: give a dataset"
-            " that has some, encoded alike, with --input DATASET."
+            " that has some, encoded alike: --input DATASET; in Python, data=."
         )
     return dataset
 
@@ -144,6 +144,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
             )
         write_card(folder, card)
         write_readme(folder, card)
+        _check_out(asked)  # Again: much time has gone by, and what has come there meanwhile is not replaced.
     logger.info("%s: %s on %s, tables in %s", asked.out, card["method"], card["name"], asked.tables)
 
 

@@ -188,6 +188,22 @@ def test_scores_that_differ_leave_nothing(run_of, run_app, tmp_path, monkeypatch
     assert run_app("export", "--run-dir", run_of("mmoe"), "--out", tmp_path / "model", "--tables", "int8")[0] == 0
 
 
+def test_what_has_come_to_the_place_meanwhile_is_not_replaced(run_of, run_app, tmp_path, monkeypatch):
+    honest, out = mmlrec.export.model.exported_scores, tmp_path / "model"
+
+    def while_others_write(*arguments):
+        out.mkdir()
+        (out / "mine").write_text("kept")
+        return honest(*arguments)
+
+    monkeypatch.setattr(mmlrec.export.model, "exported_scores", while_others_write)
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", out)
+    assert code == 2
+    assert "model exists" in error
+    assert (out / "mine").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_an_encoder_that_gives_other_ids_leaves_nothing(run_of, data, run_app, tmp_path, monkeypatch):
     """As if the folder got the encoder of another dataset, in whose vocabulary two values have changed places."""
     manifest = json.loads((data["mixed"] / "manifest.json").read_text())
