@@ -73,7 +73,7 @@ def _named(names: list[Any], columns: Mapping[str, RawColumn]) -> list[str]:
     return [name for name in columns if name in there]
 
 
-def _array(values: Sequence[Any] | pandas.Series, column: RawColumn) -> pa.Array:
+def _array(values: list[Any] | pandas.Series, column: RawColumn) -> pa.Array:
     """Cells of a column. The encoder takes every type, but texts beside numbers are of none: they become texts."""
     try:
         found = pa.array(values, from_pandas=True)
