@@ -193,6 +193,15 @@ def test_names_of_splits(day1, tmp_path):
         (["--like", "{day1}", "--files", "gone.csv"], "no file 'gone.csv'"),
         (["--like", "{day1}", "--files", "empty.csv"], "empty.csv: the file is empty"),
         (["--like", "{day1}", "--files", "no-item.csv"], "the header lacks item"),
+        (
+            ["--like", "{day1}", "--files", "tablet.csv"],
+            "found 3. Known are: 1, 2. Leave the line out, or pass over it by --max",
+        ),
+        (["--extend", "{day1}", "--files", "tablet.csv"], "Known are: 1, 2. Leave the line out, or pass over it by --max-bad"),
+        (
+            ["--like", "{timed}", "--files", "bare.csv", "--split", "train,valid,test"],
+            "can all go into one split, by --split NAME",
+        ),
         (["--like", "{day1}", "--config", "{folder}/log.yaml"], "log.yaml encodes otherwise than"),
         (["--extend", "{day1}", "--files", "bare.csv"], "the header lacks clicked, paid"),
         (["--like", "{day1}", "--out", "{day1}", "--overwrite"], "is what --like names, which would be replaced"),
@@ -218,7 +227,11 @@ def test_what_is_refused(day1, tmp_path, capsys, options, words):
     write(tmp_path / "no-item.csv", log(2, 50), without=("item",))
     write(tmp_path / "bare.csv", log(2, 50), without=LABELS)
     (tmp_path / "empty.csv").write_text("")
-    given = [option.format(day1=day1 / "day1", folder=tmp_path) for option in options]
+    write(tmp_path / "tablet.csv", [*log(2, 50), log(2, 1)[0] | {"device": 3}])
+    (tmp_path / "timed.yaml").write_text(yaml.safe_dump(CONFIG | {"split": {"rule": "time", "key": "time"}}))
+    if "{timed}" in options:
+        assert main(["table", "--config", str(tmp_path / "timed.yaml"), "--out", str(tmp_path / "timed")]) == 0
+    given = [option.format(day1=day1 / "day1", timed=tmp_path / "timed", folder=tmp_path) for option in options]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     before = (day1 / "day1" / "manifest.json").read_bytes()
     assert main(["table", "--raw", str(tmp_path), *given, *out]) == 2
