@@ -16,7 +16,7 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import CheckpointError, DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
-from mmlrec.export.card import CARD, ENCODER, README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
+from mmlrec.export.card import README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
 from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
@@ -26,6 +26,8 @@ from mmlrec.run_folder.folder import RunFolder
 from mmlrec.run_folder.table_rows import TableRows
 from mmlrec.schema import DatasetManifest
 from mmlrec.serving import load
+from mmlrec.serving.card import CARD
+from mmlrec.serving.model import ENCODER
 from mmlrec.session.recommender import TABLES
 from mmlrec.session.session import Loaded, Session, load_session
 from mmlrec.storage.new_folder import new_local_folder

@@ -9,7 +9,7 @@ from typing import Any
 from mmlrec.errors import DataError
 
 CARD = "model.json"
-#: The form of exported folders that this release reads.
+#: Of the folder that this release writes and reads: raised when a reader of the form before would read something wrong.
 FORM = 1
 AGAIN = "Export the model again: python -m apps.export --run-dir RUN --out MODEL."
 
