@@ -23,7 +23,7 @@ def write_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, 
     for name, array in arrays.items():
         path = folder / f"{name}.npy"
         np.save(path, array.astype(array.dtype.newbyteorder("<"), copy=False))
-        found[name] = {"bytes": path.stat().st_size, "sha256": _ends_digest(path)}
+        found[name] = mark_of(path)
     return found
 
 
@@ -33,17 +33,27 @@ def read_arrays(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[st
     for name, of in facts.items():
         path = folder / f"{name}.npy"
         try:
-            size = path.stat().st_size
-            if size != of["bytes"]:
-                raise DataError(f"{path} is damaged: it has {size:,} bytes, {of['bytes']:,} were written. {_RESTORE}")
-            if _ends_digest(path) != of["sha256"]:
-                raise DataError(f"{path} is damaged: its checksum is not that of the file that was written. {_RESTORE}")
+            check_mark(path, of)
             mapped = np.load(path, mmap_mode="r")
             cast(mmap.mmap, mapped.base).madvise(mmap.MADV_RANDOM)  # else the kernel reads and maps what lies around
             arrays[name] = mapped.view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. {_RESTORE}") from error
     return arrays
+
+
+def mark_of(path: Path) -> dict[str, Any]:
+    """What tells a file from another one at once, however large it is: size, and sha256 of the first and last 64 KiB."""
+    return {"bytes": path.stat().st_size, "sha256": _ends_digest(path)}
+
+
+def check_mark(path: Path, of: Mapping[str, Any]) -> None:
+    """Raise DataError, or OSError, where a file is not the one that `mark_of` has seen."""
+    size = path.stat().st_size
+    if size != of["bytes"]:
+        raise DataError(f"{path} is damaged: it has {size:,} bytes, {of['bytes']:,} were written. {_RESTORE}")
+    if _ends_digest(path) != of["sha256"]:
+        raise DataError(f"{path} is damaged: its checksum is not that of the file that was written. {_RESTORE}")
 
 
 def _ends_digest(path: Path) -> str:

@@ -46,7 +46,7 @@ def make_card(
     kind: Format,
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """All of the card but the parity.
+    """All of the card but the marks of files, and the parity.
 
     Args:
         stored: table -> rows and width.
@@ -72,6 +72,7 @@ def make_card(
         ],
         "metrics": result,
         "parity": {},
+        "files": {},
         "network": {"file": f"network.{kind}", "format": kind, "outputs": scorer.outputs},
         "tables": [
             {"name": name, "file": table_file(name, branches), "rows": rows, "dim": dim, "dtype": precision}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
-from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.encoder import ENCODER_FILE, Encoder
+from mmlrec.encoding.mapped import mark_of
 from mmlrec.errors import CheckpointError, DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
@@ -132,6 +133,8 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
         card = make_card(
             session, encoder, scorer, stored, asked.tables, asked.kind, result if result.get("step") == loaded.step else {}
         )
+        written = [f"{ENCODER}/{ENCODER_FILE}", card["network"]["file"], *(table["file"] for table in card["tables"])]
+        card["files"] = {name: mark_of(folder / name) for name in written}
         write_card(folder, card)
         model = load(folder)
         scores = exported_scores(model, dataset, manifest, _SPLIT)

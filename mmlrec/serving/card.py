@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmlrec.encoding.mapped import check_mark
 from mmlrec.errors import DataError
 
 CARD = "model.json"
@@ -28,7 +29,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     """The card of an exported model.
 
     Raises:
-        DataError: the folder is no exported model, or one that this release does not read, or its card is damaged.
+        DataError: the folder is no exported model, or one that this release does not read; its card is damaged, or files are
+            not those that were written with it.
     """
     path = folder / CARD
     try:
@@ -50,6 +52,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not card["lookups"]:
         raise DataError(f"{path} is damaged: lookups is empty. {AGAIN}")
     tables = {table["name"] for table in card["tables"]}
+    for name, of in card.get("files", {}).items():  # so that parts of two exports are no model
+        try:
+            check_mark(folder / name, of)
+        except (OSError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / name} cannot be read, which {path} names: {error}. {AGAIN}") from error
     for branch in card["lookups"]:
         for lookup in branch:
             if lookup["table"] not in tables:

@@ -16,6 +16,7 @@ import torch
 
 import mmlrec.export.model
 from mmlrec.encoding.inputs import Inputs
+from mmlrec.errors import DataError
 from mmlrec.serving import load
 from tests import processes
 from tests.datasets import with_vocabularies, write_dataset
@@ -141,6 +142,19 @@ def test_the_card_says_what_the_model_is(data, run_of, run_app, tmp_path, capfd)
         assert {name: values[0] for name, values in of["scenarios"].items()} == pytest.approx(
             {name: values[of["metric"]] for name, values in tested[task]["scenarios"].items()}
         )
+
+
+def test_parts_of_two_exports_are_no_model(run_of, run_app, tmp_path):
+    """Such as a copy that was cut off leaves: files of the same size and shape beside those of the day before."""
+    out = tmp_path / "model"
+    assert run_app("export", "--run-dir", run_of("chain"), "--out", out)[0] == 0
+    for name in ("encoder/encoder.json", "network.pt2", "tables/t0.safetensors"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(DataError, match=rf"{name} is damaged: its checksum"):
+            load(out)
+        (out / name).write_bytes(content)
+    load(out)
 
 
 def test_onnx_scores_alike_and_a_process_prints_the_proof(run_of, data, tmp_path):
