@@ -1,5 +1,6 @@
 """Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
 
+import gc
 import json
 import random
 import re
@@ -12,8 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from sklearn.metrics import roc_auc_score
 
+from mmlrec.days.folders import find_days
+from mmlrec.days.run import measure
+from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.tables import initial_rows
 from mmlrec.storage.places import place
 from tests.days.support import NEW_ROWS, ids_in_train, ids_of, lines, read_day, without_ids, write_day, write_days
@@ -96,6 +101,18 @@ def test_the_next_day_is_measured_with_the_best_checkpoint_of_the_day_before_on_
         assert abs(found["auc"] - roc_auc_score(known[f"label.{task}"], known[f"score.{task}"])) < 1.1 / pairs
 
 
+def test_the_tables_of_a_measured_model_are_gone_before_those_of_the_next_one_are_made(root):
+    day = find_days(str(root / "day-02"))[0]
+    gc.collect()
+    gc.disable()
+    try:
+        with process_group() as world:
+            measure(root / "whole-1" / "day-01", day, world)
+            assert not [found for found in gc.get_objects() if type(found) is SplitTableBatchedEmbeddingBagsCodegen]
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(root, world_size):
     """Seen where training does not touch them: rows that train of the fourth day lacks."""
@@ -158,11 +175,13 @@ def test_the_same_command_again_trains_nothing_and_a_day_that_was_added_goes_on(
     for name in ("day-01", "day-02", "day-03", "day-04"):
         (days / name).symlink_to(root / name)
     given = ["--config", root / "config.yaml", "--days", days / "day-*", "--run-dir", run_dir, "--forget-after", 2]
+    (run_dir / "days.png.0123456789ab.tmp").touch()  # of a process that was killed while it wrote
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")}
     code, error = run_app("days", *given)
     assert code == 0, error
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("step_*/*")} == before
     assert_same_end(run_dir, root / "whole-1")
+    assert not list(run_dir.glob("*.tmp"))
     write_day(days, 4)
     code, error = run_app("days", *given)
     assert code == 0, error

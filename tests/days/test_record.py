@@ -93,6 +93,13 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     other = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"dim": 8})})
     with pytest.raises(ConfigError, match=r"embeddings\.dim: 4 in the folder, 8 now"):
         begin(config=other)
+    twice = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 2})})
+    with pytest.raises(ConfigError, match=r"training\.epochs: 1 in the folder, 2 now"):
+        begin(config=twice)
+    for name in ("days.yaml", "days.jsonl"):  # of a process that was killed while it wrote
+        (folder / f"{name}.0123456789ab.tmp").touch()
+    begin()
+    assert sorted(path.name for path in folder.iterdir()) == ["days.jsonl", "days.yaml"]
     with pytest.raises(ConfigError, match=r"--forget-after: 3 in the folder, None now"):
         begin(forget_after=None)
     write_day(tmp_path, 1, rows=44)
