@@ -22,6 +22,8 @@ from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import facts_digest
 from mmlrec.storage.places import Place, read
 
+#: What the line of a day has, see `Record`.
+KEYS = ("day", "dataset", "data", "rows", "new_ids", "next_day", "unseen", "forgotten", "step")
 #: Of training: a run may go on for longer, but not a day, as the next one has begun with what came of it.
 _LENGTH = ("epochs", "max_steps")
 
@@ -106,8 +108,9 @@ class Record:
             return []
         try:
             lines = [dict(json.loads(line)) for line in read(self._lines).splitlines()]
-            if any(not isinstance(line["day"], str) for line in lines):
-                raise ValueError("a day has no name")
+            for number, line in enumerate(lines, start=1):
+                if missing := [key for key in KEYS if key not in line]:
+                    raise ValueError(f"line {number} has no '{missing[0]}'")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self._lines} is damaged: {error}. Bring it back, or choose another --run-dir.") from error
         return lines

@@ -207,6 +207,7 @@ def test_days_and_run_folders_may_lie_on_an_object_store(root, tmp_path, store, 
 def test_what_is_no_such_command_is_refused_in_words(root, tmp_path, run_app):
     given = ["--config", root / "config.yaml", "--days", root / "day-*", "--run-dir", tmp_path / "run"]
     for more, words in (
+        ([root / "day-03", root / "day-04"], "day-03: the shell has spelt out --days. Put the pattern into quotes"),
         (["dataset.path=x"], "dataset.path=x: is of each day; give --days and --run-dir"),
         (["--forget-after", "0"], "'0' is no number of days, such as 30"),
         (["training.epoch=1"], "Did you mean 'epochs'?"),

@@ -7,7 +7,7 @@ import pytest
 
 from mmlrec.config import load_config
 from mmlrec.days.folders import check_extended, find_days, new_ids
-from mmlrec.days.record import Record, data_digest
+from mmlrec.days.record import KEYS, Record, data_digest
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import ConfigError, DataError, UserError
 from tests.datasets import with_vocabularies, write_dataset
@@ -75,8 +75,8 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     record = Record(folder, world)
     record.begin(config, 3, days[:2])
     for day in days[:2]:
-        record.put({"day": day.name, "data": data_digest(day), "step": None})
-    record.put({"day": "day-02", "data": data_digest(days[1]), "step": 7})
+        record.put(dict.fromkeys(KEYS) | {"day": day.name, "data": data_digest(day)})
+    record.put(dict.fromkeys(KEYS) | {"day": "day-02", "data": data_digest(days[1]), "step": 7})
 
     def begin(config=config, forget_after=3, days=days):
         again = Record(folder, world)
@@ -108,9 +108,10 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     (folder / "days.yaml").write_text("config: 3\n")
     with pytest.raises(UserError, match=r"days\.yaml is damaged"):
         begin()
-    (folder / "days.jsonl").write_text(json.dumps({"step": 3}) + "\n")
-    with pytest.raises(UserError, match=r"days\.jsonl is damaged"):
-        begin()
+    for damaged, why in (({"step": 3}, "line 1 has no 'day'"), ({"day": "day-01", "step": 3}, "line 1 has no 'dataset'")):
+        (folder / "days.jsonl").write_text(json.dumps(damaged) + "\n")
+        with pytest.raises(UserError, match=rf"days\.jsonl is damaged: {why}"):
+            begin()
 
 
 def test_a_run_folder_is_no_folder_of_days(tmp_path, world):
