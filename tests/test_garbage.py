@@ -41,4 +41,4 @@ def test_what_works_with_a_model_looks_for_it(path: Path):
 
 
 def test_these_are_the_entry_points_that_work_with_a_model():
-    assert {path.stem for path in WORKING} == {"evaluate", "predict", "seeds", "train"}
+    assert {path.stem for path in WORKING} == {"days", "evaluate", "export", "predict", "seeds", "train"}

@@ -70,7 +70,7 @@ def disk_of(num_bytes: int) -> Iterator[None]:
 
 _KILL = """
 import os, signal
-from preprocessing.{room} import {module}
+from {room} import {module}
 method = {module}.{place}
 def stop(*arguments):
     method(*arguments)
@@ -79,9 +79,9 @@ def stop(*arguments):
 """
 #: Where a run is killed -> code that has it do so.
 KILLS = {
-    "reading": _KILL.format(room="rows", module="batch_file", place="BatchFile.append"),
-    "writing": _KILL.format(room="writing", module="parts", place="SplitWriter.write"),
-    "before the end": _KILL.format(room="writing", module="output", place="_sync"),
+    "reading": _KILL.format(room="preprocessing.rows", module="batch_file", place="BatchFile.append"),
+    "writing": _KILL.format(room="preprocessing.writing", module="parts", place="SplitWriter.write"),
+    "before the end": _KILL.format(room="mmlrec.storage", module="new_folder", place="_sync"),
 }
 # `python -m preprocessing` of a dataset that may lie anywhere.
 _START = """

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+from datetime import UTC, date, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -361,6 +362,27 @@ def test_a_table_that_files_divide_takes_new_files_into_one_split(tmp_path, caps
     assert DatasetManifest.load(tmp_path / "new").splits["test"].num_rows == 80
     assert main([*arguments, str(tmp_path / "three"), "--split", "train,valid,test"]) == 2
     assert "--files: the files of this table say the split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": "random", "fractions": [0.5, 0.25, 0.25]},
+        {"rule": "group", "key": "session", "fractions": [0.6, 0.2, 0.2]},
+        {"rule": "time", "key": "time", "cuts": [date(2024, 5, 4), date(2024, 5, 7)]},
+        {"rule": "time", "key": "time", "cuts": [datetime(2024, 5, 4, 12), datetime(2024, 5, 7, tzinfo=UTC)]},
+    ],
+    ids=lambda rule: " ".join(map(str, rule.values())),
+)
+def test_the_rule_of_the_split_comes_from_the_manifest(tmp_path, rule):
+    """The rows of the dataset once more are divided as they were."""
+    write(tmp_path / "day1.csv", log(1, 200))
+    (tmp_path / "day.yaml").write_text(yaml.safe_dump(CONFIG | {"split": rule}))
+    assert main(["table", "--config", str(tmp_path / "day.yaml"), "--out", str(tmp_path / "made")]) == 0
+    assert main(["table", "--extend", str(tmp_path / "made"), "--raw", str(tmp_path), "--out", str(tmp_path / "again")]) == 0
+    assert DatasetManifest.load(tmp_path / "again").tables == DatasetManifest.load(tmp_path / "made").tables
+    for split in ("train", "valid", "test"):
+        assert rows_of(tmp_path / "again", split).equals(rows_of(tmp_path / "made", split))
 
 
 def test_describe_shows_the_drift_and_draws_it(day1, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from mmlrec.serving.server import listen
 from tests import processes
 from tests.serving.folders import DIM, LOOKUPS, ROWS, encoded_by_hand, raw_rows, scores_by_hand, tables, write_model
 from tests.serving.served import answer, head, served
@@ -255,3 +257,9 @@ def test_what_cannot_start_ends_with_2(toy, service, tmp_path, fault):
     words = {"no model": "none is not an exported model: the folder does not exist", "port": f"--port {service.port}: "}
     assert words[fault] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_answers_do_not_wait_for_acknowledgements():
+    """Head and body are two writes: without TCP_NODELAY the second one waits 40 ms on connections that are kept."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as taken:
+        assert taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
