@@ -135,6 +135,22 @@ def test_without_labels_there_is_nothing_to_measure(trained, app):
     assert "python -m apps.predict --run-dir RUN --input" in error
 
 
+def test_other_rows_are_named_once(trained, app):
+    code, error = app("evaluate", "--input", trained / "day2", f"dataset.path={trained / 'day1-moved'}")
+    assert code == 2
+    assert f"--input {trained / 'day2'} and dataset.path={trained / 'day1-moved'} name other rows each" in error
+
+
+def test_new_rows_are_not_trained_on(trained, run_app, tmp_path):
+    """They have one split: a message in place of a key that is not there."""
+    for data, split in (("bare", "test"), ("grown", "train")):
+        more = ("--run-dir", tmp_path / "run", f"dataset.path={trained / data}")
+        code, error = run_app("train", "--config", trained / "run.yaml", *more)
+        assert code == 2
+        assert f"a run needs rows of train, valid, test, and here are those of {split}, as new rows have them" in error
+        assert not (tmp_path / "run").exists()
+
+
 def test_splits_are_chosen_by_name(trained, app, tmp_path):
     """The only one; `test`; else one has to be named."""
     output = ("--output", tmp_path / "scores.parquet")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mmlrec.encoding import columns as to
 from mmlrec.encoding import conversions
 from mmlrec.encoding.features import feature_values, refuse, scenario_ids
+from mmlrec.encoding.folders import encoder_folder
 from mmlrec.encoding.inputs import Inputs, joined
 from mmlrec.encoding.mapped import read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
@@ -61,17 +62,22 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: str | Place) -> Encoder:
-        """From the folder of a dataset (`manifest.json`), or from one that `save` has written, whose vocabularies stay on disk.
+        """From the folder of a dataset or a run, or from one that `save` has written, whose vocabularies stay on disk.
 
         Raises:
-            DataError: it is neither, or is damaged; the message names the file.
+            UserError: it is none of them.
+            DataError: it is damaged; the message names the file.
         """
         there = place(folder)
         if isinstance(there, Path) and (there / ENCODER_FILE).is_file():
             facts = _read_facts(there / ENCODER_FILE)
-            arrays = read_arrays(there, facts.pop("arrays"))
-            tables = {name: (first, shift) for name, (first, shift) in facts.pop("directories").items()}
-            return cls(facts, Vocabularies.from_arrays(tables, arrays))
+            try:
+                arrays = read_arrays(there, facts.pop("arrays"))
+                tables = {name: (first, shift) for name, (first, shift) in facts.pop("directories").items()}
+                return cls(facts, Vocabularies.from_arrays(tables, arrays))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(f"{there / ENCODER_FILE} is damaged: {error!r}. Export the model again.") from error
+        there = encoder_folder(there)
         from mmlrec.encoding.manifest import read_folder  # with pydantic, which what serves a model lacks
 
         return cls(*read_folder(there))

@@ -59,7 +59,7 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
         return pc.if_else(good, values, None).cast(kind), [(_bools(good), complaint, column)]
     if pa.types.is_floating(kind) and (pa.types.is_integer(found) or pa.types.is_boolean(found) or pa.types.is_decimal(found)):
         numbers = values.cast(pa.int8()) if pa.types.is_boolean(found) else values
-        return numbers.cast(kind, safe=False), []
+        return cells.take(column, numbers.cast(kind, safe=False)), []  # a mark such as 7.0, or 1 for true
     if pa.types.is_integer(kind) and pa.types.is_integer(found):
         return values.cast(kind), []
     if pa.types.is_string(kind) and (pa.types.is_integer(found) or pa.types.is_boolean(found) or pa.types.is_temporal(found)):

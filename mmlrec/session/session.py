@@ -32,7 +32,7 @@ from mmlrec.registry import balancing_config, method, model_config, strategy
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
-from mmlrec.schema import MANIFEST, DatasetManifest, Setting, Task
+from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
@@ -322,6 +322,11 @@ def build_parts(
     """
     encoder = encoder or place(config.dataset.path)
     manifest = DatasetManifest.load(encoder)
+    if begun is None and not {*SPLITS} <= {*manifest.splits}:
+        raise DataError(
+            f"{encoder}: a run needs rows of {', '.join(SPLITS)}, and here are those of {', '.join(manifest.splits)}, as new"
+            " rows have them. Make a dataset to train on with --split train,valid,test."
+        )
     spec = build_spec(config, manifest)
     options = model_config(config.model, config.model_defaults, source)
     network_class = method(config.model["name"])
@@ -435,7 +440,9 @@ def load_session(
     world.raise_together(no_best_yet(folder) if world.is_main else None)
     begun = checkpoint.read_state(folder.best)
     own = folder.read_config().dataset.path
-    if rows is None and config.dataset.path != own:
+    if config.dataset.path != own:
+        if rows is not None and rows != place(config.dataset.path):
+            raise ConfigError(f"--input {rows} and dataset.path={config.dataset.path} name other rows each. Give one of them.")
         rows = place(config.dataset.path)
     if rows is not None and measured and folder.check_same_data(begun, rows, other_rows=True):
         encoder, path, rows = rows, str(rows), None  # the run's own, which have moved

@@ -118,6 +118,7 @@ class Table(Dataset):
     def __init__(self, options: argparse.Namespace) -> None:
         config, self._where = _chosen(options)
         self._config, self._may_lack = config, getattr(options, "labels_optional", False)
+        self._is_like_another = getattr(options, "like", None) is not None
         self._needed = {feature.column or name for name, feature in config.features.items()}
         self._needed |= {config.scenario.column} if config.scenario else set()
         if options.raw is None:
@@ -425,8 +426,10 @@ class Table(Dataset):
         faults += more
         if scenario.others == "error":
             complaint = f"{scenario.column} holds no value of the scenarios{FOUND}."
-            complaint = f"{complaint} Add it to scenario.values, or say with scenario.others what to do."
-            faults.append((there, complaint, scenario.column))
+            remedy = "Add it to scenario.values, or say with scenario.others what to do."
+            if self._is_like_another:  # whose scenarios are those of a model
+                remedy = f"Known are: {', '.join(map(str, known))}. Leave the line out, or pass over it by --max-bad-rows."
+            faults.append((there, f"{complaint} {remedy}", scenario.column))
         elif scenario.others == "drop":
             wanted = there
         columns["sample.scenario"] = pa.array(found)

@@ -202,7 +202,10 @@ class Placement:
 def _key(rows: pa.RecordBatch, name: str) -> pa.Array:
     column = rows.column(key_column(name))
     if column.null_count:
-        raise DataError(f"key '{name}' divides the rows into train, valid and test, but is missing in some of them.")
+        raise DataError(
+            f"key '{name}' divides the rows into train, valid and test, but is missing in some of them. Mend or leave out these"
+            " rows; new ones (--like, --extend) can all go into one split, by --split NAME."
+        )
     return column
 
 

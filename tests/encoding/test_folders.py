@@ -1,5 +1,7 @@
 """Encoders of datasets with a file of their own: which raw columns they read; and where the encoder of a run lies."""
 
+import json
+
 import pyarrow as pa
 import pytest
 
@@ -96,5 +98,19 @@ def test_a_damaged_vocabulary_and_a_manifest_without_an_encoding_are_told(raw, t
     manifest.model_copy(update={"encoding": None}).save(tmp_path / "out")
     with pytest.raises(DataError, match="its manifest records no encoding, which this release cannot apply"):
         Encoder.load(tmp_path / "out")
-    with pytest.raises(DataError, match="absent is not a dataset"):
+    with pytest.raises(UserError, match="absent is neither a dataset nor a run: there is no such folder"):
         Encoder.load(tmp_path / "absent")
+
+
+def test_a_run_is_loaded_as_its_dataset_is(raw, tmp_path):
+    encoder = made(tmp_path / "run" / "encoder", "movielens-1m", "--raw", raw)
+    assert Encoder.load(tmp_path / "run").facts == encoder.facts
+
+
+@pytest.mark.parametrize("part", ["arrays", "directories", "features", "tables"])
+def test_facts_that_lack_a_part_are_damaged(raw, tmp_path, part):
+    made(tmp_path / "out", "movielens-1m", "--raw", raw).save(tmp_path / "saved")
+    path = tmp_path / "saved" / "encoder.json"
+    path.write_text(json.dumps({name: of for name, of in json.loads(path.read_text()).items() if name != part}))
+    with pytest.raises(DataError, match=rf"encoder\.json is damaged: KeyError\('{part}'\)\. Export the model again"):
+        Encoder.load(tmp_path / "saved")

@@ -63,6 +63,10 @@ def test_marks_of_missing_values_name_numbers_texts_and_elements():
     for given in (pa.array([-1, 2]), pa.array([-1.0, 2.0]), pa.array(["-1", "2"]), pa.array([" NULL ", "2.0"])):
         assert as_type(given, pa.int64(), "c", rules)[0].to_pylist() == [None, 2]
     assert as_type(pa.array(["-1.0", "2"]), pa.float64(), "c", rules)[0].to_pylist() == [None, 2.0]
+    decimal = Cells({"c": ("-1.0", "1")})
+    for given in (pa.array([-1, 2, 1]), pa.array(["-1", "2", "1"]), pa.array([-1, 2, 1], pa.decimal128(5, 1))):
+        assert as_type(given, pa.float64(), "c", decimal)[0].to_pylist() == [None, 2.0, None]
+    assert as_type(pa.array([True, False]), pa.float64(), "c", decimal)[0].to_pylist() == [None, 0.0]  # as in files
     assert as_type(pa.array([-1, 2]), pa.int64(), "other", rules)[0].to_pylist() == [-1, 2]
     found, _ = as_lists(pa.array([[-1, 2], None]), pa.int64(), None, "c", rules)
     assert found.to_pylist() == [[None, 2], []]

@@ -15,7 +15,7 @@ from mmlrec import hashing
 from mmlrec.encoding import vocabularies
 from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.vocabularies import Vocabularies
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,9 @@ def test_a_file_that_is_cut_off_changed_or_gone_is_named(values, tmp_path):
                 path.write_bytes(damaged)
             if name == "encoder.json" and damaged == content[:-1]:
                 continue  # only the line end is lacking
-            with pytest.raises(DataError, match=name if path.exists() or name != "encoder.json" else "not a dataset"):
+            with pytest.raises(
+                UserError, match=name if path.exists() or name != "encoder.json" else "neither a dataset nor a run"
+            ):
                 Encoder.load(tmp_path)
         path.write_bytes(content)
     Encoder.load(tmp_path)

@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.encoding.inputs import Inputs
 from mmlrec.identity import encoding_differences
 from mmlrec.schema import DatasetManifest
 from preprocessing import command_line
@@ -131,6 +133,9 @@ def test_half_of_the_rows_with_the_fitted_parts_of_the_other_half(form, tmp_path
     if "sample.scenario" in found.column_names:
         assert found["sample.scenario"].to_pylist() == [other.seen["sample.scenario"][row] for row in order]
 
+    if kind.name != "table":  # whose raw columns are not its canonical ones: tests/encoding/test_table_settings.py
+        assert_served_alike(tmp_path / "one", {name: [other.seen[name][row] for row in order] for name in other.seen}, found)
+
     against, unseen, outside = after.statistics["against_train"], 0, 0
     assert list(against) == names
     for name in names:
@@ -141,6 +146,33 @@ def test_half_of_the_rows_with_the_fitted_parts_of_the_other_half(form, tmp_path
         unseen, outside = unseen + of_split.get("unseen", 0), outside + of_split.get("outside", 0)
     assert unseen > 0 or not any(column.has_vocabulary for column in columns.features)
     assert outside > 0 or not any(column.scaled for column in columns.features)
+
+
+def assert_served_alike(folder, seen, found):
+    """What serves a model makes of the rows, typed and as text, what the preprocessing has made of them, to the bit."""
+    encoder = Encoder.load(folder)
+    typed = {spec.name: pa.array(seen[spec.name], spec.canonical_type) for spec in encoder.features}
+    text = {
+        name: values if pa.types.is_list(values.type) else pa.array([v if v is None else str(v) for v in values.to_pylist()])
+        for name, values in typed.items()
+    }
+    for columns in (typed, text):
+        rows, shared = pa.table(columns), encoder.scenario is not None and encoder.scenario.column in columns
+        encoded = encoder.encode(encoder.canonical(rows, scenario=False))
+        for spec in encoder.features:
+            assert encoded.column(spec.name).to_pylist() == found[spec.name].to_pylist(), spec.name
+        if shared:  # its odd cells are no scenarios, which is an error
+            continue
+        if encoder.scenario is not None:
+            scenarios = pa.array([encoder.scenario.values[at] for at in seen["sample.scenario"]])
+            rows = rows.append_column(encoder.scenario.column, scenarios)
+        inputs, right = encoder.inputs(rows), Inputs.of(found, encoder)
+        assert right.scenario.tolist() == seen.get("sample.scenario", [0] * len(found))
+        np.testing.assert_array_equal(inputs.dense, right.dense)
+        np.testing.assert_array_equal(inputs.scenario, right.scenario)
+        for name, (ids, offsets) in right.ids.items():
+            np.testing.assert_array_equal(inputs.ids[name][0], ids, err_msg=name)
+            np.testing.assert_array_equal(inputs.ids[name][1], offsets, err_msg=name)
 
 
 def values_of(cell):

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from mmlrec.encoding.encoder import Encoder
 from mmlrec.schema import DatasetManifest
+from mmlrec.storage.places import place, put_file
 from preprocessing.command_line import main
 from preprocessing.datasets.ijcai15 import Ijcai15
 from tests.preprocessing.aliexpress_fake import write_aliexpress
@@ -193,6 +195,15 @@ def test_names_of_splits(day1, tmp_path):
         (["--like", "{day1}", "--files", "gone.csv"], "no file 'gone.csv'"),
         (["--like", "{day1}", "--files", "empty.csv"], "empty.csv: the file is empty"),
         (["--like", "{day1}", "--files", "no-item.csv"], "the header lacks item"),
+        (
+            ["--like", "{day1}", "--files", "tablet.csv"],
+            "found 3. Known are: 1, 2. Leave the line out, or pass over it by --max",
+        ),
+        (["--extend", "{day1}", "--files", "tablet.csv"], "Known are: 1, 2. Leave the line out, or pass over it by --max-bad"),
+        (
+            ["--like", "{timed}", "--files", "bare.csv", "--split", "train,valid,test"],
+            "can all go into one split, by --split NAME",
+        ),
         (["--like", "{day1}", "--config", "{folder}/log.yaml"], "log.yaml encodes otherwise than"),
         (["--extend", "{day1}", "--files", "bare.csv"], "the header lacks clicked, paid"),
         (["--like", "{day1}", "--out", "{day1}", "--overwrite"], "is what --like names, which would be replaced"),
@@ -218,7 +229,11 @@ def test_what_is_refused(day1, tmp_path, capsys, options, words):
     write(tmp_path / "no-item.csv", log(2, 50), without=("item",))
     write(tmp_path / "bare.csv", log(2, 50), without=LABELS)
     (tmp_path / "empty.csv").write_text("")
-    given = [option.format(day1=day1 / "day1", folder=tmp_path) for option in options]
+    write(tmp_path / "tablet.csv", [*log(2, 50), log(2, 1)[0] | {"device": 3}])
+    (tmp_path / "timed.yaml").write_text(yaml.safe_dump(CONFIG | {"split": {"rule": "time", "key": "time"}}))
+    if "{timed}" in options:
+        assert main(["table", "--config", str(tmp_path / "timed.yaml"), "--out", str(tmp_path / "timed")]) == 0
+    given = [option.format(day1=day1 / "day1", timed=tmp_path / "timed", folder=tmp_path) for option in options]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     before = (day1 / "day1" / "manifest.json").read_bytes()
     assert main(["table", "--raw", str(tmp_path), *given, *out]) == 2
@@ -323,6 +338,27 @@ def test_lists_of_events_without_days_and_actions(tmp_path):
     assert new["label.label2"].null_count == new["key.time_stamp"].null_count == len(new) > 0
     assert old["label.label2"].null_count == 0
     assert old.select([*features, "key.source_line"]).equals(new.select([*features, "key.source_line"]))
+
+
+@pytest.mark.parametrize("option", ["--like", "--extend"])
+def test_all_of_it_in_an_object_store(day1, tmp_path, store, capsys, option):
+    """The other dataset, the raw files and the new dataset: as on disk, and no dataset is replaced by what is like it."""
+    write(tmp_path / "day2.csv", log(2, 200, new_ids=0.2))
+    there = {name: f"{store.address}/{name}" for name in ("one", "raw", "two")}
+    for path in [path for path in (day1 / "day1").rglob("*") if path.is_file()]:
+        put_file(path, place(f"{there['one']}/{path.relative_to(day1 / 'day1').as_posix()}"))
+    put_file(tmp_path / "day2.csv", place(f"{there['raw']}/day2.csv"))
+    stored = ["table", option, there["one"], "--raw", there["raw"], "--files", "day2.csv", "--out"]
+    assert main([*stored, there["two"]]) == 0
+    local = ["table", option, str(day1 / "day1"), "--raw", str(tmp_path), "--files", "day2.csv", "--out", str(tmp_path / "two")]
+    assert main(local) == 0
+    found, right = DatasetManifest.load(place(there["two"])), DatasetManifest.load(tmp_path / "two")
+    assert found.encoding == right.encoding
+    assert found.splits == right.splits  # with the checksum of each part
+    assert Encoder.load(there["two"]).facts == Encoder.load(tmp_path / "two").facts
+    capsys.readouterr()
+    assert main([*stored, f"{there['one']}/", "--overwrite"]) == 2
+    assert f"is what {option} names, which would be replaced" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["lines", "columns"])
