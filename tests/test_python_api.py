@@ -451,6 +451,18 @@ def test_a_run_scores_without_its_dataset_and_is_exported_as_it_is(data, tmp_pat
     pd.testing.assert_frame_equal(mmlrec.load_run(tmp_path / "run").predict(new), scores)
     with pytest.raises(DataError, match=r"data is gone"):
         run.evaluate()
+    with pytest.raises(DataError, match=r"data, is gone.*in Python, data="):
+        run.export(tmp_path / "later")
+    later = run.export(tmp_path / "later", new.drop(columns=["click", "buy"]))
+    np.testing.assert_array_equal(mmlrec.serving.load(later).score(new), model.score(new))
+
+
+def test_notes_name_arguments_not_options_of_the_command(frame, capfd):
+    mmlrec.prepare(pd.concat([frame.head(200)] * 2), features=["user", "price"], tasks=["click"])
+    told = capfd.readouterr().err
+    assert "Copies on both sides" in told
+    assert "duplicates keep_together or drop" in told
+    assert "--" not in told
 
 
 def test_vocabularies_grow(frame, data):

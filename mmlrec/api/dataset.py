@@ -172,7 +172,7 @@ def prepare(
             told = str(error).replace(f"{raw / _FILE}", "frame").replace(f"{raw / 'table.yaml'}", _SOURCE)
             raise type(error)(_OPTIONS.sub(r"\1", told)) from error
     if notes := block(look_at_this(made.manifest, there)):
-        sys.stderr.write(f"{notes}\n")
+        sys.stderr.write(_OPTIONS.sub(r"\1", notes) + "\n")
     return Dataset(there, _held=held)
 
 

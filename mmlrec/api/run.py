@@ -119,11 +119,7 @@ class Run:
         kept = self.path if (self._folder.encoder / MANIFEST).is_file() else place(self.config.dataset.path)
         encoder = Encoder.load(encoder_folder(kept))
         with_scenario = self.config.dataset.setting is not Setting.MTL
-        needed = {
-            name: " and ".join(column.uses)
-            for name, column in encoder.columns.items()
-            if with_scenario or column.uses != ("scenario",)
-        }
+        needed = {name: " and ".join(column.uses) for name, column in encoder.needed(scenario=with_scenario).items()}
         raw = arrow_table(data, needed)
         with one_process(self.config.training.timeout, quiet=True) as world:
             session, *_ = load_session(self._folder, world, [])
@@ -160,11 +156,21 @@ class Run:
                 valid.append(pd.concat([pd.DataFrame(at, index=range(len(told))), told], axis=1))
         return History(pd.DataFrame(train), pd.concat(valid, ignore_index=True) if valid else pd.DataFrame())
 
-    def export(self, out: str | Path, *, tables: Precision = "fp32", format: Format = "pt2", overwrite: bool = False) -> Path:
+    def export(
+        self,
+        out: str | Path,
+        data: Frame | Dataset | str | Place | None = None,
+        *,
+        tables: Precision = "fp32",
+        format: Format = "pt2",
+        overwrite: bool = False,
+    ) -> Path:
         """Write the best checkpoint as a model folder that scores without torchrec, as `python -m apps.export` does.
 
         Args:
             out: the folder to make, on a disk of this machine.
+            data: rows on which the scores of both are compared, as for `evaluate`; labels are not needed. None: the test rows
+                of the run's own dataset.
             tables: "fp32", "fp16" or "int8". format: of the network, "pt2" or "onnx".
             overwrite: replace `out`.
 
@@ -174,8 +180,11 @@ class Run:
         Raises:
             UserError: the run has no usable best checkpoint or no rows to compare on, `out` exists, or the scores differ.
         """
+        if isinstance(data, pd.DataFrame | pa.Table):
+            data = prepare(data, like=self)  # kept until the end of the call
         with one_process(self.config.training.timeout, quiet=True) as world:
-            export_model(Exported(self._folder, Path(out), tables, format, overwrite=overwrite), world)
+            rows = None if data is None else place(_path(data))
+            export_model(Exported(self._folder, Path(out), tables, format, rows, overwrite), world)
         return Path(out)
 
     def __repr__(self) -> str:

@@ -35,7 +35,10 @@ from mmlrec.terminal import plain
 logger = logging.getLogger("mmlrec")
 
 #: Loggers of libraries whose messages no user can act on.
-TALKATIVE = ("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace")
+TALKATIVE = (
+    *("torchrec", "torch.distributed", "torch.distributed.checkpoint", "torch.fx._symbolic_trace"),
+    *("torch.onnx._internal.exporter._registration", "onnxscript"),
+)
 
 #: Longest wait in a collective, in seconds, unless told. A rank that is stuck longer is taken for lost.
 TIMEOUT = 600.0

@@ -121,16 +121,26 @@ class Encoder:
             return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
         return pa.array(ids)
 
-    def inputs(self, rows: pa.Table | pa.RecordBatch) -> Inputs:
-        """Raw rows to what a network reads. Raises as `canonical` and `encode`."""
-        cells = self._cells(rows, True)
+    def needed(self, *, scenario: bool = True) -> dict[str, RawColumn]:
+        """Of `columns` those that rows must have; without `scenario` not the one that nothing else is made of."""
+        return {name: column for name, column in self.columns.items() if scenario or column.uses != ("scenario",)}
+
+    def inputs(self, rows: pa.Table | pa.RecordBatch, *, scenario: bool = True) -> Inputs:
+        """Raw rows to what a network reads.
+
+        Args:
+            scenario: False: its column is not needed, and all are 0.
+
+        Raises as `canonical` and `encode`.
+        """
+        cells = self._cells(rows, scenario)
         starts = range(0, max(rows.num_rows, 1), _ROWS)
         try:
-            return joined([self._some(cells, start, min(_ROWS, rows.num_rows - start)) for start in starts])
+            return joined([self._some(cells, start, min(_ROWS, rows.num_rows - start), scenario) for start in starts])
         except Doubtful:
-            return Inputs.of(self.encode(self.canonical(rows)), self)
+            return Inputs.of(self.encode(self.canonical(rows, scenario=scenario)), self)
 
-    def _some(self, cells: dict[str, pa.Array], start: int, num_rows: int) -> Inputs:
+    def _some(self, cells: dict[str, pa.Array], start: int, num_rows: int, with_scenario: bool) -> Inputs:
         if num_rows < len(next(iter(cells.values()))):
             cells = {name: column.slice(start, num_rows) for name, column in cells.items()}
         cells = {name: plain(column) for name, column in cells.items()}
@@ -138,7 +148,7 @@ class Encoder:
         found = self._id_features.inputs(cells, num_rows)
         found |= {name: (of, np.arange(num_rows + 1)) for name, of in ids.items()}
         scenario = np.zeros(num_rows, np.int64)
-        if self.scenario is not None:
+        if with_scenario and self.scenario is not None:
             scenario, known, faults = scenario_ids(self.scenario, cells[self.scenario.column], self._specs.cells)
             if not (known.all() or self.scenario.others is not None) or not all(good.all() for good, _, _ in faults):
                 raise Doubtful
@@ -156,9 +166,7 @@ class Encoder:
         names = rows.schema.names
         places = {name: index for index, name in enumerate(names)}
         cells: dict[str, pa.Array] = {}
-        for name, column in self.columns.items():
-            if not scenario and column.uses == ("scenario",):
-                continue
+        for name, column in self.needed(scenario=scenario).items():
             if name not in places:
                 raise DataError(self._missing(column, names))
             values = rows.column(places[name])

@@ -17,15 +17,13 @@ from mmlrec.encoding.specs import FeatureSpec
 from mmlrec.export.network import Format, Scorer
 from mmlrec.export.parity import parity_text
 from mmlrec.export.tables import Precision
+from mmlrec.serving.card import CARD, FORM
 from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
 from mmlrec.terminal import plain
 
-CARD, README = "model.json", "README.md"
-ENCODER, TABLES_FOLDER = "encoder", "tables"
-#: Of the folder: raised when a reader of the form before would read something wrong.
-FORM = 1
+README, TABLES_FOLDER = "README.md", "tables"
 _EXAMPLES = 3
 
 

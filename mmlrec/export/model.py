@@ -16,7 +16,7 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import CheckpointError, DataError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
-from mmlrec.export.card import CARD, ENCODER, README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
+from mmlrec.export.card import README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
 from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
@@ -26,6 +26,8 @@ from mmlrec.run_folder.folder import RunFolder
 from mmlrec.run_folder.table_rows import TableRows
 from mmlrec.schema import DatasetManifest
 from mmlrec.serving import load
+from mmlrec.serving.card import CARD
+from mmlrec.serving.model import ENCODER
 from mmlrec.session.recommender import TABLES
 from mmlrec.session.session import Loaded, Session, load_session
 from mmlrec.storage.new_folder import new_local_folder
@@ -103,7 +105,7 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     if asked.dataset is None and session.encoder != own:
         raise DataError(
             f"the dataset of the run, {own}, is gone, and an export is compared with the run's model on rows: bring it back, or"
-            " give rows that are encoded alike with --input DATASET."
+            " give rows that are encoded alike: --input DATASET; in Python, data=."
         )
     dataset = asked.dataset or own
     manifest = session.manifest if asked.dataset is None else DatasetManifest.load(dataset)
@@ -112,7 +114,7 @@ def _rows_to_compare(asked: Exported, session: Session) -> Place:
     if _SPLIT not in manifest.splits or not manifest.splits[_SPLIT].num_rows:
         raise DataError(
             f"{dataset} has no rows in split '{_SPLIT}', and an export is compared with the run's model on rows: give a dataset"
-            " that has some, encoded alike, with --input DATASET."
+            " that has some, encoded alike: --input DATASET; in Python, data=."
         )
     return dataset
 
@@ -144,6 +146,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
             )
         write_card(folder, card)
         write_readme(folder, card)
+        _check_out(asked)  # Again: much time has gone by, and what has come there meanwhile is not replaced.
     logger.info("%s: %s on %s, tables in %s", asked.out, card["method"], card["name"], asked.tables)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -108,11 +107,20 @@ def export_network(scorer: Scorer, kind: Format) -> ExportedProgram:
     """The graph of a network, with its weights: one for batches of any size.
 
     Rows of many scenarios are grouped by an operator of our own; in ONNX, which has none, all scenarios are computed.
+
+    Raises:
+        UserError: its `forward` is no such graph.
     """
     batch = Dim("batch")
     # More than 2 rows, or than there are scenarios: a number of the example must not be taken for another one of the network.
     with torch.no_grad(), dense_dispatch() if kind == "onnx" else nullcontext():
-        return torch.export.export(scorer, scorer.example(11), dynamic_shapes={"x": {0: batch}, "scenario": {0: batch}})
+        try:
+            return torch.export.export(scorer, scorer.example(11), dynamic_shapes={"x": {0: batch}, "scenario": {0: batch}})
+        except Exception as error:  # of any class: torch's own, and those of the method
+            raise UserError(
+                f"{type(scorer.network).__name__}: its forward is not one graph for batches of every size, so it cannot be"
+                f" exported: no branch on values of tensors, x.shape[0] instead of len(x). torch.export says: {error}"
+            ) from error
 
 
 def save_network(program: ExportedProgram, path: Path, kind: Format) -> None:
@@ -131,7 +139,6 @@ def save_network(program: ExportedProgram, path: Path, kind: Format) -> None:
         raise UserError(f"--format onnx needs packages that are not installed ({error}): pip install 'mmlrec[onnx]'") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.getLogger("onnxscript").setLevel(logging.ERROR)
         onnx_program = torch.onnx.export(
             program, dynamo=True, input_names=["x", "scenario"], output_names=["scores"], external_data=False, verbose=False
         )

@@ -9,7 +9,7 @@ from typing import Any
 from mmlrec.errors import DataError
 
 CARD = "model.json"
-#: The form of exported folders that this release reads.
+#: Of the folder that this release writes and reads: raised when a reader of the form before would read something wrong.
 FORM = 1
 AGAIN = "Export the model again: python -m apps.export --run-dir RUN --out MODEL."
 
@@ -47,6 +47,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: an exported model of form {form!r}, this release reads {FORM}. {AGAIN}")
     if wrong := _mismatch(card, _WANTED, ""):
         raise DataError(f"{path} is damaged: {wrong}. {AGAIN}")
+    if not card["lookups"]:
+        raise DataError(f"{path} is damaged: lookups is empty. {AGAIN}")
     tables = {table["name"] for table in card["tables"]}
     for branch in card["lookups"]:
         for lookup in branch:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.encoding.encoder import ENCODER_FILE, Encoder
 from mmlrec.encoding.inputs import Inputs
+from mmlrec.encoding.specs import RawColumn
 from mmlrec.errors import DataError
 from mmlrec.paths import local_path
 from mmlrec.serving.card import AGAIN, CARD, read_card
@@ -57,12 +59,15 @@ class Model:
     Attributes:
         card: `model.json`.
         encoder: raw rows to what the network reads.
+        columns: raw columns that rows must have: those of the encoder, without the scenario's where the network has none.
         outputs: names of the scores, in order: tasks, and what else the method says, such as cvr.
     """
 
     def __init__(self, card: dict[str, Any], encoder: Encoder, tables: dict[str, Table], network: Network) -> None:
         self.card = card
         self.encoder = encoder
+        self._with_scenario: bool = card["multi_scenario"]
+        self.columns: dict[str, RawColumn] = encoder.needed(scenario=self._with_scenario)
         self.outputs: tuple[str, ...] = tuple(card["network"]["outputs"])
         self._tables = tables
         self._network = network
@@ -72,8 +77,8 @@ class Model:
         """Scores of raw rows: probabilities, or values in the unit of the labels.
 
         Args:
-            rows: a pandas DataFrame, an Arrow table or a list of dicts, with the columns of the raw data (`encoder.columns`);
-                others are passed over. Unseen ids and missing cells are taken as in training.
+            rows: a pandas DataFrame, an Arrow table or a list of dicts, with the columns of the raw data (`columns`); others
+                are passed over. Unseen ids and missing cells are taken as in training.
 
         Returns:
             The same kind of thing with the same rows in the same order, and a column `score.<output>` for each output; a
@@ -83,8 +88,11 @@ class Model:
             DataError: a column is missing, a cell is of another kind, or a scenario is one that training did not know and has
                 no rule for. The message names column and row.
         """
-        inputs = self.encoder.inputs(raw_table(rows, self.encoder.columns))
-        return scores_like(rows, self.outputs, self.score_inputs(inputs))
+        return scores_like(rows, self.outputs, self.score_table(raw_table(rows, self.columns)))
+
+    def score_table(self, rows: pa.Table) -> NDArray[np.float32]:
+        """Scores of raw rows with the columns of `columns`, [B, num_outputs]. Raises as `score`."""
+        return self.score_inputs(self.encoder.inputs(rows, scenario=self._with_scenario))
 
     def score_inputs(self, inputs: Inputs) -> NDArray[np.float32]:
         """Scores of encoded rows, [B, num_outputs]: probabilities, or values in the unit of the labels.
@@ -95,7 +103,7 @@ class Model:
         for start in range(0, inputs.num_rows, _CHUNK_ROWS):
             stop = min(start + _CHUNK_ROWS, inputs.num_rows)
             scenario = np.zeros(stop - start, np.int64)
-            if self.card["multi_scenario"]:
+            if self._with_scenario:
                 scenario[:] = inputs.scenario[start:stop]
             scores[start:stop] = self._network(self._looked_up(inputs, start, stop), scenario)
         return scores
@@ -103,11 +111,11 @@ class Model:
     def example(self) -> dict[str, Any]:
         """A raw row, of the examples in the card; what has none there is missing."""
         examples = {feature["name"]: feature["examples"] for feature in self.card["features"]}
-        row: dict[str, Any] = dict.fromkeys(self.encoder.columns)
+        row: dict[str, Any] = dict.fromkeys(self.columns)
         for spec in self.encoder.features:
             if row[spec.column] is None and examples.get(spec.name):
                 row[spec.column] = examples[spec.name][0]
-        if self.encoder.scenario is not None:
+        if self.encoder.scenario is not None and self._with_scenario:
             row[self.encoder.scenario.column] = next(iter(self.encoder.scenario.known))
         return row
 

@@ -73,17 +73,26 @@ def _named(names: list[Any], columns: Mapping[str, RawColumn]) -> list[str]:
     return [name for name in columns if name in there]
 
 
-def _array(values: Sequence[Any] | pandas.Series, column: RawColumn) -> pa.Array:
+def _array(values: list[Any] | pandas.Series, column: RawColumn) -> pa.Array:
     """Cells of a column. The encoder takes every type, but texts beside numbers are of none: they become texts."""
     try:
         found = pa.array(values, from_pandas=True)
-        if column.is_list or not pa.types.is_nested(found.type):
+        if not _one_by_one(found.type, column):
             return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
     except (pa.ArrowException, OverflowError, UnicodeEncodeError):
         pass
+    if not isinstance(values, list):
+        values = values.astype(object).where(values.notna(), None)
     if column.is_list:
         return _lists(list(values), column)
     return pa.array([_text(row, value, column) for row, value in enumerate(values)], pa.string())
+
+
+def _one_by_one(found: pa.DataType, column: RawColumn) -> bool:
+    """Whether cells are looked at one by one: the encoder would refuse all of them, where a single one may be wrong."""
+    if not column.is_list:
+        return bool(pa.types.is_nested(found) or (pa.types.is_floating(found) and pa.types.is_string(column.type)))
+    return pa.types.is_list(found) and pa.types.is_floating(found.value_type) and pa.types.is_string(column.type.value_type)
 
 
 def _lists(values: list[Any], column: RawColumn) -> pa.Array:
@@ -98,6 +107,7 @@ def _lists(values: list[Any], column: RawColumn) -> pa.Array:
 def _text(row: int, value: Any, column: RawColumn) -> str | None:
     """A cell as text, as the encoder would write it."""
     number = isinstance(value, (float, np.floating))
+    kind = column.type.value_type if column.is_list else column.type
     if value is None or (number and value != value):
         return None
     if isinstance(value, str):
@@ -108,9 +118,8 @@ def _text(row: int, value: Any, column: RawColumn) -> str | None:
         return value
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
-    if isinstance(value, (int, np.integer)) or (number and not pa.types.is_string(column.type)):
+    if isinstance(value, (int, np.integer)) or (number and not pa.types.is_string(kind)):
         return str(value)
-    kind = column.type.value_type if column.is_list else column.type
     wanted = "text or an integer" if pa.types.is_string(kind) else "a number" if pa.types.is_floating(kind) else "an integer"
     raise _refusal(row, f"{column.name} must be {wanted}", value)
 

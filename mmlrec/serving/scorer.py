@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
@@ -96,9 +96,7 @@ class Scorer:
     def _score(self, group: list[tuple[_Waiting, pa.Table]]) -> None:
         """Score requests whose columns have the same types; where that fails, each alone, so that its own rows are named."""
         try:
-            together = pa.concat_tables([table for _, table in group])
-            inputs = self._model.encoder.inputs(together)
-            scores = self._model.score_inputs(inputs)
+            scores = self._model.score_table(pa.concat_tables([table for _, table in group]))
         except Exception as error:  # given to the one who asked
             if len(group) == 1:
                 group[0][0].answer.set_exception(_as_request_error(error))
@@ -122,7 +120,7 @@ class Scorer:
             raise RequestError(
                 413, f"{len(rows):,} rows are more than {self._max_rows:,}, the most of a request: send several."
             )
-        return raw_table(rows, self._model.encoder.columns)
+        return raw_table(rows, self._model.columns)
 
     def _answer(self, scores: NDArray[np.float32]) -> bytes:
         """JSON text of scores. What is no number, such as where a task has no head for a row's scenario, is null."""
@@ -140,13 +138,21 @@ def _as_request_error(error: Exception) -> Exception:
 
 def _json(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=_no_number)
+        return json.loads(body, parse_constant=_no_number, object_pairs_hook=_object)
     except RecursionError as error:
         raise RequestError(400, "the body is nested too deeply.") from error
     except ValueError as error:
         raise RequestError(
             400, f'the body is no JSON: {error}. Send {{"rows": [{{...}}, ...]}}; /docs shows an example.'
         ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key '{twice[:80]}' twice")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

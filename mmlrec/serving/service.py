@@ -80,6 +80,7 @@ class Service:
             title=f"Scores of {card.get('name', 'a model')}",
             description="Raw rows in, scores out. Each row holds the columns of the raw data; a missing value is null.",
             version=mmlrec.__version__,
+            redirect_slashes=False,  # which sends clients to whatever host their request names
         )
         app.add_api_route(_SCORE, self._score, methods=["POST"], response_class=Response, openapi_extra=self._openapi())
         app.add_api_route("/health", self._health, methods=["GET"], response_class=Response)
@@ -154,7 +155,7 @@ class Service:
             name: {
                 "description": f"for {' and '.join(column.uses)}; {column.type}, or text that stands for it; null is missing"
             }
-            for name, column in self._model.encoder.columns.items()
+            for name, column in self._model.columns.items()
         }
         row = {"type": "object", "properties": columns, "required": list(columns)}
         score = {

@@ -1,8 +1,10 @@
 """`python -m apps.export` on runs of real trainings: the folder, the proof, and what is refused without a trace."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -88,8 +90,11 @@ def predicted(run_app, run, folder, tmp_path):
 def test_the_folder_scores_as_predictions_do(which, data, run_of, run_app, tmp_path):
     run, folder = run_of(which), data[RUNS[which][-1]]
     out = tmp_path / "deep" / "model"
-    code, error = run_app("export", "--run-dir", run, "--out", out)
-    assert code == 0, error
+    if which == "ranks":
+        export_by_two(run, out, tmp_path)
+    else:
+        code, error = run_app("export", "--run-dir", run, "--out", out)
+        assert code == 0, error
     model = load(out)
     scores = model.score_inputs(encoded(folder, model))
     assert len(scores) == 90
@@ -151,14 +156,14 @@ def test_onnx_scores_alike_and_a_process_prints_the_proof(run_of, data, tmp_path
     assert np.isfinite(model.score_inputs(encoded(data["mixed"], model))).all()
 
 
-def test_several_processes_export_as_one(run_of, tmp_path):
-    out = tmp_path / "model"
-    arguments = [sys.executable, "-m", "apps.export", "--run-dir", str(run_of("ranks")), "--out", str(out)]
+def export_by_two(run, out, tmp_path):
+    """By two processes, and look whether the tables are those of the checkpoint."""
+    arguments = [sys.executable, "-m", "apps.export", "--run-dir", str(run), "--out", str(out)]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     started = start_ranks(arguments, logs)
     assert [rank.wait(300) for rank in started] == [0, 0], logs[0].read_text()
     weight = load(out)._tables["t0"].weight
-    saved = torch.cat(list(mmlrec.export.model.TableRows(run_of("ranks") / "checkpoints" / "best", [T0]).read(T0, 1000)))
+    saved = torch.cat(list(mmlrec.export.model.TableRows(run / "checkpoints" / "best", [T0]).read(T0, 1000)))
     assert np.array_equal(weight, saved.numpy())
     assert weight.shape == (50, 4)
 
@@ -186,6 +191,36 @@ def test_scores_that_differ_leave_nothing(run_of, run_app, tmp_path, monkeypatch
     assert nothing_left(tmp_path)
     # Of quantised tables the loss is told, not refused.
     assert run_app("export", "--run-dir", run_of("mmoe"), "--out", tmp_path / "model", "--tables", "int8")[0] == 0
+
+
+def test_a_signal_while_tables_are_written_leaves_nothing(run_of, run_app, tmp_path, monkeypatch):
+    honest = mmlrec.export.model.write_table
+
+    def while_stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        honest(*arguments)
+
+    monkeypatch.setattr(mmlrec.export.model, "write_table", while_stopped)
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", tmp_path / "model")
+    assert code == 85
+    assert "not written: stopped by a signal" in error
+    assert nothing_left(tmp_path)
+
+
+def test_what_has_come_to_the_place_meanwhile_is_not_replaced(run_of, run_app, tmp_path, monkeypatch):
+    honest, out = mmlrec.export.model.exported_scores, tmp_path / "model"
+
+    def while_others_write(*arguments):
+        out.mkdir()
+        (out / "mine").write_text("kept")
+        return honest(*arguments)
+
+    monkeypatch.setattr(mmlrec.export.model, "exported_scores", while_others_write)
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", out)
+    assert code == 2
+    assert "model exists" in error
+    assert (out / "mine").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_an_encoder_that_gives_other_ids_leaves_nothing(run_of, data, run_app, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from mmlrec.errors import UserAdvice
+from mmlrec.errors import UserAdvice, UserError
 from mmlrec.export.network import Scorer, export_network, save_network
 from mmlrec.metrics.exact import log_ratio
 from mmlrec.models.base.chain import ChainModel
@@ -159,6 +159,14 @@ def test_branches_that_were_left_out_have_no_score(tmp_path):
         np.testing.assert_array_equal(np.isnan(scores), scenario.numpy() == 1)
         known = scenario.numpy() != 1
         np.testing.assert_allclose(scores[known], expected(net, x, scenario)["t0"][known], rtol=0, atol=1e-6)
+
+
+def test_a_forward_that_branches_on_values_is_told():
+    net = network("mlp", spec_of("mtl"))
+    honest = net.forward
+    net.forward = lambda x, *more: honest(x if float(x.sum()) > 0 else -x, *more)
+    with pytest.raises(UserError, match=r"MLP: its forward is not one graph .*no branch on values of tensors"):
+        export_network(Scorer(net, {}), "pt2")
 
 
 def test_one_branch_alone_reads_rows_as_other_methods_do(tmp_path):

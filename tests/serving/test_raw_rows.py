@@ -89,6 +89,10 @@ REFUSED = {
     "object": (put("user", {"id": 1}), r"row 2 .*user must be text or an integer, found \{'id': 1\}"),
     "list": (put("age", [3]), r"row 2 .*age must be a number, found \[3\]"),
     "fraction": (put("user", 7.5), r"row 2 .*user must be text or an integer, found 7.5"),
+    "fraction beside integers": (
+        lambda rows: [row.update(user=7.5 if at == 2 else 7) for at, row in enumerate(rows)],
+        r"row 2 .*user must be text or an integer, found 7.5",
+    ),
     "no list": (put("tags", 5), r"row 2 .*tags must be a list in each row, found 5"),
     "list of lists": (put("tags", [[5]]), r"row 2 .*tags must be an integer, found \[5\]"),
     "list of words": (put("tags", ["x"]), r"row 2 .*tags must be an integer"),
@@ -105,6 +109,27 @@ def test_what_is_refused_names_row_and_column(toy, name):
     rows = broken(change)
     with pytest.raises(DataError, match=words):
         toy[0].score(rows)
+
+
+def test_without_scenarios_in_the_model_none_is_needed(tmp_path):
+    contents = tables("fp32", ROWS, DIM)
+    weight = write_model(tmp_path / "model", contents, multi_scenario=False)
+    model, rows = serving.load(tmp_path / "model"), raw_rows(40)
+    expected = scores_by_hand(encoded_by_hand(rows), contents, [LOOKUPS], weight, multi_scenario=False)
+    for given in (rows, [row | {"place": "street"} for row in rows], [row | {"place": None} for row in rows]):
+        np.testing.assert_allclose(array(model.score(given)), expected, atol=2e-6)
+    without = pd.DataFrame(rows).drop(columns="place")
+    np.testing.assert_allclose(model.score(without), expected, atol=2e-6)
+    assert "place" not in model.columns
+    assert "place" not in model.example()
+
+
+def test_marks_of_pandas_for_missing_cells_beside_cells_of_several_types(toy):
+    rows = broken(put("user", 7))
+    rows[1]["user"] = None
+    frame = pd.DataFrame(rows)
+    frame.loc[1, "user"] = pd.NA
+    np.testing.assert_array_equal(toy[0].score(frame).to_numpy(), array(toy[0].score(rows)).astype(np.float32))
 
 
 def test_wrong_kinds_of_rows(toy):

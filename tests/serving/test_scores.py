@@ -93,6 +93,7 @@ DAMAGES = {
     "half a card": (_cut("model.json"), "model.json is damaged: no JSON"),
     "later form": (_edit(lambda card: card.update(form=2)), "an exported model of form 2, this release reads 1"),
     "no lookups": (_edit(lambda card: card.pop("lookups")), "model.json is damaged: lookups is missing"),
+    "empty lookups": (_edit(lambda card: card.update(lookups=[])), "model.json is damaged: lookups is empty"),
     "bad rows": (_edit(lambda card: card["tables"][0].update(rows="9")), r"tables\[0\].rows is '9', not of type int"),
     "unlisted": (_edit(lambda card: card["lookups"][0][0].update(table="x")), "in table 'x', which is not listed"),
     "half a network": (_cut("network.pt2"), "network.pt2: the network cannot be read"),

@@ -85,6 +85,9 @@ def rows_with(**change):
 REFUSED = {
     "malformed": (400, '{"rows": [}', r"the body is no JSON: Expecting value: line 1 column 11"),
     "empty": (400, "", r"the body is no JSON: Expecting value"),
+    "key twice": (400, '{"rows": [{"user": "u1", "user": "u2"}]}', r"the body is no JSON: an object has the key 'user' twice"),
+    "rows twice": (400, '{"rows": [], "rows": [{}]}', r"the body is no JSON: an object has the key 'rows' twice"),
+    "above float64": (422, rows_with(price=0).replace(": 0,", ": 1e999,"), r"row 1 .*: price must be a finite number"),
     "no utf-8": (400, b'{"rows": ["\xff"]}', r"the body is no JSON: .*utf-8"),
     "nan": (400, '{"rows": [{"age": NaN}]}', r"NaN is no number in JSON: write null"),
     "deep": (400, "[" * 100_000, r"nested too deeply"),
@@ -112,7 +115,7 @@ def test_refusals(client, name):
 
 
 def test_what_is_not_there(client):
-    for answered, status in ((client.get("/nothing"), 404), (client.get("/score"), 405)):
+    for answered, status in ((client.get("/nothing"), 404), (client.post("/score/"), 404), (client.get("/score"), 405)):
         assert answered.status_code == status
         assert "There are POST /score" in answered.json()["error"]
 
