@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -264,9 +264,11 @@ def _placed(
 def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
     """What the kinds of sharding cost a rank, the chosen one first."""
     times = {kind: max(shard.perf.total for shard in option.shards if shard.perf) for kind, option in options.items()}
-    words = [f"{kind} {times[kind]:.3g} ms" for kind in sorted(times, key=lambda kind: (kind != chosen, times[kind]))]
-    quickest = min(times.values()) == times[chosen]
-    return f"{words[0]} on a rank, {', '.join(words[1:])}" + ("" if quickest else ": chosen for memory or balance of the ranks")
+    words = []
+    for kind in sorted(times, key=lambda kind: (kind != chosen, times[kind])):
+        on = len(options[kind].shards)
+        words.append(f"{kind} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
+    return ", ".join(words)
 
 
 def _shortage(tight: Sequence[PlacedTable], optimizer: str, hardware: Hardware, reserved: int) -> str:
@@ -288,8 +290,3 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
             own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
             found[shard.rank] += own + shard.buffers
     return found
-
-
-def unlimited(hardware: Hardware) -> Hardware:
-    """The same ranks with more memory than any table takes."""
-    return replace(hardware, memory=2**62)

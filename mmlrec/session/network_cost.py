@@ -41,7 +41,7 @@ def network_cost(network: MultiTaskModel, *, bf16: bool) -> NetworkCost:
 
 def _step(network: MultiTaskModel, rows: int, bf16: bool) -> tuple[float, float]:
     spec = network.spec
-    branches = [spec.num_heads] if network.tables_per_branch else []
+    branches = [len(network.branches)] if network.tables_per_branch else []
     x = torch.rand(rows, *branches, spec.input_width, requires_grad=True)
     views = x.split([*spec.fields.values(), spec.num_dense], dim=-1)
     fields = dict(zip(spec.fields, views, strict=False))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Feature, Scenario, Split, Table, Task
 from mmlrec.storage.places import Place
-from mmlrec.yaml_config import StrictModel, load_with_base
+from mmlrec.yaml_config import StrictModel, read_yaml, validate_section
 
 
 class DescribedTable(StrictModel):
@@ -16,7 +16,7 @@ class DescribedTable(StrictModel):
     name: str
     rows: int = Field(ge=1)
     dim: int | None = Field(default=None, gt=0, multiple_of=4, description="Width; embeddings.dim when absent.")
-    pooling_length: float = Field(default=1.0, ge=0, description="Mean number of ids of a row.")
+    pooling_length: float = Field(default=1.0, gt=0, description="Mean number of ids of a row.")
 
 
 class TableList(StrictModel):
@@ -63,12 +63,9 @@ def read_table_list(path: Place) -> TableList:
     """Read a description of tables.
 
     Raises:
-        DataError: it is missing, or says something that tables do not have.
+        DataError: it is missing.
+        ConfigError: it says something that tables do not have.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file. --tables takes a description of tables (docs/scaling.md) or a dataset folder.")
-    try:
-        return TableList.model_validate(load_with_base(path, {}))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in error.errors())
-        raise DataError(f"{path}: {problems}.") from error
+    return validate_section(TableList, read_yaml(path), prefix="", source=str(path))
