@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from apps.cli import Parser, add_import, all_imported, run
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
 from mmlrec.storage.places import place
@@ -127,6 +127,8 @@ def main() -> None:
         beside = {"alternatives": [other.as_dict() for other in others], "would_fit": helps}
         arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
     print(text(plan, others, helps))
+    if plan.missing:
+        raise UserError(f"this does not fit: {plan.missing / _GIB:.2f} GiB too many on rank {plan.fullest.rank}. See above.")
 
 
 def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, DatasetManifest, dict[str, int]]:

@@ -18,8 +18,6 @@ from mmlrec.schema import DatasetManifest, Feature, Table
 
 #: Rows drawn from one random stream. Part of the definition of the initial weights: changing it changes every run.
 _BLOCK_ROWS = 16384
-#: Blocks that are drawn before they are copied.
-_PIECE_BLOCKS = 4
 
 
 def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | None = None) -> list[EmbeddingBagConfig]:
@@ -120,10 +118,10 @@ def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
     for key, weight in tables.state_dict().items():
         name = key.removeprefix("embedding_bags.").removesuffix(".weight")
         for shard, offsets in local_shards(weight):
-            # Piece by piece: a second copy of a whole shard would not fit beside a large one.
+            # Block by block: a second copy of a whole shard would not fit beside a large one.
             first, end = offsets[0], offsets[0] + shard.shape[0]
             while first < end:
-                stop = min(end, (first // _BLOCK_ROWS + _PIECE_BLOCKS) * _BLOCK_ROWS)
+                stop = min(end, (first // _BLOCK_ROWS + 1) * _BLOCK_ROWS)
                 rows = initial_rows(name, first, stop, weight.shape[1], std, seed)
                 shard[first - offsets[0] : stop - offsets[0]] = rows[:, offsets[1] : offsets[1] + shard.shape[1]]
                 first = stop
