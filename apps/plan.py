@@ -32,7 +32,10 @@ examples:
 
 Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of bandwidths, to compare plans by.
 """
-_UNITS = {"": 1, **{f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))}}
+_UNITS = {
+    "": 1,
+    **{f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))},
+}
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
 
@@ -45,7 +48,9 @@ def size(text: str) -> int:
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|)", text)
     if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size: a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB"
+        )
     return int(float(found[1]) * _UNITS[found[2]])
 
 
@@ -68,7 +73,11 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="YAML file, or the name of a shipped one, such as scaling/dlrm-v2")
     what.add_argument(
-        "--compare", nargs=2, type=place, metavar=("A", "B"), help="two plans: files of --json, plan.json of a run, or run folders"
+        "--compare",
+        nargs=2,
+        type=place,
+        metavar=("A", "B"),
+        help="two plans: files of --json, plan.json of a run, or run folders",
     )
     parser.add_argument("--tables", type=place, help="a description of tables, or a dataset folder; default: dataset.path")
     parser.add_argument("--hosts", type=count, default=1, help="machines (1)")
@@ -139,7 +148,8 @@ def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, 
     there = arguments.tables or place(config.dataset.path)
     if arguments.tables is None and not (there / MANIFEST).is_file():
         raise ConfigError(
-            f"there is no dataset {there}: make it first, or describe its tables in a file and give --tables FILE (docs/scaling.md)."
+            f"there is no dataset {there}: make it first, or describe its tables in a file and give --tables FILE"
+            " (docs/scaling.md)."
         )
     if there.is_dir():
         return config, DatasetManifest.load(there), {}
@@ -159,9 +169,10 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
     unit = "GPU" if hardware.device == "cuda" else "process"
     rates = hardware.bandwidths
     lines = [
-        f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s), {_gib(hardware.memory)} GiB a"
-        f" {unit}, of which {_gib(hardware.usable)} are planned with | GiB/s a rank: {_gib(rates.in_host)} in a host,"
-        f" {_gib(rates.between_hosts)} between hosts, {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
+        f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s),"
+        f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
+        f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts, {_gib(rates.memory)} memory"
+        f" | {plan.request.operations / 1e12:g} TFLOP/s",
         f"global batch {config.training.batch_size:,}, tables with {config.embeddings.optimizer.name},"
         f" network {config.model['name']} with {config.dense.optimizer.name},"
         f" {sum(p.numel() for p in plan.network.parameters()):,} parameters",
@@ -187,11 +198,21 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
     if others:
         base: list[Any] = ["as given", *_figures(plan)]
         rows = [base, *([other.change, *_figures(other.plan)] for other in others)]
-        lines += ["", "Alternatives", tabulate(rows, headers=["change", "ranks", "fits", "fullest rank, GiB", "step, ms", "samples/s"], disable_numparse=True)]
+        lines += [
+            "",
+            "Alternatives",
+            tabulate(
+                rows, headers=["change", "ranks", "fits", "fullest rank, GiB", "step, ms", "samples/s"], disable_numparse=True
+            ),
+        ]
     if warnings := plan.warnings():
         lines += ["", "Warnings", *(f"* {warning}." for warning in warnings)]
     if plan.missing:
-        lines += ["", "What would make it fit", *(f"* {remedy}" for remedy in helps or ["nothing of what was tried: more hosts, another optimizer, a smaller dim"])]
+        lines += [
+            "",
+            "What would make it fit",
+            *(f"* {remedy}" for remedy in helps or ["nothing of what was tried: more hosts, another optimizer, a smaller dim"]),
+        ]
     return "\n".join(lines)
 
 
@@ -221,7 +242,10 @@ def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
         ]
         for name, r in named
     ]
-    sums = [sum(getattr(rank, part) for rank in ranks) for part in ("weights", "state", "network", "activations", "buffers", "total")]
+    sums = [
+        sum(getattr(rank, part) for rank in ranks)
+        for part in ("weights", "state", "network", "activations", "buffers", "total")
+    ]
     return [*rows, ["all together", *map(_gib, sums), ""]]
 
 

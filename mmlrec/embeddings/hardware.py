@@ -1,4 +1,4 @@
-"""What ranks run on, as far as a plan depends on it. Read from this machine, or said by the user of machines he does not have."""
+"""What ranks run on, as far as a plan depends on it: read from this machine, or said of machines that are not at hand."""
 
 from __future__ import annotations
 

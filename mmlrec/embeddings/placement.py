@@ -175,6 +175,7 @@ def place_tables(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
+        enumerator=enumerator,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(0.0),
         proposer=proposers,
@@ -184,8 +185,11 @@ def place_tables(
         # plan() on every rank is deterministic; collective_plan() hangs the others when rank 0 raises.
         found: Any = planner.plan(module, [sharder]).plan["tables"]
     except PlannerError as error:
-        tight = placed(flattest, {name: "needs least memory on the fullest rank" for name in wanted})
-        raise TablesDoNotFit(_shortage(tight, config.optimizer.name, hardware, reserved), tight) from error
+        tight = placed(flattest, dict.fromkeys(wanted, "needs least memory on the fullest rank"))
+        fullest = max(bytes_of_ranks(tight, config.optimizer.name, world_size)) + reserved
+        if fullest <= hardware.usable:
+            return tight
+        raise TablesDoNotFit(_shortage(fullest, config.optimizer.name, hardware), tight) from error
     chosen = {name: (found[name].sharding_type, list(found[name].ranks)) for name in wanted}
     reasons = {
         name: why if len(wanted[name]) == 1 else _comparison(options[name], chosen[name][0]) for name, (_, why) in asked.items()
@@ -209,9 +213,9 @@ def _asked(
             )
     found: dict[str, tuple[list[str], str]] = {}
     for name, rows in sizes.items():
-        sharding, key = config.table_sharding.get(name, config.sharding), "embeddings.sharding"
+        sharding, key = config.sharding, "embeddings.sharding"
         if name in config.table_sharding:
-            key = f"embeddings.table_sharding.{name}"
+            sharding, key = config.table_sharding[name], f"embeddings.table_sharding.{name}"
         if world_size == 1:
             found[name] = ["table_wise" if sharding == "auto" else sharding], "there is one rank"
         elif too_small(rows, world_size):
@@ -271,14 +275,14 @@ def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
     return ", ".join(words)
 
 
-def _shortage(tight: Sequence[PlacedTable], optimizer: str, hardware: Hardware, reserved: int) -> str:
-    needs = [need + reserved for need in bytes_of_ranks(tight, optimizer, hardware.world_size)]
+def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
     gib = 2**30
     return (
         f"embeddings.sharding: no plan fits {hardware.world_size} ranks of {hardware.memory / gib:.2f} GiB, of which"
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of '{optimizer}',"
-        f" their buffers and the network take {max(needs) / gib:.2f} GiB on the fullest rank, {(max(needs) - hardware.usable) / gib:.2f}"
-        " too many. python -m apps.plan shows what would fit: more ranks, another embeddings.optimizer.name, a smaller embeddings.dim."
+        f" their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
+        f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
+        " embeddings.optimizer.name, a smaller embeddings.dim."
     )
 
 

@@ -53,9 +53,7 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
 
 
-def given_placement(
-    there: str, sizes: Mapping[str, tuple[int, int]], world_size: int
-) -> dict[str, tuple[str, list[int]]]:
+def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], world_size: int) -> dict[str, tuple[str, list[int]]]:
     """Sharding and ranks of each table, as a plan says.
 
     Args:
@@ -88,7 +86,8 @@ def given_placement(
             )
         if row.sharding == "row_wise" and world_size > 1 and too_small(row.rows, world_size):
             raise ConfigError(
-                f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {world_size} ranks some. {again}"
+                f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {world_size} ranks"
+                f" some. {again}"
             )
     return {name: (row.sharding, row.ranks) for name, row in found.items()}
 
@@ -100,7 +99,9 @@ def compare_plans(first: str | Place, second: str | Place) -> str:
         DataError: one cannot be read.
     """
     plans = [read_plan(there) for there in (first, second)]
-    totals = [[key, *values] for key, values in zip(_TOTALS, zip(*(_totals(*plan) for plan in plans), strict=True), strict=True)]
+    totals = [
+        [key, *values] for key, values in zip(_TOTALS, zip(*(_totals(*plan) for plan in plans), strict=True), strict=True)
+    ]
     tables = [{row.table: row for row in rows} for rows, _ in plans]
     differing = []
     for name in sorted(tables[0].keys() | tables[1].keys()):
@@ -139,7 +140,7 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
         f"{max(loads):.2f}",
         f"{min(loads):.2f}",
         f"{beside['step_ms']:.3f}" if "step_ms" in beside else "not in this file",
-        {True: "yes", False: "no"}.get(beside.get("fits", None), "not in this file"),
+        ("yes" if beside["fits"] else "no") if "fits" in beside else "not in this file",
     ]
 
 

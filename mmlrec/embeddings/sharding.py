@@ -79,9 +79,7 @@ def make_plan(
     if config.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
         given = given_placement(config.plan, sizes, hardware.world_size)
-    placed = place_tables(
-        tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given
-    )
+    placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
     generators = {
         table.name: row_wise(compute_kernel="fused")
         if table.sharding == "row_wise"

@@ -177,8 +177,8 @@ class TrainingPlan:
         config, hardware = self.request.config, self.request.hardware
         if self.missing:
             yield (
-                f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB, {hardware.usable / _GIB:.2f}"
-                f" of its {hardware.memory / _GIB:.2f} GiB can be planned with: {self.missing / _GIB:.2f} GiB too many"
+                f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
+                f" {hardware.usable / _GIB:.2f} of its {hardware.memory / _GIB:.2f} GiB can be planned with: {self.missing / _GIB:.2f} GiB too many"
             )
         elif self.fullest.total > _TIGHT * hardware.usable:
             yield (
@@ -281,8 +281,11 @@ def _some(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def plan_training(request: Request) -> TrainingPlan:
+def plan_training(request: Request, known: TrainingPlan | None = None) -> TrainingPlan:
     """Place the tables of a training and predict what it takes; reads no row, needs no GPU and no process group.
+
+    Args:
+        known: another plan of the same network, whose cost need not be measured again if its tables are as wide.
 
     Raises:
         ConfigError: the method, its options or the setting do not fit, `embeddings` names tables that are not there, or a
@@ -294,8 +297,11 @@ def plan_training(request: Request) -> TrainingPlan:
         raise ConfigError(f"no such table: '{min(unknown)}'.")
     spec = build_spec(config, manifest)
     fields = {f.name: request.dims.get(f.table or "", embeddings.dim) for f in manifest.sparse_features}
-    network = build_network(config, replace(spec, fields=fields), request.source)
-    cost = network_cost(network, bf16=config.training.precision == "bf16")
+    if known is not None and known.network.spec.fields == fields:
+        network, cost = known.network, known.cost
+    else:
+        network = build_network(config, replace(spec, fields=fields), request.source)
+        cost = network_cost(network, bf16=config.training.precision == "bf16")
     branches = table_branches(network, manifest)
     configs = table_configs(manifest, embeddings.dim, branches)
     tables = build_tables([replace(c, embedding_dim=request.dims.get(c.name.split("/")[-1], c.embedding_dim)) for c in configs])
@@ -353,30 +359,31 @@ class Alternative:
 
 def alternatives(plan: TrainingPlan) -> list[Alternative]:
     """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
-    request = replace(plan.request.with_embeddings(plan=None), beyond=())
+    return [
+        Alternative(change, plan_training(other, plan), trainable=not other.beyond) for change, other in _changes(plan.request)
+    ]
+
+
+def _changes(given: Request) -> Iterator[tuple[str, Request]]:
+    request = given.with_embeddings(plan=None)
     hardware, embeddings = request.hardware, request.config.embeddings
-    found = []
     for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
         if hosts:
-            found.append(Alternative(_hosts(hosts), plan_training(_on_hosts(request, hosts))))
-    names = ["adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])]
-    for name in names:
+            yield _hosts(hosts), _on_hosts(request, hosts)
+    for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
         if name != embeddings.optimizer.name:
             optimizer = embeddings.optimizer.model_copy(update={"name": name})
-            other = request.with_embeddings(optimizer=optimizer)
-            found.append(Alternative(f"embeddings.optimizer.name={name}", plan_training(other)))
+            yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
     for dim in (embeddings.dim * 2, embeddings.dim // 2):
-        if dim % 4 == 0 and not request.dims:
-            found.append(Alternative(f"embeddings.dim={dim}", plan_training(request.with_embeddings(dim=dim))))
+        if dim and dim % 4 == 0 and not request.dims:
+            yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
     if hardware.world_size > 1:
         for sharding in ("auto", "table_wise", "row_wise"):
-            if sharding != embeddings.sharding or plan.request.config.embeddings.plan or embeddings.table_sharding:
-                other = request.with_embeddings(sharding=sharding, table_sharding={})
-                found.append(Alternative(f"embeddings.sharding={sharding}", plan_training(other)))
+            if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
+                yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
     if hardware.num_hosts > 1:
-        other = replace(request.with_embeddings(sharding="auto", table_sharding={}), beyond=("table_row_wise",))
-        found.append(Alternative("also table_row_wise: NOT TRAINABLE YET", plan_training(other), trainable=False))
-    return found
+        free = request.with_embeddings(sharding="auto", table_sharding={})
+        yield "also table_row_wise: NOT TRAINABLE YET", replace(free, beyond=("table_row_wise",))
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
@@ -396,7 +403,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
         while hosts <= _MOST_HOSTS and not _may_fit(plan, name, hosts):
             hosts *= 2
         while hosts <= _MOST_HOSTS:
-            larger = plan_training(_on_hosts(other, hosts))
+            larger = plan_training(_on_hosts(other, hosts), plan)
             if not larger.missing:
                 changes = [_hosts(hosts), *([f"embeddings.optimizer.name={name}"] if name != optimizers[0] else [])]
                 found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")

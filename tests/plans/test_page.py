@@ -65,24 +65,16 @@ def test_training_takes_the_plan_by_name(folder, scripts):
         done = run(line, folder)
         assert done.returncode == 0, done.stderr
     said = json.loads((folder / "plans/two.json").read_text())
-    # Another than training would choose: all that can be split is.
-    for table in said["tables"]:
-        if table["rows"] >= 100:
-            table |= {"sharding": "row_wise", "ranks": [0, 1]}
-        else:
-            table |= {"sharding": "table_wise", "ranks": [1]}
+    # Another than training would choose: the first is split, the rest lies on rank 1.
+    for number, table in enumerate(said["tables"]):
+        table |= {"sharding": "table_wise", "ranks": [1]} if number else {"sharding": "row_wise", "ranks": [0, 1]}
     (folder / "plans/two.json").write_text(json.dumps(said))
-    words = [*arguments(train)[: 1 + 2], *arguments(train)[3:], "training.max_steps=2"]
     logs = [folder / f"rank-{rank}.log" for rank in (0, 1)]
-    here = Path.cwd()
-    ranks = start_ranks([word.replace("runs/", f"{folder}/runs/").replace("plans/", f"{folder}/plans/") for word in words]
-                        + [f"dataset.path={folder}/data/synthetic"], logs)
+    ranks = start_ranks([*arguments(train), "training.max_steps=2"], logs, cwd=folder)
     assert [rank.wait(300) for rank in ranks] == [0, 0], logs[0].read_text()
-    assert here == Path.cwd()
     done = json.loads((folder / "runs/planned/plan.json").read_text())
-    assert [(t["table"], t["sharding"], t["ranks"]) for t in done] == [
-        (t["table"], t["sharding"], t["ranks"]) for t in said["tables"]
-    ]
+    placed = [(t["table"], t["sharding"], t["ranks"]) for t in done]
+    assert placed == [(t["table"], t["sharding"], t["ranks"]) for t in said["tables"]]
     assert {t["sharding"] for t in done} == {"row_wise", "table_wise"}
     told = run(compare, folder)
     assert told.returncode == 0, told.stderr
@@ -91,12 +83,9 @@ def test_training_takes_the_plan_by_name(folder, scripts):
     done = run("python -m apps.evaluate --run-dir runs/planned", folder)
     assert done.returncode == 0, done.stderr
     # And trains on, by its own plan only.
-    wrong = run(f"python -m apps.train --config {folder}/runs/planned/config.yaml --run-dir runs/planned training.max_steps=4", folder)
+    again = "python -m apps.train --config runs/planned/config.yaml --run-dir runs/planned training.max_steps=4"
+    wrong = run(again, folder)
     assert wrong.returncode == 2
     assert "the training has 1 rank(s)" in wrong.stderr
-    right = run(
-        f"python -m apps.train --config {folder}/runs/planned/config.yaml --run-dir runs/planned training.max_steps=4"
-        " embeddings.plan=null",
-        folder,
-    )
+    right = run(f"{again} embeddings.plan=null", folder)
     assert right.returncode == 0, right.stderr

@@ -42,7 +42,12 @@ def small(tables, hardware, *, dim=8, embeddings=(), batch_size=1024):
     )
     keys = {"dim": dim, **dict(embeddings)}
     config = load_config(
-        {"dataset": {"path": "data/none"}, "embeddings": keys, "training": {"batch_size": batch_size}, "model": {"name": "mmoe"}}
+        {
+            "dataset": {"path": "data/none"},
+            "embeddings": keys,
+            "training": {"batch_size": batch_size},
+            "model": {"name": "mmoe"},
+        }
     )
     return Request(config, described.manifest(), hardware, 1e11, {}, "small")
 
@@ -120,7 +125,9 @@ def test_times_follow_bandwidths_by_hand():
     tables = {"a": (100_000, 8)}
     slow = plan_training(small(tables, hardware, dim=128, embeddings={"sharding": "row_wise"}))
     bandwidths = replace(CPU, in_host=CPU.in_host / 2)
-    halved = plan_training(small(tables, replace(hardware, bandwidths=bandwidths), dim=128, embeddings={"sharding": "row_wise"}))
+    halved = plan_training(
+        small(tables, replace(hardware, bandwidths=bandwidths), dim=128, embeddings={"sharding": "row_wise"})
+    )
     assert halved.step["all_reduce"] == pytest.approx(2 * slow.step["all_reduce"])
     assert halved.step["vectors"] == pytest.approx(2 * slow.step["vectors"])
     assert halved.step["lookup"] == pytest.approx(slow.step["lookup"])
@@ -134,7 +141,9 @@ def test_times_follow_bandwidths_by_hand():
 
 def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
     hardware = Hardware(4, 4, "cuda", 8 * GIB, GPU)
-    plan = plan_training(small({"a": (10**6, 100), "b": (1000, 1), "c": (3, 1)}, hardware, embeddings={"sharding": "table_wise"}))
+    plan = plan_training(
+        small({"a": (10**6, 100), "b": (1000, 1), "c": (3, 1)}, hardware, embeddings={"sharding": "table_wise"})
+    )
     told = "\n".join(plan.warnings())
     (rank,) = next(table.ranks for table in plan.tables if table.name == "a")
     assert f"rank {rank} is overloaded" in told
@@ -177,8 +186,6 @@ def test_operations_of_an_mlp_by_hand(tmp_path):
     products = (3 * 8 + 2) * 64 + 64 * 32 + 32
     # Forward, gradient of the inputs and of the weights: two operations for each weight in each.
     assert plan.cost.operations == pytest.approx(6 * products, rel=0.02)
-
-
 
 
 @pytest.mark.parametrize(
