@@ -171,8 +171,8 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
     lines = [
         f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s),"
         f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
-        f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts, {_gib(rates.memory)} memory"
-        f" | {plan.request.operations / 1e12:g} TFLOP/s",
+        f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts,"
+        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
         f"global batch {config.training.batch_size:,}, tables with {config.embeddings.optimizer.name},"
         f" network {config.model['name']} with {config.dense.optimizer.name},"
         f" {sum(p.numel() for p in plan.network.parameters()):,} parameters",

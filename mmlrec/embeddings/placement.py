@@ -202,12 +202,12 @@ def _asked(
 ) -> dict[str, tuple[list[str], str]]:
     """Sharding types that come into question for each table, and why where it is only one."""
     sizes = {c.name: c.num_embeddings for c in configs}
-    for name, sharding in config.table_sharding.items():
+    for name, named in config.table_sharding.items():
         if name not in sizes:
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, sizes)} Tables: {', '.join(sizes)}."
             )
-        if sharding == "row_wise" and too_small(sizes[name], world_size) and world_size > 1:
+        if named == "row_wise" and too_small(sizes[name], world_size) and world_size > 1:
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
             )
@@ -279,8 +279,8 @@ def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
     gib = 2**30
     return (
         f"embeddings.sharding: no plan fits {hardware.world_size} ranks of {hardware.memory / gib:.2f} GiB, of which"
-        f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of '{optimizer}',"
-        f" their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
+        f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
+        f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
         " embeddings.optimizer.name, a smaller embeddings.dim."
     )

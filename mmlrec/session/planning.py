@@ -178,7 +178,8 @@ class TrainingPlan:
         if self.missing:
             yield (
                 f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
-                f" {hardware.usable / _GIB:.2f} of its {hardware.memory / _GIB:.2f} GiB can be planned with: {self.missing / _GIB:.2f} GiB too many"
+                f" {hardware.usable / _GIB:.2f} of its {hardware.memory / _GIB:.2f} GiB can be planned with:"
+                f" {self.missing / _GIB:.2f} GiB too many"
             )
         elif self.fullest.total > _TIGHT * hardware.usable:
             yield (
