@@ -209,5 +209,8 @@ def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, 
     plan = plan_training(Request(load(str(config), []), DatasetManifest.load(data.folder), hardware, 1e11, {}, "x"))
     for rank in plan.ranks:
         found = json.loads((tmp_path / f"rank-{rank.rank}.json").read_text())
-        assert found["growth"] == pytest.approx(rank.weights + rank.state, rel=0.1), rank
+        if rank.weights:
+            assert found["growth"] == pytest.approx(rank.weights + rank.state, rel=0.1), rank
+        else:  # Two tables, each whole on one of four ranks.
+            assert found["growth"] < 0.01 * sum(table.rows for table in plan.tables) * 64 * 4, rank
         assert [(row["sharding"], row["ranks"]) for row in found["plan"]] == [(t.sharding, t.ranks) for t in plan.tables]
