@@ -31,6 +31,7 @@ _MAY_DIFFER = (
     "dataset.path",
     "embeddings.sharding",
     "embeddings.table_sharding",
+    "embeddings.plan",
     "training.max_steps",
     "training.epochs",
     "training.eval_batch_size",

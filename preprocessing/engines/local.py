@@ -177,6 +177,10 @@ def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]
         found["weights"] = {split: of_split.weights.statistics() for split, of_split in written.items()}
     if "train" in written and (ranges := written["train"].ranges):
         found["within_ranges"] = {name: squeeze.statistics() for name, squeeze in ranges.items()}
+    multi = [feature.name for feature in dataset.features if feature.kind == "multi"]
+    if "train" in written and multi:
+        rows = max(written["train"].split.num_rows, 1)
+        found["mean_lengths"] = {name: written["train"].num_ids[name] / rows for name in multi}
     if dataset.scenario:
         found["scenario_rows"] = {n: sum(split.scenario_rows[n] for split in splits) for n in names[1:]}
     return found
