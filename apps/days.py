@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from apps.cli import Parser, add_import, all_imported, run
 from mmlrec.extensions import import_modules
@@ -61,6 +62,8 @@ def main() -> None:
     from mmlrec.registry import load
 
     for override in arguments.overrides:
+        if "=" not in override and Path(override).exists():
+            raise ConfigError(f"{override}: the shell has spelt out --days. Put the pattern into quotes, so that it leaves it.")
         if override.startswith(("dataset.path=", "run_dir=")):
             raise ConfigError(f"{override}: is of each day; give --days and --run-dir.")
     days = find_days(arguments.days)

@@ -54,7 +54,21 @@ class EmbeddingsConfig(StrictModel):
     optimizer: TableOptimizerConfig = TableOptimizerConfig()
     sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
     table_sharding: dict[str, Literal["table_wise", "row_wise"]] = Field(default={}, description="Table name -> sharding.")
+    plan: str | None = Field(
+        default=None, description="A plan of apps.plan, or plan.json of a run, to place the tables by; instead of sharding."
+    )
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
+
+    @field_validator("plan")
+    @classmethod
+    def _can_be_reached(cls, path: str | None) -> str | None:
+        return None if path is None else _checked_path(path)
+
+    @model_validator(mode="after")
+    def _one_says_where(self) -> EmbeddingsConfig:
+        if self.plan is not None and (self.sharding != "auto" or self.table_sharding):
+            raise ValueError("plan says where every table lies: leave sharding and table_sharding out, or plan")
+        return self
 
 
 class DenseOptimizerConfig(StrictModel):

@@ -305,6 +305,13 @@ class DatasetManifest(_Contract):
         values = self.statistics.get("label_values", {}).get(task, {}).get("train", {})
         return {name: (of["mean"], of["deviation"]) for name, of in values.items() if of["mean"] is not None}
 
+    def mean_length(self, feature: Feature) -> float | None:
+        """Mean number of ids of a train row; None where it is not recorded, and for numbers."""
+        if feature.kind == "multi":
+            found: float | None = self.statistics.get("mean_lengths", {}).get(feature.name)
+            return found
+        return 1.0 if feature.kind == "sparse" else None
+
     def text(self) -> str:
         """Content of `manifest.json`."""
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"

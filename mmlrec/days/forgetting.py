@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.errors import DataError, UserError
-from mmlrec.run_folder.folder import write_atomically
+from mmlrec.run_folder.folder import delete_leftovers, write_atomically
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import DatasetManifest
 from mmlrec.storage.parquet import open_parquet
@@ -89,6 +89,7 @@ def save_seen(run_dir: Place, seen: LastSeen) -> None:
     arrays: dict[str, Any] = {_PREFIX + table: days for table, days in seen.items()}
     np.savez(content, **arrays)
     try:
+        delete_leftovers(run_dir / LAST_SEEN)
         write_atomically(run_dir / LAST_SEEN, content.getvalue())
     except OSError as error:
         raise unwritable(run_dir, error) from error

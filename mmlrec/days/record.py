@@ -17,10 +17,15 @@ from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day
 from mmlrec.distributed.world import World
 from mmlrec.errors import ConfigError, UserError
-from mmlrec.run_folder.folder import RunFolder, data_state, differences, write_atomically
+from mmlrec.run_folder.folder import RunFolder, data_state, delete_leftovers, differences, write_atomically
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import facts_digest
 from mmlrec.storage.places import Place, read
+
+#: What the line of a day has, see `Record`.
+KEYS = ("day", "dataset", "data", "rows", "new_ids", "next_day", "unseen", "forgotten", "step")
+#: Of training: a run may go on for longer, but not a day, as the next one has begun with what came of it.
+_LENGTH = ("epochs", "max_steps")
 
 
 class Record:
@@ -57,6 +62,7 @@ class Record:
             try:
                 if (self.folder / "config.yaml").is_file():
                     raise ConfigError(f"{self.folder} holds a run; days have a folder of their own. Choose another --run-dir.")
+                self._clear()
                 self.lines = self._read()
                 if self.lines:
                     self._check_settings(config, forget_after)
@@ -90,13 +96,21 @@ class Record:
                 error = cause
         self._world.raise_together(error)
 
+    def _clear(self) -> None:
+        try:
+            for path in (self._settings, self._lines):
+                delete_leftovers(path)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
     def _read(self) -> list[dict[str, Any]]:
         if not self._lines.is_file():
             return []
         try:
             lines = [dict(json.loads(line)) for line in read(self._lines).splitlines()]
-            if any(not isinstance(line["day"], str) for line in lines):
-                raise ValueError("a day has no name")
+            for number, line in enumerate(lines, start=1):
+                if missing := [key for key in KEYS if key not in line]:
+                    raise ValueError(f"line {number} has no '{missing[0]}'")
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self._lines} is damaged: {error}. Bring it back, or choose another --run-dir.") from error
         return lines
@@ -108,6 +122,10 @@ class Record:
         except (FileNotFoundError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             raise UserError(f"{self._settings} is damaged: {error}. Bring it back, or choose another --run-dir.") from error
         different = differences(config_before, config)
+        for key in _LENGTH:
+            before_and_now = getattr(config_before.training, key), getattr(config.training, key)
+            if before_and_now[0] != before_and_now[1]:
+                different[f"training.{key}"] = before_and_now
         if forgotten_before != forget_after:
             different["--forget-after"] = forgotten_before, forget_after
         if different:

@@ -20,7 +20,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import StorageError, UserError
 from mmlrec.evaluation.evaluation import evaluate_splits
-from mmlrec.run_folder.folder import RunFolder
+from mmlrec.run_folder.folder import RunFolder, delete_leftovers
 from mmlrec.run_folder.one_writer import hold
 from mmlrec.schema import SPLITS, DatasetManifest
 from mmlrec.session.session import load_session
@@ -140,7 +140,10 @@ def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dic
     logger.info("%s: measuring the model of %s on all its rows", day.name, run_dir.name)
     session, *_ = load_session(RunFolder(run_dir), world, [], day.folder)
     with StopSignal(world) as stop:
-        return evaluate_splits(session, SPLITS, stop, day.folder)
+        found = evaluate_splits(session, SPLITS, stop, day.folder)
+    del session
+    gc.collect()  # its tables, before those of the next model are made
+    return found
 
 
 def _draw(record: Record) -> None:
@@ -150,6 +153,7 @@ def _draw(record: Record) -> None:
         logger.info("curves need matplotlib, which is not installed: pip install 'mmlrec[plots]', and the same command again")
         return
     try:
+        delete_leftovers(record.folder / CURVES)
         draw_days(record.lines, record.folder / CURVES)
     except (OSError, StorageError) as error:
         logger.warning("%s could not be written: %s", record.folder / CURVES, error)

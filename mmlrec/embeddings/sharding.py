@@ -1,41 +1,25 @@
-"""Which rank holds which rows: sharders, plans and the plan report."""
+"""Placements as torchrec's sharding plans; the plan report; table optimizers."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.embeddings.hardware import Hardware, host_memory
+from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
-from mmlrec.errors import ConfigError, did_you_mean
-
-#: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
-#: wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
-SHARDING_TYPES = ["table_wise", "row_wise"]
-
-
-class PortableSharder(EmbeddingBagCollectionSharder):
-    """Offers the portable sharding types on every device; TorchRec's own hides row-wise on CPU."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        """`SHARDING_TYPES`, whatever the device."""
-        return SHARDING_TYPES
-
-    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Only the fused kernel: the others ignore the table optimizer."""
-        return ["fused"]
+from mmlrec.errors import ConfigError
 
 
 def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
@@ -64,94 +48,59 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
 
 
 def make_plan(
-    module: nn.Module,
     path: str,
     tables: EmbeddingBagCollection | NoTables,
     config: EmbeddingsConfig,
+    hardware: Hardware,
     *,
-    world_size: int,
-    local_world_size: int,
-    device: torch.device,
     batch_size: int,
+    lengths: Mapping[str, float] | None = None,
+    reserved: int = 0,
 ) -> ShardingPlan:
-    """The sharding plan of the tables found at `path` in `module`; the same on every rank, without communication.
+    """The sharding plan of the tables found at `path` in the model; the same on every rank, without communication.
 
     Args:
         batch_size: rows per rank, for the planner's cost model.
+        lengths: feature -> mean number of ids of a row.
+        reserved: bytes of each rank that the rest of the model takes.
 
     Tables with too few rows for row-wise sharding, which would leave a rank without any, are placed table-wise.
 
     Raises:
-        ConfigError: a table that does not exist or is too small for the sharding it is given by name, or no placement fits
-            the memory.
+        ConfigError: a table that does not exist or is too small for the sharding it is given by name, no placement fits
+            the memory, or the plan that `embeddings.plan` names is of other tables or ranks.
     """
     names = [c.name for c in tables.embedding_bag_configs()]
     if config.table_sharding and not names:
         raise ConfigError("embeddings.table_sharding: the dataset has no tables, all its features are numbers. Leave it out.")
     if isinstance(tables, NoTables):
         return ShardingPlan({})
-    # The fused kernel reads beyond the end of memory where a rank's last shard has no rows.
-    small = {
-        c.name
-        for c in tables.embedding_bag_configs()
-        if -(-c.num_embeddings // world_size) * (world_size - 1) >= c.num_embeddings
+    given = None
+    if config.plan is not None:
+        sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
+        given = given_placement(config.plan, sizes, hardware.world_size)
+    placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
+    generators = {
+        table.name: row_wise(compute_kernel="fused")
+        if table.sharding == "row_wise"
+        else table_wise(rank=table.ranks[0], compute_kernel="fused")
+        for table in placed
     }
-    for name in config.table_sharding:
-        if name not in names:
-            raise ConfigError(
-                f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, names)} Tables: {', '.join(names)}."
-            )
-        if config.table_sharding[name] == "row_wise" and name in small and world_size > 1:
-            raise ConfigError(
-                f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
-            )
-    sharder = PortableSharder()
-    wanted: dict[str, str] = {name: config.table_sharding.get(name, config.sharding) for name in names}
-    if world_size == 1:
-        wanted = {name: "table_wise" if sharding == "auto" else sharding for name, sharding in wanted.items()}
-    else:
-        wanted |= dict.fromkeys(small, "table_wise")
-    if "auto" in wanted.values():
-        constraints = {
-            name: ParameterConstraints(
-                sharding_types=SHARDING_TYPES if sharding == "auto" else [sharding], compute_kernels=["fused"]
-            )
-            for name, sharding in wanted.items()
-        }
-        topology = Topology(world_size=world_size, local_world_size=local_world_size, compute_device=device.type)
-        planner = EmbeddingShardingPlanner(topology=topology, batch_size=batch_size, constraints=constraints)
-        try:
-            # plan() on every rank is deterministic; collective_plan() hangs the others when rank 0 raises.
-            return planner.plan(module, [sharder])
-        except PlannerError as error:
-            raise ConfigError(f"embeddings.sharding: no plan fits {world_size} ranks: {error}") from error
-    return ShardingPlan({path: _fixed_plan(tables, wanted, sharder, world_size, local_world_size, device)})
-
-
-def _fixed_plan(
-    tables: EmbeddingBagCollection,
-    wanted: dict[str, str],
-    sharder: ModuleSharder[Any],
-    world_size: int,
-    local_world_size: int,
-    device: torch.device,
-) -> EmbeddingModuleShardingPlan:
-    load = [0] * world_size
-    generators = {}
-    for config in sorted(tables.embedding_bag_configs(), key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
-        if wanted[config.name] == "row_wise":
-            generators[config.name] = row_wise(compute_kernel="fused")
-        else:
-            rank = load.index(min(load))
-            load[rank] += config.num_embeddings * config.embedding_dim
-            generators[config.name] = table_wise(rank=rank, compute_kernel="fused")
-    return construct_module_sharding_plan(
-        tables, generators, sharder=sharder, local_size=local_world_size, world_size=world_size, device_type=device.type
+    plan = construct_module_sharding_plan(
+        tables,
+        generators,
+        sharder=PortableSharder(),
+        local_size=hardware.ranks_per_host,
+        world_size=hardware.world_size,
+        device_type=hardware.device,
     )
+    return ShardingPlan({path: plan})
 
 
-def plan_report(plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables) -> list[dict[str, Any]]:
-    """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights."""
+def plan_report(
+    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str
+) -> list[dict[str, Any]]:
+    """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights and state."""
     if isinstance(tables, NoTables):
         return []
     module_plan = plan.plan[path]
@@ -165,6 +114,7 @@ def plan_report(plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | 
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
             "weight_bytes": 4 * config.num_embeddings * config.embedding_dim,
+            "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
         for config in tables.embedding_bag_configs()
     ]
@@ -183,25 +133,14 @@ def check_memory(
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
     need = 0.0
     for table in report:
-        weights = table["weight_bytes"]
-        state = {"sgd": 0, "rowwise_adagrad": 4 * table["rows"], "adagrad": weights, "adam": 2 * weights}[optimizer]
-        need += (weights + state) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+        need += (table["weight_bytes"] + table["state_bytes"]) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory("MemAvailable")
     if need > free:
         raise ConfigError(
             f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
             f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
             " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, or fewer ids in preprocessing."
         )
-
-
-def _free_memory() -> float:
-    """Bytes that this node can still give out; infinite where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return float("inf")
 
 
 def plan_table(report: list[dict[str, Any]]) -> str:

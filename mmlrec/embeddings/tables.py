@@ -118,8 +118,13 @@ def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
     for key, weight in tables.state_dict().items():
         name = key.removeprefix("embedding_bags.").removesuffix(".weight")
         for shard, offsets in local_shards(weight):
-            rows = initial_rows(name, offsets[0], offsets[0] + shard.shape[0], weight.shape[1], std, seed)
-            shard.copy_(rows[:, offsets[1] : offsets[1] + shard.shape[1]])
+            # Block by block: a second copy of a whole shard would not fit beside a large one.
+            first, end = offsets[0], offsets[0] + shard.shape[0]
+            while first < end:
+                stop = min(end, (first // _BLOCK_ROWS + 1) * _BLOCK_ROWS)
+                rows = initial_rows(name, first, stop, weight.shape[1], std, seed)
+                shard[first - offsets[0] : stop - offsets[0]] = rows[:, offsets[1] : offsets[1] + shard.shape[1]]
+                first = stop
 
 
 def count_steps(tables: nn.Module, steps: int) -> None:

@@ -149,6 +149,7 @@ def evaluate_splits(
         of_split = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
         check_each_once(of_split.row, ranks)
         found.append(replace(of_split, row=np.empty(0, np.int64)))  # which is an eighth of the memory
+        del of_split  # the list alone has them, which `joined` empties
         for feature, count in unseen_ids(session, reader).items():
             unseen[feature] = unseen.get(feature, 0) + count
     named = " and ".join(splits)

@@ -72,6 +72,18 @@ class Slices:
         return found | {name: values[rows] for name, values in more.items() if values is not None}
 
 
+def by_scenario(
+    scenario: NDArray[np.integer], num_scenarios: int, order: NDArray[np.integer] | None = None
+) -> NDArray[np.integer]:
+    """An order of rows by scenario, and in each as before.
+
+    Args:
+        order: of the rows before; as they come when absent.
+    """
+    small = scenario.astype(np.min_scalar_type(num_scenarios))  # numpy sorts by small integers in one pass
+    return np.argsort(small, kind="stable") if order is None else _by(small, order)
+
+
 class Mean(NamedTuple):
     """A mean over rows that may be on several ranks: two sums without rounding.
 
@@ -145,12 +157,21 @@ class _Ranked(NamedTuple):
     negatives: NDArray[Any]
 
 
-def _ranked(keys: list[NDArray[Any]], score: Floats, positive: Bools, weight: Floats | None) -> _Ranked:
-    """Pairs (positive, negative) of rows with equal keys; with weights a pair counts the product of its rows' weights."""
-    order = np.lexsort((score, *reversed(keys))) if keys else np.argsort(score)
+def _by(key: NDArray[Any], order: NDArray[np.integer]) -> NDArray[np.integer]:
+    """An order of rows by a key, and where that is equal as before."""
+    return order[np.argsort(key[order], kind="stable")]
+
+
+def _ranked(
+    order: NDArray[np.integer], keys: list[NDArray[Any]], score: Floats, positive: Bools, weight: Floats | None
+) -> _Ranked:
+    """Pairs (positive, negative) of rows with equal keys; with weights a pair counts the product of its rows' weights.
+
+    Args:
+        order: of the rows by keys, the first before the others, and then by score.
+    """
     keys, score, positive = [key[order] for key in keys], score[order], positive[order]
     own = None if weight is None else weight[order].astype(np.float64)
-    del order
     if not len(score):
         return _Ranked(keys, *(np.zeros(0, np.int64 if own is None else np.float64) for _ in range(3)))
     new_key = np.append(True, np.zeros(len(score) - 1, bool))
@@ -216,10 +237,12 @@ def gaucs(rows: Slices, ranks: Ranks) -> list[float]:
     means = [Mean()] * (rows.num_scenarios + 1)
     for _, received in _rounds(rows, True, at, num_rounds * ranks.world_size, ranks):
         score, positive, weight = received["score"], received["positive"], received.get("weight")
-        every = _ranked([received["group"]], score, positive, weight)
+        order = _by(received["group"], np.argsort(score))
+        every = _ranked(order, [received["group"]], score, positive, weight)
         means[0] = means[0].plus(_mean_auc(every))
         if rows.num_scenarios:
-            own = _ranked([received["scenario"], received["group"]], score, positive, weight)
+            order = by_scenario(received["scenario"], rows.num_scenarios, order)
+            own = _ranked(order, [received["scenario"], received["group"]], score, positive, weight)
             borders = np.searchsorted(own.keys[0], np.arange(rows.num_scenarios + 1))
             for index, (start, stop) in enumerate(itertools.pairwise(borders)):
                 of_scenario = _Ranked([], own.right[start:stop], own.positives[start:stop], own.negatives[start:stop])
@@ -289,11 +312,13 @@ def _range_counts(received: dict[str, NDArray[Any]], num_scenarios: int) -> NDAr
     """Right pairs and what the classes count, over all rows of a range and in each scenario, [1 + S, 3]."""
     score, positive, weight = received["score"], received["positive"], received.get("weight")
     counts = np.zeros((num_scenarios + 1, 3), np.int64 if weight is None else np.float64)
-    every = _ranked([], score, positive, weight)
+    order: NDArray[np.integer] = np.argsort(score)
+    every = _ranked(order, [], score, positive, weight)
     if len(score):
         counts[0] = every.right[0], every.positives[0], every.negatives[0]
     if num_scenarios:
-        own = _ranked([received["scenario"]], score, positive, weight)
+        order = by_scenario(received["scenario"], num_scenarios, order)
+        own = _ranked(order, [received["scenario"]], score, positive, weight)
         counts[1:][own.keys[0]] = np.stack([own.right, own.positives, own.negatives], axis=1)
     return counts
 

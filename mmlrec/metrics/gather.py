@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -111,11 +110,13 @@ def _hashed(row: npt.NDArray[np.int64] | range) -> int:
     return total % 2**64
 
 
-def joined(parts: Sequence[PredictionRows]) -> PredictionRows:
-    """The rows of all parts, one part behind the other; at least one."""
+def joined(parts: list[PredictionRows]) -> PredictionRows:
+    """The rows of all parts, one part behind the other; at least one. The list is emptied: no row is in memory twice."""
     if len(parts) == 1:
-        return parts[0]
-    return PredictionRows(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(PredictionRows)})
+        return parts.pop()
+    columns = [dict(vars(part)) for part in parts]
+    parts.clear()
+    return PredictionRows(**{f.name: np.concatenate([of.pop(f.name) for of in columns]) for f in fields(PredictionRows)})
 
 
 def gather_rows(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import statistics
 import warnings
@@ -18,6 +20,7 @@ from mmlrec.metrics.exact import (
     Mean,
     Slices,
     aucs,
+    by_scenario,
     conditional_logit,
     entropy,
     gaucs,
@@ -258,17 +261,20 @@ def _means(
     Args:
         values: of scores and labels, each [rows].
     """
-    found: list[list[Mean]] = [[] for _ in range(rows.num_scenarios + 1)]
+    found: list[list[Mean]] = [[] for _ in range(max(rows.num_scenarios, 1))]
     for start in range(0, max(rows.num_rows, 1), CHUNK_ROWS):
         some = start + np.flatnonzero(rows.present[start : start + CHUNK_ROWS])
+        borders = np.array([0, len(some)])
+        if rows.num_scenarios:
+            some = some[by_scenario(rows.scenario[some], rows.num_scenarios)]
+            borders = np.searchsorted(rows.scenario[some], np.arange(rows.num_scenarios + 1))
         every = values(rows.score[some], rows.label[some])
         weight = None if rows.weight is None else rows.weight[some]
-        found[0] = _plus(found[0], [Mean.of(each, weight) for each in every])
-        scenario = rows.scenario[some]
-        for index in range(rows.num_scenarios):
-            chosen = scenario == index
-            own = None if weight is None else weight[chosen]
-            found[index + 1] = _plus(found[index + 1], [Mean.of(each[chosen], own) for each in every])
+        for index, (first, stop) in enumerate(itertools.pairwise(borders)):
+            own = None if weight is None else weight[first:stop]
+            found[index] = _plus(found[index], [Mean.of(each[first:stop], own) for each in every])
+    if rows.num_scenarios:  # sums without rounding: those of all rows are those of all scenarios
+        found.insert(0, functools.reduce(_plus, found))
     together: list[list[Mean]] = [[] for _ in found]
     for of_rank in ranks.gather(found):
         together = [_plus(before, means) for before, means in zip(together, of_rank, strict=True)]

@@ -31,6 +31,7 @@ _MAY_DIFFER = (
     "dataset.path",
     "embeddings.sharding",
     "embeddings.table_sharding",
+    "embeddings.plan",
     "training.max_steps",
     "training.epochs",
     "training.eval_batch_size",
@@ -114,9 +115,8 @@ class RunFolder:
             ):  # which are appended to: a folder from elsewhere could name any file
                 if path.is_symlink() and path.is_file():
                     raise UserError(f"{path} is a link to another file, {path.resolve()}. Delete the link.")
-            for name in (self.config, self.environment, self.plan, self.dataset, self.init_from, self.metrics):
-                for leftover in self.path.glob(f"{name.name}.*.tmp"):
-                    leftover.unlink()
+            for file in (self.config, self.environment, self.plan, self.dataset, self.init_from, self.metrics):
+                delete_leftovers(file)
         except OSError as error:
             raise unwritable(self.path, error) from error
 
@@ -289,6 +289,17 @@ def write_atomically(path: Place, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def delete_leftovers(path: Place) -> None:
+    """Delete what `write_atomically` left of this file where its process was killed. Nobody else may be writing it.
+
+    Raises:
+        OSError: it stays.
+    """
+    if isinstance(path, Path):
+        for leftover in path.parent.glob(f"{path.name}.*.tmp"):
+            leftover.unlink()
 
 
 def differences(before: RunConfig, now: RunConfig, also: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:

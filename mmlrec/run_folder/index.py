@@ -6,12 +6,14 @@ anything. Here it may name only what an index consists of.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -148,8 +150,9 @@ class SavedTensor:
         """Byte of the file at which the numbers of a piece begin: they lie as they are in an archive of torch.save."""
         if piece not in self._begins:
             path = self._folder / where.relative_path
+            section = Section(partial(_range, path), where.offset, where.length)
             try:
-                with zipfile.ZipFile(io.BufferedReader(_Slice(path, where.offset, where.length), _TAIL_BYTES)) as archive:
+                with zipfile.ZipFile(io.BufferedReader(section, _TAIL_BYTES)) as archive:
                     (info,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
                 header = _range(path, where.offset + info.header_offset, 30)
             except (ValueError, zipfile.BadZipFile, struct.error) as error:
@@ -179,28 +182,37 @@ def saved_tensors(folder: Place) -> dict[str, SavedTensor]:
     }
 
 
-class _Slice(io.RawIOBase):
-    """Some bytes of a file, as a file."""
+class Section(io.RawIOBase):
+    """Some bytes of a file, as a file; zipfile looks for the directory of an archive at its end.
 
-    def __init__(self, path: Place, start: int, num_bytes: int) -> None:
+    Args:
+        content: of the file, so many bytes from a place on.
+    """
+
+    def __init__(self, content: Callable[[int, int], bytes], start: int, num_bytes: int) -> None:
         super().__init__()
-        self._path, self._start, self._num_bytes, self._position = path, start, num_bytes, 0
+        self._content, self._start, self._num_bytes, self._position = content, start, num_bytes, 0
 
     def readable(self) -> bool:
+        """It is."""
         return True
 
     def seekable(self) -> bool:
+        """It is."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As files do."""
-        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence] + offset
+        """As of a file."""
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        if origin + offset < 0:
+            raise OSError(errno.EINVAL, "before the begin of the section")
+        self._position = origin + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """As files do."""
+        """As of a file."""
         length = max(0, min(len(buffer), self._num_bytes - self._position))
-        found = _range(self._path, self._start + self._position, length) if length else b""
+        found = self._content(self._start + self._position, length) if length else b""
         buffer[: len(found)] = found
         self._position += len(found)
         return len(found)

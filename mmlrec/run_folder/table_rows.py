@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import io
-import os
 import zipfile
 from collections.abc import Iterator
 from typing import Any, cast
@@ -15,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from mmlrec.errors import CheckpointError, StorageError
 from mmlrec.run_folder import whole
-from mmlrec.run_folder.index import Reader
+from mmlrec.run_folder.index import Reader, Section
 from mmlrec.storage.places import Place
 
 
@@ -74,10 +71,13 @@ class TableRows:
 
     def _rows(self, stored: Any, count: int, dim: int, num_rows: int) -> Iterator[Tensor]:
         """A shard's rows. It is what `torch.save` writes: an archive, not compressed, with the numbers as one file in it."""
-        with (
-            self._reader.fs.create_stream(self._reader.path / stored.relative_path, "rb") as stream,
-            zipfile.ZipFile(_Section(stream, stored.offset, stored.length)) as archive,
-        ):
+        with self._reader.fs.create_stream(self._reader.path / stored.relative_path, "rb") as stream:
+
+            def bytes_of(start: int, num_bytes: int) -> bytes:
+                stream.seek(start)
+                return bytes(stream.read(num_bytes))
+
+            archive = zipfile.ZipFile(Section(bytes_of, stored.offset, stored.length))
             name = next(name for name in archive.namelist() if name.endswith("/data/0"))
             num_bytes = archive.getinfo(name).file_size
             if num_bytes != count * dim * 4:
@@ -86,38 +86,3 @@ class TableRows:
                 for start in range(0, count, num_rows):
                     content = bytearray(numbers.read(min(num_rows, count - start) * dim * 4))
                     yield torch.frombuffer(content, dtype=torch.float32).view(-1, dim)
-
-
-class _Section(io.RawIOBase):
-    """A part of a file as a file; zipfile looks for the directory of an archive at its end."""
-
-    def __init__(self, file: Any, start: int, num_bytes: int) -> None:
-        self._file, self._start, self._num_bytes, self._at = file, start, num_bytes, 0
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes from its beginning."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of a file."""
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
-        if origin + offset < 0:
-            raise OSError(errno.EINVAL, "before the begin of the section")
-        self._at = origin + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """As of a file."""
-        self._file.seek(self._start + self._at)
-        content = self._file.read(min(len(buffer), max(self._num_bytes - self._at, 0)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)

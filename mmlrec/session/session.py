@@ -23,7 +23,9 @@ from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
-from mmlrec.embeddings.sharding import PortableSharder, apply_table_optimizer, check_memory, make_plan, plan_report
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
+from mmlrec.embeddings.placement import PortableSharder
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
@@ -289,6 +291,18 @@ def _balancing(
     )
 
 
+def build_network(config: RunConfig, spec: ModelSpec, source: str) -> MultiTaskModel:
+    """The network of the configuration, for data of this kind.
+
+    Raises:
+        ConfigError: the method, its options or the setting do not fit.
+    """
+    options = model_config(config.model, config.model_defaults, source)
+    network_class = method(config.model["name"])
+    network_class.check_setting(spec)
+    return network_class(spec, options)
+
+
 class Parts(NamedTuple):
     """What a configuration makes of a dataset's manifest, before any table is built."""
 
@@ -327,11 +341,8 @@ def build_parts(
             f"{encoder}: a run needs rows of {', '.join(SPLITS)}, and here are those of {', '.join(manifest.splits)}, as new"
             " rows have them. Make a dataset to train on with --split train,valid,test."
         )
-    spec = build_spec(config, manifest)
-    options = model_config(config.model, config.model_defaults, source)
-    network_class = method(config.model["name"])
-    network_class.check_setting(spec)
-    network = network_class(spec, options)
+    network = build_network(config, build_spec(config, manifest), source)
+    spec = network.spec
     if config.dense.start_at_label_rates:
         network.start_at_label_rates(_label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
@@ -340,6 +351,35 @@ def build_parts(
     scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
     loss = _loss(config, balancing_options, network, manifest, scales)
     return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales, encoder)
+
+
+def table_branches(network: MultiTaskModel, manifest: DatasetManifest) -> list[str] | None:
+    """Names of the branches that have tables of their own; None where all share them."""
+    if not network.branches:
+        return None
+    names = branch_names(network.spec.setting, network.spec.tasks, manifest.scenario)
+    return [names[branch] for branch in network.branches]
+
+
+def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple[dict[str, float], list[str]]:
+    """Mean number of ids of a train row, by the names that features have in the tables; and those of which it is not known."""
+    prefixes = [""] if branches is None else [f"{branch}/" for branch in branches]
+    found = {feature.name: manifest.mean_length(feature) for feature in manifest.sparse_features}
+    known = {prefix + name: length for prefix in prefixes for name, length in found.items() if length is not None}
+    return known, [name for name, length in found.items() if length is None]
+
+
+def hardware_of(world: World) -> Hardware:
+    """What the ranks run on: equal ones, with the least memory that one of them has."""
+    least = -world.highest(-memory_of(world.device, world.local_world_size))
+    kind = world.device.type
+    return Hardware(world.world_size, world.local_world_size, kind, least, GPU if kind == "cuda" else CPU)
+
+
+def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
+    """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
+    copies = 2 + {"adam": 2, "adagrad": 1, "sgd": 0}[optimizer] + (world_size > 1)
+    return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 
 
 def build_session(
@@ -367,34 +407,39 @@ def build_session(
     """
     manifest, network, loss, balancing, scales, encoder = build_parts(config, source, begun, encoder, known_scales)
     spec = network.spec
-    prefixes = [""]
-    branches = None
-    if network.branches:
-        names = branch_names(spec.setting, spec.tasks, manifest.scenario)
-        branches = [names[branch] for branch in network.branches]
-        prefixes = [f"{name}/" for name in branches]
+    branches = table_branches(network, manifest)
+    prefixes = [""] if branches is None else [f"{name}/" for name in branches]
     tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
+    dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
     recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
+    lengths, unknown = mean_lengths(manifest, branches)
+    if unknown and for_training and world.world_size > 1 and world.is_main:
+        logger.info(
+            "%s does not record how many ids a row has of %s: the plan takes 1. Preprocess again to have them counted.",
+            config.dataset.path,
+            ", ".join(unknown),
+        )
+    update: dict[str, Any] = {"optimizer": optimizer_config}
+    if not for_training:
+        update["plan"] = None  # It is of the ranks of the training: other processes measure.
     plan = make_plan(
-        recommender,
         TABLES,
         tables,
-        config.embeddings,
-        world_size=world.world_size,
-        local_world_size=world.local_world_size,
-        device=world.device,
+        config.embeddings.model_copy(update=update),
+        hardware_of(world),
         batch_size=-(-config.training.batch_size // world.world_size),
+        lengths=lengths,
+        reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
-    report = plan_report(plan, TABLES, tables)
+    report = plan_report(plan, TABLES, tables, optimizer_config.name)
     check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
-    dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
     optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)
     kind = WithTables if manifest.sparse_features else WithoutTables

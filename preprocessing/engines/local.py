@@ -14,7 +14,6 @@ from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Feature
 from mmlrec.storage.places import Place
 from preprocessing.dataset import Dataset
-from preprocessing.encoding.against_train import AgainstTrain
 from preprocessing.encoding.encoder import Encoder
 from preprocessing.encoding.fitted import Fitted
 from preprocessing.encoding.identity import check_given, encoding_of
@@ -63,6 +62,7 @@ def build(
         encoder = Encoder(dataset.features, parity, fitted)
         memory = Memory(memory_bytes, raw.workers)
         if isinstance(dataset.split, InOrder):
+            assert fitted is None, "a dataset split in order has nothing fitted"
             assert not encoder.needs_fitting, "a dataset split in order comes encoded"
             if dataset.num_rows < 10:
                 raise DataError(f"{dataset.name}: {dataset.num_rows} rows are too few to be split 8:1:1; give at least 10.")
@@ -133,7 +133,6 @@ def _write_in_order(
     group_rows, names = row_group_size(borders[1], NUM_LANES), split_names(dataset.split)
     writers = [SplitWriter(folder, name, group_rows, dataset.tasks, dataset.scenario, scaled=dataset.scaled) for name in names]
     copies, missing = CopyCounter(folder / "scratch", borders[-1], memory.copy_bytes), MissingCounter(dataset.features, names)
-    against = AgainstTrain(dataset.features, names, encoder.given) if encoder.given else None
     start = 0
     with progress(f"{dataset.name}: encode, write", borders[-1]) as done:
         for batch in dataset.batches(raw):
@@ -145,15 +144,13 @@ def _write_in_order(
             splits = np.searchsorted(borders[1:-1], np.arange(start, start + batch.num_rows), side="right")
             copies.add(marked(row_hashes(batch, dataset.identity).to_numpy(), splits))
             missing.add(missing.counts(batch, splits))
-            if against is not None:
-                against.add(batch, encoded, splits)
             start += batch.num_rows
             done.update(batch.num_rows)
     assert start == dataset.num_rows, f"{start} rows were generated, {dataset.num_rows} announced"
     statistics = missing.statistics() | {"duplicates": copies.count().statistics(dataset.duplicates)}
     (folder / "scratch").rmdir()
     written = {name: writer.close() for name, writer in zip(names, writers, strict=True)}
-    return written, statistics | (against.statistics() if against else {})
+    return written, statistics
 
 
 def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]:
@@ -180,6 +177,10 @@ def _statistics(dataset: Dataset, written: dict[str, Written]) -> dict[str, Any]
         found["weights"] = {split: of_split.weights.statistics() for split, of_split in written.items()}
     if "train" in written and (ranges := written["train"].ranges):
         found["within_ranges"] = {name: squeeze.statistics() for name, squeeze in ranges.items()}
+    multi = [feature.name for feature in dataset.features if feature.kind == "multi"]
+    if "train" in written and multi:
+        rows = max(written["train"].split.num_rows, 1)
+        found["mean_lengths"] = {name: written["train"].num_ids[name] / rows for name in multi}
     if dataset.scenario:
         found["scenario_rows"] = {n: sum(split.scenario_rows[n] for split in splits) for n in names[1:]}
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -64,12 +65,14 @@ class Written:
         labels: regression task -> "all" or scenario -> its labels.
         ranges: scaled feature -> its values; of train only.
         weights: of the rows, where they have some.
+        num_ids: multi-valued feature -> its ids.
     """
 
     split: Split
     labels: dict[str, dict[str, Moments]]
     ranges: dict[str, Squeeze]
     weights: Moments
+    num_ids: Counter[str]
 
 
 class SplitWriter:
@@ -106,6 +109,7 @@ class SplitWriter:
         self._labels = {task.name: dict.fromkeys(self._names, Moments()) for task in tasks if task.kind == "regression"}
         self._ranges = dict.fromkeys(scaled if split == "train" else (), Squeeze())
         self._weights = Moments()
+        self._num_ids: Counter[str] = Counter()
         (folder / split).mkdir(exist_ok=True)
 
     @property
@@ -137,7 +141,7 @@ class SplitWriter:
                 for task, counts in zip(self._tasks, self._counts, strict=True)
             },
         )
-        return Written(split, self._labels, self._ranges, self._weights)
+        return Written(split, self._labels, self._ranges, self._weights, self._num_ids)
 
     def _path(self, index: int) -> str:
         return f"{self._split}/part-{self._first_part + index:05d}.parquet"
@@ -182,6 +186,9 @@ class SplitWriter:
         self._written.append(0)
 
     def _count(self, rows: pa.RecordBatch) -> None:
+        for field in rows.schema:
+            if pa.types.is_list(field.type) and pa.types.is_integer(field.type.value_type):
+                self._num_ids[field.name] += len(rows.column(field.name).flatten())
         num_scenarios = len(self._scenario_rows)
         scenario = rows.column(SCENARIO_COLUMN).to_numpy() if self._scenario else np.zeros(rows.num_rows, np.int64)
         if self._scenario:
@@ -217,7 +224,8 @@ def join_splits(written: list[Written]) -> Written:
         for task, of_task in written[0].labels.items()
     }
     ranges = {name: _joined([each.ranges[name] for each in written]) for name in written[0].ranges}
-    return Written(split, labels, ranges, _joined([each.weights for each in written]))
+    weights, num_ids = _joined([each.weights for each in written]), _joined([each.num_ids for each in written])
+    return Written(split, labels, ranges, weights, num_ids)
 
 
 def _joined(pieces: list[T]) -> T:

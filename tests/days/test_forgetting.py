@@ -33,7 +33,9 @@ def test_rows_that_were_absent_for_so_many_days_are_given_once_in_each_absence(t
             assert set(found.get(table, np.array([])).tolist()) == expected, (table, number)
             forgotten_before[table] = absent
         seen = note_seen(seen, day.folder, day.manifest, number)
+        (tmp_path / "last_seen.npz.0123456789ab.tmp").touch()  # of a process that was killed while it wrote
         save_seen(tmp_path, seen)
+        assert not list(tmp_path.glob("last_seen.npz.*"))
         seen = load_seen(tmp_path)
     assert any(forgotten_before["t0"])
 

@@ -7,7 +7,7 @@ import pytest
 
 from mmlrec.config import load_config
 from mmlrec.days.folders import check_extended, find_days, new_ids
-from mmlrec.days.record import Record, data_digest
+from mmlrec.days.record import KEYS, Record, data_digest
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import ConfigError, DataError, UserError
 from tests.datasets import with_vocabularies, write_dataset
@@ -75,8 +75,8 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     record = Record(folder, world)
     record.begin(config, 3, days[:2])
     for day in days[:2]:
-        record.put({"day": day.name, "data": data_digest(day), "step": None})
-    record.put({"day": "day-02", "data": data_digest(days[1]), "step": 7})
+        record.put(dict.fromkeys(KEYS) | {"day": day.name, "data": data_digest(day)})
+    record.put(dict.fromkeys(KEYS) | {"day": "day-02", "data": data_digest(days[1]), "step": 7})
 
     def begin(config=config, forget_after=3, days=days):
         again = Record(folder, world)
@@ -93,6 +93,13 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     other = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"dim": 8})})
     with pytest.raises(ConfigError, match=r"embeddings\.dim: 4 in the folder, 8 now"):
         begin(config=other)
+    twice = config.model_copy(update={"training": config.training.model_copy(update={"epochs": 2})})
+    with pytest.raises(ConfigError, match=r"training\.epochs: 1 in the folder, 2 now"):
+        begin(config=twice)
+    for name in ("days.yaml", "days.jsonl"):  # of a process that was killed while it wrote
+        (folder / f"{name}.0123456789ab.tmp").touch()
+    begin()
+    assert sorted(path.name for path in folder.iterdir()) == ["days.jsonl", "days.yaml"]
     with pytest.raises(ConfigError, match=r"--forget-after: 3 in the folder, None now"):
         begin(forget_after=None)
     write_day(tmp_path, 1, rows=44)
@@ -101,9 +108,10 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
     (folder / "days.yaml").write_text("config: 3\n")
     with pytest.raises(UserError, match=r"days\.yaml is damaged"):
         begin()
-    (folder / "days.jsonl").write_text(json.dumps({"step": 3}) + "\n")
-    with pytest.raises(UserError, match=r"days\.jsonl is damaged"):
-        begin()
+    for damaged, why in (({"step": 3}, "line 1 has no 'day'"), ({"day": "day-01", "step": 3}, "line 1 has no 'dataset'")):
+        (folder / "days.jsonl").write_text(json.dumps(damaged) + "\n")
+        with pytest.raises(UserError, match=rf"days\.jsonl is damaged: {why}"):
+            begin()
 
 
 def test_a_run_folder_is_no_folder_of_days(tmp_path, world):

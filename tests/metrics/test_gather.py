@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.errors import DataError
-from mmlrec.metrics.gather import Collected, PredictionRows, check_each_once, gather_rows
+from mmlrec.metrics.gather import Collected, PredictionRows, check_each_once, gather_rows, joined
 from mmlrec.metrics.ranks import ALONE
 from mmlrec.metrics.report import build_report
 from mmlrec.schema import Task
@@ -112,3 +113,23 @@ def test_ranks_with_any_number_of_rows_join_to_the_same_as_one_process(tmp_path)
                 aucs.append(right / pairs)
                 totals.append(sum(1 + row / 10 for row in rows))
         assert report["tasks"][task.name]["gauc"] == pytest.approx(np.average(aucs, weights=totals), rel=1e-6)
+
+
+def test_rows_of_several_splits_are_joined_without_being_in_memory_twice():
+    tracemalloc.start()
+    try:
+        parts = []
+        for start in (0, 100_000):
+            room = Collected(100_000)
+            room.add(batch(range(start, start + 100_000)))
+            parts.append(room.rows())
+        del room
+        expected = [part.row.sum() for part in parts]
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        rows = joined(parts)
+        assert tracemalloc.get_traced_memory()[1] < 1.4 * before
+    finally:
+        tracemalloc.stop()
+    assert (rows.row[:100_000].sum(), rows.row[100_000:].sum()) == tuple(expected)
+    assert len(rows.logits) == len(rows.mask) == 200_000

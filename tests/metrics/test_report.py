@@ -7,6 +7,7 @@ import pytest
 from sklearn import metrics as sk
 
 from mmlrec.errors import DataError
+from mmlrec.metrics import exact
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import build_report, report_table, seeds_table
 from mmlrec.schema import Scenario, Task
@@ -256,3 +257,37 @@ def test_rounding_of_float32_logits_is_no_certain_mistake():
     rows = dataclasses.replace(rows, logits=logits, labels=labels, mask=np.ones((4, 2), bool))
     report = build_report(rows, tasks=TASKS, scenario=None, chain=(0, 1))
     assert report["cvr"]["logloss"] == pytest.approx(np.log(1e7) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_scenarios_are_each_right_and_no_number_is_summed_more_than_once(monkeypatch, weighted):
+    """300 of them: more than fit into a byte. Sums of all rows are those of the scenarios, so each number is summed once."""
+    rng, num_rows = np.random.default_rng(3), 9000
+    label = (rng.random(num_rows) < 0.4).astype(np.float32)
+    scenario = rng.integers(0, 300, num_rows).astype(np.int32)
+    rows = PredictionRows(
+        logits=rng.normal(label, 1).astype(np.float32)[:, None],
+        labels=label[:, None],
+        mask=np.ones((num_rows, 1), bool),
+        scenario=scenario,
+        weight=rng.uniform(0.5, 2, num_rows).astype(np.float32) if weighted else np.ones(num_rows, np.float32),
+        group=rng.integers(0, 20, num_rows),
+        row=np.arange(num_rows),
+    )
+    summed, exact_sum = [0], exact.exact_sum
+
+    def counting(numbers):
+        summed[0] += len(numbers)
+        return exact_sum(numbers)
+
+    monkeypatch.setattr(exact, "exact_sum", counting)
+    report = build_report(rows, tasks=[Task(name="click")], scenario=Scenario(name="page", values=[str(i) for i in range(300)]))
+    assert summed[0] <= (7 if weighted else 4) * num_rows  # loss, label, probability, perhaps with weights; groups' AUCs
+    for index in (0, 127, 128, 255, 256, 299):
+        own = scenario == index
+        found, weight = report["tasks"]["click"]["scenarios"][str(index)], rows.weight[own]
+        logits = rows.logits[own, 0].astype(np.float64)
+        assert found["rows"] == own.sum()
+        assert found["auc"] == pytest.approx(sk.roc_auc_score(label[own], logits, sample_weight=weight), abs=1e-12)
+        loss = sk.log_loss(label[own], 1 / (1 + np.exp(-logits)), sample_weight=weight)
+        assert found["logloss"] == pytest.approx(loss, abs=1e-9)

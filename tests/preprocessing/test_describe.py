@@ -53,6 +53,15 @@ def table(found, title):
     return {row[0]: dict(zip(section.headers, row, strict=True)) for row in section.rows}
 
 
+def test_the_manifest_records_mean_lengths_of_lists_in_train(movielens):
+    manifest, rows = DatasetManifest.load(movielens), frames(movielens)["train"]
+    multi = [feature for feature in manifest.features if feature.kind == "multi"]
+    wanted = {feature.name: sum(map(len, rows[feature.name])) / len(rows) for feature in multi}
+    assert manifest.statistics["mean_lengths"] == pytest.approx(wanted)
+    assert min(wanted.values()) > 1
+    assert {feature.name: manifest.mean_length(feature) for feature in multi} == manifest.statistics["mean_lengths"]
+
+
 def test_ids_of_a_fitted_dataset_equal_those_that_pandas_counts(movielens):
     found = describe(movielens, 0)
     rows = frames(movielens)

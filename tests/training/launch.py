@@ -24,7 +24,7 @@ def free_port() -> int:
             return port
 
 
-def start_ranks(arguments: list[str], logs: list[Path]) -> list[Command]:
+def start_ranks(arguments: list[str], logs: list[Path], **options) -> list[Command]:
     """A command as the ranks of one process group, one for each log, without torchrun: rank 0 hosts the store."""
     port = str(free_port())
     ranks: list[Command] = []
@@ -37,7 +37,7 @@ def start_ranks(arguments: list[str], logs: list[Path]) -> list[Command]:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
-        ranks.append(Command(arguments, env=variables, log=log))
+        ranks.append(Command(arguments, env=variables, log=log, **options))
     return ranks
 
 

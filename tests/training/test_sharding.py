@@ -1,11 +1,10 @@
 """Plans: no rank gets a shard without rows, whatever the sizes; what a name asks for in vain is refused."""
 
 import pytest
-import torch
-from torch import nn
 from torchrec import EmbeddingBagConfig
 
 from mmlrec.config import ConfigError, EmbeddingsConfig
+from mmlrec.embeddings.hardware import CPU, Hardware
 from mmlrec.embeddings.sharding import make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables
 
@@ -15,19 +14,10 @@ ROWS = (1, 2, 3, 4, 5, 7, 9, 1000)
 def plan_of(world_size, **options):
     """The plan of tables t1, t2, ... that are named after their rows, and its report."""
     names = [EmbeddingBagConfig(name=f"t{n}", embedding_dim=4, num_embeddings=n, feature_names=[f"f{n}"]) for n in ROWS]
-    holder = nn.Module()
-    holder.tables = build_tables(names)
-    plan = make_plan(
-        holder,
-        "tables",
-        holder.tables,
-        EmbeddingsConfig(**options),
-        world_size=world_size,
-        local_world_size=world_size,
-        device=torch.device("cpu"),
-        batch_size=8,
-    )
-    return plan.plan["tables"], plan_report(plan, "tables", holder.tables)
+    tables = build_tables(names)
+    hardware = Hardware(world_size, world_size, "cpu", 2**30, CPU)
+    plan = make_plan("tables", tables, EmbeddingsConfig(**options), hardware, batch_size=8)
+    return plan.plan["tables"], plan_report(plan, "tables", tables, "adagrad")
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])

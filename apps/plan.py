@@ -1,0 +1,269 @@
+"""Plan a training on machines that need not be at hand: which rank holds which rows, memory, time of a step, alternatives.
+
+python -m apps.plan --config FILE --hosts 8 --gpus-per-host 8 --hbm 80GiB [key.path=value ...]
+python -m apps.plan --compare A B
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from apps.cli import Parser, add_import, all_imported, run
+from mmlrec.errors import ConfigError, UserError
+from mmlrec.extensions import import_modules
+from mmlrec.paths import local_path
+from mmlrec.storage.places import place
+
+if TYPE_CHECKING:
+    from mmlrec.config import RunConfig
+    from mmlrec.schema import DatasetManifest
+    from mmlrec.session.planning import Alternative, TrainingPlan
+
+_EPILOG = """\
+examples:
+  python -m apps.plan --config scaling/dlrm-v2 --tables configs/scaling/tables/dlrm-v2.yaml \\
+      --hosts 8 --gpus-per-host 8 --hbm 80GiB --json plan.json
+  torchrun ... -m apps.train --config ... embeddings.plan=plan.json
+  python -m apps.plan --compare plan.json runs/NAME
+
+Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of bandwidths, to compare plans by.
+"""
+_UNITS = {
+    "": 1,
+    **{f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))},
+}
+_GIB = 2**30
+_MOST_RANKS = 16  # that are printed one by one
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 80GiB.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|)", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no size: a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB"
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def count(text: str) -> int:
+    """A number of hosts or ranks.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number above 0, or more than a million.
+    """
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= 10**6:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to 1000000")
+    return int(text)
+
+
+def parse() -> argparse.Namespace:
+    """Command line of this entry point."""
+    parser = Parser(
+        prog="python -m apps.plan", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="YAML file, or the name of a shipped one, such as scaling/dlrm-v2")
+    what.add_argument(
+        "--compare",
+        nargs=2,
+        type=place,
+        metavar=("A", "B"),
+        help="two plans: files of --json, plan.json of a run, or run folders",
+    )
+    parser.add_argument("--tables", type=place, help="a description of tables, or a dataset folder; default: dataset.path")
+    parser.add_argument("--hosts", type=count, default=1, help="machines (1)")
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument("--gpus-per-host", type=count, metavar="N", help="GPUs of each, one rank each (8)")
+    ranks.add_argument("--processes-per-host", type=count, metavar="N", help="instead of GPUs: processes on CPUs")
+    parser.add_argument("--hbm", type=size, default="80GiB", help="memory of each GPU (80GiB)")
+    parser.add_argument("--ram", type=size, default="64GiB", help="memory of each host, with --processes-per-host (64GiB)")
+    parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
+    parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
+    parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
+    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in matrix products (GPU 20, CPU 0.1)")
+    parser.add_argument("--no-alternatives", action="store_true", help="plan what is given only")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
+    add_import(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Plan, print, and write what was asked for."""
+    arguments = parse()
+    import_modules(arguments.imports)
+    if arguments.compare:
+        from mmlrec.embeddings.plan_file import compare_plans
+
+        print(compare_plans(*arguments.compare))
+        return
+    from mmlrec.distributed.world import quiet_libraries
+    from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+    from mmlrec.registry import load
+    from mmlrec.session.planning import Request, alternatives, plan_training, remedies
+
+    quiet_libraries()
+    config = load(arguments.config, arguments.overrides)
+    config, manifest, dims = _data(config, arguments)
+    on_cpu = arguments.processes_per_host is not None
+    each = arguments.processes_per_host if on_cpu else arguments.gpus_per_host or 8
+    known = CPU if on_cpu else GPU
+    bandwidths = replace(
+        known,
+        between_hosts=arguments.bandwidth or known.between_hosts,
+        in_host=arguments.bandwidth_in_host or known.in_host,
+        memory=arguments.memory_bandwidth or known.memory,
+    )
+    memory = arguments.ram // each if on_cpu else arguments.hbm
+    hardware = Hardware(arguments.hosts * each, each, "cpu" if on_cpu else "cuda", memory, bandwidths)
+    tflops = arguments.tflops if arguments.tflops is not None else 0.1 if on_cpu else 20.0
+    if not 0 < tflops < 1e9:
+        raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
+    all_imported()
+    plan = plan_training(Request(config, manifest, hardware, 1e12 * tflops, dims, arguments.config))
+    others = [] if arguments.no_alternatives else alternatives(plan)
+    helps = remedies(plan, others) if plan.missing else []
+    if arguments.json:
+        beside = {"alternatives": [other.as_dict() for other in others], "would_fit": helps}
+        arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
+    print(text(plan, others, helps))
+    if plan.missing:
+        raise UserError(f"this does not fit: {plan.missing / _GIB:.2f} GiB too many on rank {plan.fullest.rank}. See above.")
+
+
+def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, DatasetManifest, dict[str, int]]:
+    """Configuration and manifest to plan with, and widths of tables that differ from `embeddings.dim`."""
+    from mmlrec.schema import MANIFEST, DatasetManifest, Setting
+    from mmlrec.session.table_list import read_table_list
+
+    there = arguments.tables or place(config.dataset.path)
+    if arguments.tables is None and not (there / MANIFEST).is_file():
+        raise ConfigError(
+            f"there is no dataset {there}: make it first, or describe its tables in a file and give --tables FILE"
+            " (docs/scaling.md)."
+        )
+    if there.is_dir():
+        return config, DatasetManifest.load(there), {}
+    described = read_table_list(there)
+    setting = Setting.MTL if described.scenarios == 1 else Setting.MSL if described.tasks == 1 else Setting.MTMSL
+    dataset = config.dataset.model_copy(update={"path": str(there), "tasks": None, "setting": setting})
+    return config.model_copy(update={"dataset": dataset}), described.manifest(), described.dims
+
+
+def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str:
+    """The plan as tables."""
+    from tabulate import tabulate
+
+    from mmlrec.session.planning import STEP
+
+    hardware, config = plan.request.hardware, plan.request.config
+    unit = "GPU" if hardware.device == "cuda" else "process"
+    rates = hardware.bandwidths
+    lines = [
+        f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s),"
+        f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
+        f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts,"
+        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
+        f"global batch {config.training.batch_size:,}, tables with {config.embeddings.optimizer.name},"
+        f" network {config.model['name']} with {config.dense.optimizer.name},"
+        f" {sum(p.numel() for p in plan.network.parameters()):,} parameters",
+        "",
+        _table(
+            ["table", "rows", "dim", "ids a row", "GiB", "placed", "ranks", "why"],
+            [
+                [
+                    *(table.name, f"{table.rows:,}", table.dim, "+".join(f"{length:g}" for length in table.lengths)),
+                    *(_gib(4 * table.rows * table.dim), table.sharding, _spans(table.ranks), table.why),
+                ]
+                for table in plan.tables
+            ],
+        ),
+        "",
+        f"Memory of each rank, GiB (tables: largest / mean = {plan.imbalance['table_memory']:.2f})",
+        _table(["rank", "weights", "state", "network", "activations", "buffers", "sum", "table work, ms"], _rank_rows(plan)),
+        "",
+        f"A step, predicted (time of the tables: largest / mean of the ranks = {plan.imbalance['table_time']:.2f})",
+        _table(["phase", "ms, slowest rank"], [[STEP[phase], f"{ms:.3f}"] for phase, ms in plan.step.items()]),
+        f"sum {plan.step_ms:.3f} ms, {1000 * config.training.batch_size / plan.step_ms:,.0f} samples/s",
+    ]
+    if others:
+        base: list[Any] = ["as given", *_figures(plan)]
+        rows = [base, *([other.change, *_figures(other.plan)] for other in others)]
+        lines += [
+            "",
+            "Alternatives",
+            tabulate(
+                rows, headers=["change", "ranks", "fits", "fullest rank, GiB", "step, ms", "samples/s"], disable_numparse=True
+            ),
+        ]
+    if warnings := plan.warnings():
+        lines += ["", "Warnings", *(f"* {warning}." for warning in warnings)]
+    if plan.missing:
+        lines += [
+            "",
+            "What would make it fit",
+            *(f"* {remedy}" for remedy in helps or ["nothing of what was tried: more hosts, another optimizer, a smaller dim"]),
+        ]
+    return "\n".join(lines)
+
+
+def _figures(plan: TrainingPlan) -> list[str]:
+    fits = f"no, {_gib(plan.missing)} GiB too many" if plan.missing else "yes"
+    rate = f"{1000 * plan.request.config.training.batch_size / plan.step_ms:,.0f}"
+    return [str(plan.request.hardware.world_size), fits, _gib(plan.fullest.total), f"{plan.step_ms:.3f}", rate]
+
+
+def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
+    """All ranks where they are few; otherwise the fullest, the emptiest and the one with most to do."""
+    ranks = plan.ranks
+    if len(ranks) > _MOST_RANKS:
+        chosen = {
+            "fullest": plan.fullest,
+            "emptiest": min(ranks, key=lambda rank: rank.total),
+            "most to do": max(ranks, key=lambda rank: rank.table_ms),
+        }
+        named = [(f"{rank.rank} ({what})", rank) for what, rank in chosen.items()]
+    else:
+        named = [(str(rank.rank), rank) for rank in ranks]
+    rows = [
+        [
+            name,
+            *(_gib(part) for part in (r.weights, r.state, r.network, r.activations, r.buffers, r.total)),
+            f"{r.table_ms:.3f}",
+        ]
+        for name, r in named
+    ]
+    sums = [
+        sum(getattr(rank, part) for rank in ranks)
+        for part in ("weights", "state", "network", "activations", "buffers", "total")
+    ]
+    return [*rows, ["all together", *map(_gib, sums), ""]]
+
+
+def _table(headers: list[str], rows: list[list[Any]]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def _gib(value: float) -> str:
+    return f"{value / _GIB:.2f}"
+
+
+def _spans(ranks: list[int]) -> str:
+    """`3`, or `0-7`."""
+    consecutive = len(ranks) > 1 and ranks == list(range(ranks[0], ranks[-1] + 1))
+    return f"{ranks[0]}-{ranks[-1]}" if consecutive else ",".join(map(str, ranks))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,87 @@
+"""What ranks run on, as far as a plan depends on it: read from this machine, or said of machines that are not at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchrec.distributed.planner import Topology
+
+#: Share of a device's memory that no plan counts on: context and workspaces of the libraries, fragments, the process itself.
+RESERVED_SHARE = 0.15
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """Bytes per second, of each rank."""
+
+    in_host: float
+    between_hosts: float
+    memory: float
+
+
+#: What torchrec's planner takes for a GPU: NVLink, a network card of 100 Gb/s for each, and its memory.
+GPU = Bandwidths(600.0 * _GIB, 12.5 * _GIB, 897.0 * _GIB)
+#: Processes on CPUs: gloo in a host, 10 Gb/s between hosts, and a share of the host's memory channels.
+CPU = Bandwidths(3.0 * _GIB, 1.25 * _GIB, 51.0 * _GIB)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The ranks of a plan: equal ones, `ranks_per_host` on each host.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        memory: bytes of one rank: of its GPU, or its share of the host's memory.
+    """
+
+    world_size: int
+    ranks_per_host: int
+    device: str
+    memory: int
+    bandwidths: Bandwidths
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts, the last of which may have fewer ranks."""
+        return -(-self.world_size // self.ranks_per_host)
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a rank that a plan may fill."""
+        return int(self.memory * (1 - RESERVED_SHARE))
+
+    def topology(self, reserved: int = 0) -> Topology:
+        """The same for torchrec's planner, less `reserved` bytes of each rank for other things than tables."""
+        capacity = max(self.usable - reserved, 0)
+        on_gpu = self.device == "cuda"
+        return Topology(
+            world_size=self.world_size,
+            local_world_size=self.ranks_per_host,
+            compute_device=self.device,
+            hbm_cap=capacity if on_gpu else 0,
+            ddr_cap=0 if on_gpu else capacity,
+            # torchrec counts in milliseconds
+            intra_host_bw=self.bandwidths.in_host / 1000,
+            inter_host_bw=self.bandwidths.between_hosts / 1000,
+            hbm_mem_bw=self.bandwidths.memory / 1000,
+            ddr_mem_bw=self.bandwidths.memory / 1000,
+        )
+
+
+def memory_of(device: torch.device, local_world_size: int) -> int:
+    """Bytes that a rank on this machine has: all of its GPU, or its share of the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return host_memory("MemTotal") // local_world_size
+
+
+def host_memory(key: str) -> int:
+    """Bytes of this host, by a key of /proc/meminfo such as MemAvailable; 2^62, without end, where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+    except (OSError, StopIteration):
+        return 2**62

@@ -1,0 +1,296 @@
+"""Which rank holds which rows, and what that costs: decided by torchrec's planner, without processes and without a GPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
+
+from mmlrec.config import EmbeddingsConfig
+from mmlrec.embeddings.hardware import Hardware
+from mmlrec.errors import ConfigError, did_you_mean
+
+#: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
+#: wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
+SHARDING_TYPES = ["table_wise", "row_wise"]
+
+#: Parts of a step that tables take, in order, each with torchrec's name for it.
+PHASES = {
+    "ids": "input_dist_comms",
+    "lookup": "fwd_compute",
+    "vectors": "fwd_comms",
+    "gradients": "bwd_comms",
+    "update": "bwd_compute",
+}
+
+
+class PortableSharder(EmbeddingBagCollectionSharder):
+    """Offers the portable sharding types on every device; TorchRec's own hides row-wise on CPU."""
+
+    def __init__(self, offered: Sequence[str] = SHARDING_TYPES) -> None:
+        super().__init__()
+        self._offered = list(offered)
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """`SHARDING_TYPES` unless told, whatever the device."""
+        return self._offered
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Only the fused kernel: the others ignore the table optimizer."""
+        return ["fused"]
+
+
+class TablesDoNotFit(ConfigError):
+    """No placement fits the memory of the ranks.
+
+    Attributes:
+        flattest: the placement that needs least on the fullest rank.
+    """
+
+    def __init__(self, message: str, flattest: list[PlacedTable]) -> None:
+        super().__init__(message)
+        self.flattest = flattest
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of a table on one rank.
+
+    Attributes:
+        buffers: bytes of the ids and the looked-up vectors of a step.
+        times: phase of `PHASES` -> predicted milliseconds.
+    """
+
+    rank: int
+    rows: int
+    buffers: int
+    times: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PlacedTable:
+    """A table and where its rows lie.
+
+    Attributes:
+        lengths: mean number of ids of a row, of each feature that uses the table.
+        shards: in the order of their rows.
+        why: a sentence.
+    """
+
+    name: str
+    rows: int
+    dim: int
+    lengths: tuple[float, ...]
+    sharding: str
+    shards: tuple[Shard, ...]
+    why: str
+
+    @property
+    def ranks(self) -> list[int]:
+        """Ranks that hold rows."""
+        return [shard.rank for shard in self.shards]
+
+
+def state_bytes(optimizer: str, rows: int, dim: int) -> int:
+    """What the fused kernel keeps of some rows beside their weights, all float32."""
+    return {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * dim, "adam": 8 * rows * dim}[optimizer]
+
+
+def too_small(rows: int, world_size: int) -> bool:
+    """Whether row-wise sharding would leave a rank without rows, where the fused kernel reads beyond the end of memory."""
+    return -(-rows // world_size) * (world_size - 1) >= rows
+
+
+def place_tables(
+    tables: EmbeddingBagCollection,
+    config: EmbeddingsConfig,
+    hardware: Hardware,
+    *,
+    batch_size: int,
+    lengths: Mapping[str, float] | None = None,
+    reserved: int = 0,
+    given: Mapping[str, tuple[str, list[int]]] | None = None,
+    beyond: Sequence[str] = (),
+) -> list[PlacedTable]:
+    """Place each table; the same on every rank, without communication.
+
+    Args:
+        tables: with their optimizer attached, see `apply_table_optimizer`.
+        batch_size: rows per rank.
+        lengths: feature -> mean number of ids of a row; 1 where it is not known.
+        reserved: bytes of each rank that are not for tables.
+        given: table -> sharding and ranks, decided before; nothing is searched then.
+        beyond: sharding types that training does not do, to see what they would bring.
+
+    Raises:
+        ConfigError: a table that does not exist or is too small for the sharding it is given by name.
+        TablesDoNotFit: no placement fits the memory.
+    """
+    configs = tables.embedding_bag_configs()
+    world_size = hardware.world_size
+    asked = _asked(configs, config, world_size)
+    wanted = {c.name: [given[c.name][0]] if given else asked[c.name][0] for c in configs}
+    known = lengths or {}
+    constraints = {
+        c.name: ParameterConstraints(
+            sharding_types=[*wanted[c.name], *(beyond if len(wanted[c.name]) > 1 else ())],
+            compute_kernels=["fused"],
+            pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
+        )
+        for c in configs
+    }
+    sharder = PortableSharder([*SHARDING_TYPES, *beyond])
+    module = nn.ModuleDict({"tables": tables})
+    topology = hardware.topology(reserved)
+    options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enumerator = EmbeddingEnumerator(topology=topology, batch_size=batch_size, constraints=constraints)
+        for option in enumerator.enumerate(module, [sharder]):
+            options[option.name][option.sharding_type] = option
+
+    def placed(chosen: Mapping[str, tuple[str, list[int]]], reasons: Mapping[str, str]) -> list[PlacedTable]:
+        return [
+            _placed(c, options[c.name][chosen[c.name][0]], chosen[c.name][1], constraints[c.name], reasons[c.name], config)
+            for c in configs
+        ]
+
+    if given:
+        return placed(given, dict.fromkeys(given, "as the plan that was given says"))
+    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, world_size)
+    if all(len(types) == 1 for types in wanted.values()):
+        return placed(flattest, {name: why for name, (_, why) in asked.items()})
+    # Trying all combinations (GridSearchProposer) found nothing better on 8, 64 and 512 ranks, and takes 3^8 proposals on 512.
+    proposers = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        enumerator=enumerator,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        proposer=proposers,
+        stats=[],
+    )
+    try:
+        # plan() on every rank is deterministic; collective_plan() hangs the others when rank 0 raises.
+        found: Any = planner.plan(module, [sharder]).plan["tables"]
+    except PlannerError as error:
+        tight = placed(flattest, dict.fromkeys(wanted, "needs least memory on the fullest rank"))
+        fullest = max(bytes_of_ranks(tight, config.optimizer.name, world_size)) + reserved
+        if fullest <= hardware.usable:
+            return tight
+        raise TablesDoNotFit(_shortage(fullest, config.optimizer.name, hardware), tight) from error
+    chosen = {name: (found[name].sharding_type, list(found[name].ranks)) for name in wanted}
+    reasons = {
+        name: why if len(wanted[name]) == 1 else _comparison(options[name], chosen[name][0]) for name, (_, why) in asked.items()
+    }
+    return placed(chosen, reasons)
+
+
+def _asked(
+    configs: Sequence[EmbeddingBagConfig], config: EmbeddingsConfig, world_size: int
+) -> dict[str, tuple[list[str], str]]:
+    """Sharding types that come into question for each table, and why where it is only one."""
+    sizes = {c.name: c.num_embeddings for c in configs}
+    for name, named in config.table_sharding.items():
+        if name not in sizes:
+            raise ConfigError(
+                f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, sizes)} Tables: {', '.join(sizes)}."
+            )
+        if named == "row_wise" and too_small(sizes[name], world_size) and world_size > 1:
+            raise ConfigError(
+                f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
+            )
+    found: dict[str, tuple[list[str], str]] = {}
+    for name, rows in sizes.items():
+        sharding, key = config.sharding, "embeddings.sharding"
+        if name in config.table_sharding:
+            sharding, key = config.table_sharding[name], f"embeddings.table_sharding.{name}"
+        if world_size == 1:
+            found[name] = ["table_wise" if sharding == "auto" else sharding], "there is one rank"
+        elif too_small(rows, world_size):
+            found[name] = ["table_wise"], f"too small to split: {rows:,} rows over {world_size} ranks"
+        elif sharding == "auto":
+            found[name] = SHARDING_TYPES, ""
+        else:
+            found[name] = [sharding], f"{key} asks for it"
+    return found
+
+
+def _by_size(
+    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], world_size: int
+) -> dict[str, tuple[str, list[int]]]:
+    """Row-wise tables on all ranks, of the others the largest first, each on the rank that has least of them."""
+    load = [0] * world_size
+    found: dict[str, tuple[str, list[int]]] = {}
+    for config in sorted(configs, key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
+        if wanted[config.name] == "row_wise":
+            found[config.name] = "row_wise", list(range(world_size))
+        else:
+            rank = load.index(min(load))
+            load[rank] += config.num_embeddings * config.embedding_dim
+            found[config.name] = "table_wise", [rank]
+    return found
+
+
+def _placed(
+    config: EmbeddingBagConfig,
+    option: ShardingOption,
+    ranks: list[int],
+    constraints: ParameterConstraints,
+    why: str,
+    embeddings: EmbeddingsConfig,
+) -> PlacedTable:
+    shards = []
+    for rank, shard in zip(ranks, option.shards, strict=True):
+        assert shard.storage is not None
+        assert shard.perf is not None
+        rows = int(shard.size[0])
+        own = 4 * rows * config.embedding_dim + state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
+        buffers = max(shard.storage.hbm + shard.storage.ddr - own, 0)
+        shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
+    lengths = tuple(constraints.pooling_factors)
+    return PlacedTable(
+        config.name, config.num_embeddings, config.embedding_dim, lengths, option.sharding_type, tuple(shards), why
+    )
+
+
+def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
+    """What the kinds of sharding cost a rank, the chosen one first."""
+    times = {kind: max(shard.perf.total for shard in option.shards if shard.perf) for kind, option in options.items()}
+    words = []
+    for kind in sorted(times, key=lambda kind: (kind != chosen, times[kind])):
+        on = len(options[kind].shards)
+        words.append(f"{kind} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
+    return ", ".join(words)
+
+
+def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
+    gib = 2**30
+    return (
+        f"embeddings.sharding: no plan fits {hardware.world_size} ranks of {hardware.memory / gib:.2f} GiB, of which"
+        f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
+        f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
+        f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
+        " embeddings.optimizer.name, a smaller embeddings.dim."
+    )
+
+
+def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> list[int]:
+    """Weights, state and buffers of the tables on each rank."""
+    found = [0] * world_size
+    for table in placed:
+        for shard in table.shards:
+            own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
+            found[shard.rank] += own + shard.buffers
+    return found

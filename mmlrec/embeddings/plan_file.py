@@ -1,0 +1,156 @@
+"""Plans as files: `plan.json` of a run, or what `apps.plan --json` has written. Read for training, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tabulate import tabulate
+
+from mmlrec.embeddings.placement import too_small
+from mmlrec.errors import ConfigError, DataError
+from mmlrec.storage.places import Place, place, read
+
+_GIB = 2**30
+
+
+class TableOfPlan(BaseModel):
+    """What both kinds of file say of a table; keys beside these are passed over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    table: str
+    rows: int = Field(gt=0)
+    dim: int = Field(gt=0)
+    sharding: Literal["table_wise", "row_wise", "table_row_wise"]
+    ranks: list[int] = Field(min_length=1)
+    weight_bytes: int
+    #: Releases before wrote none into `plan.json`.
+    state_bytes: int | None = None
+
+
+def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
+    """Tables of a plan, and all that its file says beside them: nothing in a run's.
+
+    Args:
+        there: the file, or the folder of a run.
+
+    Raises:
+        DataError: it is missing, or no plan.
+    """
+    path = place(there)
+    path = path / "plan.json" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(f"{path}: no such plan. Plans are plan.json of a run, and what python -m apps.plan --json FILE writes.")
+    try:
+        content = json.loads(read(path))
+        rows, beside = (content, {}) if isinstance(content, list) else (content["tables"], content)
+        return [TableOfPlan.model_validate(row) for row in rows], beside
+    except (ValueError, TypeError, KeyError, ValidationError) as error:
+        raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
+
+
+def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], world_size: int) -> dict[str, tuple[str, list[int]]]:
+    """Sharding and ranks of each table, as a plan says.
+
+    Args:
+        sizes: table -> rows and dim that the training has.
+
+    Raises:
+        ConfigError: the plan is of other tables or another number of ranks, or training cannot do it.
+        DataError: it cannot be read.
+    """
+    rows, _ = read_plan(there)
+    found = {row.table: row for row in rows}
+    again = "Plan again, or leave embeddings.plan out."
+    if missing := sizes.keys() - found.keys():
+        raise ConfigError(f"embeddings.plan: {there} has no table '{min(missing)}', which the training has. {again}")
+    if unknown := found.keys() - sizes.keys():
+        raise ConfigError(f"embeddings.plan: {there} has a table '{min(unknown)}', which the training has not. {again}")
+    for name, row in found.items():
+        if (row.rows, row.dim) != sizes[name]:
+            raise ConfigError(
+                f"embeddings.plan: in {there} table '{name}' is {row.rows} x {row.dim}, in the training"
+                f" {sizes[name][0]} x {sizes[name][1]}. {again}"
+            )
+        if row.sharding == "table_row_wise":
+            raise ConfigError(f"embeddings.plan: {there} places '{name}' table_row_wise, which cannot be trained yet. {again}")
+        fits = row.ranks == list(range(world_size)) if row.sharding == "row_wise" else len(row.ranks) == 1
+        if not fits or not 0 <= max(row.ranks) < world_size:
+            raise ConfigError(
+                f"embeddings.plan: {there} places '{name}' {row.sharding} on {_ranks(row.ranks)}; the training has"
+                f" {world_size} rank(s), and row-wise tables lie on all. {again}"
+            )
+        if row.sharding == "row_wise" and world_size > 1 and too_small(row.rows, world_size):
+            raise ConfigError(
+                f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {world_size} ranks"
+                f" some. {again}"
+            )
+    return {name: (row.sharding, row.ranks) for name, row in found.items()}
+
+
+def compare_plans(first: str | Place, second: str | Place) -> str:
+    """Two plans side by side, as text: totals, then the tables that are not placed alike.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    plans = [read_plan(there) for there in (first, second)]
+    totals = [
+        [key, *values] for key, values in zip(_TOTALS, zip(*(_totals(*plan) for plan in plans), strict=True), strict=True)
+    ]
+    tables = [{row.table: row for row in rows} for rows, _ in plans]
+    differing = []
+    for name in sorted(tables[0].keys() | tables[1].keys()):
+        cells = [_cell(of.get(name)) for of in tables]
+        if cells[0] != cells[1]:
+            differing.append([name, *cells])
+    lines = [tabulate(totals, headers=["", "A", "B"], disable_numparse=True), ""]
+    if differing:
+        lines.append(tabulate(differing, headers=["table", "A", "B"], disable_numparse=True))
+    else:
+        lines.append("Every table has the same size and lies on the same ranks in both.")
+    return "\n".join([f"A: {first}", f"B: {second}", "", *lines])
+
+
+_TOTALS = (
+    *("tables", "ranks with tables", "table_wise / row_wise / table_row_wise", "weights, GiB", "state, GiB"),
+    *("fullest rank, tables, GiB", "emptiest rank, tables, GiB", "step, ms (predicted)", "fits"),
+)
+
+
+def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
+    kinds = Counter(row.sharding for row in rows)
+    load: Counter[int] = Counter()
+    for row in rows:
+        for rank in row.ranks:
+            load[rank] += (row.weight_bytes + (row.state_bytes or 0)) // len(row.ranks)
+    known = all(row.state_bytes is not None for row in rows)
+    num_ranks = beside.get("hardware", {}).get("ranks", max(load, default=-1) + 1)
+    loads = [load[rank] / _GIB for rank in range(num_ranks)] or [0.0]
+    return [
+        str(len(rows)),
+        f"{len(load)} of {num_ranks}",
+        " / ".join(str(kinds[kind]) for kind in ("table_wise", "row_wise", "table_row_wise")),
+        f"{sum(row.weight_bytes for row in rows) / _GIB:.2f}",
+        f"{sum(row.state_bytes or 0 for row in rows) / _GIB:.2f}" if known else "not recorded",
+        f"{max(loads):.2f}",
+        f"{min(loads):.2f}",
+        f"{beside['step_ms']:.3f}" if "step_ms" in beside else "not in this file",
+        ("yes" if beside["fits"] else "no") if "fits" in beside else "not in this file",
+    ]
+
+
+def _cell(row: TableOfPlan | None) -> str:
+    return "-" if row is None else f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 0-7`."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    consecutive = ranks == list(range(ranks[0], ranks[-1] + 1))
+    return f"ranks {ranks[0]}-{ranks[-1]}" if consecutive else f"ranks {','.join(map(str, ranks))}"

@@ -1,0 +1,433 @@
+"""What a training would take on ranks that need not exist: memory of each, time of a step by phase, and what else there is.
+
+Placement and times of tables are torchrec's planner's, memory and placement those that a training on such ranks has
+(`make_plan`). Times are of bandwidths: they compare plans, and are no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mmlrec.config import RunConfig
+from mmlrec.embeddings.hardware import Hardware
+from mmlrec.embeddings.placement import PHASES, PlacedTable, TablesDoNotFit, place_tables, state_bytes, too_small
+from mmlrec.embeddings.plan_file import given_placement
+from mmlrec.embeddings.sharding import apply_table_optimizer
+from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
+from mmlrec.errors import ConfigError
+from mmlrec.models.base.model import MultiTaskModel
+from mmlrec.schema import DatasetManifest
+from mmlrec.session.network_cost import NetworkCost, network_cost
+from mmlrec.session.session import build_network, build_spec, mean_lengths, network_bytes, table_branches
+
+#: Phases of a step in their order; ranks wait for each other between them.
+STEP = {
+    "ids": "ids to the ranks of their tables",
+    "lookup": "lookup",
+    "vectors": "pooled vectors to the ranks of their rows",
+    "network": "network, forward and backward",
+    "gradients": "gradients of the vectors back to the tables",
+    "update": "update of the tables",
+    "all_reduce": "gradients of the network to all ranks",
+}
+_GIB = 2**30
+_UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
+_TIGHT = 0.9  # of the memory that can be planned with
+_MOST_HOSTS = 4096  # that are tried to make a plan fit
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned.
+
+    Attributes:
+        dims: table -> width, where it is not `embeddings.dim`.
+        operations: floating-point operations per second that a rank does in matrix products.
+        source: config file, for messages.
+        beyond: sharding types that training does not do yet.
+    """
+
+    config: RunConfig
+    manifest: DatasetManifest
+    hardware: Hardware
+    operations: float
+    dims: dict[str, int]
+    source: str
+    beyond: tuple[str, ...] = ()
+
+    def with_embeddings(self, **update: Any) -> Request:
+        """The same with other keys of `embeddings`."""
+        embeddings = self.config.embeddings.model_copy(update=update)
+        return replace(self, config=self.config.model_copy(update={"embeddings": embeddings}))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank holds and does; bytes, and milliseconds of `PHASES`."""
+
+    rank: int
+    weights: int
+    state: int
+    network: int
+    activations: int
+    buffers: int
+    times: dict[str, float]
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.state + self.network + self.activations + self.buffers
+
+    @property
+    def table_ms(self) -> float:
+        """Time of its tables in a step."""
+        return sum(self.times.values())
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A placement and what it costs. Where none fits, it is the one that needs least on the fullest rank.
+
+    Attributes:
+        unknown: features whose length is not recorded, and taken as 1.
+    """
+
+    request: Request
+    tables: list[PlacedTable]
+    network: MultiTaskModel
+    cost: NetworkCost
+    unknown: list[str]
+
+    @property
+    def rows_per_rank(self) -> int:
+        """Rows of a global batch on each rank."""
+        return -(-self.request.config.training.batch_size // self.request.hardware.world_size)
+
+    @cached_property
+    def ranks(self) -> list[Rank]:
+        """All ranks, in their order."""
+        optimizer = self.request.config.embeddings.optimizer.name
+        world_size = self.request.hardware.world_size
+        sums = [[0, 0, 0] for _ in range(world_size)]
+        times = [dict.fromkeys(PHASES, 0.0) for _ in range(world_size)]
+        for table in self.tables:
+            for shard in table.shards:
+                own = sums[shard.rank]
+                own[0] += 4 * shard.rows * table.dim
+                own[1] += state_bytes(optimizer, shard.rows, table.dim)
+                own[2] += shard.buffers
+                for phase, milliseconds in shard.times.items():
+                    times[shard.rank][phase] += milliseconds
+        network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
+        activations = int(self.cost.activations * self.rows_per_rank)
+        return [
+            Rank(rank, weights, state, network, activations, buffers, times[rank])
+            for rank, (weights, state, buffers) in enumerate(sums)
+        ]
+
+    @cached_property
+    def step(self) -> dict[str, float]:
+        """Milliseconds of each phase of `STEP` on the slowest rank, for which the others wait."""
+        hardware = self.request.hardware
+        found = {phase: max(rank.times[phase] for rank in self.ranks) for phase in PHASES}
+        found["network"] = 1000 * self.cost.operations * self.rows_per_rank / self.request.operations
+        parameters = sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
+        bandwidths = hardware.bandwidths
+        bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
+        found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
+        return {phase: found[phase] for phase in STEP}
+
+    @property
+    def step_ms(self) -> float:
+        """Predicted time of a step."""
+        return sum(self.step.values())
+
+    @property
+    def fullest(self) -> Rank:
+        """The rank that needs most memory."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that the fullest rank has too few; 0 when all fits."""
+        return max(self.fullest.total - self.request.hardware.usable, 0)
+
+    @property
+    def imbalance(self) -> dict[str, float]:
+        """Largest over mean of the ranks: memory of the tables, and their time in a step."""
+        found = {}
+        for name, values in (
+            ("table_memory", [rank.weights + rank.state for rank in self.ranks]),
+            ("table_time", [rank.table_ms for rank in self.ranks]),
+        ):
+            mean = sum(values) / len(values)
+            found[name] = max(values) / mean if mean else 1.0
+        return found
+
+    def warnings(self) -> list[str]:
+        """What is wrong or unwise, a sentence each."""
+        return list(self._warnings())
+
+    def _warnings(self) -> Iterator[str]:
+        config, hardware = self.request.config, self.request.hardware
+        if self.missing:
+            yield (
+                f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
+                f" {hardware.usable / _GIB:.2f} of its {hardware.memory / _GIB:.2f} GiB can be planned with:"
+                f" {self.missing / _GIB:.2f} GiB too many"
+            )
+        elif self.fullest.total > _TIGHT * hardware.usable:
+            yield (
+                f"tight: rank {self.fullest.rank} fills {self.fullest.total / hardware.usable:.0%} of the memory that can be"
+                " planned with"
+            )
+        if hardware.world_size > 1 and self.tables and self.imbalance["table_time"] > _UNEVEN:
+            slowest = max(self.ranks, key=lambda rank: rank.table_ms)
+            times = {
+                table.name: sum(sum(shard.times.values()) for shard in table.shards if shard.rank == slowest.rank)
+                for table in self.tables
+            }
+            names = sorted((name for name, time in times.items() if time), key=lambda name: -times[name])
+            yield (
+                f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
+                f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
+            )
+        small = [table.name for table in self.tables if too_small(table.rows, hardware.world_size)]
+        if small and hardware.world_size > 1:
+            yield f"too small to split over {hardware.world_size} ranks, so whole on one: {_some(small, 5)}"
+        empty = sum(not rank.weights for rank in self.ranks)
+        if empty and self.tables:
+            yield f"{empty} of {hardware.world_size} ranks hold no table"
+        state = sum(rank.state for rank in self.ranks)
+        if config.embeddings.optimizer.name in ("adagrad", "adam") and state >= _GIB:
+            rows = sum(4 * table.rows for table in self.tables)
+            yield (
+                f"{config.embeddings.optimizer.name} keeps {state / _GIB:.2f} GiB of state:"
+                f" embeddings.optimizer.name=rowwise_adagrad, which is another algorithm, keeps {rows / _GIB:.2f}"
+            )
+        if self.unknown:
+            yield (
+                f"the dataset does not record how many ids a row has of {_some(self.unknown, 5)}: taken as 1. Preprocess again"
+                " to have them counted"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain data; `embeddings.plan` takes it."""
+        hardware, config = self.request.hardware, self.request.config
+        optimizer = config.embeddings.optimizer.name
+        return {
+            "form": 1,
+            "config": self.request.source,
+            "hardware": {
+                "hosts": hardware.num_hosts,
+                "ranks_per_host": hardware.ranks_per_host,
+                "ranks": hardware.world_size,
+                "device": hardware.device,
+                "memory_bytes": hardware.memory,
+                "usable_bytes": hardware.usable,
+                "bytes_per_second": {
+                    "in_host": hardware.bandwidths.in_host,
+                    "between_hosts": hardware.bandwidths.between_hosts,
+                    "memory": hardware.bandwidths.memory,
+                },
+                "operations_per_second": self.request.operations,
+            },
+            "batch_size": config.training.batch_size,
+            "optimizer": optimizer,
+            "fits": not self.missing,
+            "missing_bytes": self.missing,
+            "tables": [
+                {
+                    "table": table.name,
+                    "rows": table.rows,
+                    "dim": table.dim,
+                    "pooling_lengths": list(table.lengths),
+                    "sharding": table.sharding,
+                    "kernel": "fused",
+                    "ranks": table.ranks,
+                    "weight_bytes": 4 * table.rows * table.dim,
+                    "state_bytes": state_bytes(optimizer, table.rows, table.dim),
+                    "why": table.why,
+                }
+                for table in self.tables
+            ],
+            "ranks": [
+                {
+                    "rank": rank.rank,
+                    "host": rank.rank // hardware.ranks_per_host,
+                    "weight_bytes": rank.weights,
+                    "state_bytes": rank.state,
+                    "network_bytes": rank.network,
+                    "activation_bytes": rank.activations,
+                    "buffer_bytes": rank.buffers,
+                    "total_bytes": rank.total,
+                    "table_ms": rank.table_ms,
+                }
+                for rank in self.ranks
+            ],
+            "step": self.step,
+            "step_ms": self.step_ms,
+            "samples_per_second": 1000 * config.training.batch_size / self.step_ms if self.step_ms else None,
+            "imbalance": self.imbalance,
+            "warnings": self.warnings(),
+        }
+
+
+def _some(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def plan_training(request: Request, known: TrainingPlan | None = None) -> TrainingPlan:
+    """Place the tables of a training and predict what it takes; reads no row, needs no GPU and no process group.
+
+    Args:
+        known: another plan of the same network, whose cost need not be measured again if its tables are as wide.
+
+    Raises:
+        ConfigError: the method, its options or the setting do not fit, `embeddings` names tables that are not there, or a
+            plan of other tables or ranks.
+    """
+    config, manifest, hardware = request.config, request.manifest, request.hardware
+    embeddings = config.embeddings
+    if unknown := request.dims.keys() - {table.name for table in manifest.tables}:
+        raise ConfigError(f"no such table: '{min(unknown)}'.")
+    spec = build_spec(config, manifest)
+    fields = {f.name: request.dims.get(f.table or "", embeddings.dim) for f in manifest.sparse_features}
+    if known is not None and known.network.spec.fields == fields:
+        network, cost = known.network, known.cost
+    else:
+        network = build_network(config, replace(spec, fields=fields), request.source)
+        cost = network_cost(network, bf16=config.training.precision == "bf16")
+    branches = table_branches(network, manifest)
+    configs = table_configs(manifest, embeddings.dim, branches)
+    tables = build_tables([replace(c, embedding_dim=request.dims.get(c.name.split("/")[-1], c.embedding_dim)) for c in configs])
+    lengths, without = mean_lengths(manifest, branches)
+    if isinstance(tables, NoTables):
+        return TrainingPlan(request, [], network, cost, without)
+    apply_table_optimizer(tables, embeddings.optimizer, torch.device(hardware.device))
+    given = None
+    if embeddings.plan is not None:
+        sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
+        given = given_placement(embeddings.plan, sizes, hardware.world_size)
+    rows = -(-config.training.batch_size // hardware.world_size)
+    reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
+    try:
+        placed = place_tables(
+            tables,
+            embeddings,
+            hardware,
+            batch_size=rows,
+            lengths=lengths,
+            reserved=reserved,
+            given=given,
+            beyond=request.beyond,
+        )
+    except TablesDoNotFit as error:
+        placed = error.flattest
+    return TrainingPlan(request, placed, network, cost, without)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to train the same data.
+
+    Attributes:
+        change: what differs, in words or as keys of the configuration.
+        trainable: False for what this release only plans.
+    """
+
+    change: str
+    plan: TrainingPlan
+    trainable: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures that are compared, as plain data."""
+        return {
+            "change": self.change,
+            "trainable": self.trainable,
+            "ranks": self.plan.request.hardware.world_size,
+            "fits": not self.plan.missing,
+            "missing_bytes": self.plan.missing,
+            "fullest_rank_bytes": self.plan.fullest.total,
+            "step_ms": self.plan.step_ms,
+        }
+
+
+def alternatives(plan: TrainingPlan) -> list[Alternative]:
+    """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
+    return [
+        Alternative(change, plan_training(other, plan), trainable=not other.beyond) for change, other in _changes(plan.request)
+    ]
+
+
+def _changes(given: Request) -> Iterator[tuple[str, Request]]:
+    request = given.with_embeddings(plan=None)
+    hardware, embeddings = request.hardware, request.config.embeddings
+    for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
+        if hosts:
+            yield _hosts(hosts), _on_hosts(request, hosts)
+    for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
+        if name != embeddings.optimizer.name:
+            optimizer = embeddings.optimizer.model_copy(update={"name": name})
+            yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
+    for dim in (embeddings.dim * 2, embeddings.dim // 2):
+        if dim and dim % 4 == 0 and not request.dims:
+            yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
+    if hardware.world_size > 1:
+        for sharding in ("auto", "table_wise", "row_wise"):
+            if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
+                yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
+    if hardware.num_hosts > 1:
+        free = request.with_embeddings(sharding="auto", table_sharding={})
+        yield "also table_row_wise: NOT TRAINABLE YET", replace(free, beyond=("table_row_wise",))
+
+
+def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
+    """What would make a plan fit that does not: single changes among `others`, and the least number of hosts, by doubling."""
+    found = [
+        f"{other.change}: {other.plan.fullest.total / _GIB:.2f} GiB on the fullest rank, {other.plan.step_ms:.2f} ms a step"
+        for other in others
+        if other.trainable and not other.plan.missing
+    ]
+    request = plan.request.with_embeddings(plan=None)
+    if any(other.plan.request.hardware.num_hosts > request.hardware.num_hosts and not other.plan.missing for other in others):
+        return found
+    optimizers = [request.config.embeddings.optimizer.name, "rowwise_adagrad"]
+    for name in dict.fromkeys(optimizers):
+        other = request.with_embeddings(optimizer=request.config.embeddings.optimizer.model_copy(update={"name": name}))
+        hosts = request.hardware.num_hosts * 4
+        while hosts <= _MOST_HOSTS and not _may_fit(plan, name, hosts):
+            hosts *= 2
+        while hosts <= _MOST_HOSTS:
+            larger = plan_training(_on_hosts(other, hosts), plan)
+            if not larger.missing:
+                changes = [_hosts(hosts), *([f"embeddings.optimizer.name={name}"] if name != optimizers[0] else [])]
+                found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
+                break
+            if larger.fullest.weights + larger.fullest.state and not any(
+                len(table.ranks) > 1 for table in larger.tables if larger.fullest.rank in table.ranks
+            ):
+                break  # A table that lies whole on one rank is too large: more hosts do not help.
+            hosts *= 2
+    return found
+
+
+def _may_fit(plan: TrainingPlan, optimizer: str, hosts: int) -> bool:
+    """Whether the tables, split evenly, fit at all."""
+    hardware = plan.request.hardware
+    bytes_of_tables = sum(4 * t.rows * t.dim + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
+    return bytes_of_tables <= hosts * hardware.ranks_per_host * hardware.usable
+
+
+def _hosts(hosts: int) -> str:
+    return f"{hosts} host{'s' if hosts > 1 else ''}"
+
+
+def _on_hosts(request: Request, hosts: int) -> Request:
+    hardware = replace(request.hardware, world_size=hosts * request.hardware.ranks_per_host)
+    return replace(request, hardware=hardware)

@@ -1,0 +1,121 @@
+"""`embeddings.plan`: a plan of other tables or ranks is refused by name; what fits no rank is told with amounts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torchrec import EmbeddingBagConfig
+
+from mmlrec.config import EmbeddingsConfig, load_config
+from mmlrec.embeddings.hardware import GPU, Hardware, memory_of
+from mmlrec.embeddings.placement import TablesDoNotFit
+from mmlrec.embeddings.plan_file import compare_plans, given_placement, read_plan
+from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
+from mmlrec.embeddings.tables import build_tables
+from mmlrec.errors import ConfigError, DataError
+
+SIZES = {"a": (1000, 8), "b": (3, 8)}
+
+
+def rows(**changes):
+    """A plan of two ranks as a run writes it; `a__ranks=[0]` changes a key of table a."""
+    plan = {
+        "a": {"table": "a", "rows": 1000, "dim": 8, "sharding": "row_wise", "ranks": [0, 1], "weight_bytes": 32000},
+        "b": {"table": "b", "rows": 3, "dim": 8, "sharding": "table_wise", "ranks": [1], "weight_bytes": 96},
+    }
+    for key, value in changes.items():
+        table, _, name = key.partition("__")
+        if name:
+            plan[table][name] = value
+        else:
+            del plan[table]
+    return list(plan.values())
+
+
+def written(folder, content):
+    path = folder / "plan.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_both_kinds_of_file_are_read(tmp_path):
+    wanted = {"a": ("row_wise", [0, 1]), "b": ("table_wise", [1])}
+    assert given_placement(written(tmp_path, rows()), SIZES, 2) == wanted
+    assert given_placement(written(tmp_path, {"tables": rows(), "form": 1}), SIZES, 2) == wanted
+    assert read_plan(tmp_path)[0] == read_plan(tmp_path / "plan.json")[0]  # the folder of a run
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "words"),
+    [
+        ({"b": None}, 2, "has no table 'b', which the training has"),
+        ({"b__table": "c"}, 2, "has no table 'b'"),
+        ({"a__rows": 999}, 2, "table 'a' is 999 x 8, in the training 1000 x 8"),
+        ({"a__dim": 4}, 2, "table 'a' is 1000 x 4, in the training 1000 x 8"),
+        ({"a__sharding": "table_row_wise"}, 2, "places 'a' table_row_wise, which cannot be trained yet"),
+        ({}, 4, "places 'a' row_wise on ranks 0-1; the training has 4 rank"),
+        ({"a__ranks": [0], "a__sharding": "table_wise"}, 1, "places 'b' table_wise on rank 1; the training has 1 rank"),
+        ({"b__ranks": [0, 1], "b__sharding": "row_wise"}, 2, None),
+        ({"b__ranks": [-1]}, 2, "places 'b' table_wise on rank -1"),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(tmp_path, changes, world_size, words):
+    path = written(tmp_path, rows(**changes))
+    if words is None:
+        assert given_placement(path, SIZES, world_size)["b"] == ("row_wise", [0, 1])  # 2 rows and 1
+        return
+    with pytest.raises(ConfigError, match=words):
+        given_placement(path, SIZES, world_size)
+
+
+def test_a_table_too_small_to_split_is_not_split(tmp_path):
+    path = written(tmp_path, rows(a__ranks=[0, 1, 2, 3], b__ranks=[0, 1, 2, 3], b__sharding="row_wise"))
+    with pytest.raises(ConfigError, match="splits 'b', which has too few rows to give each of 4 ranks some"):
+        given_placement(path, SIZES, 4)
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"tables": 3}, [{"table": "a"}], "x"])
+def test_what_is_no_plan_is_told(tmp_path, content):
+    with pytest.raises(DataError, match="is no plan of tables, or damaged"):
+        read_plan(written(tmp_path, content))
+    with pytest.raises(DataError, match="no such plan"):
+        read_plan(tmp_path / "missing.json")
+
+
+def test_plan_and_sharding_contradict_each_other():
+    for other in ({"sharding": "row_wise"}, {"table_sharding": {"a": "row_wise"}}):
+        with pytest.raises(ConfigError, match="plan says where every table lies"):
+            load_config({"dataset": {"path": "x"}, "embeddings": {"plan": "p.json", **other}})
+
+
+def test_plans_of_runs_before_are_compared(tmp_path):
+    first = written(tmp_path, rows())
+    (tmp_path / "other").mkdir()
+    second = written(tmp_path / "other", {"tables": rows(b__ranks=[0]), "fits": True, "step_ms": 1.5})
+    told = compare_plans(first, second)
+    (line,) = [line for line in told.splitlines() if line.startswith("b ")]
+    assert line.split() == ["b", "3", "x", "8", "table_wise", "on", "rank", "1", "3", "x", "8", "table_wise", "on", "rank", "0"]
+    assert not [line for line in told.splitlines() if line.startswith("a ")]
+    assert "1.500" in told
+
+
+def test_a_training_whose_tables_fit_no_rank_says_by_how_much():
+    """2 GiB of weights and as much state, evenly on two ranks of 2 GiB: of each, 0.85 * 2 = 1.70 can be planned with."""
+    tables = build_tables([EmbeddingBagConfig(name="a", embedding_dim=8, num_embeddings=2**26, feature_names=["a"])])
+    config = EmbeddingsConfig()
+    apply_table_optimizer(tables, config.optimizer, torch.device("cuda"))
+    hardware = Hardware(2, 2, "cuda", 2 * 2**30, GPU)
+    with pytest.raises(TablesDoNotFit, match=r"no plan fits 2 ranks of 2\.00 GiB, of which 1\.70 .* take 2\.\d\d GiB"):
+        make_plan("tables", tables, config, hardware, batch_size=64)
+    make_plan("tables", tables, config, Hardware(4, 4, "cuda", 2 * 2**30, GPU), batch_size=64)
+
+
+def test_the_planner_gets_memory_hosts_and_bandwidths_as_they_are():
+    hardware = Hardware(4, 2, "cuda", 80 * 2**30, GPU)
+    topology = hardware.topology(reserved=2**30)
+    assert (topology.world_size, topology.local_world_size, hardware.num_hosts) == (4, 2, 2)
+    assert {device.storage.hbm for device in topology.devices} == {int(80 * 2**30 * 0.85) - 2**30}
+    assert topology.inter_host_bw == GPU.between_hosts / 1000
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
+    assert memory_of(torch.device("cpu"), 2) == int(total.split()[1]) * 1024 // 2

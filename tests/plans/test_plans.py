@@ -1,0 +1,216 @@
+"""Plans without processes: sums worked by hand, what fits and what does not, and the memory that real ranks take."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mmlrec.config import load_config
+from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.registry import load
+from mmlrec.schema import DatasetManifest
+from mmlrec.session.planning import Request, alternatives, plan_training, remedies
+from mmlrec.session.table_list import TableList, read_table_list
+from mmlrec.storage.places import place
+from tests import processes
+from tests.datasets import write_dataset
+from tests.plans.growth import grow
+from tests.training.launch import free_port
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+# docs of MLPerf: rows in all, at width 128.
+DLRM_ROWS = 204_184_588
+
+
+def dlrm(hosts, *overrides, hbm=80 * GIB):
+    config = load(str(ROOT / "configs/scaling/dlrm-v2.yaml"), list(overrides))
+    described = read_table_list(place(ROOT / "configs/scaling/tables/dlrm-v2.yaml"))
+    return Request(config, described.manifest(), Hardware(8 * hosts, 8, "cuda", hbm, GPU), 2e13, {}, "dlrm-v2")
+
+
+def small(tables, hardware, *, dim=8, embeddings=(), batch_size=1024):
+    """A plan of tables name -> (rows, pooling length)."""
+    described = TableList.model_validate(
+        {
+            "name": "small",
+            "tasks": 2,
+            "tables": [{"name": name, "rows": n, "pooling_length": float(length)} for name, (n, length) in tables.items()],
+        }
+    )
+    keys = {"dim": dim, **dict(embeddings)}
+    config = load_config(
+        {
+            "dataset": {"path": "data/none"},
+            "embeddings": keys,
+            "training": {"batch_size": batch_size},
+            "model": {"name": "mmoe"},
+        }
+    )
+    return Request(config, described.manifest(), hardware, 1e11, {}, "small")
+
+
+@pytest.mark.parametrize("hosts", [8, *(pytest.param(hosts, marks=pytest.mark.long) for hosts in (1, 64))])
+def test_dlrm_v2_with_16_tasks_is_planned_in_a_minute_and_its_memory_sums_to_weights_and_state(hosts):
+    start = time.process_time()
+    plan = plan_training(dlrm(hosts))
+    others = alternatives(plan)
+    assert time.process_time() - start < 60
+    assert len(plan.network.spec.tasks) == 16
+    assert not plan.missing
+    weights = 4 * DLRM_ROWS * 128
+    assert sum(rank.weights for rank in plan.ranks) == weights
+    assert sum(rank.state for rank in plan.ranks) == weights  # Adagrad: one number for each weight.
+    assert len(plan.ranks) == 8 * hosts
+    for table in plan.tables:
+        assert sum(shard.rows for shard in table.shards) == table.rows
+        assert table.sharding in ("table_wise", "row_wise")
+    by_change = {other.change: other.plan for other in others}
+    assert sum(rank.state for rank in by_change["embeddings.optimizer.name=rowwise_adagrad"].ranks) == 4 * DLRM_ROWS
+    assert sum(rank.weights for rank in by_change["embeddings.dim=64"].ranks) == weights / 2
+    beyond = [other for other in others if not other.trainable]
+    assert [other.change for other in beyond] == (["also table_row_wise: NOT TRAINABLE YET"] if hosts > 1 else [])
+
+
+def test_one_table_of_1e10_rows_on_64_ranks():
+    config = load(str(ROOT / "configs/scaling/dlrm-v2.yaml"), ["embeddings.optimizer.name=rowwise_adagrad"])
+    described = read_table_list(place(ROOT / "configs/scaling/tables/one-huge.yaml"))
+    request = Request(config, described.manifest(), Hardware(64, 8, "cuda", 80 * GIB, GPU), 2e13, described.dims, "huge")
+    plan = plan_training(request)
+    assert [(table.sharding, table.ranks) for table in plan.tables] == [("row_wise", list(range(64)))]
+    assert {shard.rows for shard in plan.tables[0].shards} == {10**10 // 64}
+    assert {rank.weights for rank in plan.ranks} == {4 * 64 * 10**10 // 64}
+    assert {rank.state for rank in plan.ranks} == {4 * 10**10 // 64}
+    assert not plan.missing
+
+
+def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would_fit():
+    """Two tables of 2 GiB with Adagrad, on two ranks: 4 GiB each, of which 0.85 * 4 can be planned with."""
+    hardware = Hardware(2, 2, "cuda", 4 * GIB, GPU)
+    request = small({"a": (2**26, 1), "b": (2**26, 1)}, hardware)
+    plan = plan_training(request)
+    rank = plan.fullest
+    assert (rank.weights, rank.state) == (2 * GIB, 2 * GIB)
+    usable = int(4 * GIB * (1 - RESERVED_SHARE))
+    assert plan.missing == rank.total - usable > 4 * GIB - usable
+    (first, *_) = plan.warnings()
+    assert first.startswith("does not fit: rank")
+    assert f"{plan.missing / GIB:.2f} GiB too many" in first
+    found = remedies(plan, alternatives(plan))
+    assert [line.partition(":")[0] for line in found] == [
+        "2 hosts",
+        "embeddings.optimizer.name=rowwise_adagrad",
+        "embeddings.optimizer.name=sgd",
+        "embeddings.dim=4",
+    ]
+    # Each of them really fits.
+    assert not plan_training(replace(request, hardware=replace(hardware, world_size=4))).missing
+    assert not plan_training(request.with_embeddings(dim=4)).missing
+
+
+def test_more_hosts_are_tried_until_it_fits_and_not_where_a_table_lies_whole_on_one_rank():
+    hardware = Hardware(1, 1, "cuda", GIB // 4, GPU)
+    plan = plan_training(small({"a": (2**26, 1)}, hardware))  # 4 GiB with its state
+    (hosts, *_) = [line for line in remedies(plan, alternatives(plan)) if "host" in line]
+    assert hosts.startswith("32 hosts: ")  # 128 MiB of 217 on each; 16 would be 256 of 217
+    whole = plan_training(small({"a": (2**26, 1)}, hardware, embeddings={"sharding": "table_wise"}))
+    assert not [line for line in remedies(whole, alternatives(whole)) if "hosts" in line and "auto" not in line]
+
+
+def test_times_follow_bandwidths_by_hand():
+    """One row-wise table on four ranks of one host: the lookup reads B * length / 4 rows on each."""
+    hardware = Hardware(4, 4, "cpu", 8 * GIB, CPU)
+    tables = {"a": (100_000, 8)}
+    slow = plan_training(small(tables, hardware, dim=128, embeddings={"sharding": "row_wise"}))
+    bandwidths = replace(CPU, in_host=CPU.in_host / 2)
+    halved = plan_training(
+        small(tables, replace(hardware, bandwidths=bandwidths), dim=128, embeddings={"sharding": "row_wise"})
+    )
+    assert halved.step["all_reduce"] == pytest.approx(2 * slow.step["all_reduce"])
+    assert halved.step["vectors"] == pytest.approx(2 * slow.step["vectors"])
+    assert halved.step["lookup"] == pytest.approx(slow.step["lookup"])
+    assert halved.step_ms > slow.step_ms
+    parameters = sum(parameter.numel() for parameter in slow.network.parameters())
+    assert slow.step["all_reduce"] == pytest.approx(1000 * 2 * 3 / 4 * 4 * parameters / CPU.in_host)
+    # Ids at 8 bytes and vectors at 4 bytes a number, read at the bandwidth of the memory.
+    longer = plan_training(small({"a": (100_000, 16)}, hardware, dim=128, embeddings={"sharding": "row_wise"}))
+    assert 1.5 < longer.step["lookup"] / slow.step["lookup"] <= 2
+
+
+def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
+    hardware = Hardware(4, 4, "cuda", 8 * GIB, GPU)
+    plan = plan_training(
+        small({"a": (10**6, 100), "b": (1000, 1), "c": (3, 1)}, hardware, embeddings={"sharding": "table_wise"})
+    )
+    told = "\n".join(plan.warnings())
+    (rank,) = next(table.ranks for table in plan.tables if table.name == "a")
+    assert f"rank {rank} is overloaded" in told
+    assert "most of it a" in told
+    assert "too small to split over 4 ranks, so whole on one: c" in told
+    assert "1 of 4 ranks hold no table" in told
+    data = write_dataset(tmp_path / "data")
+    config = load_config({"dataset": {"path": str(tmp_path / "data")}, "model": {"name": "mmoe"}})
+    told = "\n".join(plan_training(Request(config, data.manifest, hardware, 1e11, {}, "x")).warnings())
+    assert "does not record how many ids a row has of m0" in told
+    counted = data.manifest.model_copy(update={"statistics": {"mean_lengths": {"m0": 2.5}}})
+    plan = plan_training(Request(config, counted, hardware, 1e11, {}, "x"))
+    assert "does not record" not in "\n".join(plan.warnings())
+    assert {table.name: table.lengths for table in plan.tables}["tm0"] == (2.5,)
+
+
+@pytest.mark.parametrize("name", ["single_task", "star", "snr"])
+def test_networks_of_all_kinds_have_a_cost(tmp_path, name):
+    data = write_dataset(tmp_path / "data")
+    setting = "msl" if name == "star" else "mtl"
+    tasks = ["click"] if name in ("star",) else ["click", "buy"]
+    config = load(
+        {
+            "dataset": {"path": str(tmp_path / "data"), "setting": setting, "tasks": tasks},
+            "model": {"name": name},
+            "model_defaults": {"dnn_hidden_units": [64, 32]},
+        },
+        [],
+    )
+    plan = plan_training(Request(config, data.manifest, Hardware(2, 2, "cuda", GIB, GPU), 1e12, {}, "x"))
+    assert plan.cost.operations > 0
+    assert plan.cost.activations > 0
+
+
+def test_operations_of_an_mlp_by_hand(tmp_path):
+    data = write_dataset(tmp_path / "data", num_multi=0, num_sparse=3, num_dense=2)
+    sizes = {"dnn_hidden_units": [64, 32]}
+    config = load({"dataset": {"path": "x", "tasks": ["click"]}, "model": {"name": "mlp", **sizes}}, [])
+    plan = plan_training(Request(config, data.manifest, Hardware(1, 1, "cpu", GIB, CPU), 1e12, {}, "x"))
+    products = (3 * 8 + 2) * 64 + 64 * 32 + 32
+    # Forward, gradient of the inputs and of the weights: two operations for each weight in each.
+    assert plan.cost.operations == pytest.approx(6 * products, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sharding", "mib"),
+    [
+        (2, "auto", 128),
+        *(pytest.param(world, kind, 1024, marks=pytest.mark.long) for world in (1, 2, 4) for kind in ("auto", "row_wise")),
+    ],
+)
+def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, mib):
+    rows = mib * 2**20 // (4 * 64)
+    data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0, table_rows=rows, tasks=("click",))
+    write_dataset(tmp_path / "small", num_sparse=2, num_multi=0, tasks=("click",))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"dataset: {{path: {data.folder}}}\nmodel: {{name: mlp, dnn_hidden_units: [8]}}\n"
+        f"embeddings: {{dim: 64, sharding: {sharding}}}\ntraining: {{batch_size: 64}}\n"
+    )
+    processes.spawn(grow, (world_size, str(free_port()), config, tmp_path / "small", tmp_path), world_size)
+    hardware = Hardware(world_size, world_size, "cpu", 16 * GIB, CPU)
+    plan = plan_training(Request(load(str(config), []), DatasetManifest.load(data.folder), hardware, 1e11, {}, "x"))
+    for rank in plan.ranks:
+        found = json.loads((tmp_path / f"rank-{rank.rank}.json").read_text())
+        if rank.weights:
+            assert found["growth"] == pytest.approx(rank.weights + rank.state, rel=0.1), rank
+        else:  # Two tables, each whole on one of four ranks.
+            assert found["growth"] < 0.01 * sum(table.rows for table in plan.tables) * 64 * 4, rank
+        assert [(row["sharding"], row["ranks"]) for row in found["plan"]] == [(t.sharding, t.ranks) for t in plan.tables]
