@@ -234,7 +234,7 @@ def test_a_file_that_says_the_side_can_be_one_split(tmp_path):
     assert make(raw, tmp_path / "two", one, tmp_path / "one").splits["later"].num_rows == 3300
 
 
-@pytest.mark.parametrize("split", [None, OneSplit("later"), OneSplit("train")])
+@pytest.mark.parametrize("split", [OneSplit("later"), OneSplit("train")])
 @pytest.mark.parametrize("grows", [False, True])
 def test_synthetic_data_which_come_encoded(split, grows, tmp_path):
     kind = dataset_class("synthetic")
@@ -246,7 +246,7 @@ def test_synthetic_data_which_come_encoded(split, grows, tmp_path):
 
     before = make(Path(), tmp_path / "one", dataset("1"))
     later = dataset("2")
-    later.split = split or later.split
+    later.split = split
     if grows and split == OneSplit("later"):
         with pytest.raises(ConfigError, match="nothing can be fitted"):
             make(Path(), tmp_path / "two", later, tmp_path / "one", grows=grows)
@@ -257,7 +257,7 @@ def test_synthetic_data_which_come_encoded(split, grows, tmp_path):
     against = after.statistics["against_train"]["multi_0"]
     assert sum(of["values"] for of in against.values()) > 5000
     assert "unseen" not in against[list(after.splits)[-1]]
-    assert after.statistics["bayes_auc_rows"] == (200 if split is None else 2000)
+    assert after.statistics["bayes_auc_rows"] == 2000
 
 
 def test_the_parity_form_is_taken_as_it_is_and_does_not_grow(days, tmp_path):
