@@ -23,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:\\s*Role .* configured with rest
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).with_name("golden") / "volcano_job.yaml"
 CONFIGS = sorted(
-    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "configs").rglob("*.yaml") if path.parent.name not in ("base", "tables")
+    str(path.relative_to(REPOSITORY))
+    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    if path.parent.name not in ("base", "tables")
 )
 DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 SHAPE = Preset(
