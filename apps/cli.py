@@ -92,6 +92,11 @@ def add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """What is no option: changes of the configuration, for `parse_intermixed_args`."""
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+
+
 def _end_with_agent() -> None:
     """Have the kernel kill this rank when the torchrun that started it is killed.
 

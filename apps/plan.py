@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from apps.cli import Parser, add_import, all_imported, run
+from apps.cli import Parser, add_import, add_overrides, all_imported, run
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-alternatives", action="store_true", help="plan what is given only")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
     add_import(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

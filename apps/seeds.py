@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from apps.cli import Parser, add_import, all_imported, run
+from apps.cli import Parser, add_import, add_overrides, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=_seeds, default=[0, 2, 4, 8], help="comma-separated; default 0,2,4,8")
     parser.add_argument("--run-dir", type=place, help="folder for one run folder per seed; default: as apps.train names them")
     add_import(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from apps.cli import Parser, add_import, all_imported, run
+from apps.cli import Parser, add_import, add_overrides, all_imported, run
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="check the configuration, print it in full and stop")
     parser.add_argument("--list", nargs=0, action=_ListMethods, help="print the methods (model.name) and stop")
     add_import(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

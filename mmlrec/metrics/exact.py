@@ -273,10 +273,12 @@ def _borders(rows: Slices, ranks: Ranks) -> Floats:
     """
     num_rounds = max(ranks.gather(-(-rows.num_rows // ROUND_ROWS)))
     num_ranges = num_rounds * ranks.world_size
+    if num_ranges <= 1:  # nothing to cut, so no scores are drawn
+        return rows.score[:0]
     step = max(rows.num_rows // _SAMPLED, 1)
     sampled = np.sort(np.concatenate(ranks.gather(rows.score[::step][rows.present[::step]])))
-    if num_ranges <= 1 or not len(sampled):
-        return sampled[:0]
+    if not len(sampled):
+        return sampled
     return np.unique(sampled[np.arange(1, num_ranges) * len(sampled) // num_ranges])
 
 
