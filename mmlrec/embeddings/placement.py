@@ -14,9 +14,11 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
+from torchrec.distributed.types import ModuleSharder
+from torchrec.modules.embedding_configs import DataType
 
-from mmlrec.config import EmbeddingsConfig
+from mmlrec.config import EmbeddingsConfig, TableDtype
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.errors import ConfigError, did_you_mean
 
@@ -82,6 +84,7 @@ class PlacedTable:
     """A table and where its rows lie.
 
     Attributes:
+        dtype: of its weights.
         lengths: mean number of ids of a row, of each feature that uses the table.
         shards: in the order of their rows.
         why: a sentence.
@@ -90,6 +93,7 @@ class PlacedTable:
     name: str
     rows: int
     dim: int
+    dtype: TableDtype
     lengths: tuple[float, ...]
     sharding: str
     shards: tuple[Shard, ...]
@@ -100,10 +104,40 @@ class PlacedTable:
         """Ranks that hold rows."""
         return [shard.rank for shard in self.shards]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all its weights."""
+        return weight_bytes(self.dtype, self.rows, self.dim)
+
+
+def weight_bytes(dtype: TableDtype, rows: int, dim: int) -> int:
+    """What the weights of some rows take."""
+    return {"fp32": 4, "fp16": 2, "bf16": 2}[dtype] * rows * dim
+
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
-    """What the fused kernel keeps of some rows beside their weights, all float32."""
+    """What the fused kernel keeps of some rows beside their weights, all float32, whatever the weights are."""
     return {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * dim, "adam": 8 * rows * dim}[optimizer]
+
+
+class _Enumerator(EmbeddingEnumerator):
+    """TorchRec's takes numbers of the optimizer's state to be as long as those of the weights; they are float32."""
+
+    def __init__(self, embeddings: EmbeddingsConfig, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._embeddings = embeddings
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """All ways to place the tables, with what their shards take."""
+        options = super().enumerate(module, sharders)
+        for option in options:
+            for shard in option.shards:
+                assert shard.storage is not None
+                state = state_bytes(self._embeddings.optimizer.name, *shard.size)
+                missing = state - state * option.tensor.element_size() // 4
+                on_gpu = self._compute_device == "cuda"
+                shard.storage += Storage(hbm=missing if on_gpu else 0, ddr=0 if on_gpu else missing)
+        return options
 
 
 def too_small(rows: int, world_size: int) -> bool:
@@ -146,6 +180,7 @@ def place_tables(
             sharding_types=[*wanted[c.name], *(beyond if len(wanted[c.name]) > 1 else ())],
             compute_kernels=["fused"],
             pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
+            output_dtype=DataType.FP32,  # of the looked-up vectors, whatever the weights are
         )
         for c in configs
     }
@@ -155,7 +190,7 @@ def place_tables(
     options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        enumerator = EmbeddingEnumerator(topology=topology, batch_size=batch_size, constraints=constraints)
+        enumerator = _Enumerator(config, topology=topology, batch_size=batch_size, constraints=constraints)
         for option in enumerator.enumerate(module, [sharder]):
             options[option.name][option.sharding_type] = option
 
@@ -256,13 +291,13 @@ def _placed(
         assert shard.storage is not None
         assert shard.perf is not None
         rows = int(shard.size[0])
-        own = 4 * rows * config.embedding_dim + state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
+        own = weight_bytes(embeddings.dtype, rows, config.embedding_dim)
+        own += state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
         buffers = max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
-    return PlacedTable(
-        config.name, config.num_embeddings, config.embedding_dim, lengths, option.sharding_type, tuple(shards), why
-    )
+    rows, dim = config.num_embeddings, config.embedding_dim
+    return PlacedTable(config.name, rows, dim, embeddings.dtype, lengths, option.sharding_type, tuple(shards), why)
 
 
 def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
@@ -282,7 +317,7 @@ def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
         f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
-        " embeddings.optimizer.name, a smaller embeddings.dim."
+        " embeddings.optimizer.name, a smaller embeddings.dim, another embeddings.dtype."
     )
 
 
@@ -291,6 +326,6 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
     found = [0] * world_size
     for table in placed:
         for shard in table.shards:
-            own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
             found[shard.rank] += own + shard.buffers
     return found

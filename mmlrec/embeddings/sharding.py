@@ -14,9 +14,9 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes, weight_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.errors import ConfigError
@@ -45,6 +45,19 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
     for parameter in tables.parameters():
         # TorchRec changes the dict that it is given, so each parameter gets a fresh one.
         apply_optimizer_in_backward(optimizer, [parameter], dict(arguments))
+
+
+def check_dtype(dtype: TableDtype, device: str) -> None:
+    """Refuse a number format of tables that the kernels of a device do not train.
+
+    Raises:
+        ConfigError: bf16 on a CPU.
+    """
+    if dtype == "bf16" and device == "cpu":
+        raise ConfigError(
+            "embeddings.dtype: 'bf16' needs a GPU: the CPU's fused table kernels have none. Use 'fp32', or 'fp16', which a CPU"
+            " rounds to nearest (docs/scaling.md)."
+        )
 
 
 def make_plan(
@@ -94,11 +107,14 @@ def make_plan(
         world_size=hardware.world_size,
         device_type=hardware.device,
     )
+    if config.dtype != "fp32":
+        for sharding in plan.values():
+            sharding.stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
     return ShardingPlan({path: plan})
 
 
 def plan_report(
-    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str
+    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str, dtype: TableDtype
 ) -> list[dict[str, Any]]:
     """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights and state."""
     if isinstance(tables, NoTables):
@@ -113,7 +129,7 @@ def plan_report(
             "sharding": module_plan[config.name].sharding_type,
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
-            "weight_bytes": 4 * config.num_embeddings * config.embedding_dim,
+            "weight_bytes": weight_bytes(dtype, config.num_embeddings, config.embedding_dim),
             "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
         for config in tables.embedding_bag_configs()
@@ -139,7 +155,8 @@ def check_memory(
         raise ConfigError(
             f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
             f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
-            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, or fewer ids in preprocessing."
+            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer ids"
+            " in preprocessing."
         )
 
 

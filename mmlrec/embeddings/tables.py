@@ -11,8 +11,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import KeyedOptimizer
 
+from mmlrec.config import EmbeddingsConfig
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Feature, Table
 
@@ -20,11 +22,17 @@ from mmlrec.schema import DatasetManifest, Feature, Table
 _BLOCK_ROWS = 16384
 
 
-def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | None = None) -> list[EmbeddingBagConfig]:
+#: `embeddings.dtype` -> what torchrec calls it.
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+
+
+def table_configs(
+    manifest: DatasetManifest, embeddings: EmbeddingsConfig, branches: list[str] | None = None
+) -> list[EmbeddingBagConfig]:
     """One EmbeddingBagConfig for each table of the manifest, or for each branch and table.
 
     Args:
-        dim: width of every table.
+        embeddings: tells width and number format.
         branches: names of branches that have tables of their own; tables and features are then named `branch/name`.
 
     Raises:
@@ -39,10 +47,11 @@ def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | Non
             configs.append(
                 EmbeddingBagConfig(
                     name=prefix + table.name,
-                    embedding_dim=dim,
+                    embedding_dim=embeddings.width(table.name),
                     num_embeddings=table.num_rows,
                     feature_names=[prefix + f.name for f in features],
                     pooling=_pooling(table, features),
+                    data_type=_DATA_TYPES[embeddings.dtype],
                 )
             )
     return configs
@@ -113,7 +122,8 @@ def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple
 def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
     """Overwrite the local shards of a (sharded) EmbeddingBagCollection with their initial weights.
 
-    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan.
+    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan. In fp16 and
+    bf16 they are those of fp32, rounded to the nearest number.
     """
     for key, weight in tables.state_dict().items():
         name = key.removeprefix("embedding_bags.").removesuffix(".weight")

@@ -16,7 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
 from mmlrec.balancing.build import build_balancing
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
@@ -25,7 +25,7 @@ from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
@@ -181,9 +181,10 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
     """What the network has to know, from the configuration's selection of the manifest.
 
     Raises:
-        ConfigError: a task that the dataset does not have, or features the model cannot take.
+        ConfigError: a task or a table that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
+    _check_table_dim(config, manifest)
     if not manifest.features:
         raise DataError(f"{config.dataset.path} has no feature, so a model has nothing to read: make it again with some.")
     multi_scenario = config.dataset.setting is not Setting.MTL
@@ -192,7 +193,7 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         setting=config.dataset.setting,
         tasks=tuple(tasks),
         num_scenarios=scenarios,
-        fields={feature.name: config.embeddings.dim for feature in manifest.sparse_features},
+        fields={feature.name: config.embeddings.width(str(feature.table)) for feature in manifest.sparse_features},
         num_dense=len(manifest.dense_features),
         seed=config.training.seed,
         embedding_dim=config.embeddings.dim,
@@ -211,6 +212,20 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     if len(set(names)) != len(names):
         raise ConfigError(f"dataset.tasks: a task is named twice: {names}.")
     return [by_name[name] for name in names]
+
+
+def _check_table_dim(config: RunConfig, manifest: DatasetManifest) -> None:
+    """Refuse widths of tables that the dataset does not have."""
+    used = list(dict.fromkeys(str(feature.table) for feature in manifest.sparse_features))
+    for name in config.embeddings.table_dim:
+        if not used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: the dataset has no tables, all its features are numbers. Leave it out."
+            )
+        if name not in used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: no such table.{did_you_mean(name, used)} Tables: {', '.join(used)}."
+            )
 
 
 def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
@@ -382,6 +397,27 @@ def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> i
     return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 
 
+def _held(embeddings: EmbeddingsConfig, world: World, *, for_training: bool) -> EmbeddingsConfig:
+    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
+
+    Raises:
+        ConfigError: a training in a number format that the device does not train.
+    """
+    device = world.device.type
+    if for_training:
+        check_dtype(embeddings.dtype, device)
+        if embeddings.dtype == "fp16" and device == "cpu" and world.is_main:
+            logger.warning(
+                "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are"
+                " too small are lost (docs/scaling.md). GPUs round at random, which keeps them on average."
+            )
+    elif embeddings.dtype == "bf16" and device == "cpu":
+        if world.is_main:
+            logger.info("tables in bf16 are held in fp32, exactly, in twice the memory: a CPU has no lookup in bf16")
+        return embeddings.model_copy(update={"dtype": "fp32"})
+    return embeddings
+
+
 def build_session(
     config: RunConfig,
     world: World,
@@ -409,7 +445,8 @@ def build_session(
     spec = network.spec
     branches = table_branches(network, manifest)
     prefixes = [""] if branches is None else [f"{name}/" for name in branches]
-    tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
+    embeddings = _held(config.embeddings, world, for_training=for_training)
+    tables = build_tables(table_configs(manifest, embeddings, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
@@ -427,13 +464,13 @@ def build_session(
     plan = make_plan(
         TABLES,
         tables,
-        config.embeddings.model_copy(update=update),
+        embeddings.model_copy(update=update),
         hardware_of(world),
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
-    report = plan_report(plan, TABLES, tables, optimizer_config.name)
+    report = plan_report(plan, TABLES, tables, optimizer_config.name, embeddings.dtype)
     check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
