@@ -121,7 +121,7 @@ def state_bytes(optimizer: str, rows: int, dim: int) -> int:
 
 
 class _Enumerator(EmbeddingEnumerator):
-    """TorchRec's takes numbers of the optimizer's state to be as long as those of the weights; they are float32."""
+    """TorchRec's takes state of the optimizer and exchanged vectors to be numbers as short as the weights; they are float32."""
 
     def __init__(self, embeddings: EmbeddingsConfig, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -131,12 +131,16 @@ class _Enumerator(EmbeddingEnumerator):
         """All ways to place the tables, with what their shards take."""
         options = super().enumerate(module, sharders)
         for option in options:
-            for shard in option.shards:
+            times = 4 // option.tensor.element_size()
+            for shard in option.shards if times > 1 else ():
                 assert shard.storage is not None
+                assert shard.perf is not None
                 state = state_bytes(self._embeddings.optimizer.name, *shard.size)
-                missing = state - state * option.tensor.element_size() // 4
-                on_gpu = self._compute_device == "cuda"
-                shard.storage += Storage(hbm=missing if on_gpu else 0, ddr=0 if on_gpu else missing)
+                missing = state - state // times
+                shard.storage += Storage(*((missing, 0) if self._compute_device == "cuda" else (0, missing)))
+                if not any(sharder.qcomm_codecs_registry for sharder in sharders):
+                    shard.perf.fwd_comms *= times
+                    shard.perf.bwd_comms *= times
         return options
 
 
