@@ -16,9 +16,9 @@ from torchrec.distributed.planner.proposers import GreedyProposer, UniformPropos
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
 from torchrec.distributed.types import ModuleSharder
-from torchrec.modules.embedding_configs import DataType
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
-from mmlrec.config import EmbeddingsConfig, TableDtype
+from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.errors import ConfigError, did_you_mean
 
@@ -93,7 +93,7 @@ class PlacedTable:
     name: str
     rows: int
     dim: int
-    dtype: TableDtype
+    dtype: DataType
     lengths: tuple[float, ...]
     sharding: str
     shards: tuple[Shard, ...]
@@ -110,9 +110,9 @@ class PlacedTable:
         return weight_bytes(self.dtype, self.rows, self.dim)
 
 
-def weight_bytes(dtype: TableDtype, rows: int, dim: int) -> int:
+def weight_bytes(dtype: DataType, rows: int, dim: int) -> int:
     """What the weights of some rows take."""
-    return {"fp32": 4, "fp16": 2, "bf16": 2}[dtype] * rows * dim
+    return DATA_TYPE_NUM_BITS[dtype] // 8 * rows * dim
 
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
@@ -295,13 +295,13 @@ def _placed(
         assert shard.storage is not None
         assert shard.perf is not None
         rows = int(shard.size[0])
-        own = weight_bytes(embeddings.dtype, rows, config.embedding_dim)
+        own = weight_bytes(config.data_type, rows, config.embedding_dim)
         own += state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
         buffers = max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
     rows, dim = config.num_embeddings, config.embedding_dim
-    return PlacedTable(config.name, rows, dim, embeddings.dtype, lengths, option.sharding_type, tuple(shards), why)
+    return PlacedTable(config.name, rows, dim, config.data_type, lengths, option.sharding_type, tuple(shards), why)
 
 
 def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:

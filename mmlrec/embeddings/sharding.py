@@ -114,7 +114,7 @@ def make_plan(
 
 
 def plan_report(
-    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str, dtype: TableDtype
+    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str
 ) -> list[dict[str, Any]]:
     """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights and state."""
     if isinstance(tables, NoTables):
@@ -129,7 +129,7 @@ def plan_report(
             "sharding": module_plan[config.name].sharding_type,
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
-            "weight_bytes": weight_bytes(dtype, config.num_embeddings, config.embedding_dim),
+            "weight_bytes": weight_bytes(config.data_type, config.num_embeddings, config.embedding_dim),
             "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
         for config in tables.embedding_bag_configs()

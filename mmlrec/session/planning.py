@@ -374,10 +374,15 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
     for dtype in ("fp32", "fp16", "bf16") if hardware.device == "cuda" else ("fp32", "fp16"):
         if dtype != embeddings.dtype:
             yield f"embeddings.dtype={dtype}", request.with_embeddings(dtype=dtype)
-    if any(feature.table not in embeddings.table_dim for feature in request.manifest.sparse_features):
-        for dim in (embeddings.dim * 2, embeddings.dim // 2):
-            if dim and dim % 4 == 0:
-                yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
+    widths = {"": embeddings.dim, **embeddings.table_dim}
+    for words, changed in (
+        ("twice", {name: 2 * dim for name, dim in widths.items()}),
+        ("half of", {name: dim // 2 for name, dim in widths.items()}),
+    ):
+        if all(dim and dim % 4 == 0 for dim in changed.values()):
+            dim = changed.pop("")
+            change = f"embeddings.dim={dim}" + (f", {words} each table_dim" if changed else "")
+            yield change, request.with_embeddings(dim=dim, table_dim=changed)
     if hardware.world_size > 1:
         for sharding in ("auto", "table_wise", "row_wise"):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:

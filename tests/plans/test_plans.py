@@ -204,20 +204,25 @@ def test_operations_of_an_mlp_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "sharding", "mib"),
+    ("world_size", "sharding", "mib", "dtype"),
     [
-        (2, "auto", 128),
-        *(pytest.param(world, kind, 1024, marks=pytest.mark.long) for world in (1, 2, 4) for kind in ("auto", "row_wise")),
+        (2, "auto", 128, "fp32"),
+        pytest.param(2, "auto", 1024, "fp16", marks=pytest.mark.long),
+        *(
+            pytest.param(world, kind, 1024, "fp32", marks=pytest.mark.long)
+            for world in (1, 2, 4)
+            for kind in ("auto", "row_wise")
+        ),
     ],
 )
-def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, mib):
+def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, mib, dtype):
     rows = mib * 2**20 // (4 * 64)
     data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0, table_rows=rows, tasks=("click",))
     write_dataset(tmp_path / "small", num_sparse=2, num_multi=0, tasks=("click",))
     config = tmp_path / "config.yaml"
     config.write_text(
         f"dataset: {{path: {data.folder}}}\nmodel: {{name: mlp, dnn_hidden_units: [8]}}\n"
-        f"embeddings: {{dim: 64, sharding: {sharding}}}\ntraining: {{batch_size: 64}}\n"
+        f"embeddings: {{dim: 64, sharding: {sharding}, dtype: {dtype}}}\ntraining: {{batch_size: 64}}\n"
     )
     processes.spawn(grow, (world_size, str(free_port()), config, tmp_path / "small", tmp_path), world_size)
     hardware = Hardware(world_size, world_size, "cpu", 16 * GIB, CPU)
