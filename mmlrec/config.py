@@ -52,8 +52,12 @@ class EmbeddingsConfig(StrictModel):
     dim: int = Field(default=8, gt=0, multiple_of=4, description="Width of every table; fbgemm wants a multiple of 4.")
     init_std: float = Field(default=0.01, gt=0)
     optimizer: TableOptimizerConfig = TableOptimizerConfig()
-    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
-    table_sharding: dict[str, Literal["table_wise", "row_wise"]] = Field(default={}, description="Table name -> sharding.")
+    sharding: Literal["auto", "table_wise", "table_row_wise", "row_wise"] = Field(
+        default="auto", description="Each table whole on a rank, split over the ranks of a host, or over all ranks."
+    )
+    table_sharding: dict[str, Literal["table_wise", "table_row_wise", "row_wise"]] = Field(
+        default={}, description="Table name -> sharding."
+    )
     plan: str | None = Field(
         default=None, description="A plan of apps.plan, or plan.json of a run, to place the tables by; instead of sharding."
     )

@@ -35,6 +35,7 @@ class Hardware:
     Attributes:
         device: "cuda" or "cpu".
         memory: bytes of one rank: of its GPU, or its share of the host's memory.
+        equal_hosts: False where hosts have different numbers of ranks; then no table can be split over those of a host.
     """
 
     world_size: int
@@ -42,11 +43,30 @@ class Hardware:
     device: str
     memory: int
     bandwidths: Bandwidths
+    equal_hosts: bool = True
 
     @property
     def num_hosts(self) -> int:
         """Hosts, the last of which may have fewer ranks."""
         return -(-self.world_size // self.ranks_per_host)
+
+    @property
+    def host_of_several(self) -> bool:
+        """Whether a host is less than all ranks, and more than one: only then it is a place of its own for a table."""
+        return self.has_whole_hosts and 1 < self.ranks_per_host < self.world_size
+
+    @property
+    def has_whole_hosts(self) -> bool:
+        """Whether all hosts have as many ranks."""
+        return self.equal_hosts and self.world_size % self.ranks_per_host == 0
+
+    def split_over(self, sharding: str) -> int:
+        """How many ranks share the rows of a table."""
+        return {"table_wise": 1, "table_row_wise": self.ranks_per_host, "row_wise": self.world_size}[sharding]
+
+    def host(self, index: int) -> list[int]:
+        """The ranks of a host."""
+        return list(range(index * self.ranks_per_host, (index + 1) * self.ranks_per_host))
 
     @property
     def usable(self) -> int:

@@ -25,7 +25,7 @@ from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
@@ -370,10 +370,12 @@ def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple
 
 
 def hardware_of(world: World) -> Hardware:
-    """What the ranks run on: equal ones, with the least memory that one of them has."""
+    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names."""
     least = -world.highest(-memory_of(world.device, world.local_world_size))
+    of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type
-    return Hardware(world.world_size, world.local_world_size, kind, least, GPU if kind == "cuda" else CPU)
+    bandwidths = GPU if kind == "cuda" else CPU
+    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, equal_hosts=len(of_hosts) == 1)
 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
@@ -435,6 +437,7 @@ def build_session(
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
     check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
+    forget_former_groups()
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )
