@@ -61,6 +61,10 @@ class EmbeddingsConfig(StrictModel):
     plan: str | None = Field(
         default=None, description="A plan of apps.plan, or plan.json of a run, to place the tables by; instead of sharding."
     )
+    communication: Literal["fp32", "fp16", "bf16", "fp8"] = Field(
+        default="fp32",
+        description="Looked-up vectors and their gradients between ranks, in training steps; bf16 and fp8 need GPUs.",
+    )
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
 
     @field_validator("plan")

@@ -17,6 +17,7 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 
 from mmlrec.config import EmbeddingsConfig
+from mmlrec.embeddings.communication import Communication, communicable
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.errors import ConfigError, did_you_mean
 
@@ -36,6 +37,9 @@ PHASES = {
 
 class PortableSharder(EmbeddingBagCollectionSharder):
     """Offers the portable sharding types on every device; TorchRec's own hides those by rows on CPU."""
+
+    def __init__(self, communication: Communication | None = None) -> None:
+        super().__init__(qcomm_codecs_registry=communication.codecs if communication else None)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """`SHARDING_TYPES`, whatever the device."""
@@ -133,6 +137,8 @@ def place_tables(
     """
     configs = tables.embedding_bag_configs()
     world_size = hardware.world_size
+    for sharding in sorted({sharding for sharding, _ in (given or {}).values()}):
+        _check(sharding, "embeddings.plan", config, hardware)
     asked = _asked(configs, config, hardware)
     wanted = {c.name: [given[c.name][0]] if given else asked[c.name][0] for c in configs}
     known = lengths or {}
@@ -144,7 +150,8 @@ def place_tables(
         )
         for c in configs
     }
-    sharder = PortableSharder()
+    dims = [c.embedding_dim for c in configs]
+    sharder = PortableSharder(Communication(config.communication, batch_size * world_size, dims))
     module = nn.ModuleDict({"tables": tables})
     topology = hardware.topology(reserved)
     options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
@@ -206,23 +213,21 @@ def _asked(
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: too few rows to give each of {_over(named, hardware)} some. Use table_wise."
             )
+    offered = _offered(config, hardware)
     found: dict[str, tuple[list[str], str]] = {}
     for name, rows in sizes.items():
         sharding, key = config.sharding, "embeddings.sharding"
         if name in config.table_sharding:
             sharding, key = config.table_sharding[name], f"embeddings.table_sharding.{name}"
-        if sharding == "table_row_wise" and not hardware.has_whole_hosts:
-            raise ConfigError(
-                f"{key}: table_row_wise splits a table over the ranks of a host, and the launcher names hosts with different"
-                " numbers of ranks. Start as many on each, or use row_wise."
-            )
-        wanted = (
-            [sharding] if sharding != "auto" else SHARDING_TYPES if hardware.host_of_several else ["table_wise", "row_wise"]
-        )
+        if sharding != "auto":
+            _check(sharding, key, config, hardware)
+        wanted = offered if sharding == "auto" else [sharding]
         fitting = [kind for kind in wanted if not too_small(rows, hardware.split_over(kind))]
         small = f"too small to split: {rows:,} rows over {_over(wanted[-1], hardware)}"
         if hardware.world_size == 1:
             found[name] = ["table_wise" if sharding == "auto" else sharding], "there is one rank"
+        elif offered == ["table_wise"] and sharding == "auto":
+            found[name] = offered, f"{config.communication} is for vectors of whole tables only"
         elif sharding == "auto":
             found[name] = fitting, "" if len(fitting) > 1 else small
         elif fitting:
@@ -230,6 +235,26 @@ def _asked(
         else:
             found[name] = ["table_wise"], small
     return found
+
+
+def _offered(config: EmbeddingsConfig, hardware: Hardware) -> list[str]:
+    """What `auto` chooses from: a host counts where it is a place of its own, sums over ranks where they can be sent."""
+    kinds = [kind for kind in SHARDING_TYPES if kind != "table_row_wise" or hardware.host_of_several]
+    return kinds if hardware.world_size == 1 else communicable(config.communication, hardware.device, kinds)
+
+
+def _check(sharding: str, key: str, config: EmbeddingsConfig, hardware: Hardware) -> None:
+    """Refuse a sharding that is asked for where the hosts or the communication do not allow it."""
+    if sharding == "table_row_wise" and not hardware.has_whole_hosts:
+        raise ConfigError(
+            f"{key}: table_row_wise splits a table over the ranks of a host, and the launcher names hosts with different"
+            " numbers of ranks. Start as many on each, or use row_wise."
+        )
+    if hardware.world_size > 1 and not communicable(config.communication, hardware.device, [sharding]):
+        raise ConfigError(
+            f"{key}: vectors of {sharding} tables are summed over ranks, which nobody does in {config.communication}"
+            " (embeddings.communication). Use bf16 or fp16, or table_wise."
+        )
 
 
 def _over(sharding: str, hardware: Hardware) -> str:

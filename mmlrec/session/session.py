@@ -23,6 +23,7 @@ from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
+from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
@@ -415,7 +416,11 @@ def build_session(
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
+    precision = config.embeddings.communication if for_training else "fp32"
+    dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
+    communication = Communication(precision, config.training.batch_size, dims)
+    head = Head(network, loss, balancing, config, prefixes, scales, world.parts)
+    recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
     if unknown and for_training and world.world_size > 1 and world.is_main:
         logger.info(
@@ -423,7 +428,7 @@ def build_session(
             config.dataset.path,
             ", ".join(unknown),
         )
-    update: dict[str, Any] = {"optimizer": optimizer_config}
+    update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
     plan = make_plan(
@@ -439,7 +444,11 @@ def build_session(
     check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     forget_former_groups()
     model = DistributedModelParallel(
-        recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
+        recommender,
+        device=world.device,
+        plan=plan,
+        sharders=[PortableSharder(communication)],
+        init_data_parallel=world.world_size > 1,
     )
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
