@@ -65,6 +65,10 @@ class EmbeddingsConfig(StrictModel):
         default="fp32",
         description="Looked-up vectors and their gradients between ranks, in training steps; bf16 and fp8 need GPUs.",
     )
+    replicas: int = Field(
+        default=1, gt=0, description="Copies of all tables, each on a part of the ranks; another algorithm, and on GPUs only."
+    )
+    average_every: int = Field(default=1, gt=0, description="Steps between two averages of the replicas.")
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
 
     @field_validator("plan")

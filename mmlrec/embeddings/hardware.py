@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torchrec.distributed.planner import Topology
+
+from mmlrec.errors import ConfigError
 
 #: Share of a device's memory that no plan counts on: context and workspaces of the libraries, fragments, the process itself.
 RESERVED_SHARE = 0.15
@@ -67,6 +69,21 @@ class Hardware:
     def host(self, index: int) -> list[int]:
         """The ranks of a host."""
         return list(range(index * self.ranks_per_host, (index + 1) * self.ranks_per_host))
+
+    def of_replica(self, replicas: int) -> Hardware:
+        """The ranks of one of several copies of the tables, which follow each other.
+
+        Raises:
+            ConfigError: they cannot be shared out evenly, or not so that a host has whole copies or a copy whole hosts.
+        """
+        ranks, rest = divmod(self.world_size, replicas)
+        each = min(self.ranks_per_host, ranks)
+        if rest or (replicas > 1 and (not self.has_whole_hosts or ranks % each or self.ranks_per_host % each)):
+            raise ConfigError(
+                f"embeddings.replicas: {self.world_size} ranks on hosts of {self.ranks_per_host} cannot be divided into"
+                f" {replicas} equal parts that are whole hosts, or that whole hosts consist of."
+            )
+        return replace(self, world_size=ranks, ranks_per_host=each)
 
     @property
     def usable(self) -> int:

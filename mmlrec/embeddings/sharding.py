@@ -113,7 +113,7 @@ def forget_former_groups() -> None:
 
     It keeps them as long as the process lives, which may open one process group after another.
     """
-    for name in ("_INTRA_PG", "_CROSS_PG"):
+    for name in ("_INTRA_PG", "_CROSS_PG", "_INTRA_PG_2D", "_CROSS_PG_2D"):
         if getattr(comm, name) not in distributed_c10d._world.pg_map:
             setattr(comm, name, None)
 

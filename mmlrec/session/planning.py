@@ -42,6 +42,7 @@ STEP = {
     "gradients": "gradients of the vectors back to the tables",
     "update": "update of the tables",
     "all_reduce": "gradients of the network to all ranks",
+    "average": "averages of the replicas of the tables",
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
@@ -118,9 +119,9 @@ class TrainingPlan:
     def ranks(self) -> list[Rank]:
         """All ranks, in their order."""
         optimizer = self.request.config.embeddings.optimizer.name
-        world_size = self.request.hardware.world_size
-        sums = [[0, 0, 0] for _ in range(world_size)]
-        times = [dict.fromkeys(PHASES, 0.0) for _ in range(world_size)]
+        world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
+        sums = [[0, 0, 0] for _ in range(world_size // replicas)]
+        times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
                 own = sums[shard.rank]
@@ -132,8 +133,8 @@ class TrainingPlan:
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank])
-            for rank, (weights, state, buffers) in enumerate(sums)
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)])
+            for rank, (weights, state, buffers) in enumerate(sums * replicas)
         ]
 
     @cached_property
@@ -146,7 +147,11 @@ class TrainingPlan:
         bandwidths = hardware.bandwidths
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
-        return {phase: found[phase] for phase in STEP}
+        if (replicas := self.request.config.embeddings.replicas) > 1:
+            held = max(rank.weights + rank.state for rank in self.ranks)
+            of_step = held / self.request.config.embeddings.average_every
+            found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
+        return {phase: found[phase] for phase in STEP if phase in found}
 
     @property
     def step_ms(self) -> float:
@@ -301,6 +306,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     """
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
+    replica = hardware.of_replica(embeddings.replicas)
     if unknown := request.dims.keys() - {table.name for table in manifest.tables}:
         raise ConfigError(f"no such table: '{min(unknown)}'.")
     spec = build_spec(config, manifest)
@@ -320,14 +326,14 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     given = None
     if embeddings.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(embeddings.plan, sizes, hardware)
+        given = given_placement(embeddings.plan, sizes, replica)
     rows = -(-config.training.batch_size // hardware.world_size)
     reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
         placed = place_tables(
             tables,
             embeddings,
-            hardware,
+            replica,
             batch_size=rows,
             lengths=lengths,
             reserved=reserved,

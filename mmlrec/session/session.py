@@ -26,6 +26,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
+from mmlrec.embeddings.replicas import average, check_replicas, shard
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
@@ -149,6 +150,15 @@ class Session:
     def count_steps(self, steps: int) -> None:
         """Before steps that follow a validation or a resume: how many training steps there were (see `tables.count_steps`)."""
         count_steps(get_unwrapped_module(self.model).tables, steps)
+
+    def average_replicas(self, step: int) -> None:
+        """Behind a training step: the mean of the replicas of the tables, where it is time for it and there are several.
+
+        Args:
+            step: 0 where what follows is no training step.
+        """
+        if step % self.config.embeddings.average_every == 0:
+            average(self.model)
 
     def branches(self) -> list[tuple[str, str, str | None]]:
         """`branches_of` its network and data."""
@@ -428,6 +438,10 @@ def build_session(
             config.dataset.path,
             ", ".join(unknown),
         )
+    replicas = config.embeddings.replicas if for_training else 1
+    if for_training:
+        check_replicas(config.embeddings, world.device)
+    hardware = hardware_of(world).of_replica(replicas)
     update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
@@ -435,21 +449,21 @@ def build_session(
         TABLES,
         tables,
         config.embeddings.model_copy(update=update),
-        hardware_of(world),
+        hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
-    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
-    forget_former_groups()
-    model = DistributedModelParallel(
-        recommender,
+    check_memory(
+        report,
+        optimizer_config.name,
+        rank=world.rank % hardware.world_size,
+        local_world_size=world.local_world_size,
         device=world.device,
-        plan=plan,
-        sharders=[PortableSharder(communication)],
-        init_data_parallel=world.world_size > 1,
     )
+    forget_former_groups()
+    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)
