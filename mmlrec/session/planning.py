@@ -208,10 +208,10 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
-        whole = [table for table in self.tables if len(table.ranks) == 1]
-        small = [table.name for table in whole if too_small(table.rows, hardware.world_size)]
-        if small and hardware.world_size > 1:
-            yield f"too small to split over {hardware.world_size} ranks, so whole on one: {_some(small, 5)}"
+        sharing = hardware.of_replica(config.embeddings.replicas).world_size
+        small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
+        if small and sharing > 1:
+            yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"
         empty = sum(not rank.weights for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
@@ -376,7 +376,7 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
     request = given.with_embeddings(plan=None)
     hardware, embeddings = request.hardware, request.config.embeddings
     for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
-        if hosts:
+        if hosts and _divides(_on_hosts(request, hosts)):
             yield _hosts(hosts), _on_hosts(request, hosts)
     for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
         if name != embeddings.optimizer.name:
@@ -389,6 +389,21 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
                 yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
+        if embeddings.communication == "fp32":
+            shorter = "bf16" if hardware.device == "cuda" else "fp16"
+            yield f"embeddings.communication={shorter}", request.with_embeddings(communication=shorter)
+    copied = request.with_embeddings(replicas=2)
+    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and _divides(copied):
+        yield "embeddings.replicas=2", copied
+
+
+def _divides(request: Request) -> bool:
+    """Whether the ranks can be shared out to the replicas."""
+    try:
+        request.hardware.of_replica(request.config.embeddings.replicas)
+    except ConfigError:
+        return False
+    return True
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:

@@ -120,6 +120,28 @@ def test_more_hosts_are_tried_until_it_fits_and_not_where_a_table_lies_whole_on_
     assert not [line for line in remedies(whole, alternatives(whole)) if "hosts" in line and "auto" not in line]
 
 
+def test_each_replica_holds_all_tables_and_averages_cross_the_hosts():
+    hardware = Hardware(16, 8, "cuda", 8 * GIB, GPU)
+    tables = {"a": (10**6, 1), "b": (1000, 1)}
+    one, two = (
+        plan_training(small(tables, hardware, dim=64, embeddings={"replicas": replicas, "average_every": 10}))
+        for replicas in (1, 2)
+    )
+    weights = 4 * 64 * (10**6 + 1000)
+    assert sum(rank.weights for rank in one.ranks) == sum(rank.state for rank in one.ranks) == weights
+    assert [rank.rank for rank in two.ranks] == list(range(16))
+    for first, second in ((two.ranks[:8], two.ranks[8:]),):
+        assert sum(rank.weights for rank in first) == weights
+        assert [replace(rank, rank=0) for rank in first] == [replace(rank, rank=0) for rank in second]
+    assert max(rank for table in two.tables for rank in table.ranks) < 8
+    held = max(rank.weights + rank.state for rank in two.ranks)
+    # An all-reduce of two: half of it goes out and half comes in, twice; every tenth step.
+    assert two.step["average"] == pytest.approx(1000 * held / 10 / GPU.between_hosts)
+    assert "average" not in one.step
+    # Ids and vectors stay in a host.
+    assert two.step["vectors"] < one.step["vectors"]
+
+
 def test_times_follow_bandwidths_by_hand():
     """One row-wise table on four ranks of one host: the lookup reads B * length / 4 rows on each."""
     hardware = Hardware(4, 4, "cpu", 8 * GIB, CPU)
