@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.distributed import distributed_c10d
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed import comm
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes, weight_bytes
+from mmlrec.embeddings.placement import PlacedTable, PortableSharder, place_tables, state_bytes, weight_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserAdvice
 
 
 def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
@@ -60,6 +69,31 @@ def check_dtype(dtype: TableDtype, device: str) -> None:
         )
 
 
+def held(embeddings: EmbeddingsConfig, device: torch.device, *, for_training: bool) -> EmbeddingsConfig:
+    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
+
+    Says (`UserAdvice`) what a device does otherwise than others.
+
+    Raises:
+        ConfigError: a training in a number format that the device does not train.
+    """
+    if for_training:
+        check_dtype(embeddings.dtype, device.type)
+    if device.type != "cpu" or embeddings.dtype == "fp32":
+        return embeddings
+    if embeddings.dtype == "bf16":
+        warnings.warn("tables in bf16 are held in fp32, exactly: a CPU has no lookup in bf16.", UserAdvice, stacklevel=2)
+        return embeddings.model_copy(update={"dtype": "fp32"})
+    if for_training:
+        warnings.warn(
+            "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are too"
+            " small are lost (docs/scaling.md). GPUs round at random, which keeps them on average.",
+            UserAdvice,
+            stacklevel=2,
+        )
+    return embeddings
+
+
 def make_plan(
     path: str,
     tables: EmbeddingBagCollection | NoTables,
@@ -77,7 +111,7 @@ def make_plan(
         lengths: feature -> mean number of ids of a row.
         reserved: bytes of each rank that the rest of the model takes.
 
-    Tables with too few rows for row-wise sharding, which would leave a rank without any, are placed table-wise.
+    Tables with too few rows for a split, which would leave a rank without any, are placed table-wise.
 
     Raises:
         ConfigError: a table that does not exist or is too small for the sharding it is given by name, no placement fits
@@ -91,17 +125,11 @@ def make_plan(
     given = None
     if config.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(config.plan, sizes, hardware.world_size)
+        given = given_placement(config.plan, sizes, hardware)
     placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
-    generators = {
-        table.name: row_wise(compute_kernel="fused")
-        if table.sharding == "row_wise"
-        else table_wise(rank=table.ranks[0], compute_kernel="fused")
-        for table in placed
-    }
     plan = construct_module_sharding_plan(
         tables,
-        generators,
+        {table.name: _generator(table, hardware) for table in placed},
         sharder=PortableSharder(),
         local_size=hardware.ranks_per_host,
         world_size=hardware.world_size,
@@ -111,6 +139,25 @@ def make_plan(
         for sharding in plan.values():
             sharding.stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
     return ShardingPlan({path: plan})
+
+
+def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGenerator:
+    """What makes torchrec's plan of a table; the fused kernel is that of tables with an optimizer attached."""
+    if table.sharding == "row_wise":
+        return row_wise(compute_kernel="fused")
+    if table.sharding == "table_row_wise":
+        return table_row_wise(host_index=table.ranks[0] // hardware.ranks_per_host)
+    return table_wise(rank=table.ranks[0], compute_kernel="fused")
+
+
+def forget_former_groups() -> None:
+    """Have torchrec make the groups of the ranks of a host anew where those it has are of a process group that has ended.
+
+    It keeps them as long as the process lives, which may open one process group after another.
+    """
+    for name in ("_INTRA_PG", "_CROSS_PG", "_INTRA_PG_2D", "_CROSS_PG_2D"):
+        if getattr(comm, name) not in distributed_c10d._world.pg_map:
+            setattr(comm, name, None)
 
 
 def plan_report(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
 from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import KeyedOptimizer
 
 from mmlrec.config import EmbeddingsConfig
-from mmlrec.errors import DataError
+from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import DatasetManifest, Feature, Table
 
 #: Rows drawn from one random stream. Part of the definition of the initial weights: changing it changes every run.
@@ -24,6 +26,24 @@ _BLOCK_ROWS = 16384
 
 #: `embeddings.dtype` -> what torchrec calls it.
 _DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+
+
+def check_table_dim(manifest: DatasetManifest, embeddings: EmbeddingsConfig) -> None:
+    """Refuse widths of tables that the dataset does not have.
+
+    Raises:
+        ConfigError: naming the table, and the nearest one.
+    """
+    used = list(dict.fromkeys(str(feature.table) for feature in manifest.sparse_features))
+    for name in embeddings.table_dim:
+        if not used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: the dataset has no tables, all its features are numbers. Leave it out."
+            )
+        if name not in used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: no such table.{did_you_mean(name, used)} Tables: {', '.join(used)}."
+            )
 
 
 def table_configs(
@@ -109,11 +129,14 @@ def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: 
     return torch.from_numpy(rows)
 
 
-def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+def local_shards(tensor: Tensor | ShardedTensor | DTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """Local pieces of a plain or sharded tensor, each with the offset of its first element in the whole."""
     if isinstance(tensor, ShardedTensor):
         for shard in tensor.local_shards():
             yield shard.tensor, tuple(shard.metadata.shard_offsets)
+    elif isinstance(tensor, DTensor):  # of replicas; a rank that has no shard has an offset all the same
+        local: Any = tensor.to_local()
+        yield from zip(local.local_shards(), map(tuple, local.local_offsets()), strict=False)
     else:
         yield tensor, (0,) * tensor.dim()
 

@@ -16,17 +16,26 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
 from mmlrec.balancing.build import build_balancing
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, EmbeddingsConfig, RunConfig, TableOptimizerConfig
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
+from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype, check_memory, make_plan, plan_report
-from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
+from mmlrec.embeddings.replicas import average, check_replicas, shard
+from mmlrec.embeddings.sharding import (
+    apply_table_optimizer,
+    check_memory,
+    forget_former_groups,
+    held,
+    make_plan,
+    plan_report,
+)
+from mmlrec.embeddings.tables import build_tables, check_table_dim, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -149,6 +158,15 @@ class Session:
         """Before steps that follow a validation or a resume: how many training steps there were (see `tables.count_steps`)."""
         count_steps(get_unwrapped_module(self.model).tables, steps)
 
+    def average_replicas(self, step: int) -> None:
+        """Behind a training step: the mean of the replicas of the tables, where it is time for it and there are several.
+
+        Args:
+            step: 0 where what follows is no training step.
+        """
+        if step % self.config.embeddings.average_every == 0:
+            average(self.model)
+
     def branches(self) -> list[tuple[str, str, str | None]]:
         """`branches_of` its network and data."""
         return branches_of(self.network, self.manifest)
@@ -184,7 +202,7 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         ConfigError: a task or a table that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
-    _check_table_dim(config, manifest)
+    check_table_dim(manifest, config.embeddings)
     if not manifest.features:
         raise DataError(f"{config.dataset.path} has no feature, so a model has nothing to read: make it again with some.")
     multi_scenario = config.dataset.setting is not Setting.MTL
@@ -212,20 +230,6 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     if len(set(names)) != len(names):
         raise ConfigError(f"dataset.tasks: a task is named twice: {names}.")
     return [by_name[name] for name in names]
-
-
-def _check_table_dim(config: RunConfig, manifest: DatasetManifest) -> None:
-    """Refuse widths of tables that the dataset does not have."""
-    used = list(dict.fromkeys(str(feature.table) for feature in manifest.sparse_features))
-    for name in config.embeddings.table_dim:
-        if not used:
-            raise ConfigError(
-                f"embeddings.table_dim.{name}: the dataset has no tables, all its features are numbers. Leave it out."
-            )
-        if name not in used:
-            raise ConfigError(
-                f"embeddings.table_dim.{name}: no such table.{did_you_mean(name, used)} Tables: {', '.join(used)}."
-            )
 
 
 def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
@@ -385,37 +389,18 @@ def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple
 
 
 def hardware_of(world: World) -> Hardware:
-    """What the ranks run on: equal ones, with the least memory that one of them has."""
+    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names."""
     least = -world.highest(-memory_of(world.device, world.local_world_size))
+    of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type
-    return Hardware(world.world_size, world.local_world_size, kind, least, GPU if kind == "cuda" else CPU)
+    bandwidths = GPU if kind == "cuda" else CPU
+    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, equal_hosts=len(of_hosts) == 1)
 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
     """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
     copies = 2 + {"adam": 2, "adagrad": 1, "sgd": 0}[optimizer] + (world_size > 1)
     return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-
-
-def _held(embeddings: EmbeddingsConfig, world: World, *, for_training: bool) -> EmbeddingsConfig:
-    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
-
-    Raises:
-        ConfigError: a training in a number format that the device does not train.
-    """
-    device = world.device.type
-    if for_training:
-        check_dtype(embeddings.dtype, device)
-        if embeddings.dtype == "fp16" and device == "cpu" and world.is_main:
-            logger.warning(
-                "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are"
-                " too small are lost (docs/scaling.md). GPUs round at random, which keeps them on average."
-            )
-    elif embeddings.dtype == "bf16" and device == "cpu":
-        if world.is_main:
-            logger.info("tables in bf16 are held in fp32, exactly, in twice the memory: a CPU has no lookup in bf16")
-        return embeddings.model_copy(update={"dtype": "fp32"})
-    return embeddings
 
 
 def build_session(
@@ -445,12 +430,16 @@ def build_session(
     spec = network.spec
     branches = table_branches(network, manifest)
     prefixes = [""] if branches is None else [f"{name}/" for name in branches]
-    embeddings = _held(config.embeddings, world, for_training=for_training)
+    embeddings = held(config.embeddings, world.device, for_training=for_training)
     tables = build_tables(table_configs(manifest, embeddings, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
+    precision = config.embeddings.communication if for_training else "fp32"
+    dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
+    communication = Communication(precision, config.training.batch_size, dims)
+    head = Head(network, loss, balancing, config, prefixes, scales, world.parts)
+    recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
     if unknown and for_training and world.world_size > 1 and world.is_main:
         logger.info(
@@ -458,23 +447,32 @@ def build_session(
             config.dataset.path,
             ", ".join(unknown),
         )
-    update: dict[str, Any] = {"optimizer": optimizer_config}
+    replicas = config.embeddings.replicas if for_training else 1
+    if for_training:
+        check_replicas(config.embeddings, world.device)
+    hardware = hardware_of(world).of_replica(replicas)
+    update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
     plan = make_plan(
         TABLES,
         tables,
         embeddings.model_copy(update=update),
-        hardware_of(world),
+        hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
-    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
-    model = DistributedModelParallel(
-        recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
+    check_memory(
+        report,
+        optimizer_config.name,
+        rank=world.rank % hardware.world_size,
+        local_world_size=world.local_world_size,
+        device=world.device,
     )
+    forget_former_groups()
+    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)
