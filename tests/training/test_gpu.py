@@ -1,5 +1,7 @@
 """What only a GPU can show: NCCL, CUDA kernels and streams, fused Adam. Run by `pytest -m gpu`, skipped without one."""
 
+import json
+
 import pytest
 import torch
 
@@ -71,6 +73,28 @@ def test_shorter_vectors_between_ranks_train_as_fp32(train, precision, sharding)
     assert found != expected
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=5e-2 if precision == "fp8" else 1e-2)
+
+
+def test_tables_in_the_memory_of_the_host_train_and_go_on_elsewhere(train, tmp_path):
+    """A cache of a tenth of the rows is much too small for a batch: rows come and go. Their checkpoint goes on without it."""
+    keys = ["embeddings.optimizer.name=rowwise_adagrad"]
+    expected = train("fused", *keys)
+    plan = json.loads((tmp_path / "fused" / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps([table | {"kernel": "fused_uvm_caching"} for table in plan]))
+    cached = [*keys, "embeddings.host_cache=0.1", f"embeddings.plan={tmp_path / 'plan.json'}"]
+    found = train("cached", *cached)
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-4)
+    kernels = {table["kernel"] for table in json.loads((tmp_path / "cached" / "plan.json").read_text())}
+    assert kernels == {"fused_uvm_caching"}
+    train("moved", *cached, "training.max_steps=12")
+    moved = train("moved", *cached[:1])
+    for step, values in expected.items():
+        assert moved[step] == pytest.approx(values, rel=1e-3, abs=1e-4)
+    # The test at the end is of the best checkpoint, whose rows must not be those of the cache.
+    tested = [json.loads((tmp_path / name / "result.json").read_text())["test"]["tasks"] for name in ("fused", "cached")]
+    for task, values in tested[0].items():
+        assert tested[1][task]["logloss"] == pytest.approx(values["logloss"], rel=1e-3)
 
 
 def test_fused_adam_trains_tables(train):
