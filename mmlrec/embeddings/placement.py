@@ -151,8 +151,10 @@ class _Enumerator(EmbeddingEnumerator):
                 assert shard.perf is not None
                 state = state_bytes(self._embeddings.optimizer.name, *shard.size)
                 missing = state - state // times
-                on_gpu = self._compute_device == "cuda" and option.compute_kernel != CACHED
-                shard.storage += Storage(hbm=missing if on_gpu else 0, ddr=0 if on_gpu else missing)
+                if option.compute_kernel == CACHED:
+                    shard.storage += Storage(int(missing * (self._embeddings.host_cache or 0)), missing)
+                else:
+                    shard.storage += Storage(*((missing, 0) if self._compute_device == "cuda" else (0, missing)))
                 if not any(sharder.qcomm_codecs_registry for sharder in sharders):
                     shard.perf.fwd_comms *= times
                     shard.perf.bwd_comms *= times
@@ -363,8 +365,7 @@ def _placed(
         buffers = shard.storage.hbm if cached else max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
-    rows, dim = config.num_embeddings, config.embedding_dim
-    kernel = str(option.compute_kernel)
+    rows, dim, kernel = config.num_embeddings, config.embedding_dim, str(option.compute_kernel)
     return PlacedTable(config.name, rows, dim, config.data_type, lengths, option.sharding_type, tuple(shards), why, kernel)
 
 
@@ -405,7 +406,6 @@ def on_hosts(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> 
     found = [0] * world_size
     for table in placed:
         for shard in table.shards if table.kernel == CACHED else ():
-            found[shard.rank] += weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(
-                optimizer, shard.rows, table.dim
-            )
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
+            found[shard.rank] += own
     return found

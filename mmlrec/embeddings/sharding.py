@@ -139,8 +139,9 @@ def make_plan(
         plan[table.name].compute_kernel = table.kernel
         if table.kernel == CACHED:
             plan[table.name].cache_params = CacheParams(load_factor=config.host_cache)
-        if config.dtype != "fp32":
-            plan[table.name].stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
+    if config.dtype != "fp32":
+        for sharding in plan.values():
+            sharding.stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
     return ShardingPlan({path: plan})
 
 

@@ -173,17 +173,24 @@ def count_steps(tables: nn.Module, steps: int) -> None:
         kernel.iter.fill_(steps)
 
 
-def forget_cached_rows(model: nn.Module) -> None:
-    """Have rows of tables in the memory of the host fetched anew, so that what is written into them there is seen.
+def forget_cached_rows(tables: nn.Module) -> None:
+    """Have rows of tables in the memory of the host fetched anew after each `state_dict`, which writes them back.
 
-    Call behind `state_dict`, which writes back what steps have changed in the caches.
+    So what is written into its tensors, as by a checkpoint that is loaded, is what is looked up.
+
+    Args:
+        tables: sharded.
     """
-    for kernel in _kernels(model):
-        kernel.reset_cache_states()
+
+    def forget(module: nn.Module, *_: Any) -> None:
+        for kernel in _kernels(module):
+            kernel.reset_cache_states()
+
+    tables.register_state_dict_post_hook(forget)
 
 
-def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    for lookup in [lookup for module in model.modules() for lookup in getattr(module, "_lookups", ())]:
+def _kernels(tables: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    for lookup in [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]:
         yield from (module for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen))
 
 

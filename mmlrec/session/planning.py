@@ -193,7 +193,7 @@ class TrainingPlan:
         return list(self._warnings())
 
     def _warnings(self) -> Iterator[str]:
-        config, hardware = self.request.config, self.request.hardware
+        hardware = self.request.hardware
         if self.missing:
             yield (
                 f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
@@ -216,6 +216,7 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
+        embeddings = self.request.config.embeddings
         if on_host := [table.name for table in self.tables if table.kernel != FUSED]:
             of_hosts = Counter[int]()
             for rank in self.ranks:
@@ -223,9 +224,9 @@ class TrainingPlan:
             most = max(of_hosts.values())
             yield (
                 f"{len(on_host)} table(s) lie in the memory of the hosts, {most / _GIB:.2f} GiB on the fullest, with"
-                f" {config.embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
+                f" {embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
             )
-        sharing = hardware.of_replica(config.embeddings.replicas).world_size
+        sharing = hardware.of_replica(embeddings.replicas).world_size
         small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
         if small and sharing > 1:
             yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"

@@ -35,7 +35,15 @@ from mmlrec.embeddings.sharding import (
     make_plan,
     plan_report,
 )
-from mmlrec.embeddings.tables import build_tables, check_table_dim, count_steps, initialize, table_configs, touch_state
+from mmlrec.embeddings.tables import (
+    build_tables,
+    check_table_dim,
+    count_steps,
+    forget_cached_rows,
+    initialize,
+    table_configs,
+    touch_state,
+)
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -478,6 +486,8 @@ def build_session(
     forget_former_groups()
     model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
+    if config.embeddings.host_cache is not None:
+        forget_cached_rows(sharded.tables)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)
