@@ -38,6 +38,8 @@ _UNITS = {
 }
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
+#: Of a rank in matrix products, unless told.
+TFLOPS = {"cuda": 20.0, "cpu": 0.1}
 
 
 def size(text: str) -> int:
@@ -125,7 +127,7 @@ def main() -> None:
     )
     memory = arguments.ram // each if on_cpu else arguments.hbm
     hardware = Hardware(arguments.hosts * each, each, "cpu" if on_cpu else "cuda", memory, bandwidths)
-    tflops = arguments.tflops if arguments.tflops is not None else 0.1 if on_cpu else 20.0
+    tflops = arguments.tflops if arguments.tflops is not None else TFLOPS["cpu" if on_cpu else "cuda"]
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
     all_imported()
