@@ -23,6 +23,7 @@ class Study:
     Attributes:
         machine: processor or GPU of rank 0.
         config: name of the configuration and its overrides, as on a command line.
+        base: the point that the axes vary.
         zipf: exponent of the distribution of ids; 0: uniform.
         threads: of each rank, on its CPU.
     """
@@ -32,6 +33,7 @@ class Study:
     threads: int
     ranks_per_host: int
     config: str
+    base: str
     zipf: float
 
 
