@@ -5,8 +5,8 @@ python -m benchmarks.scaling --out runs/scaling --preset slurm-2n --ranks 8,16  
 torchrun ... -m benchmarks.scaling --out runs/scaling                                 # the ranks that there are
 python -m benchmarks.scaling --out runs/scaling --page                                # tables and curves of what is there
 
-Each point trains in fresh processes on a few generated batches that stay on the device: no reader takes part. OUT gets a CSV file
-for each number of ranks; a point that is measured there is not measured again. See docs/scaling.md.
+Each point trains in fresh processes on a few generated batches that stay on the device: no reader takes part. OUT gets a CSV
+file for each number of ranks; a point that is measured there is not measured again. See docs/scaling.md.
 """
 
 from __future__ import annotations

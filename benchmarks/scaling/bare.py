@@ -1,4 +1,4 @@
-"""What random access to memory costs by itself: a gather of rows and a scatter, by torch's own operators, on the same tables."""
+"""What random access to memory costs by itself: a gather of rows and a scatter by torch's own operators on the same tables."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class BareTable:
         return looked_up
 
     def bytes_of(self, ids: int) -> int:
-        """Bytes of memory that such a call reads or writes: ids, rows read and given back, gradients, and rows and state read
-        and written.
+        """Bytes of memory that such a call reads or writes.
+
+        Ids; rows read and given back; gradients; rows and state read and written.
         """
         dim, size = self.weight.shape[1], self.weight.element_size()
         state = 0 if self.state is None else self.state.shape[1] * self.state.element_size()
@@ -73,7 +74,10 @@ class BareTables:
             )
             for ids, batch in zip(self._ids, batches, strict=True):
                 ids.append(batch.sparse[feature.name].values())
-        self._gradients = [1e-3 * torch.randn(len(i), t.weight.shape[1]).to(i.device) for i, t in zip(self._ids[0], self.tables)]
+        self._gradients = [
+            1e-3 * torch.randn(len(ids), table.weight.shape[1], device=ids.device)
+            for ids, table in zip(self._ids[0], self.tables, strict=True)
+        ]
         self._turn = 0
 
     @property

@@ -122,8 +122,9 @@ def read(folder: Path, ranks: int, study: Study | None = None) -> tuple[Study | 
                 raise ConfigError(f"{path}, line {number}: not as this release writes it ({error}). Move it away.") from error
             for name, value in asdict(found).items():
                 if study is not None and value != getattr(study, name):
+                    wanted = getattr(study, name)
                     raise ConfigError(
-                        f"{path} holds results of {name}={value}, and this is {name}={getattr(study, name)}: give another --out."
+                        f"{path} holds results of {name}={value}, and this is {name}={wanted}: give another --out."
                     )
             study = found
     return study, rows

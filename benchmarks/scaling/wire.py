@@ -16,10 +16,10 @@ _BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (Linux 4.19 an
 
 
 def bytes_sent() -> int | None:
-    """Bytes that this process has sent so far through the TCP connections that it holds now, headers and acknowledgements left
-    out; None where the system does not count them. Those of the store, over which ranks only find each other, are left out.
+    """Bytes that this process has sent so far through the TCP connections that it holds now; None where nobody counts them.
 
-    gloo sends everything by such connections, within a host, too. NCCL does not.
+    Without headers, and without those to the store, over which ranks only find each other. gloo sends everything by such
+    connections, within a host, too. NCCL does not.
     """
     store = int(os.environ.get("MASTER_PORT", "0"))
     total = 0

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -91,7 +91,7 @@ def _formula(session: Session, steps: ResidentSteps) -> dict[str, float]:
     """Mean over the batches."""
     tables = {feature.name: feature.table or "" for feature in session.manifest.sparse_features}
     network = sum(parameter.numel() * parameter.element_size() for parameter in session.network.parameters())
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for batch in steps.batches:
         phases = formula(
             session.world.rank,
@@ -102,7 +102,8 @@ def _formula(session: Session, steps: ResidentSteps) -> dict[str, float]:
             parameter_bytes=network,
             backend="nccl" if session.world.device.type == "cuda" else "gloo",
         )
-        found.update({phase: sent / len(steps.batches) for phase, sent in phases.items()})  # type: ignore[arg-type]
+        for phase, sent in phases.items():
+            found[phase] += sent / len(steps.batches)
     return dict(found)
 
 
