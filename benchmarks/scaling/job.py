@@ -148,10 +148,11 @@ class _Book:
         for point in own:
             plan, before = self._planner.plan(point), known.get(point)
             note = self._cannot(point, plan)
-            if before is not None and before.kind == MEASURED and not (options.again and not note):
-                rows[point] = _with_plan(before, plan)
+            measured = before is not None and before.kind == MEASURED
+            # What was measured stays until it is measured again.
+            rows[point] = _with_plan(before if before is not None and measured else Row(PLANNED, note=note), plan)
+            if measured and not options.again:
                 continue
-            rows[point] = _with_plan(Row(PLANNED, note=note), plan)
             if not note:
                 self.todo.append(point)
             elif plan.missing and (least := self._planner.least_ranks(point)):

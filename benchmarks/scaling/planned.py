@@ -45,8 +45,11 @@ class Planner:
 
     def least_ranks(self, point: Point) -> int | None:
         """The ranks that a point needs, found by doubling its own; None where no number helps."""
-        while point.ranks <= _MOST_RANKS:
-            if not self.plan(point).missing:
-                return point.ranks
-            point = replace(point, ranks=2 * point.ranks)
+        tables = sum(rank.weights + rank.state for rank in self.plan(point).ranks)
+        ranks = point.ranks
+        while ranks <= _MOST_RANKS:
+            split_evenly = tables / ranks <= self.hardware(ranks).usable  # without it there is nothing to plan
+            if split_evenly and not self.plan(replace(point, ranks=ranks)).missing:
+                return ranks
+            ranks *= 2
         return None
