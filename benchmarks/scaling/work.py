@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from apps.cli import all_imported, run
-from benchmarks.resident import ResidentSteps, TablesAlone, seconds_of
+from benchmarks.resident import ResidentSteps, TablesAlone
 from benchmarks.scaling.bare import BareTables
 from benchmarks.scaling.data import batches_of, config_of, manifest_of
 from benchmarks.scaling.points import Point
 from benchmarks.scaling.wire import bytes_sent, formula, placements_of
+from benchmarks.throughput import seconds_of
 from mmlrec.distributed.step_parts import CHECKPOINT, DATA, PARTS
 from mmlrec.distributed.world import World, process_group
 from mmlrec.errors import UserError
