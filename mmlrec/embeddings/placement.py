@@ -17,12 +17,13 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 
 from mmlrec.config import EmbeddingsConfig
+from mmlrec.embeddings.communication import Communication, communicable
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.errors import ConfigError, did_you_mean
 
-#: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
-#: wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
-SHARDING_TYPES = ["table_wise", "row_wise"]
+#: Those that reshard into each other without loss, on every device; the more ranks share a table, the later. Column-wise is
+#: wrong with row-wise Adagrad, grid is wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
+SHARDING_TYPES = ["table_wise", "table_row_wise", "row_wise"]
 
 #: Parts of a step that tables take, in order, each with torchrec's name for it.
 PHASES = {
@@ -35,15 +36,14 @@ PHASES = {
 
 
 class PortableSharder(EmbeddingBagCollectionSharder):
-    """Offers the portable sharding types on every device; TorchRec's own hides row-wise on CPU."""
+    """Offers the portable sharding types on every device; TorchRec's own hides those by rows on CPU."""
 
-    def __init__(self, offered: Sequence[str] = SHARDING_TYPES) -> None:
-        super().__init__()
-        self._offered = list(offered)
+    def __init__(self, communication: Communication | None = None) -> None:
+        super().__init__(qcomm_codecs_registry=communication.codecs if communication else None)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """`SHARDING_TYPES` unless told, whatever the device."""
-        return self._offered
+        """`SHARDING_TYPES`, whatever the device."""
+        return SHARDING_TYPES
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """Only the fused kernel: the others ignore the table optimizer."""
@@ -106,9 +106,9 @@ def state_bytes(optimizer: str, rows: int, dim: int) -> int:
     return {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * dim, "adam": 8 * rows * dim}[optimizer]
 
 
-def too_small(rows: int, world_size: int) -> bool:
-    """Whether row-wise sharding would leave a rank without rows, where the fused kernel reads beyond the end of memory."""
-    return -(-rows // world_size) * (world_size - 1) >= rows
+def too_small(rows: int, ranks: int) -> bool:
+    """Whether a split over so many ranks would leave one without rows, where the fused kernel reads beyond its memory."""
+    return -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def place_tables(
@@ -120,7 +120,6 @@ def place_tables(
     lengths: Mapping[str, float] | None = None,
     reserved: int = 0,
     given: Mapping[str, tuple[str, list[int]]] | None = None,
-    beyond: Sequence[str] = (),
 ) -> list[PlacedTable]:
     """Place each table; the same on every rank, without communication.
 
@@ -130,26 +129,29 @@ def place_tables(
         lengths: feature -> mean number of ids of a row; 1 where it is not known.
         reserved: bytes of each rank that are not for tables.
         given: table -> sharding and ranks, decided before; nothing is searched then.
-        beyond: sharding types that training does not do, to see what they would bring.
 
     Raises:
-        ConfigError: a table that does not exist or is too small for the sharding it is given by name.
+        ConfigError: a table that does not exist or is too small for the sharding it is given by name, or hosts that are unequal
+            where it asks for them.
         TablesDoNotFit: no placement fits the memory.
     """
     configs = tables.embedding_bag_configs()
     world_size = hardware.world_size
-    asked = _asked(configs, config, world_size)
+    for sharding in sorted({sharding for sharding, _ in (given or {}).values()}):
+        _check(sharding, "embeddings.plan", config, hardware)
+    asked = _asked(configs, config, hardware)
     wanted = {c.name: [given[c.name][0]] if given else asked[c.name][0] for c in configs}
     known = lengths or {}
     constraints = {
         c.name: ParameterConstraints(
-            sharding_types=[*wanted[c.name], *(beyond if len(wanted[c.name]) > 1 else ())],
+            sharding_types=wanted[c.name],
             compute_kernels=["fused"],
             pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
         )
         for c in configs
     }
-    sharder = PortableSharder([*SHARDING_TYPES, *beyond])
+    dims = [c.embedding_dim for c in configs]
+    sharder = PortableSharder(Communication(config.communication, batch_size * world_size, dims))
     module = nn.ModuleDict({"tables": tables})
     topology = hardware.topology(reserved)
     options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
@@ -167,7 +169,7 @@ def place_tables(
 
     if given:
         return placed(given, dict.fromkeys(given, "as the plan that was given says"))
-    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, world_size)
+    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, hardware)
     if all(len(types) == 1 for types in wanted.values()):
         return placed(flattest, {name: why for name, (_, why) in asked.items()})
     # Trying all combinations (GridSearchProposer) found nothing better on 8, 64 and 512 ranks, and takes 3^8 proposals on 512.
@@ -198,7 +200,7 @@ def place_tables(
 
 
 def _asked(
-    configs: Sequence[EmbeddingBagConfig], config: EmbeddingsConfig, world_size: int
+    configs: Sequence[EmbeddingBagConfig], config: EmbeddingsConfig, hardware: Hardware
 ) -> dict[str, tuple[list[str], str]]:
     """Sharding types that come into question for each table, and why where it is only one."""
     sizes = {c.name: c.num_embeddings for c in configs}
@@ -207,35 +209,74 @@ def _asked(
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, sizes)} Tables: {', '.join(sizes)}."
             )
-        if named == "row_wise" and too_small(sizes[name], world_size) and world_size > 1:
+        if too_small(sizes[name], hardware.split_over(named)):
             raise ConfigError(
-                f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
+                f"embeddings.table_sharding.{name}: too few rows to give each of {_over(named, hardware)} some. Use table_wise."
             )
+    offered = _offered(config, hardware)
     found: dict[str, tuple[list[str], str]] = {}
     for name, rows in sizes.items():
         sharding, key = config.sharding, "embeddings.sharding"
         if name in config.table_sharding:
             sharding, key = config.table_sharding[name], f"embeddings.table_sharding.{name}"
-        if world_size == 1:
+        if sharding != "auto":
+            _check(sharding, key, config, hardware)
+        wanted = offered if sharding == "auto" else [sharding]
+        fitting = [kind for kind in wanted if not too_small(rows, hardware.split_over(kind))]
+        small = f"too small to split: {rows:,} rows over {_over(wanted[-1], hardware)}"
+        if hardware.world_size == 1:
             found[name] = ["table_wise" if sharding == "auto" else sharding], "there is one rank"
-        elif too_small(rows, world_size):
-            found[name] = ["table_wise"], f"too small to split: {rows:,} rows over {world_size} ranks"
+        elif offered == ["table_wise"] and sharding == "auto":
+            found[name] = offered, f"{config.communication} is for vectors of whole tables only"
         elif sharding == "auto":
-            found[name] = SHARDING_TYPES, ""
+            found[name] = fitting, "" if len(fitting) > 1 else small
+        elif fitting:
+            found[name] = fitting, f"{key} asks for it"
         else:
-            found[name] = [sharding], f"{key} asks for it"
+            found[name] = ["table_wise"], small
     return found
 
 
+def _offered(config: EmbeddingsConfig, hardware: Hardware) -> list[str]:
+    """What `auto` chooses from: a host counts where it is a place of its own, sums over ranks where they can be sent."""
+    kinds = [kind for kind in SHARDING_TYPES if kind != "table_row_wise" or hardware.host_of_several]
+    return kinds if hardware.world_size == 1 else communicable(config.communication, hardware.device, kinds)
+
+
+def _check(sharding: str, key: str, config: EmbeddingsConfig, hardware: Hardware) -> None:
+    """Refuse a sharding that is asked for where the hosts or the communication do not allow it."""
+    if sharding == "table_row_wise" and not hardware.has_whole_hosts:
+        raise ConfigError(
+            f"{key}: table_row_wise splits a table over the ranks of a host, and the launcher names hosts with different"
+            " numbers of ranks. Start as many on each, or use row_wise."
+        )
+    if hardware.world_size > 1 and not communicable(config.communication, hardware.device, [sharding]):
+        raise ConfigError(
+            f"{key}: vectors of {sharding} tables are summed over ranks, which nobody does in {config.communication}"
+            " (embeddings.communication). Use bf16 or fp16, or table_wise."
+        )
+
+
+def _over(sharding: str, hardware: Hardware) -> str:
+    """`4 ranks`, or `2 ranks of a host`."""
+    return f"{hardware.split_over(sharding)} ranks{' of a host' if sharding == 'table_row_wise' else ''}"
+
+
 def _by_size(
-    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], world_size: int
+    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], hardware: Hardware
 ) -> dict[str, tuple[str, list[int]]]:
-    """Row-wise tables on all ranks, of the others the largest first, each on the rank that has least of them."""
+    """Row-wise tables on all ranks, of the others the largest first, each on the rank or host that has least of them."""
+    world_size, each = hardware.world_size, hardware.ranks_per_host
     load = [0] * world_size
     found: dict[str, tuple[str, list[int]]] = {}
     for config in sorted(configs, key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
         if wanted[config.name] == "row_wise":
             found[config.name] = "row_wise", list(range(world_size))
+        elif wanted[config.name] == "table_row_wise":
+            host = min(range(hardware.num_hosts), key=lambda host: sum(load[rank] for rank in hardware.host(host)))
+            for rank in hardware.host(host):
+                load[rank] += config.num_embeddings * config.embedding_dim // each
+            found[config.name] = "table_row_wise", hardware.host(host)
         else:
             rank = load.index(min(load))
             load[rank] += config.num_embeddings * config.embedding_dim

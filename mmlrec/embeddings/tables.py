@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
@@ -100,11 +102,14 @@ def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: 
     return torch.from_numpy(rows)
 
 
-def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+def local_shards(tensor: Tensor | ShardedTensor | DTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """Local pieces of a plain or sharded tensor, each with the offset of its first element in the whole."""
     if isinstance(tensor, ShardedTensor):
         for shard in tensor.local_shards():
             yield shard.tensor, tuple(shard.metadata.shard_offsets)
+    elif isinstance(tensor, DTensor):  # of replicas; a rank that has no shard has an offset all the same
+        local: Any = tensor.to_local()
+        yield from zip(local.local_shards(), map(tuple, local.local_offsets()), strict=False)
     else:
         yield tensor, (0,) * tensor.dim()
 

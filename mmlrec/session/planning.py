@@ -15,7 +15,15 @@ import torch
 
 from mmlrec.config import RunConfig
 from mmlrec.embeddings.hardware import Hardware
-from mmlrec.embeddings.placement import PHASES, PlacedTable, TablesDoNotFit, place_tables, state_bytes, too_small
+from mmlrec.embeddings.placement import (
+    PHASES,
+    SHARDING_TYPES,
+    PlacedTable,
+    TablesDoNotFit,
+    place_tables,
+    state_bytes,
+    too_small,
+)
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.sharding import apply_table_optimizer
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
@@ -34,6 +42,7 @@ STEP = {
     "gradients": "gradients of the vectors back to the tables",
     "update": "update of the tables",
     "all_reduce": "gradients of the network to all ranks",
+    "average": "averages of the replicas of the tables",
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
@@ -49,7 +58,6 @@ class Request:
         dims: table -> width, where it is not `embeddings.dim`.
         operations: floating-point operations per second that a rank does in matrix products.
         source: config file, for messages.
-        beyond: sharding types that training does not do yet.
     """
 
     config: RunConfig
@@ -58,7 +66,6 @@ class Request:
     operations: float
     dims: dict[str, int]
     source: str
-    beyond: tuple[str, ...] = ()
 
     def with_embeddings(self, **update: Any) -> Request:
         """The same with other keys of `embeddings`."""
@@ -112,9 +119,9 @@ class TrainingPlan:
     def ranks(self) -> list[Rank]:
         """All ranks, in their order."""
         optimizer = self.request.config.embeddings.optimizer.name
-        world_size = self.request.hardware.world_size
-        sums = [[0, 0, 0] for _ in range(world_size)]
-        times = [dict.fromkeys(PHASES, 0.0) for _ in range(world_size)]
+        world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
+        sums = [[0, 0, 0] for _ in range(world_size // replicas)]
+        times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
                 own = sums[shard.rank]
@@ -126,8 +133,8 @@ class TrainingPlan:
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank])
-            for rank, (weights, state, buffers) in enumerate(sums)
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)])
+            for rank, (weights, state, buffers) in enumerate(sums * replicas)
         ]
 
     @cached_property
@@ -140,7 +147,11 @@ class TrainingPlan:
         bandwidths = hardware.bandwidths
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
-        return {phase: found[phase] for phase in STEP}
+        if (replicas := self.request.config.embeddings.replicas) > 1:
+            held = max(rank.weights + rank.state for rank in self.ranks)
+            of_step = held / self.request.config.embeddings.average_every
+            found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
+        return {phase: found[phase] for phase in STEP if phase in found}
 
     @property
     def step_ms(self) -> float:
@@ -197,7 +208,8 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
-        small = [table.name for table in self.tables if too_small(table.rows, hardware.world_size)]
+        whole = [table for table in self.tables if len(table.ranks) == 1]
+        small = [table.name for table in whole if too_small(table.rows, hardware.world_size)]
         if small and hardware.world_size > 1:
             yield f"too small to split over {hardware.world_size} ranks, so whole on one: {_some(small, 5)}"
         empty = sum(not rank.weights for rank in self.ranks)
@@ -294,6 +306,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     """
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
+    replica = hardware.of_replica(embeddings.replicas)
     if unknown := request.dims.keys() - {table.name for table in manifest.tables}:
         raise ConfigError(f"no such table: '{min(unknown)}'.")
     spec = build_spec(config, manifest)
@@ -313,19 +326,18 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     given = None
     if embeddings.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(embeddings.plan, sizes, hardware.world_size)
+        given = given_placement(embeddings.plan, sizes, replica)
     rows = -(-config.training.batch_size // hardware.world_size)
     reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
         placed = place_tables(
             tables,
             embeddings,
-            hardware,
+            replica,
             batch_size=rows,
             lengths=lengths,
             reserved=reserved,
             given=given,
-            beyond=request.beyond,
         )
     except TablesDoNotFit as error:
         placed = error.flattest
@@ -338,18 +350,15 @@ class Alternative:
 
     Attributes:
         change: what differs, in words or as keys of the configuration.
-        trainable: False for what this release only plans.
     """
 
     change: str
     plan: TrainingPlan
-    trainable: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The figures that are compared, as plain data."""
         return {
             "change": self.change,
-            "trainable": self.trainable,
             "ranks": self.plan.request.hardware.world_size,
             "fits": not self.plan.missing,
             "missing_bytes": self.plan.missing,
@@ -360,9 +369,7 @@ class Alternative:
 
 def alternatives(plan: TrainingPlan) -> list[Alternative]:
     """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
-    return [
-        Alternative(change, plan_training(other, plan), trainable=not other.beyond) for change, other in _changes(plan.request)
-    ]
+    return [Alternative(change, plan_training(other, plan)) for change, other in _changes(plan.request)]
 
 
 def _changes(given: Request) -> Iterator[tuple[str, Request]]:
@@ -379,12 +386,9 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         if dim and dim % 4 == 0 and not request.dims:
             yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
     if hardware.world_size > 1:
-        for sharding in ("auto", "table_wise", "row_wise"):
+        for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
                 yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
-    if hardware.num_hosts > 1:
-        free = request.with_embeddings(sharding="auto", table_sharding={})
-        yield "also table_row_wise: NOT TRAINABLE YET", replace(free, beyond=("table_row_wise",))
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
@@ -392,7 +396,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
     found = [
         f"{other.change}: {other.plan.fullest.total / _GIB:.2f} GiB on the fullest rank, {other.plan.step_ms:.2f} ms a step"
         for other in others
-        if other.trainable and not other.plan.missing
+        if not other.plan.missing
     ]
     request = plan.request.with_embeddings(plan=None)
     if any(other.plan.request.hardware.num_hosts > request.hardware.num_hosts and not other.plan.missing for other in others):
@@ -410,9 +414,9 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
                 found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
                 break
             if larger.fullest.weights + larger.fullest.state and not any(
-                len(table.ranks) > 1 for table in larger.tables if larger.fullest.rank in table.ranks
+                table.sharding == "row_wise" for table in larger.tables if larger.fullest.rank in table.ranks
             ):
-                break  # A table that lies whole on one rank is too large: more hosts do not help.
+                break  # A table that lies whole on one rank or host is too large: more hosts do not help.
             hosts *= 2
     return found
 

@@ -66,12 +66,13 @@ def test_dlrm_v2_with_16_tasks_is_planned_in_a_minute_and_its_memory_sums_to_wei
     assert len(plan.ranks) == 8 * hosts
     for table in plan.tables:
         assert sum(shard.rows for shard in table.shards) == table.rows
-        assert table.sharding in ("table_wise", "row_wise")
+        assert table.sharding in ("table_wise", "table_row_wise", "row_wise")
+    # Between hosts vectors go slowly: there the largest tables, of many ids a row, are split within one.
+    assert ("table_row_wise" in {table.sharding for table in plan.tables}) == (hosts > 1)
     by_change = {other.change: other.plan for other in others}
     assert sum(rank.state for rank in by_change["embeddings.optimizer.name=rowwise_adagrad"].ranks) == 4 * DLRM_ROWS
     assert sum(rank.weights for rank in by_change["embeddings.dim=64"].ranks) == weights / 2
-    beyond = [other for other in others if not other.trainable]
-    assert [other.change for other in beyond] == (["also table_row_wise: NOT TRAINABLE YET"] if hosts > 1 else [])
+    assert ("embeddings.sharding=table_row_wise" in by_change) == (hosts > 1)
 
 
 def test_one_table_of_1e10_rows_on_64_ranks():
