@@ -38,8 +38,6 @@ _UNITS = {
 }
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
-#: Of a rank in matrix products, unless told.
-TFLOPS = {"cuda": 20.0, "cpu": 0.1}
 
 
 def size(text: str) -> int:
@@ -109,7 +107,7 @@ def main() -> None:
         print(compare_plans(*arguments.compare))
         return
     from mmlrec.distributed.world import quiet_libraries
-    from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+    from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
     from mmlrec.session.planning import Request, alternatives, plan_training, remedies
 
@@ -127,7 +125,7 @@ def main() -> None:
     )
     memory = arguments.ram // each if on_cpu else arguments.hbm
     hardware = Hardware(arguments.hosts * each, each, "cpu" if on_cpu else "cuda", memory, bandwidths)
-    tflops = arguments.tflops if arguments.tflops is not None else TFLOPS["cpu" if on_cpu else "cuda"]
+    tflops = arguments.tflops if arguments.tflops is not None else OPERATIONS["cpu" if on_cpu else "cuda"] / 1e12
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
     all_imported()

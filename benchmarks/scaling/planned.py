@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from apps.plan import TFLOPS
 from benchmarks.scaling.data import config_of, manifest_of
 from benchmarks.scaling.points import Point
-from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
 from mmlrec.session.planning import Request, TrainingPlan, plan_training
 
 _MOST_RANKS = 1 << 16
@@ -38,7 +37,7 @@ class Planner:
     def plan(self, point: Point) -> TrainingPlan:
         """The plan of a point on its ranks."""
         config = config_of(point, self._config, self._overrides, Path("data/none"))
-        request = Request(config, manifest_of(point), self.hardware(point.ranks), 1e12 * TFLOPS[self._device], {}, self._config)
+        request = Request(config, manifest_of(point), self.hardware(point.ranks), OPERATIONS[self._device], {}, self._config)
         network = (point.scenarios, point.tasks)
         self._known[network] = plan_training(request, self._known.get(network))
         return self._known[network]

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _TCP_INFO_BYTES = 256
-_BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (Linux 4.19 and later)
+_BYTES_SENT = 200  # offset in struct tcp_info of tcpi_bytes_sent, before tcpi_bytes_retrans (Linux 4.19 and later)
 
 
 def bytes_sent() -> int | None:
@@ -40,9 +41,10 @@ def bytes_sent() -> int | None:
             if store in ports:
                 continue
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-            if len(info) < _BYTES_SENT + 8:
+            if len(info) < _BYTES_SENT + 16:
                 return None
-            total += struct.unpack_from("Q", info, _BYTES_SENT)[0]
+            sent, sent_again = struct.unpack_from("2Q", info, _BYTES_SENT)
+            total += sent - sent_again
     return total
 
 
@@ -52,7 +54,7 @@ class Placement:
 
     Attributes:
         rows: of its table.
-        sharding: "table_wise" or "row_wise".
+        sharding: "table_wise", "row_wise" or "table_row_wise".
         ranks: that hold the rows, in their order.
     """
 
@@ -72,17 +74,19 @@ def formula(
     batch_size: int,
     parameter_bytes: int,
     backend: str,
+    vector_bytes: float = 4,
 ) -> dict[str, float]:
     """Bytes that a rank sends in a step, by phase.
 
-    W ranks, b rows on each, d the width of a feature:
+    W ranks, b rows on each, H the ranks that share the rows of a table, v = 4 b d bytes of a feature's vectors for b rows:
 
-    ids        4 b lengths and 8 for each id to every rank that may hold its row. table_wise: to one rank. row_wise: lengths to
-               all, each id to the rank of its row.
-    vectors    table_wise: 4 b d to each other rank, of its own tables. row_wise: sums over ranks of [W b, d]; a ring sends
-               4 (W - 1) b d, and gloo, which makes it of an all-reduce, twice that.
-    gradients  table_wise: 4 b d for each table of another rank. row_wise: 4 (W - 1) b d.
-    network    the gradients, all-reduced in a ring: 2 (W - 1) / W of their bytes.
+    ids        4 b lengths to each of the H, and 8 for each id to the one that holds its row.
+    vectors    Of a table on several ranks, the sums over these of the vectors for all rows: in a ring (H - 1) v W / H from each
+               of them, and twice that on gloo, which makes a reduce-scatter of an all-reduce. Then v to each other rank, or
+               with table_row_wise to the rank on each other host that has the same place there.
+    gradients  The other way: v to the rank, or the one of the H, that the vectors came from; then among the H what the others
+               lack, (H - 1) v W / H.
+    network    The gradients, all-reduced in a ring: 2 (W - 1) / W of their bytes.
 
     What is left out is a few numbers a step: sizes of messages, sums of the loss.
 
@@ -91,27 +95,22 @@ def formula(
         batch_size: rows of this rank, b.
         parameter_bytes: of the network.
         backend: "gloo" or "nccl".
+        vector_bytes: of a number of a vector between ranks (`embeddings.communication`).
     """
-    others, b = world_size - 1, batch_size
     sent = dict.fromkeys(("ids", "vectors", "gradients", "network"), 0.0)
     for feature in placements:
-        vectors = 4 * b * feature.dim
-        own = ids[feature.name]
-        if feature.sharding == "table_wise":
-            if feature.ranks == [rank]:
-                sent["vectors"] += others * vectors
-            else:
-                sent["ids"] += 4 * b + 8 * len(own)
-                sent["gradients"] += vectors
-        elif feature.sharding == "row_wise":
-            block = -(-feature.rows // world_size)
-            elsewhere = int(((own // block) != rank).sum())
-            sent["ids"] += others * 4 * b + 8 * elsewhere
-            sent["vectors"] += others * vectors * (2 if backend == "gloo" else 1)
-            sent["gradients"] += others * vectors
-        else:
+        if feature.sharding not in ("table_wise", "row_wise", "table_row_wise"):
             raise ValueError(f"no formula for {feature.sharding}")
-    sent["network"] = 2 * others / world_size * parameter_bytes
+        sharing, vectors, own = len(feature.ranks), vector_bytes * batch_size * feature.dim, ids[feature.name]
+        holders = torch.tensor(feature.ranks)[own // -(-feature.rows // sharing)]
+        sent["ids"] += 4 * batch_size * len(set(feature.ranks) - {rank}) + 8 * int((holders != rank).sum())
+        if rank in feature.ranks:
+            among = (sharing - 1) * vectors * world_size / sharing
+            sent["vectors"] += among * (2 if backend == "gloo" else 1) + (world_size // sharing - 1) * vectors
+            sent["gradients"] += among
+        else:
+            sent["gradients"] += vectors
+    sent["network"] = 2 * (world_size - 1) / world_size * parameter_bytes
     return sent
 
 

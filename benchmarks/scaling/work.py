@@ -69,7 +69,8 @@ def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
         "resident": resident(world),
         "grown": resident(world) - before,
         "sent": (counted - sent) / trained if on_sockets and counted is not None and sent is not None else None,
-        "formula": sum(_formula(session, steps).values()),
+        # With copies of the tables on parts of the ranks there is no formula.
+        "formula": sum(formula_of(session, steps).values()) if config.embeddings.replicas == 1 else None,
     }
     alone = _alone(session, steps)
     ranks = world.gather(own)
@@ -81,15 +82,21 @@ def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
         "samples_per_second": 1000 * point.batch / step_ms,
         "parts_ms": {name: sum(rank["parts"][PARTS.index(name)] for rank in ranks) / len(ranks) for name in names},
         **alone,
-        **{key: [rank[key] for rank in ranks] for key in ("resident", "grown", "formula")},
-        "sent": [rank["sent"] for rank in ranks] if ranks[0]["sent"] is not None else None,
+        **{
+            key: None if ranks[0][key] is None else [rank[key] for rank in ranks]
+            for key in ("resident", "grown", "sent", "formula")
+        },
         "placed": ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())),
         "torch": str(torch.__version__),
     }
 
 
-def _formula(session: Session, steps: ResidentSteps) -> dict[str, float]:
-    """Mean over the batches."""
+#: Of a number of a vector between ranks. fp8 has factors beside its numbers, which are left out.
+_VECTOR_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+
+
+def formula_of(session: Session, steps: ResidentSteps) -> dict[str, float]:
+    """`formula` of a step of this rank, by phase; mean over the batches."""
     tables = {feature.name: feature.table or "" for feature in session.manifest.sparse_features}
     network = sum(parameter.numel() * parameter.element_size() for parameter in session.network.parameters())
     found: defaultdict[str, float] = defaultdict(float)
@@ -102,6 +109,7 @@ def _formula(session: Session, steps: ResidentSteps) -> dict[str, float]:
             batch_size=batch.num_rows,
             parameter_bytes=network,
             backend="nccl" if session.world.device.type == "cuda" else "gloo",
+            vector_bytes=_VECTOR_BYTES[session.config.embeddings.communication],
         )
         for phase, sent in phases.items():
             found[phase] += sent / len(steps.batches)
