@@ -61,7 +61,8 @@ def test_wheel_holds_the_packages_the_configs_and_the_presets(wheel):
     configs = {f"mmlrec/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
     assert configs <= names
     assert "mmlrec/torchx.yaml" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mmlrec", "apps", "preprocessing", "benchmarks"}
+    packages = {"mmlrec", "apps", "preprocessing", "benchmarks"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == packages
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
