@@ -68,6 +68,12 @@ class EmbeddingsConfig(StrictModel):
     replicas: int = Field(
         default=1, gt=0, description="Copies of all tables, each on a part of the ranks; another algorithm, and on GPUs only."
     )
+    host_cache: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="GPUs: tables beyond their memory may lie in that of the hosts, this share of their rows in a cache.",
+    )
     average_every: int = Field(default=1, gt=0, description="Steps between two averages of the replicas.")
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
 
@@ -80,6 +86,12 @@ class EmbeddingsConfig(StrictModel):
     def _one_says_where(self) -> EmbeddingsConfig:
         if self.plan is not None and (self.sharding != "auto" or self.table_sharding):
             raise ValueError("plan says where every table lies: leave sharding and table_sharding out, or plan")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_lie_on_gpus(self) -> EmbeddingsConfig:
+        if self.replicas > 1 and self.host_cache is not None:
+            raise ValueError("replicas are not averaged in the memory of hosts: leave host_cache out, or replicas")
         return self
 
 

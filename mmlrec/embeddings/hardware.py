@@ -39,6 +39,7 @@ class Hardware:
     Attributes:
         device: "cuda" or "cpu".
         memory: bytes of one rank: of its GPU, or its share of the host's memory.
+        host_memory: bytes of the host's memory for each rank, beside that of its GPU.
         equal_hosts: False where hosts have different numbers of ranks; then no table can be split over those of a host.
     """
 
@@ -48,6 +49,7 @@ class Hardware:
     memory: int
     bandwidths: Bandwidths
     equal_hosts: bool = True
+    host_memory: int = 0
 
     @property
     def num_hosts(self) -> int:
@@ -92,6 +94,11 @@ class Hardware:
         """Bytes of a rank that a plan may fill."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
+    @property
+    def usable_on_host(self) -> int:
+        """Bytes of the host's memory that a plan may fill for each rank, beside its GPU."""
+        return int(self.host_memory * (1 - RESERVED_SHARE))
+
     def topology(self, reserved: int = 0) -> Topology:
         """The same for torchrec's planner, less `reserved` bytes of each rank for other things than tables."""
         capacity = max(self.usable - reserved, 0)
@@ -101,7 +108,7 @@ class Hardware:
             local_world_size=self.ranks_per_host,
             compute_device=self.device,
             hbm_cap=capacity if on_gpu else 0,
-            ddr_cap=0 if on_gpu else capacity,
+            ddr_cap=self.usable_on_host if on_gpu else capacity,
             # torchrec counts in milliseconds
             intra_host_bw=self.bandwidths.in_host / 1000,
             inter_host_bw=self.bandwidths.between_hosts / 1000,

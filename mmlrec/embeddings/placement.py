@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -15,6 +15,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.types import CacheParams
 
 from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.communication import Communication, communicable
@@ -35,19 +36,32 @@ PHASES = {
 }
 
 
+#: Of tables that lie where they are looked up, and of those in the memory of the host with a cache on the GPU.
+FUSED, CACHED = "fused", "fused_uvm_caching"
+
+
+class Where(NamedTuple):
+    """Where a table lies."""
+
+    sharding: str
+    ranks: list[int]
+    kernel: str = FUSED
+
+
 class PortableSharder(EmbeddingBagCollectionSharder):
     """Offers the portable sharding types on every device; TorchRec's own hides those by rows on CPU."""
 
-    def __init__(self, communication: Communication | None = None) -> None:
+    def __init__(self, communication: Communication | None = None, kernels: Sequence[str] = (FUSED,)) -> None:
         super().__init__(qcomm_codecs_registry=communication.codecs if communication else None)
+        self._kernels = list(kernels)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """`SHARDING_TYPES`, whatever the device."""
         return SHARDING_TYPES
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Only the fused kernel: the others ignore the table optimizer."""
-        return ["fused"]
+        """Only fused kernels: the others ignore the table optimizer."""
+        return self._kernels
 
 
 class TablesDoNotFit(ConfigError):
@@ -67,7 +81,7 @@ class Shard:
     """Rows of a table on one rank.
 
     Attributes:
-        buffers: bytes of the ids and the looked-up vectors of a step.
+        buffers: bytes of the ids and the looked-up vectors of a step, and of the cache of a table in the host's memory.
         times: phase of `PHASES` -> predicted milliseconds.
     """
 
@@ -94,6 +108,7 @@ class PlacedTable:
     sharding: str
     shards: tuple[Shard, ...]
     why: str
+    kernel: str = FUSED
 
     @property
     def ranks(self) -> list[int]:
@@ -119,7 +134,7 @@ def place_tables(
     batch_size: int,
     lengths: Mapping[str, float] | None = None,
     reserved: int = 0,
-    given: Mapping[str, tuple[str, list[int]]] | None = None,
+    given: Mapping[str, Where] | None = None,
 ) -> list[PlacedTable]:
     """Place each table; the same on every rank, without communication.
 
@@ -128,7 +143,7 @@ def place_tables(
         batch_size: rows per rank.
         lengths: feature -> mean number of ids of a row; 1 where it is not known.
         reserved: bytes of each rank that are not for tables.
-        given: table -> sharding and ranks, decided before; nothing is searched then.
+        given: where each table lies, decided before; nothing is searched then.
 
     Raises:
         ConfigError: a table that does not exist or is too small for the sharding it is given by name, or hosts that are unequal
@@ -137,40 +152,46 @@ def place_tables(
     """
     configs = tables.embedding_bag_configs()
     world_size = hardware.world_size
-    for sharding in sorted({sharding for sharding, _ in (given or {}).values()}):
+    if config.host_cache is not None and hardware.device == "cpu":
+        raise ConfigError("embeddings.host_cache needs GPUs: on a CPU tables lie in the memory of the host. Leave it out.")
+    for sharding in sorted({where.sharding for where in (given or {}).values()}):
         _check(sharding, "embeddings.plan", config, hardware)
+    kernels = [FUSED] if config.host_cache is None else [FUSED, CACHED]
     asked = _asked(configs, config, hardware)
-    wanted = {c.name: [given[c.name][0]] if given else asked[c.name][0] for c in configs}
+    wanted = {c.name: [given[c.name].sharding] if given else asked[c.name][0] for c in configs}
     known = lengths or {}
     constraints = {
         c.name: ParameterConstraints(
             sharding_types=wanted[c.name],
-            compute_kernels=["fused"],
+            compute_kernels=kernels,
+            cache_params=None if config.host_cache is None else CacheParams(load_factor=config.host_cache),
             pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
         )
         for c in configs
     }
     dims = [c.embedding_dim for c in configs]
-    sharder = PortableSharder(Communication(config.communication, batch_size * world_size, dims))
+    sharder = PortableSharder(Communication(config.communication, batch_size * world_size, dims), kernels)
     module = nn.ModuleDict({"tables": tables})
     topology = hardware.topology(reserved)
-    options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
+    options: dict[str, dict[tuple[str, str], ShardingOption]] = {c.name: {} for c in configs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         enumerator = EmbeddingEnumerator(topology=topology, batch_size=batch_size, constraints=constraints)
         for option in enumerator.enumerate(module, [sharder]):
-            options[option.name][option.sharding_type] = option
+            options[option.name][option.sharding_type, option.compute_kernel] = option
 
-    def placed(chosen: Mapping[str, tuple[str, list[int]]], reasons: Mapping[str, str]) -> list[PlacedTable]:
-        return [
-            _placed(c, options[c.name][chosen[c.name][0]], chosen[c.name][1], constraints[c.name], reasons[c.name], config)
-            for c in configs
-        ]
+    def placed(chosen: Mapping[str, Where], reasons: Mapping[str, str]) -> list[PlacedTable]:
+        found = []
+        for c in configs:
+            where = chosen[c.name]
+            option = options[c.name][where.sharding, where.kernel]
+            found.append(_placed(c, option, where.ranks, constraints[c.name], reasons[c.name], config))
+        return found
 
     if given:
         return placed(given, dict.fromkeys(given, "as the plan that was given says"))
-    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, hardware)
-    if all(len(types) == 1 for types in wanted.values()):
+    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, hardware, kernels[-1])
+    if all(len(types) == 1 for types in wanted.values()) and len(kernels) == 1:
         return placed(flattest, {name: why for name, (_, why) in asked.items()})
     # Trying all combinations (GridSearchProposer) found nothing better on 8, 64 and 512 ranks, and takes 3^8 proposals on 512.
     proposers = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
@@ -189,12 +210,12 @@ def place_tables(
     except PlannerError as error:
         tight = placed(flattest, dict.fromkeys(wanted, "needs least memory on the fullest rank"))
         fullest = max(bytes_of_ranks(tight, config.optimizer.name, world_size)) + reserved
-        if fullest <= hardware.usable:
+        if fullest <= hardware.usable and max(on_hosts(tight, config.optimizer.name, world_size)) <= hardware.usable_on_host:
             return tight
         raise TablesDoNotFit(_shortage(fullest, config.optimizer.name, hardware), tight) from error
-    chosen = {name: (found[name].sharding_type, list(found[name].ranks)) for name in wanted}
+    chosen = {name: Where(found[name].sharding_type, list(found[name].ranks), found[name].compute_kernel) for name in wanted}
     reasons = {
-        name: why if len(wanted[name]) == 1 else _comparison(options[name], chosen[name][0]) for name, (_, why) in asked.items()
+        name: why if len(options[name]) == 1 else _comparison(options[name], chosen[name]) for name, (_, why) in asked.items()
     }
     return placed(chosen, reasons)
 
@@ -263,24 +284,24 @@ def _over(sharding: str, hardware: Hardware) -> str:
 
 
 def _by_size(
-    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], hardware: Hardware
-) -> dict[str, tuple[str, list[int]]]:
+    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], hardware: Hardware, kernel: str
+) -> dict[str, Where]:
     """Row-wise tables on all ranks, of the others the largest first, each on the rank or host that has least of them."""
     world_size, each = hardware.world_size, hardware.ranks_per_host
     load = [0] * world_size
-    found: dict[str, tuple[str, list[int]]] = {}
+    found: dict[str, Where] = {}
     for config in sorted(configs, key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
         if wanted[config.name] == "row_wise":
-            found[config.name] = "row_wise", list(range(world_size))
+            found[config.name] = Where("row_wise", list(range(world_size)), kernel)
         elif wanted[config.name] == "table_row_wise":
             host = min(range(hardware.num_hosts), key=lambda host: sum(load[rank] for rank in hardware.host(host)))
             for rank in hardware.host(host):
                 load[rank] += config.num_embeddings * config.embedding_dim // each
-            found[config.name] = "table_row_wise", hardware.host(host)
+            found[config.name] = Where("table_row_wise", hardware.host(host), kernel)
         else:
             rank = load.index(min(load))
             load[rank] += config.num_embeddings * config.embedding_dim
-            found[config.name] = "table_wise", [rank]
+            found[config.name] = Where("table_wise", [rank], kernel)
     return found
 
 
@@ -298,21 +319,22 @@ def _placed(
         assert shard.perf is not None
         rows = int(shard.size[0])
         own = 4 * rows * config.embedding_dim + state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
-        buffers = max(shard.storage.hbm + shard.storage.ddr - own, 0)
+        cached = option.compute_kernel == CACHED
+        buffers = shard.storage.hbm if cached else max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
-    return PlacedTable(
-        config.name, config.num_embeddings, config.embedding_dim, lengths, option.sharding_type, tuple(shards), why
-    )
+    rows, dim = config.num_embeddings, config.embedding_dim
+    return PlacedTable(config.name, rows, dim, lengths, option.sharding_type, tuple(shards), why, str(option.compute_kernel))
 
 
-def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
+def _comparison(options: Mapping[tuple[str, str], ShardingOption], chosen: Where) -> str:
     """What the kinds of sharding cost a rank, the chosen one first."""
     times = {kind: max(shard.perf.total for shard in option.shards if shard.perf) for kind, option in options.items()}
     words = []
-    for kind in sorted(times, key=lambda kind: (kind != chosen, times[kind])):
+    for kind in sorted(times, key=lambda kind: (kind != (chosen.sharding, chosen.kernel), times[kind])):
         on = len(options[kind].shards)
-        words.append(f"{kind} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
+        where = " in host memory" if kind[1] == CACHED else ""
+        words.append(f"{kind[0]}{where} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
     return ", ".join(words)
 
 
@@ -323,7 +345,7 @@ def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
         f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
-        " embeddings.optimizer.name, a smaller embeddings.dim."
+        " embeddings.optimizer.name, a smaller embeddings.dim, on GPUs embeddings.host_cache."
     )
 
 
@@ -333,5 +355,14 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
     for table in placed:
         for shard in table.shards:
             own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
-            found[shard.rank] += own + shard.buffers
+            found[shard.rank] += shard.buffers + (0 if table.kernel == CACHED else own)
+    return found
+
+
+def on_hosts(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> list[int]:
+    """Weights and state of tables that lie in the memory of the host, of each rank."""
+    found = [0] * world_size
+    for table in placed:
+        for shard in table.shards if table.kernel == CACHED else ():
+            found[shard.rank] += 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
     return found

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tabulate import tabulate
 
 from mmlrec.embeddings.hardware import Hardware
-from mmlrec.embeddings.placement import SHARDING_TYPES, too_small
+from mmlrec.embeddings.placement import FUSED, SHARDING_TYPES, Where, too_small
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.storage.places import Place, place, read
 
@@ -28,6 +28,7 @@ class TableOfPlan(BaseModel):
     dim: int = Field(gt=0)
     sharding: Literal["table_wise", "table_row_wise", "row_wise"]
     ranks: list[int] = Field(min_length=1)
+    kernel: Literal["fused", "fused_uvm_caching"] = "fused"
     weight_bytes: int
     #: Releases before wrote none into `plan.json`.
     state_bytes: int | None = None
@@ -54,11 +55,14 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
 
 
-def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], hardware: Hardware) -> dict[str, tuple[str, list[int]]]:
-    """Sharding and ranks of each table, as a plan says.
+def given_placement(
+    there: str, sizes: Mapping[str, tuple[int, int]], hardware: Hardware, host_cache: float | None = None
+) -> dict[str, Where]:
+    """Where each table lies, as a plan says.
 
     Args:
         sizes: table -> rows and dim that the training has.
+        host_cache: `embeddings.host_cache`, without which no table lies in the memory of a host.
 
     Raises:
         ConfigError: the plan is of other tables or other ranks.
@@ -84,12 +88,17 @@ def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], hardware: 
                 f" {hardware.world_size} rank(s){hosts}, row_wise tables lie on all, table_row_wise ones on those of one host."
                 f" {again}"
             )
+        if row.kernel != FUSED and host_cache is None:
+            raise ConfigError(
+                f"embeddings.plan: {there} places '{name}' in the memory of the host. Say which share of its rows GPUs cache:"
+                " embeddings.host_cache=0.1, or plan again."
+            )
         if too_small(row.rows, len(row.ranks)):
             raise ConfigError(
                 f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {len(row.ranks)} ranks"
                 f" some. {again}"
             )
-    return {name: (row.sharding, row.ranks) for name, row in found.items()}
+    return {name: Where(row.sharding, row.ranks, row.kernel) for name, row in found.items()}
 
 
 def _places(sharding: str, hardware: Hardware) -> list[list[int]]:
@@ -154,7 +163,10 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
 
 
 def _cell(row: TableOfPlan | None) -> str:
-    return "-" if row is None else f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}"
+    if row is None:
+        return "-"
+    host = "" if row.kernel == FUSED else ", in host memory"
+    return f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}{host}"
 
 
 def _ranks(ranks: list[int]) -> str:

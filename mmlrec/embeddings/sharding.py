@@ -18,13 +18,13 @@ from torchrec.distributed.sharding_plan import (
     table_row_wise,
     table_wise,
 )
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import PlacedTable, PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.errors import ConfigError
@@ -86,7 +86,7 @@ def make_plan(
     given = None
     if config.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(config.plan, sizes, hardware)
+        given = given_placement(config.plan, sizes, hardware, config.host_cache)
     placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
     plan = construct_module_sharding_plan(
         tables,
@@ -96,16 +96,20 @@ def make_plan(
         world_size=hardware.world_size,
         device_type=hardware.device,
     )
+    for table in placed:
+        plan[table.name].compute_kernel = table.kernel
+        if table.kernel == CACHED:
+            plan[table.name].cache_params = CacheParams(load_factor=config.host_cache)
     return ShardingPlan({path: plan})
 
 
 def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGenerator:
-    """What makes torchrec's plan of a table; the fused kernel is that of tables with an optimizer attached."""
+    """What makes torchrec's plan of a table, but for its kernel."""
     if table.sharding == "row_wise":
-        return row_wise(compute_kernel="fused")
+        return row_wise()
     if table.sharding == "table_row_wise":
         return table_row_wise(host_index=table.ranks[0] // hardware.ranks_per_host)
-    return table_wise(rank=table.ranks[0], compute_kernel="fused")
+    return table_wise(rank=table.ranks[0])
 
 
 def forget_former_groups() -> None:
@@ -154,6 +158,8 @@ def check_memory(
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
     need = 0.0
     for table in report:
+        if on_gpu and table["kernel"] == CACHED:
+            continue
         need += (table["weight_bytes"] + table["state_bytes"]) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory("MemAvailable")
     if need > free:

@@ -140,11 +140,23 @@ def count_steps(tables: nn.Module, steps: int) -> None:
     Args:
         tables: sharded.
     """
-    lookups = [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]
-    for module in (module for lookup in lookups for module in lookup.modules()):
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.iter_cpu.fill_(steps)
-            module.iter.fill_(steps)
+    for kernel in _kernels(tables):
+        kernel.iter_cpu.fill_(steps)
+        kernel.iter.fill_(steps)
+
+
+def forget_cached_rows(model: nn.Module) -> None:
+    """Have rows of tables in the memory of the host fetched anew, so that what is written into them there is seen.
+
+    Call behind `state_dict`, which writes back what steps have changed in the caches.
+    """
+    for kernel in _kernels(model):
+        kernel.reset_cache_states()
+
+
+def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    for lookup in [lookup for module in model.modules() for lookup in getattr(module, "_lookups", ())]:
+        yield from (module for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 @torch.no_grad()

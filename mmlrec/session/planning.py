@@ -6,6 +6,7 @@ Placement and times of tables are torchrec's planner's, memory and placement tho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,10 +17,12 @@ import torch
 from mmlrec.config import RunConfig
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.embeddings.placement import (
+    FUSED,
     PHASES,
     SHARDING_TYPES,
     PlacedTable,
     TablesDoNotFit,
+    on_hosts,
     place_tables,
     state_bytes,
     too_small,
@@ -84,10 +87,12 @@ class Rank:
     activations: int
     buffers: int
     times: dict[str, float]
+    #: Bytes of tables in the memory of the host.
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """All bytes, but those on the host."""
         return self.weights + self.state + self.network + self.activations + self.buffers
 
     @property
@@ -121,19 +126,21 @@ class TrainingPlan:
         optimizer = self.request.config.embeddings.optimizer.name
         world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
         sums = [[0, 0, 0] for _ in range(world_size // replicas)]
+        of_hosts = on_hosts(self.tables, optimizer, len(sums))
         times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
                 own = sums[shard.rank]
-                own[0] += 4 * shard.rows * table.dim
-                own[1] += state_bytes(optimizer, shard.rows, table.dim)
+                if table.kernel == FUSED:
+                    own[0] += 4 * shard.rows * table.dim
+                    own[1] += state_bytes(optimizer, shard.rows, table.dim)
                 own[2] += shard.buffers
                 for phase, milliseconds in shard.times.items():
                     times[shard.rank][phase] += milliseconds
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)])
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], of_hosts[rank % len(sums)])
             for rank, (weights, state, buffers) in enumerate(sums * replicas)
         ]
 
@@ -148,7 +155,7 @@ class TrainingPlan:
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
         if (replicas := self.request.config.embeddings.replicas) > 1:
-            held = max(rank.weights + rank.state for rank in self.ranks)
+            held = max(rank.weights + rank.state + rank.on_host for rank in self.ranks)
             of_step = held / self.request.config.embeddings.average_every
             found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
         return {phase: found[phase] for phase in STEP if phase in found}
@@ -165,8 +172,10 @@ class TrainingPlan:
 
     @property
     def missing(self) -> int:
-        """Bytes that the fullest rank has too few; 0 when all fits."""
-        return max(self.fullest.total - self.request.hardware.usable, 0)
+        """Bytes that the fullest rank has too few, of its own or of its host's memory; 0 when all fits."""
+        hardware = self.request.hardware
+        on_host = max(rank.on_host for rank in self.ranks)
+        return max(self.fullest.total - hardware.usable, on_host - hardware.usable_on_host if on_host else 0, 0)
 
     @property
     def imbalance(self) -> dict[str, float]:
@@ -208,10 +217,19 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
-        whole = [table for table in self.tables if len(table.ranks) == 1]
-        small = [table.name for table in whole if too_small(table.rows, hardware.world_size)]
-        if small and hardware.world_size > 1:
-            yield f"too small to split over {hardware.world_size} ranks, so whole on one: {_some(small, 5)}"
+        if on_host := [table.name for table in self.tables if table.kernel != FUSED]:
+            of_hosts = Counter[int]()
+            for rank in self.ranks:
+                of_hosts[rank.rank // hardware.ranks_per_host] += rank.on_host
+            most = max(of_hosts.values())
+            yield (
+                f"{len(on_host)} table(s) lie in the memory of the hosts, {most / _GIB:.2f} GiB on the fullest, with"
+                f" {config.embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
+            )
+        sharing = hardware.of_replica(config.embeddings.replicas).world_size
+        small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
+        if small and sharing > 1:
+            yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"
         empty = sum(not rank.weights for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
@@ -260,7 +278,7 @@ class TrainingPlan:
                     "dim": table.dim,
                     "pooling_lengths": list(table.lengths),
                     "sharding": table.sharding,
-                    "kernel": "fused",
+                    "kernel": table.kernel,
                     "ranks": table.ranks,
                     "weight_bytes": 4 * table.rows * table.dim,
                     "state_bytes": state_bytes(optimizer, table.rows, table.dim),
@@ -278,6 +296,7 @@ class TrainingPlan:
                     "activation_bytes": rank.activations,
                     "buffer_bytes": rank.buffers,
                     "total_bytes": rank.total,
+                    "host_bytes": rank.on_host,
                     "table_ms": rank.table_ms,
                 }
                 for rank in self.ranks
@@ -326,7 +345,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     given = None
     if embeddings.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(embeddings.plan, sizes, replica)
+        given = given_placement(embeddings.plan, sizes, replica, embeddings.host_cache)
     rows = -(-config.training.batch_size // hardware.world_size)
     reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
@@ -369,14 +388,18 @@ class Alternative:
 
 def alternatives(plan: TrainingPlan) -> list[Alternative]:
     """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
-    return [Alternative(change, plan_training(other, plan)) for change, other in _changes(plan.request)]
+    changes = list(_changes(plan.request))
+    embeddings = plan.request.config.embeddings
+    if plan.missing and plan.request.hardware.device == "cuda" and embeddings.host_cache is None and embeddings.replicas == 1:
+        changes.append(("embeddings.host_cache=0.1", plan.request.with_embeddings(plan=None, host_cache=0.1)))
+    return [Alternative(change, plan_training(other, plan)) for change, other in changes]
 
 
 def _changes(given: Request) -> Iterator[tuple[str, Request]]:
     request = given.with_embeddings(plan=None)
     hardware, embeddings = request.hardware, request.config.embeddings
     for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
-        if hosts:
+        if hosts and _divides(_on_hosts(request, hosts)):
             yield _hosts(hosts), _on_hosts(request, hosts)
     for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
         if name != embeddings.optimizer.name:
@@ -389,6 +412,21 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
                 yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
+        if embeddings.communication == "fp32":
+            shorter = "bf16" if hardware.device == "cuda" else "fp16"
+            yield f"embeddings.communication={shorter}", request.with_embeddings(communication=shorter)
+    copied = request.with_embeddings(replicas=2)
+    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and _divides(copied):
+        yield "embeddings.replicas=2", copied
+
+
+def _divides(request: Request) -> bool:
+    """Whether the ranks can be shared out to the replicas."""
+    try:
+        request.hardware.of_replica(request.config.embeddings.replicas)
+    except ConfigError:
+        return False
+    return True
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:

@@ -24,7 +24,7 @@ from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.communication import Communication
-from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware, host_memory, memory_of
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.replicas import average, check_replicas, shard
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
@@ -385,8 +385,11 @@ def hardware_of(world: World) -> Hardware:
     least = -world.highest(-memory_of(world.device, world.local_world_size))
     of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type
+    of_host = 0
+    if kind == "cuda":
+        of_host = -world.highest(-(host_memory("MemTotal") // world.local_world_size))
     bandwidths = GPU if kind == "cuda" else CPU
-    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, equal_hosts=len(of_hosts) == 1)
+    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, len(of_hosts) == 1, of_host)
 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
@@ -445,6 +448,7 @@ def build_session(
     update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
+        update["host_cache"] = config.embeddings.host_cache if world.device.type == "cuda" else None
     plan = make_plan(
         TABLES,
         tables,

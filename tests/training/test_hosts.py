@@ -4,7 +4,11 @@ One launch on four ranks, one on two and one on one run all cases.
 """
 
 import json
+import os
+import re
+import signal
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,8 +21,17 @@ from mmlrec.embeddings.tables import build_tables
 from mmlrec.errors import ConfigError
 from mmlrec.schema import DatasetManifest
 from tests.datasets import write_dataset
-from tests.processes import run
-from tests.training.launch import launch, losses, rows_of_steps, tensors, validations
+from tests.processes import Command, run
+from tests.training.launch import (
+    free_port,
+    launch,
+    losses,
+    rank_process,
+    rows_of_steps,
+    start_ranks,
+    tensors,
+    validations,
+)
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
@@ -209,3 +222,67 @@ def test_what_hosts_do_not_allow_is_refused():
             plan_of(uneven, table_sharding={"t5": "table_row_wise"})
         _, report = plan_of(uneven)
         assert "table_row_wise" not in {table["sharding"] for table in report}
+
+
+def endless(folder, timeout=60):
+    """A training of tables that are split within hosts, which goes on until it is ended; returns its configuration."""
+    write_dataset(folder / "data", rows=640, table_rows=30)
+    config = folder / "config.yaml"
+    keys = f"epochs: 100000, max_steps: null, checkpoint_every_steps: 10, timeout: {timeout}"
+    config.write_text(CONFIG.format(dataset=folder / "data").replace("max_steps: 10", keys))
+    return ["-m", "apps.train", "--config", str(config), "--run-dir", str(folder / "run")]
+
+
+def wait_for_step(folder, step, logs):
+    deadline = time.monotonic() + 240
+    while not (folder / "run/metrics.jsonl").exists() or max(losses(folder / "run"), default=0) < step:
+        assert time.monotonic() < deadline, "\n".join(log.read_text()[-3000:] for log in logs)
+        time.sleep(0.2)
+
+
+@pytest.mark.long
+def test_a_stopped_rank_of_another_host_is_named_within_the_timeout(tmp_path):
+    """Ranks wait for it in the groups of a host, and in those of one rank of each host."""
+    logs = [tmp_path / f"{rank}.log" for rank in range(4)]
+    ranks = start_ranks([sys.executable, *endless(tmp_path, timeout=4)], logs, hosts=2)
+    try:
+        wait_for_step(tmp_path, 5, logs)
+        time.sleep(2)
+        ranks[3].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        assert [rank.wait(90) for rank in ranks[:3]] == [1, 1, 1]
+        assert time.monotonic() - start < 4 + 40
+    finally:
+        for rank in ranks:
+            rank.kill()
+    errors = [line for log in logs for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, errors
+    assert re.match(r"error: rank 3 \(process \d+ on \S+\) has not answered for 4 s \(training.timeout\)", errors[0])
+
+
+@pytest.mark.long
+def test_agents_of_two_hosts_start_it_again_in_place(tmp_path):
+    """The hosts are those that the agents name; new ranks have new groups."""
+    port, logs, agents = free_port(), [tmp_path / "log0", tmp_path / "log1"], []
+    options = ["--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-id", "test", "--tee", "3"]
+    options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    train = endless(tmp_path)
+    for number, log in enumerate(logs):
+        host = ["--rdzv-conf", f"is_host={int(number == 0)}"]
+        agents.append(Command([sys.executable, "-m", "mmlrec.launch.agent", *options, *host, *train], log=log))
+    try:
+        wait_for_step(tmp_path, 25, logs)
+        killed_at = max(losses(tmp_path / "run"))
+        os.kill(rank_process(tmp_path / "run", 3), signal.SIGKILL)
+        wait_for_step(tmp_path, killed_at + 25, logs)
+        for agent in agents:
+            agent.send_signal(signal.SIGTERM)
+        assert [agent.wait(120) for agent in agents] == [85, 85], logs[0].read_text()
+    finally:
+        for agent in agents:
+            agent.kill()
+    plan = json.loads((tmp_path / "run/plan.json").read_text())
+    assert {table["sharding"] for table in plan} == {"table_row_wise"}
+    assert {tuple(table["ranks"]) for table in plan} == {(0, 1), (2, 3)}
+    starts = re.findall(r"(new run|resumed) .*at step (\d+) of", (tmp_path / "run/train.log").read_text())
+    assert [how for how, _ in starts] == ["new run", "resumed"]
