@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.scaling.data import config_of, manifest_of
 from benchmarks.scaling.points import Point
-from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
+from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware, host_memory
 from mmlrec.session.planning import Request, TrainingPlan, plan_training
 
 _MOST_RANKS = 1 << 16
@@ -31,8 +31,9 @@ class Planner:
         """The ranks."""
         on_host = min(ranks, self._per_host)
         on_gpu = self._device == "cuda"
-        memory = self._memory if on_gpu else self._memory // on_host
-        return Hardware(ranks, on_host, self._device, memory, GPU if on_gpu else CPU)
+        if not on_gpu:
+            return Hardware(ranks, on_host, "cpu", self._memory // on_host, CPU)
+        return Hardware(ranks, on_host, "cuda", self._memory, GPU, host_memory=host_memory("MemTotal") // on_host)
 
     def plan(self, point: Point) -> TrainingPlan:
         """The plan of a point on its ranks."""
