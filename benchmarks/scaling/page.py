@@ -67,8 +67,10 @@ def write_page(folder: Path) -> Path:
     """
     results = Results(*all_rows(folder))
     sections = [_head(results), _ranks(results), _ids(results), _axes(results), _parts(results), _wire(results), _all(results)]
-    for name, draw in (("ranks", _draw_ranks), ("ids", _draw_ids), ("memory", _draw_memory), ("axes", _draw_axes)):
-        _draw(folder / f"{name}.png", results, draw)
+    _draw(folder / "ranks.png", results, _draw_ranks, 2)
+    _draw(folder / "ids.png", results, _draw_ids, 3)
+    _draw(folder / "memory.png", results, _draw_memory, max(1, min(len(results.ranks), 3)))
+    _draw(folder / "axes.png", results, _draw_axes, 3)
     page = folder / PAGE
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
@@ -257,22 +259,18 @@ def _each(values: list[float] | None) -> str:
     return "" if values is None else " ".join(f"{value / GIB:.2f}" for value in values)
 
 
-def _draw(path: Path, results: Results, draw: Callable[[list[Axes], Results], None]) -> None:
-    """Draw a figure of some plots beside each other; those that stay empty are left out."""
+def _draw(path: Path, results: Results, draw: Callable[[list[Axes], Results], None], plots: int) -> None:
+    """Draw a figure of some plots beside each other."""
     import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(12, 4), layout="constrained")
-        axes = list(figure.subplots(1, 3))
+        figure = Figure(figsize=(4 * plots, 4), layout="constrained")
+        axes = list(figure.subplots(1, plots, squeeze=False)[0])
         draw(axes, results)
         for axis in axes:
             if axis.lines:
                 axis.legend(fontsize=8)
-            else:
-                axis.remove()
         figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -293,7 +291,7 @@ def _set(axis: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def _draw_ranks(axes: list[Axes], results: Results) -> None:
     base = results.base.batch
-    for axis, weak in zip(axes, (False, True), strict=False):
+    for axis, weak in zip(axes, (False, True), strict=True):
         rows = results.over_ranks(weak=weak)
         _curve(axis, rows, _speed, "measured", "o-")
         speeds = [(n, 1000 * base * (n if weak else 1) / row.planned_step_ms) for n, row in rows if row.planned_step_ms]
