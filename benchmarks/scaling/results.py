@@ -153,7 +153,9 @@ def _text(value: Any) -> str:
         return ";".join(f"{name}={_text(of)}" for name, of in value.items())
     if isinstance(value, list):
         return " ".join(_text(of) for of in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.7g}"
+    return str(int(value)) if isinstance(value, float) else str(value)
 
 
 def _numbers(text: str) -> list[float] | None:
