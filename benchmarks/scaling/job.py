@@ -30,7 +30,7 @@ from benchmarks.scaling.results import GIB, MEASURED, PLANNED, Row, Rows, Study
 from benchmarks.scaling.work import task_of
 from mmlrec.distributed.world import quiet_libraries
 from mmlrec.embeddings.hardware import host_memory
-from mmlrec.errors import RankError
+from mmlrec.errors import RankError, UserError
 from mmlrec.session.planning import TrainingPlan
 
 _JOIN = timedelta(minutes=10)
@@ -42,12 +42,16 @@ def work(options: argparse.Namespace) -> None:
     """All points of this number of ranks, in step with the other ranks.
 
     Raises:
+        UserError: there is no such device.
         RankError: on rank 0, when points could not be measured.
     """
+    there = torch.cuda.is_available()
+    device = options.device or ("cuda" if there else "cpu")
+    if device == "cuda" and not there:
+        raise UserError("--device cuda: no GPU is visible.")
     signal.signal(signal.SIGTERM, _end)
     quiet_libraries()
     store, rank, world_size = next(rendezvous("env://", timeout=_JOIN))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     book = _Book(options, device, world_size) if rank == 0 else None
     if book is not None:
         store.set("todo", json.dumps([vars(point) for point in book.todo]))

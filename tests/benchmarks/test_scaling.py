@@ -9,17 +9,18 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.scaling import results
 from benchmarks.scaling.__main__ import parse, words
 from benchmarks.scaling.data import batches_of, described
-from benchmarks.scaling.job import _Book
+from benchmarks.scaling.job import _Book, work
 from benchmarks.scaling.page import write_page
 from benchmarks.scaling.planned import Planner
 from benchmarks.scaling.points import AXES, Point, points
 from benchmarks.scaling.results import MEASURED, PLANNED, Row
 from mmlrec.embeddings.hardware import host_memory
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserError
 from tests import processes
 from tests.processes import ROOT
 
@@ -184,6 +185,12 @@ def test_the_local_preset_runs_it_as_a_job(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = results.read(tmp_path, 2)[1]
     assert [(point.batch, row.kind) for point, row in rows.items()] == [(64, MEASURED), (128, MEASURED)]
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: no GPU is visible"):
+        work(parse(["--device=cuda"]))
 
 
 def test_a_preset_is_cut_to_numbers_of_ranks(monkeypatch):
