@@ -46,10 +46,19 @@ class TableOptimizerConfig(StrictModel):
     beta2: float = Field(default=0.999, ge=0, lt=1)
 
 
-class EmbeddingsConfig(StrictModel):
-    """Tables: width, initialisation, optimizer and sharding."""
+#: fbgemm wants a multiple of 4.
+TableDim = Annotated[int, Field(gt=0, multiple_of=4)]
+TableDtype = Literal["fp32", "fp16", "bf16"]
 
-    dim: int = Field(default=8, gt=0, multiple_of=4, description="Width of every table; fbgemm wants a multiple of 4.")
+
+class EmbeddingsConfig(StrictModel):
+    """Tables: width, number format, initialisation, optimizer and sharding."""
+
+    dim: TableDim = Field(default=8, description="Width of every table that table_dim does not name.")
+    table_dim: dict[str, TableDim] = Field(default={}, description="Table name -> width.")
+    dtype: TableDtype = Field(
+        default="fp32", description="Numbers of the tables; the optimizer's state is fp32 in any case. bf16 needs a GPU."
+    )
     init_std: float = Field(default=0.01, gt=0)
     optimizer: TableOptimizerConfig = TableOptimizerConfig()
     sharding: Literal["auto", "table_wise", "table_row_wise", "row_wise"] = Field(
@@ -76,6 +85,10 @@ class EmbeddingsConfig(StrictModel):
     )
     average_every: int = Field(default=1, gt=0, description="Steps between two averages of the replicas.")
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
+
+    def width(self, table: str) -> int:
+        """Width of a table, by its name in the manifest."""
+        return self.table_dim.get(table, self.dim)
 
     @field_validator("plan")
     @classmethod
@@ -205,7 +218,9 @@ OTHER_NAMES = {
         "Did you mean 'dense.optimizer.lr' (network) or 'embeddings.optimizer.lr' (tables)?": ("learningrate", "alpha"),
         "Did you mean 'training.patience'?": ("earlystopping", "earlystop", "earlystoppingpatience"),
         "Did you mean 'embeddings.dim'?": ("embdim", "embeddingsize", "embedsize", "emb"),
-        "Did you mean 'training.precision'?": ("amp", "fp16", "bf16", "mixedprecision", "dtype"),
+        "Did you mean 'training.precision' (network) or 'embeddings.dtype' (tables)?": (
+            *("amp", "fp16", "bf16", "mixedprecision", "dtype"),
+        ),
         "Did you mean 'run_dir'?": ("outputdir", "logdir", "savedir", "output", "out"),
         "Did you mean 'model.name'?": ("method", "modelname", "network"),
         "Did you mean 'balancing.name'?": ("strategy", "balancer"),

@@ -14,8 +14,9 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError, ShardingOption
-from torchrec.distributed.types import CacheParams
+from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
+from torchrec.distributed.types import CacheParams, ModuleSharder
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
 from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.communication import Communication, communicable
@@ -96,6 +97,7 @@ class PlacedTable:
     """A table and where its rows lie.
 
     Attributes:
+        dtype: of its weights.
         lengths: mean number of ids of a row, of each feature that uses the table.
         shards: in the order of their rows.
         why: a sentence.
@@ -104,6 +106,7 @@ class PlacedTable:
     name: str
     rows: int
     dim: int
+    dtype: DataType
     lengths: tuple[float, ...]
     sharding: str
     shards: tuple[Shard, ...]
@@ -115,10 +118,47 @@ class PlacedTable:
         """Ranks that hold rows."""
         return [shard.rank for shard in self.shards]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all its weights."""
+        return weight_bytes(self.dtype, self.rows, self.dim)
+
+
+def weight_bytes(dtype: DataType, rows: int, dim: int) -> int:
+    """What the weights of some rows take."""
+    return DATA_TYPE_NUM_BITS[dtype] // 8 * rows * dim
+
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
-    """What the fused kernel keeps of some rows beside their weights, all float32."""
+    """What the fused kernel keeps of some rows beside their weights, all float32, whatever the weights are."""
     return {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * dim, "adam": 8 * rows * dim}[optimizer]
+
+
+class _Enumerator(EmbeddingEnumerator):
+    """TorchRec's takes state of the optimizer and exchanged vectors to be numbers as short as the weights; they are float32."""
+
+    def __init__(self, embeddings: EmbeddingsConfig, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._embeddings = embeddings
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """All ways to place the tables, with what their shards take."""
+        options = super().enumerate(module, sharders)
+        for option in options:
+            times = 4 // option.tensor.element_size()
+            for shard in option.shards if times > 1 else ():
+                assert shard.storage is not None
+                assert shard.perf is not None
+                state = state_bytes(self._embeddings.optimizer.name, *shard.size)
+                missing = state - state // times
+                if option.compute_kernel == CACHED:
+                    shard.storage += Storage(int(missing * (self._embeddings.host_cache or 0)), missing)
+                else:
+                    shard.storage += Storage(*((missing, 0) if self._compute_device == "cuda" else (0, missing)))
+                if not any(sharder.qcomm_codecs_registry for sharder in sharders):
+                    shard.perf.fwd_comms *= times
+                    shard.perf.bwd_comms *= times
+        return options
 
 
 def too_small(rows: int, ranks: int) -> bool:
@@ -166,6 +206,7 @@ def place_tables(
             compute_kernels=kernels,
             cache_params=None if config.host_cache is None else CacheParams(load_factor=config.host_cache),
             pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
+            output_dtype=DataType.FP32,  # of the looked-up vectors, whatever the weights are
         )
         for c in configs
     }
@@ -176,7 +217,7 @@ def place_tables(
     options: dict[str, dict[tuple[str, str], ShardingOption]] = {c.name: {} for c in configs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        enumerator = EmbeddingEnumerator(topology=topology, batch_size=batch_size, constraints=constraints)
+        enumerator = _Enumerator(config, topology=topology, batch_size=batch_size, constraints=constraints)
         for option in enumerator.enumerate(module, [sharder]):
             options[option.name][option.sharding_type, option.compute_kernel] = option
 
@@ -318,13 +359,14 @@ def _placed(
         assert shard.storage is not None
         assert shard.perf is not None
         rows = int(shard.size[0])
-        own = 4 * rows * config.embedding_dim + state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
+        own = weight_bytes(config.data_type, rows, config.embedding_dim)
+        own += state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
         cached = option.compute_kernel == CACHED
         buffers = shard.storage.hbm if cached else max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
-    rows, dim = config.num_embeddings, config.embedding_dim
-    return PlacedTable(config.name, rows, dim, lengths, option.sharding_type, tuple(shards), why, str(option.compute_kernel))
+    rows, dim, kernel = config.num_embeddings, config.embedding_dim, str(option.compute_kernel)
+    return PlacedTable(config.name, rows, dim, config.data_type, lengths, option.sharding_type, tuple(shards), why, kernel)
 
 
 def _comparison(options: Mapping[tuple[str, str], ShardingOption], chosen: Where) -> str:
@@ -345,7 +387,7 @@ def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
         f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
-        " embeddings.optimizer.name, a smaller embeddings.dim, on GPUs embeddings.host_cache."
+        " embeddings.optimizer.name, a smaller embeddings.dim, another embeddings.dtype, on GPUs embeddings.host_cache."
     )
 
 
@@ -354,7 +396,7 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
     found = [0] * world_size
     for table in placed:
         for shard in table.shards:
-            own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
             found[shard.rank] += shard.buffers + (0 if table.kernel == CACHED else own)
     return found
 
@@ -364,5 +406,6 @@ def on_hosts(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> 
     found = [0] * world_size
     for table in placed:
         for shard in table.shards if table.kernel == CACHED else ():
-            found[shard.rank] += 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
+            found[shard.rank] += own
     return found

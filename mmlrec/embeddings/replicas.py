@@ -41,27 +41,22 @@ def shard(
         replicas: how many times; 1: once, over all ranks.
         hardware: the ranks of one replica.
     """
-    world_size = dist.get_world_size()
-    if replicas == 1:
-        return DistributedModelParallel(module, device=device, plan=plan, sharders=[sharder], init_data_parallel=world_size > 1)
-    world = dist.group.WORLD
-    assert world is not None
-    # It tells the root logger of each group.
+    # It tells the root logger of each group, and where no launcher says which ranks a host has.
     logging.disable(logging.WARNING)
     try:
-        return _collection(module, plan, sharder, device, world, hardware)
+        if replicas > 1:
+            return _collection(module, plan, sharder, device, hardware)
+        joined = dist.get_world_size() > 1
+        return DistributedModelParallel(module, device=device, plan=plan, sharders=[sharder], init_data_parallel=joined)
     finally:
         logging.disable(logging.NOTSET)
 
 
 def _collection(
-    module: nn.Module,
-    plan: ShardingPlan,
-    sharder: PortableSharder,
-    device: torch.device,
-    world: dist.ProcessGroup,
-    hardware: Hardware,
+    module: nn.Module, plan: ShardingPlan, sharder: PortableSharder, device: torch.device, hardware: Hardware
 ) -> DMPCollection:
+    world = dist.group.WORLD
+    assert world is not None
     return DMPCollection(
         module,
         device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,12 @@ from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan,
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes, weight_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserAdvice
 
 
 def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
@@ -53,6 +54,44 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
     for parameter in tables.parameters():
         # TorchRec changes the dict that it is given, so each parameter gets a fresh one.
         apply_optimizer_in_backward(optimizer, [parameter], dict(arguments))
+
+
+def check_dtype(dtype: TableDtype, device: str) -> None:
+    """Refuse a number format of tables that the kernels of a device do not train.
+
+    Raises:
+        ConfigError: bf16 on a CPU.
+    """
+    if dtype == "bf16" and device == "cpu":
+        raise ConfigError(
+            "embeddings.dtype: 'bf16' needs a GPU: the CPU's fused table kernels have none. Use 'fp32', or 'fp16', which a CPU"
+            " rounds to nearest (docs/scaling.md)."
+        )
+
+
+def held(embeddings: EmbeddingsConfig, device: torch.device, *, for_training: bool) -> EmbeddingsConfig:
+    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
+
+    Says (`UserAdvice`) what a device does otherwise than others.
+
+    Raises:
+        ConfigError: a training in a number format that the device does not train.
+    """
+    if for_training:
+        check_dtype(embeddings.dtype, device.type)
+    if device.type != "cpu" or embeddings.dtype == "fp32":
+        return embeddings
+    if embeddings.dtype == "bf16":
+        warnings.warn("tables in bf16 are held in fp32, exactly: a CPU has no lookup in bf16.", UserAdvice, stacklevel=2)
+        return embeddings.model_copy(update={"dtype": "fp32"})
+    if for_training:
+        warnings.warn(
+            "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are too"
+            " small are lost (docs/scaling.md). GPUs round at random, which keeps them on average.",
+            UserAdvice,
+            stacklevel=2,
+        )
+    return embeddings
 
 
 def make_plan(
@@ -100,6 +139,9 @@ def make_plan(
         plan[table.name].compute_kernel = table.kernel
         if table.kernel == CACHED:
             plan[table.name].cache_params = CacheParams(load_factor=config.host_cache)
+    if config.dtype != "fp32":
+        for sharding in plan.values():
+            sharding.stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
     return ShardingPlan({path: plan})
 
 
@@ -138,7 +180,7 @@ def plan_report(
             "sharding": module_plan[config.name].sharding_type,
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
-            "weight_bytes": 4 * config.num_embeddings * config.embedding_dim,
+            "weight_bytes": weight_bytes(config.data_type, config.num_embeddings, config.embedding_dim),
             "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
         for config in tables.embedding_bag_configs()
@@ -166,7 +208,8 @@ def check_memory(
         raise ConfigError(
             f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
             f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
-            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, or fewer ids in preprocessing."
+            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer ids"
+            " in preprocessing."
         )
 
 

@@ -26,9 +26,10 @@ from mmlrec.embeddings.placement import (
     place_tables,
     state_bytes,
     too_small,
+    weight_bytes,
 )
 from mmlrec.embeddings.plan_file import given_placement
-from mmlrec.embeddings.sharding import apply_table_optimizer
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import MultiTaskModel
@@ -58,7 +59,6 @@ class Request:
     """What is to be planned.
 
     Attributes:
-        dims: table -> width, where it is not `embeddings.dim`.
         operations: floating-point operations per second that a rank does in matrix products.
         source: config file, for messages.
     """
@@ -67,7 +67,6 @@ class Request:
     manifest: DatasetManifest
     hardware: Hardware
     operations: float
-    dims: dict[str, int]
     source: str
 
     def with_embeddings(self, **update: Any) -> Request:
@@ -132,7 +131,7 @@ class TrainingPlan:
             for shard in table.shards:
                 own = sums[shard.rank]
                 if table.kernel == FUSED:
-                    own[0] += 4 * shard.rows * table.dim
+                    own[0] += weight_bytes(table.dtype, shard.rows, table.dim)
                     own[1] += state_bytes(optimizer, shard.rows, table.dim)
                 own[2] += shard.buffers
                 for phase, milliseconds in shard.times.items():
@@ -194,7 +193,7 @@ class TrainingPlan:
         return list(self._warnings())
 
     def _warnings(self) -> Iterator[str]:
-        config, hardware = self.request.config, self.request.hardware
+        hardware = self.request.hardware
         if self.missing:
             yield (
                 f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
@@ -217,6 +216,7 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
+        embeddings = self.request.config.embeddings
         if on_host := [table.name for table in self.tables if table.kernel != FUSED]:
             of_hosts = Counter[int]()
             for rank in self.ranks:
@@ -224,22 +224,15 @@ class TrainingPlan:
             most = max(of_hosts.values())
             yield (
                 f"{len(on_host)} table(s) lie in the memory of the hosts, {most / _GIB:.2f} GiB on the fullest, with"
-                f" {config.embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
+                f" {embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
             )
-        sharing = hardware.of_replica(config.embeddings.replicas).world_size
+        sharing = hardware.of_replica(embeddings.replicas).world_size
         small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
         if small and sharing > 1:
             yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"
         empty = sum(not rank.weights for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
-        state = sum(rank.state for rank in self.ranks)
-        if config.embeddings.optimizer.name in ("adagrad", "adam") and state >= _GIB:
-            rows = sum(4 * table.rows for table in self.tables)
-            yield (
-                f"{config.embeddings.optimizer.name} keeps {state / _GIB:.2f} GiB of state:"
-                f" embeddings.optimizer.name=rowwise_adagrad, which is another algorithm, keeps {rows / _GIB:.2f}"
-            )
         if self.unknown:
             yield (
                 f"the dataset does not record how many ids a row has of {_some(self.unknown, 5)}: taken as 1. Preprocess again"
@@ -269,6 +262,7 @@ class TrainingPlan:
             },
             "batch_size": config.training.batch_size,
             "optimizer": optimizer,
+            "dtype": config.embeddings.dtype,
             "fits": not self.missing,
             "missing_bytes": self.missing,
             "tables": [
@@ -280,7 +274,7 @@ class TrainingPlan:
                     "sharding": table.sharding,
                     "kernel": table.kernel,
                     "ranks": table.ranks,
-                    "weight_bytes": 4 * table.rows * table.dim,
+                    "weight_bytes": table.weight_bytes,
                     "state_bytes": state_bytes(optimizer, table.rows, table.dim),
                     "why": table.why,
                 }
@@ -326,18 +320,15 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
     replica = hardware.of_replica(embeddings.replicas)
-    if unknown := request.dims.keys() - {table.name for table in manifest.tables}:
-        raise ConfigError(f"no such table: '{min(unknown)}'.")
+    check_dtype(embeddings.dtype, hardware.device)
     spec = build_spec(config, manifest)
-    fields = {f.name: request.dims.get(f.table or "", embeddings.dim) for f in manifest.sparse_features}
-    if known is not None and known.network.spec.fields == fields:
+    if known is not None and known.network.spec == spec:
         network, cost = known.network, known.cost
     else:
-        network = build_network(config, replace(spec, fields=fields), request.source)
+        network = build_network(config, spec, request.source)
         cost = network_cost(network, bf16=config.training.precision == "bf16")
     branches = table_branches(network, manifest)
-    configs = table_configs(manifest, embeddings.dim, branches)
-    tables = build_tables([replace(c, embedding_dim=request.dims.get(c.name.split("/")[-1], c.embedding_dim)) for c in configs])
+    tables = build_tables(table_configs(manifest, embeddings, branches))
     lengths, without = mean_lengths(manifest, branches)
     if isinstance(tables, NoTables):
         return TrainingPlan(request, [], network, cost, without)
@@ -405,9 +396,18 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         if name != embeddings.optimizer.name:
             optimizer = embeddings.optimizer.model_copy(update={"name": name})
             yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
-    for dim in (embeddings.dim * 2, embeddings.dim // 2):
-        if dim and dim % 4 == 0 and not request.dims:
-            yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
+    for dtype in ("fp32", "fp16", "bf16") if hardware.device == "cuda" else ("fp32", "fp16"):
+        if dtype != embeddings.dtype:
+            yield f"embeddings.dtype={dtype}", request.with_embeddings(dtype=dtype)
+    widths = {"": embeddings.dim, **embeddings.table_dim}
+    for words, changed in (
+        ("twice", {name: 2 * dim for name, dim in widths.items()}),
+        ("half of", {name: dim // 2 for name, dim in widths.items()}),
+    ):
+        if all(dim and dim % 4 == 0 for dim in changed.values()):
+            dim = changed.pop("")
+            change = f"embeddings.dim={dim}" + (f", {words} each table_dim" if changed else "")
+            yield change, request.with_embeddings(dim=dim, table_dim=changed)
     if hardware.world_size > 1:
         for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
@@ -427,6 +427,33 @@ def _divides(request: Request) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
+    """Row-wise Adagrad, where the state of Adagrad or Adam is what does not fit, or as large as any other part of the memory.
+
+    A training takes what its configuration says, whatever the sizes: this is advice.
+
+    Args:
+        others: alternatives that are planned already.
+    """
+    optimizer = plan.request.config.embeddings.optimizer
+    rank, state = plan.fullest, sum(rank.state for rank in plan.ranks)
+    largest = max(rank.weights, rank.network, rank.activations, rank.buffers)
+    too_large = 0 < plan.missing <= rank.state
+    if optimizer.name not in ("adagrad", "adam") or not (too_large or (state >= _GIB and rank.state >= largest)):
+        return []
+    change = "embeddings.optimizer.name=rowwise_adagrad"
+    found = next((other.plan for other in others if other.change == change), None)
+    if found is None:
+        rowwise = optimizer.model_copy(update={"name": "rowwise_adagrad"})
+        found = plan_training(plan.request.with_embeddings(plan=None, optimizer=rowwise), plan)
+    fits = "" if not plan.missing else ", which fits" if not found.missing else ", which does not fit either"
+    return [
+        f"{change}: {sum(rank.state for rank in found.ranks) / _GIB:.2f} GiB of state in place of {state / _GIB:.2f},"
+        f" {found.fullest.total / _GIB:.2f} GiB on the fullest rank in place of {rank.total / _GIB:.2f}{fits}. It is another"
+        " algorithm: one rate for each row in place of one for each number"
+    ]
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
@@ -462,7 +489,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
 def _may_fit(plan: TrainingPlan, optimizer: str, hosts: int) -> bool:
     """Whether the tables, split evenly, fit at all."""
     hardware = plan.request.hardware
-    bytes_of_tables = sum(4 * t.rows * t.dim + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
+    bytes_of_tables = sum(t.weight_bytes + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
     return bytes_of_tables <= hosts * hardware.ranks_per_host * hardware.usable
 
 

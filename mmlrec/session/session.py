@@ -27,8 +27,23 @@ from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, host_memory, memory_of
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.replicas import average, check_replicas, shard
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
-from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
+from mmlrec.embeddings.sharding import (
+    apply_table_optimizer,
+    check_memory,
+    forget_former_groups,
+    held,
+    make_plan,
+    plan_report,
+)
+from mmlrec.embeddings.tables import (
+    build_tables,
+    check_table_dim,
+    count_steps,
+    forget_cached_rows,
+    initialize,
+    table_configs,
+    touch_state,
+)
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -192,9 +207,10 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
     """What the network has to know, from the configuration's selection of the manifest.
 
     Raises:
-        ConfigError: a task that the dataset does not have, or features the model cannot take.
+        ConfigError: a task or a table that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
+    check_table_dim(manifest, config.embeddings)
     if not manifest.features:
         raise DataError(f"{config.dataset.path} has no feature, so a model has nothing to read: make it again with some.")
     multi_scenario = config.dataset.setting is not Setting.MTL
@@ -203,7 +219,7 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         setting=config.dataset.setting,
         tasks=tuple(tasks),
         num_scenarios=scenarios,
-        fields={feature.name: config.embeddings.dim for feature in manifest.sparse_features},
+        fields={feature.name: config.embeddings.width(str(feature.table)) for feature in manifest.sparse_features},
         num_dense=len(manifest.dense_features),
         seed=config.training.seed,
         embedding_dim=config.embeddings.dim,
@@ -425,7 +441,8 @@ def build_session(
     spec = network.spec
     branches = table_branches(network, manifest)
     prefixes = [""] if branches is None else [f"{name}/" for name in branches]
-    tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
+    embeddings = held(config.embeddings, world.device, for_training=for_training)
+    tables = build_tables(table_configs(manifest, embeddings, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
@@ -452,7 +469,7 @@ def build_session(
     plan = make_plan(
         TABLES,
         tables,
-        config.embeddings.model_copy(update=update),
+        embeddings.model_copy(update=update),
         hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
@@ -469,6 +486,8 @@ def build_session(
     forget_former_groups()
     model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
+    if config.embeddings.host_cache is not None:
+        forget_cached_rows(sharded.tables)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)

@@ -20,7 +20,7 @@ from mmlrec.embeddings.sharding import make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables
 from mmlrec.errors import ConfigError
 from mmlrec.schema import DatasetManifest
-from tests.datasets import write_dataset
+from tests.datasets import with_vocabularies, write_dataset
 from tests.processes import Command, run
 from tests.training.launch import (
     free_port,
@@ -69,7 +69,7 @@ def planned():
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("hosts")
     rows = {"train": 437, "valid": 120, "test": 130}
-    write_dataset(root / "data", rows=rows, table_rows=30, missing_labels=0.2)
+    with_vocabularies(write_dataset(root / "data", rows=rows, table_rows=30, missing_labels=0.2))  # which can be exported
     write_dataset(root / "small", rows=rows, table_rows=1)
     written = write_dataset(root / "sum", rows=rows, table_rows=30).folder
     manifest = DatasetManifest.load(written)
@@ -181,6 +181,7 @@ def test_what_two_hosts_trained_is_measured_scored_and_exported_elsewhere(runs, 
     command = ["-m", "apps.export", "--run-dir", str(runs / "hosts" / "adagrad"), "--out", str(tmp_path / "model")]
     done = run([sys.executable, *command], timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     assert (tmp_path / "model" / "model.json").is_file()
 
 
