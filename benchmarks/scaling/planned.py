@@ -38,7 +38,7 @@ class Planner:
     def plan(self, point: Point) -> TrainingPlan:
         """The plan of a point on its ranks."""
         config = config_of(point, self._config, self._overrides, Path("data/none"))
-        request = Request(config, manifest_of(point), self.hardware(point.ranks), OPERATIONS[self._device], {}, self._config)
+        request = Request(config, manifest_of(point), self.hardware(point.ranks), OPERATIONS[self._device], self._config)
         network = (point.scenarios, point.tasks)
         self._known[network] = plan_training(request, self._known.get(network))
         return self._known[network]
