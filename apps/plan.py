@@ -107,7 +107,7 @@ def main() -> None:
         print(compare_plans(*arguments.compare))
         return
     from mmlrec.distributed.world import quiet_libraries
-    from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+    from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
     from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
 
@@ -128,7 +128,7 @@ def main() -> None:
         hardware = Hardware(arguments.hosts * each, each, "cpu", of_host, bandwidths)
     else:
         hardware = Hardware(arguments.hosts * each, each, "cuda", arguments.hbm, bandwidths, host_memory=of_host)
-    tflops = arguments.tflops if arguments.tflops is not None else 0.1 if on_cpu else 20.0
+    tflops = arguments.tflops if arguments.tflops is not None else OPERATIONS["cpu" if on_cpu else "cuda"] / 1e12
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
     all_imported()
