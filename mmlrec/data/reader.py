@@ -40,7 +40,12 @@ def decode_threads() -> int:
 class Reader:
     """Batches of one split for one rank.
 
-    Memory: `cache_bytes` of decoded row groups, one permuted row group for each lane this rank reads, and two ahead.
+    Row groups are decoded by as many threads as torch computes with (OMP_NUM_THREADS; ranks on a machine share its cores that
+    way), at most 4; one more thread makes batches. What comes out does not depend on them.
+
+    Memory: `cache_bytes` of decoded row groups, one permuted row group for each lane this rank reads, and those ahead: two, or
+    one for each thread that decodes where there are more. A row takes 4 bytes for each id (8 in tables of more than 2^31 rows)
+    and dense feature, 8 for each label, 8 for its number. A thread that decodes holds one column besides.
 
     Args:
         folder: the dataset folder of `manifest`.
@@ -128,7 +133,7 @@ class Reader:
             rank=self._rank,
             world_size=self._world_size,
         )
-        return prefetch(self._batches(order, -(-start_row // self._batch_size)), _BATCHES_AHEAD)
+        return self._batches(order, -(-start_row // self._batch_size))
 
     def sequential(self) -> Generator[Batch, None, None]:
         """All rows once, as on disk: rank r reads the r-th W-th part of the split. The same steps on every rank.
@@ -139,21 +144,26 @@ class Reader:
         order = SequentialOrder(
             self._groups.num_rows, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
         )
-        return prefetch(self._batches(order, 0), _BATCHES_AHEAD)
+        return self._batches(order, 0)
 
     def _batches(self, order: Order, first_batch: int) -> Generator[Batch, None, None]:
         threads = decode_threads()
         ahead = max(threads, _ROW_GROUPS_AHEAD)
         pool = ThreadPoolExecutor(ahead if self._groups.fetched else threads, thread_name_prefix="mmlrec-decode")
+        loaded = _loaded(_plan(order, first_batch), order, self._cache, pool, ahead)
+        batches = prefetch((self._batch(spans) for spans in loaded), _BATCHES_AHEAD)
         try:
-            for spans in _loaded(_plan(order, first_batch), order, self._cache, pool, ahead):
-                batch = self._batch([piece.rows.slice(start, stop) for piece, start, stop in spans])
-                yield batch.pin_memory() if self._pinned else batch
+            # "yield from" would close them first, and wait for row groups that nobody wants any more.
+            for batch in batches:  # noqa: UP028
+                yield batch
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            batches.close()
+            pool.shutdown()
 
-    def _batch(self, parts: list[Rows]) -> Batch:
-        parts, groups = parts or [self._groups.no_rows()], self._groups
+    def _batch(self, spans: list[_Span]) -> Batch:
+        groups = self._groups
+        parts = [piece.rows.slice(start, stop) for piece, start, stop in spans] or [groups.no_rows()]
         narrow = np.concatenate([p.narrow for p in parts], axis=1, dtype=np.int64)
         wide = np.concatenate([p.wide for p in parts], axis=1)
         floats = np.concatenate([p.floats for p in parts], axis=1)
@@ -166,7 +176,7 @@ class Reader:
         if self._limits:
             self._read_as_unseen(ids, ragged)
         dense, labels, mask, weight = np.split(floats, np.cumsum([len(groups.dense), *[len(groups.tasks)] * 2]))
-        return Batch(
+        batch = Batch(
             sparse=self._sparse(ids, ragged),
             dense=self._padded(dense.T),
             labels=self._padded(labels.T),
@@ -177,6 +187,7 @@ class Reader:
             row=self._padded(wide[num_wide], fill=-1),
             group=self._padded(wide[-1] if groups.has_group else np.zeros(num_rows, np.int64)),
         )
+        return batch.pin_memory() if self._pinned else batch
 
     def _read_as_unseen(self, ids: npt.NDArray[np.int64], ragged: list[Ragged]) -> None:
         """Put 0 in place of ids that the model has no rows for. The arrays are the batch's own."""
