@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ _FOOTERS = 8  # fetched at a time
 _NARROW_ROWS = 1 << 31  # of a table whose ids are held in 32 bits
 # numpy's mode of `take` for indices that are within the array: nothing is wrapped, but it neither copies the result twice, as
 # "raise" does, nor compares each index as slowly as "clip".
-_IN_RANGE = "wrap"
+_IN_RANGE: Final = "wrap"
 _REMEDY = "Run the preprocessing again, or restore the file."
 
 
@@ -77,8 +77,8 @@ class Rows:
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """A copy of `rows`, in their order."""
-        matrices = (self.narrow, self.wide, self.floats)
-        narrow, wide, floats = (np.take(matrix, rows, 1, mode=_IN_RANGE) for matrix in matrices)
+        narrow, wide = np.take(self.narrow, rows, 1, mode=_IN_RANGE), np.take(self.wide, rows, 1, mode=_IN_RANGE)
+        floats = np.take(self.floats, rows, 1, mode=_IN_RANGE)
         return Rows(narrow, wide, floats, tuple(r.take(rows) for r in self.ragged))
 
     def slice(self, start: int, stop: int) -> Rows:

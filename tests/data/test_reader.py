@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import numpy as np
@@ -296,7 +297,14 @@ def test_closing_an_iterator_stops_its_threads(dataset, threads, number):
 @pytest.mark.parametrize("number", [1, 4])
 def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monkeypatch, threads, number):
     threads(number)
-    decode, started, go_on = RowGroups.decode, [], threading.Event()
+    decode, started = RowGroups.decode, []
+    cancelled, go_on = threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **options):
+            super().shutdown(wait=False, **options)
+            cancelled.set()
+            super().shutdown(wait)
 
     def slow(self, group, *rows):
         started.append(group)
@@ -305,6 +313,7 @@ def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monk
         return decode(self, group, *rows)
 
     monkeypatch.setattr(RowGroups, "decode", slow)
+    monkeypatch.setattr(reader_module, "ThreadPoolExecutor", Pool)
     before = threading.active_count()
     batches = make(dataset, batch_size=2, cache_bytes=0).epoch(0)
     next(batches)
@@ -312,9 +321,10 @@ def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monk
         time.sleep(0.001)
     closing = threading.Thread(target=batches.close)
     closing.start()
-    time.sleep(0.1)
+    found = cancelled.wait(20)  # while they are still being decoded
     go_on.set()
     closing.join(60)
+    assert found
     assert not closing.is_alive()
     assert threading.active_count() == before
     assert len(started) == 2 + number
