@@ -81,7 +81,9 @@ def measure(folder: Path, *, batch_size: int, epochs: int, threads: int) -> dict
     import torch
 
     from mmlrec.data.reader import Reader
+    from mmlrec.distributed.world import keep_freed_memory
 
+    keep_freed_memory()  # as training does
     torch.set_num_threads(threads)
     manifest = DatasetManifest.load(folder)
     tasks = [task.name for task in manifest.tasks]

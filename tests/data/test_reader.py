@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
@@ -298,7 +297,7 @@ def test_closing_an_iterator_stops_its_threads(dataset, threads, number):
 def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monkeypatch, threads, number):
     threads(number)
     decode, started = RowGroups.decode, []
-    cancelled, go_on = threading.Event(), threading.Event()
+    entered, cancelled, go_on = threading.Semaphore(0), threading.Event(), threading.Event()
 
     class Pool(ThreadPoolExecutor):
         def shutdown(self, wait=True, **options):
@@ -308,6 +307,7 @@ def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monk
 
     def slow(self, group, *rows):
         started.append(group)
+        entered.release()
         if len(started) > 2:  # the first batch takes rows of two lanes
             go_on.wait(60)
         return decode(self, group, *rows)
@@ -317,8 +317,7 @@ def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monk
     before = threading.active_count()
     batches = make(dataset, batch_size=2, cache_bytes=0).epoch(0)
     next(batches)
-    while len(started) < 2 + number:  # each thread is in one
-        time.sleep(0.001)
+    assert all(entered.acquire(timeout=20) for _ in range(2 + number))  # each thread is in one
     closing = threading.Thread(target=batches.close)
     closing.start()
     found = cancelled.wait(20)  # while they are still being decoded
