@@ -27,14 +27,25 @@ from mmlrec.schema import DatasetManifest
 from mmlrec.storage.places import Place, place
 
 _BATCHES_AHEAD = 4  # finished batches that wait for the consumer
-_ROW_GROUPS_AHEAD = 2  # row groups decoded before they are needed
+_ROW_GROUPS_AHEAD = 2  # row groups decoded before they are needed, at least; one for each thread that decodes
+_MOST_THREADS = 4  # that decode, as a bound on the row groups ahead
 _BATCHES_PLANNED = 256  # how far to look for the next row groups
+
+
+def decode_threads() -> int:
+    """Threads that decode row groups for a reader: as many as torch computes with, which share the cores; at most 4."""
+    return min(torch.get_num_threads(), _MOST_THREADS)
 
 
 class Reader:
     """Batches of one split for one rank.
 
-    Memory: `cache_bytes` of decoded row groups, one permuted row group for each lane this rank reads, and two ahead.
+    Row groups are decoded by as many threads as torch computes with (OMP_NUM_THREADS; ranks on a machine share its cores that
+    way), at most 4; one more thread makes batches. What comes out does not depend on them.
+
+    Memory: `cache_bytes` of decoded row groups, one permuted row group for each lane this rank reads, and those ahead: two, or
+    one for each thread that decodes where there are more. A row takes 4 bytes for each id (8 in tables of more than 2^31 rows)
+    and dense feature, 8 for each label, 8 for its number. A thread that decodes holds one column besides.
 
     Args:
         folder: the dataset folder of `manifest`.
@@ -122,7 +133,7 @@ class Reader:
             rank=self._rank,
             world_size=self._world_size,
         )
-        return prefetch(self._batches(order, -(-start_row // self._batch_size)), _BATCHES_AHEAD)
+        return self._batches(order, -(-start_row // self._batch_size))
 
     def sequential(self) -> Generator[Batch, None, None]:
         """All rows once, as on disk: rank r reads the r-th W-th part of the split. The same steps on every rank.
@@ -133,43 +144,54 @@ class Reader:
         order = SequentialOrder(
             self._groups.num_rows, batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
         )
-        return prefetch(self._batches(order, 0), _BATCHES_AHEAD)
+        return self._batches(order, 0)
 
     def _batches(self, order: Order, first_batch: int) -> Generator[Batch, None, None]:
-        threads = _ROW_GROUPS_AHEAD if self._groups.fetched else 1
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="mmlrec-decode")
+        threads = decode_threads()
+        ahead = max(threads, _ROW_GROUPS_AHEAD)
+        pool = ThreadPoolExecutor(ahead if self._groups.fetched else threads, thread_name_prefix="mmlrec-decode")
+        loaded = _loaded(_plan(order, first_batch), order, self._cache, pool, ahead)
+        batches = prefetch((self._batch(spans) for spans in loaded), _BATCHES_AHEAD)
         try:
-            for spans in _loaded(_plan(order, first_batch), order, self._cache, pool):
-                batch = self._batch([piece.rows.slice(start, stop) for piece, start, stop in spans])
-                yield batch.pin_memory() if self._pinned else batch
+            # "yield from" would close them first, and wait for row groups that nobody wants any more.
+            for batch in batches:  # noqa: UP028
+                yield batch
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            batches.close()
+            pool.shutdown()
 
-    def _batch(self, parts: list[Rows]) -> Batch:
-        parts = parts or [self._groups.no_rows()]
-        integers = np.concatenate([p.integers for p in parts], axis=1)
-        floats = np.concatenate([p.floats for p in parts])
-        ragged = [_join([p.ragged[i] for p in parts]) for i in range(len(self._groups.multi))]
+    def _batch(self, spans: list[_Span]) -> Batch:
+        groups = self._groups
+        parts = [piece.rows.slice(start, stop) for piece, start, stop in spans] or [groups.no_rows()]
+        narrow = np.concatenate([p.narrow for p in parts], axis=1, dtype=np.int64)
+        wide = np.concatenate([p.wide for p in parts], axis=1)
+        floats = np.concatenate([p.floats for p in parts], axis=1)
+        ragged = [_join([p.ragged[i] for p in parts]) for i in range(len(groups.multi))]
+        num_narrow, num_wide, num_rows = len(groups.narrow), len(groups.wide), wide.shape[1]
+        ids = narrow[:num_narrow]
+        if num_wide:
+            ids = np.empty((num_narrow + num_wide, num_rows), np.int64)
+            ids[groups.narrow], ids[groups.wide] = narrow[:num_narrow], wide[:num_wide]
         if self._limits:
-            self._read_as_unseen(integers, ragged)
-        num_single, num_dense, num_tasks = len(self._groups.single), len(self._groups.dense), len(self._groups.tasks)
-        row, scenario, group = integers[num_single:]
-        dense, labels, mask, weight = np.split(floats, [num_dense, num_dense + num_tasks, num_dense + 2 * num_tasks], axis=1)
-        return Batch(
-            sparse=self._sparse(integers[:num_single], ragged),
-            dense=self._padded(dense),
-            labels=self._padded(labels),
-            mask=self._padded(mask),
-            scenario=self._padded(scenario),
-            weight=self._padded(weight[:, 0]),
-            valid=self._padded(np.ones(len(row), np.bool_)),
-            row=self._padded(row, fill=-1),
-            group=self._padded(group),
+            self._read_as_unseen(ids, ragged)
+        dense, labels, mask, weight = np.split(floats, np.cumsum([len(groups.dense), *[len(groups.tasks)] * 2]))
+        batch = Batch(
+            sparse=self._sparse(ids, ragged),
+            dense=self._padded(dense.T),
+            labels=self._padded(labels.T),
+            mask=self._padded(mask.T),
+            scenario=self._padded(narrow[-1] if groups.has_scenario else np.zeros(num_rows, np.int64)),
+            weight=self._padded(weight[0] if groups.has_weight else np.ones(num_rows, np.float32)),
+            valid=self._padded(np.ones(num_rows, np.bool_)),
+            row=self._padded(wide[num_wide], fill=-1),
+            group=self._padded(wide[-1] if groups.has_group else np.zeros(num_rows, np.int64)),
         )
+        return batch.pin_memory() if self._pinned else batch
 
-    def _read_as_unseen(self, integers: npt.NDArray[np.int64], ragged: list[Ragged]) -> None:
+    def _read_as_unseen(self, ids: npt.NDArray[np.int64], ragged: list[Ragged]) -> None:
         """Put 0 in place of ids that the model has no rows for. The arrays are the batch's own."""
-        columns = dict(zip((f.name for f in self._groups.single), integers, strict=False))
+        columns = dict(zip((f.name for f in self._groups.single), ids, strict=True))
         columns |= {f.name: bags.values for f, bags in zip(self._groups.multi, ragged, strict=True)}
         for name, limit in self._limits.items():
             beyond = columns[name] >= limit
@@ -220,9 +242,10 @@ class _Piece:
 
     def load(self, order: Order, cache: RowGroupCache) -> Rows:
         """Decode (or take from the cache) and permute."""
-        rows, end = cache.get(self.group), self.offset + self.stop - self.start
-        permutation = order.row_permutation(self.group)
-        return rows.slice(self.offset, end) if permutation is None else rows.take(permutation[self.offset : end])
+        permutation, end = order.row_permutation(self.group), self.offset + self.stop - self.start
+        if permutation is None:
+            return cache.get(self.group).slice(self.offset, end)
+        return cache.get(self.group, permutation[self.offset : end])
 
 
 _Span = tuple[_Piece, int, int]
@@ -250,19 +273,23 @@ def _plan(order: Order, first_batch: int) -> Iterator[tuple[list[_Span], list[_P
 
 
 def _loaded(
-    plan: Iterator[tuple[list[_Span], list[_Piece]]], order: Order, cache: RowGroupCache, pool: ThreadPoolExecutor
+    plan: Iterator[tuple[list[_Span], list[_Piece]]],
+    order: Order,
+    cache: RowGroupCache,
+    pool: ThreadPoolExecutor,
+    ahead: int,
 ) -> Iterator[list[_Span]]:
-    """The spans of each batch, with the next pieces of all lanes loading in `pool` before they are used."""
+    """The spans of each batch, with the next `ahead` pieces of all lanes loading in `pool` before they are used."""
     planned: deque[list[_Span]] = deque()
     unused: deque[_Piece] = deque()
 
     def load_ahead() -> None:
-        for piece in islice(unused, _ROW_GROUPS_AHEAD):
+        for piece in islice(unused, ahead):
             if piece.loading is None:
                 piece.loading = pool.submit(piece.load, order, cache)
 
     while True:
-        while len(planned) <= _BATCHES_PLANNED and len(unused) <= _ROW_GROUPS_AHEAD:
+        while len(planned) <= _BATCHES_PLANNED and len(unused) <= ahead:
             step = next(plan, None)
             if step is None:
                 break

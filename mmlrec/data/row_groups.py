@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
-from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Part, Task, key_column, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Feature, Part, Task, key_column, label_column
 from mmlrec.storage.parquet import open_parquet, stored_size
 from mmlrec.storage.places import Place, is_local
 
 _FOOTERS = 8  # fetched at a time
+_NARROW_ROWS = 1 << 31  # of a table whose ids are held in 32 bits
+# numpy's mode of `take` for indices that are within the array: nothing is wrapped, but it neither copies the result twice, as
+# "raise" does, nor compares each index as slowly as "clip".
+_IN_RANGE: Final = "wrap"
 _REMEDY = "Run the preprocessing again, or restore the file."
 
 
@@ -48,33 +52,39 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Rows:
-    """Decoded rows, packed so that a range of them is two copies.
+    """Decoded rows, packed so that a range of them is three copies.
+
+    Ids are held in 32 bits where they fit: a column of a row group of usual size then stays in the second-level cache of a
+    core while its rows are permuted, which takes a third of the time, and everything else moves half the bytes.
 
     Attributes:
-        integers: [F1 + 3, n] int64: ids of the F1 single-valued features, then row, scenario and group.
-        floats: [n, D + 2T + 1] float32: dense features, labels (0 where missing), label mask, weight.
+        narrow: [F4 + S, n] int32: ids of the F4 narrow features, then the scenario where there are some.
+        wide: [F8 + 1 + G, n] int64: ids of the F8 wide features, then the row, then the group where the dataset names one.
+        floats: [D + 2T + W, n] float32: dense features, labels (0 where missing), label masks, the weight where there is one.
         ragged: the multi-valued features, in order.
     """
 
-    integers: npt.NDArray[np.int64]
+    narrow: npt.NDArray[np.int32]
+    wide: npt.NDArray[np.int64]
     floats: npt.NDArray[np.float32]
     ragged: tuple[Ragged, ...]
 
     @property
     def num_bytes(self) -> int:
         """Memory it occupies."""
-        return self.integers.nbytes + self.floats.nbytes + sum(r.values.nbytes + r.offsets.nbytes for r in self.ragged)
+        matrices = self.narrow.nbytes + self.wide.nbytes + self.floats.nbytes
+        return matrices + sum(r.values.nbytes + r.offsets.nbytes for r in self.ragged)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Rows:
         """A copy of `rows`, in their order."""
-        ragged = tuple(r.take(rows) for r in self.ragged)
-        # mode="clip" skips numpy's buffering; the indices are a permutation, so nothing is clipped.
-        return Rows(np.take(self.integers, rows, 1, mode="clip"), np.take(self.floats, rows, 0, mode="clip"), ragged)
+        narrow, wide = np.take(self.narrow, rows, 1, mode=_IN_RANGE), np.take(self.wide, rows, 1, mode=_IN_RANGE)
+        floats = np.take(self.floats, rows, 1, mode=_IN_RANGE)
+        return Rows(narrow, wide, floats, tuple(r.take(rows) for r in self.ragged))
 
     def slice(self, start: int, stop: int) -> Rows:
         """Rows [start, stop) as a view."""
         ragged = tuple(r.slice(start, stop) for r in self.ragged)
-        return Rows(self.integers[:, start:stop], self.floats[start:stop], ragged)
+        return Rows(self.narrow[:, start:stop], self.wide[:, start:stop], self.floats[:, start:stop], ragged)
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,8 @@ class RowGroups:
         tasks: names of the T tasks to read, in order.
 
     Attributes:
+        single: the F1 single-valued features, in the order of the manifest.
+        narrow, wide: [F4], [F8] int64: which of them have less than 2^31 rows in their table, and which have more.
         fetched: they come from an object store, so that several are waited for together.
 
     Raises:
@@ -116,11 +128,13 @@ class RowGroups:
         self.has_scenario = manifest.scenario is not None
         self._num_scenarios = len(manifest.scenario.values) if manifest.scenario else 1
         self._tables = manifest.by_name
-        self._table_rows = np.array([self._tables[str(f.table)].num_rows for f in self.single], np.int64)
+        fits = np.array([self._tables[str(f.table)].num_rows <= _NARROW_ROWS for f in self.single], np.bool_)
+        self.narrow, self.wide = np.flatnonzero(fits), np.flatnonzero(~fits)
         self._manifest = manifest
         self._group = key_column(manifest.group_key) if manifest.group_key else None
+        self.has_group = self._group is not None
         self._new = manifest.preprocessing.get("new_rows", {}).get("option") == "like"
-        self._weight: bool | None = None
+        self.has_weight: bool | None = None
         self._groups = self._open(folder, split)
         self.num_rows = np.array([g.num_rows for g in self._groups], np.int64)
 
@@ -183,104 +197,120 @@ class RowGroups:
         weight = WEIGHT_COLUMN in schema.names
         if weight and schema.field(WEIGHT_COLUMN).type != pa.float32():
             raise DataError(f"{path}: column '{WEIGHT_COLUMN}' is {schema.field(WEIGHT_COLUMN).type}, must be float. {_REMEDY}")
-        if self._weight not in (None, weight):
+        if self.has_weight not in (None, weight):
             raise DataError(f"{path}: '{WEIGHT_COLUMN}' is in some parts of the split and not in others. {_REMEDY}")
-        self._weight = weight
+        self.has_weight = weight
         if self._group and schema.field(self._group).type != pa.int64():
             raise DataError(f"{path}: column '{self._group}' groups the rows for GAUC and must be int64. {_REMEDY}")
 
     def no_rows(self) -> Rows:
         """Zero rows, for a rank that has none in a batch."""
-        integers = np.zeros((len(self.single) + 3, 0), np.int64)
-        floats = np.zeros((0, len(self.dense) + 2 * len(self.tasks) + 1), np.float32)
         bags = Ragged(np.zeros(0, np.int64), np.zeros(1, np.int64))
-        return Rows(integers, floats, (bags,) * len(self.multi))
+        return Rows(*self._matrices(0), (bags,) * len(self.multi))
 
-    def decode(self, group: int) -> Rows:
+    def decode(self, group: int, rows: npt.NDArray[np.int64] | None = None) -> Rows:
         """Read a row group and check its content.
+
+        Its columns are read one at a time, and each is checked and put in its place while it lies in the cache of the core.
+
+        Args:
+            rows: of the group, which are taken in this order; all, as on disk, when absent.
 
         Raises:
             DataError: naming file, row (counted from 0 in the file) and column.
         """
         place = self._groups[group]
-        columns = [f.name for f in self.single + self.multi] + self.dense + [label_column(t.name) for t in self.tasks]
-        columns += [SCENARIO_COLUMN] * self.has_scenario + [WEIGHT_COLUMN] * bool(self._weight)
-        columns += [self._group] if self._group else []
         try:
             with open_parquet(place.path, place.part.num_bytes, place.part.sha256) as file:
-                table = file.read_row_group(place.index, columns=columns, use_threads=True)
+                return self._decode(_Columns(place, file), rows)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise DataError(f"{place.path}: row group {place.index} cannot be read: {error}. {_REMEDY}") from error
-        if table.num_rows != place.num_rows:
-            raise DataError(f"{place.path}: row group {place.index} changed while it was in use. {_REMEDY}")
-        return Rows(
-            self._integers(place, table),
-            self._floats(place, table),
-            tuple(self._ragged(place, table, i) for i in range(len(self.multi))),
+
+    def _decode(self, columns: _Columns, rows: npt.NDArray[np.int64] | None) -> Rows:
+        place = columns.place
+        narrow, wide, floats = self._matrices(place.num_rows if rows is None else len(rows))
+        for matrix, features in ((narrow, self.narrow), (wide, self.wide)):
+            for i, feature in enumerate(features):
+                _fill(matrix[i], self._ids(columns, self.single[feature]), rows)
+        wide[len(self.wide)] = place.row_in_split + (np.arange(place.num_rows) if rows is None else rows)
+        if self.has_scenario:
+            _fill(narrow[-1], self._scenarios(columns), rows)
+        if self.has_group:
+            _fill(wide[-1], self._groups_of_rows(columns), rows)
+        for i, name in enumerate(self.dense):
+            _fill(floats[i], self._dense(columns, name), rows)
+        for i, task in enumerate(self.tasks, start=len(self.dense)):
+            labels, present = self._labels(columns, task)
+            _fill(floats[i], labels, rows)
+            _fill(floats[i + len(self.tasks)], present, rows)
+        if self.has_weight:
+            _fill(floats[-1], self._weights(columns), rows)
+        ragged = (self._ragged(columns, feature) for feature in self.multi)
+        return Rows(narrow, wide, floats, tuple(r if rows is None else r.take(rows) for r in ragged))
+
+    def _matrices(self, num_rows: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The matrices of rows, not yet filled in."""
+        num_floats = len(self.dense) + 2 * len(self.tasks) + bool(self.has_weight)
+        return (
+            np.empty((len(self.narrow) + self.has_scenario, num_rows), np.int32),
+            np.empty((len(self.wide) + 1 + self.has_group, num_rows), np.int64),
+            np.empty((num_floats, num_rows), np.float32),
         )
 
-    def _integers(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.int64]:
-        num_single = len(self.single)
-        out = np.zeros((num_single + 3, place.num_rows), np.int64)
-        for i, feature in enumerate(self.single):
-            out[i] = _int64(place, table, feature.name)
-        ids = out[:num_single]
-        for i in np.flatnonzero((ids.min(1) < 0) | (ids.max(1) >= self._table_rows)).tolist():
-            row = int(np.argmax((ids[i] < 0) | (ids[i] >= self._table_rows[i])))
-            _bad_id(place, row, self.single[i].name, int(ids[i, row]), str(self.single[i].table), int(self._table_rows[i]))
-        out[num_single] = place.row_in_split + np.arange(place.num_rows)
-        if self.has_scenario:
-            scenario = out[num_single + 1]
-            scenario[:] = _int64(place, table, SCENARIO_COLUMN)
-            wrong = (scenario < 0) | (scenario >= self._num_scenarios)
-            if wrong.any():
-                row = int(np.argmax(wrong))
-                _bad(place, row, f"'{SCENARIO_COLUMN}' is {scenario[row]}, must be in 0..{self._num_scenarios - 1}")
-        if self._group:
-            out[num_single + 2] = self._groups_of_rows(place, table)
-        return out
+    def _ids(self, columns: _Columns, feature: Feature) -> npt.NDArray[np.int64]:
+        ids, num_rows = columns.int64(feature.name), self._tables[str(feature.table)].num_rows
+        if ids.view(np.uint64).max() >= num_rows:  # as a number without a sign, an id below 0 is large: one look finds both
+            row = int(np.argmax((ids < 0) | (ids >= num_rows)))
+            _bad_id(columns.place, row, feature.name, int(ids[row]), str(feature.table), num_rows)
+        return ids
 
-    def _groups_of_rows(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.int64]:
+    def _scenarios(self, columns: _Columns) -> npt.NDArray[np.int64]:
+        scenario = columns.int64(SCENARIO_COLUMN)
+        wrong = (scenario < 0) | (scenario >= self._num_scenarios)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            _bad(columns.place, row, f"'{SCENARIO_COLUMN}' is {scenario[row]}, must be in 0..{self._num_scenarios - 1}")
+        return scenario
+
+    def _groups_of_rows(self, columns: _Columns) -> npt.NDArray[np.int64]:
         """The group of each row. New rows may have none: each is then a group of its own, of which GAUC says nothing."""
-        column = table.column(str(self._group))
+        column, place = columns[str(self._group)], columns.place
         if not (column.null_count and self._new):
-            return _int64(place, table, str(self._group))
+            return _int64(place, column, str(self._group))
         own = np.iinfo(np.int64).min + place.row_in_split + np.arange(place.num_rows)
         return np.where(column.is_null().to_numpy(), own, column.fill_null(0).to_numpy())
 
-    def _floats(self, place: _RowGroup, table: pa.Table) -> npt.NDArray[np.float32]:
-        num_dense, num_tasks = len(self.dense), len(self.tasks)
-        out = np.ones((place.num_rows, num_dense + 2 * num_tasks + 1), np.float32)
-        for i, name in enumerate(self.dense):
-            values = table.column(name).to_numpy()
-            finite = np.isfinite(values)
-            if not finite.all():
-                row = int(np.argmin(finite))
-                _bad(place, row, f"column '{name}' is {values[row]} (missing counts as nan), must be a finite number")
-            out[:, i] = values
-        for i, task in enumerate(self.tasks, start=num_dense):
-            values = table.column(label_column(task.name)).to_numpy()
-            present = ~np.isnan(values)
-            allowed = (values == 0) | (values == 1) if task.kind == "binary" else np.isfinite(values)
-            wrong = present & ~allowed
-            if wrong.any():
-                row = int(np.argmax(wrong))
-                must = "0 or 1" if task.kind == "binary" else "finite"
-                _bad(place, row, f"label of task '{task.name}' is {values[row]}, must be {must}, or null when missing")
-            out[:, i] = np.where(present, values, np.float32(0))
-            out[:, i + num_tasks] = present
-        if self._weight:
-            values = table.column(WEIGHT_COLUMN).to_numpy()
-            allowed = np.isfinite(values) & (values >= 0)
-            if not allowed.all():
-                row = int(np.argmin(allowed))
-                _bad(place, row, f"'{WEIGHT_COLUMN}' is {values[row]}, must be finite and not negative")
-            out[:, -1] = values
-        return out
+    def _dense(self, columns: _Columns, name: str) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = columns[name].to_numpy()
+        finite = np.isfinite(values)
+        if not finite.all():
+            row, missing = int(np.argmin(finite)), "(missing counts as nan)"
+            _bad(columns.place, row, f"column '{name}' is {values[row]} {missing}, must be a finite number")
+        return values
 
-    def _ragged(self, place: _RowGroup, table: pa.Table, index: int) -> Ragged:
-        feature = self.multi[index]
-        array = pa.concat_arrays(table.column(feature.name).chunks)
+    def _labels(self, columns: _Columns, task: Task) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Labels, 0 where they are missing, and where they are present."""
+        values = columns[label_column(task.name)].to_numpy()
+        present = ~np.isnan(values)
+        allowed = (values == 0) | (values == 1) if task.kind == "binary" else np.isfinite(values)
+        wrong = present & ~allowed
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            must = "0 or 1" if task.kind == "binary" else "finite"
+            _bad(columns.place, row, f"label of task '{task.name}' is {values[row]}, must be {must}, or null when missing")
+        return np.where(present, values, np.float32(0)), present
+
+    def _weights(self, columns: _Columns) -> npt.NDArray[np.float32]:
+        values: npt.NDArray[np.float32] = columns[WEIGHT_COLUMN].to_numpy()
+        allowed = np.isfinite(values) & (values >= 0)
+        if not allowed.all():
+            row = int(np.argmin(allowed))
+            _bad(columns.place, row, f"'{WEIGHT_COLUMN}' is {values[row]}, must be finite and not negative")
+        return values
+
+    def _ragged(self, columns: _Columns, feature: Feature) -> Ragged:
+        place = columns.place
+        array = pa.concat_arrays(columns[feature.name].chunks)
         if array.null_count:
             row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
             _bad(place, row, f"feature '{feature.name}' is null; an empty bag is an empty list")
@@ -300,33 +330,65 @@ class RowGroups:
         return Ragged(values, offsets)
 
 
+class _Columns:
+    """The columns of a row group in an open file, each read when it is asked for."""
+
+    def __init__(self, place: _RowGroup, file: pq.ParquetFile) -> None:
+        self.place, self._file = place, file
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        # Threads decode row groups side by side; Arrow's own would only come on top.
+        table = self._file.read_row_group(self.place.index, columns=[name], use_threads=False)
+        if table.num_rows != self.place.num_rows:
+            raise DataError(f"{self.place.path}: row group {self.place.index} changed while it was in use. {_REMEDY}")
+        return table.column(name)
+
+    def int64(self, name: str) -> npt.NDArray[np.int64]:
+        """A column of integers without nulls."""
+        return _int64(self.place, self[name], name)
+
+
+def _fill(out: npt.NDArray, values: npt.NDArray, rows: npt.NDArray[np.int64] | None) -> None:
+    """Write `rows` of some values, or all of them, as numbers of the type of `out`."""
+    if rows is None:
+        out[:] = values
+    else:
+        np.take(values.astype(out.dtype, copy=False), rows, mode=_IN_RANGE, out=out)
+
+
 class RowGroupCache:
-    """Decoded row groups, the least recently used dropped first. May be used by several threads.
+    """The row groups that were decoded first, as many as fit. May be used by several threads.
+
+    Nothing is dropped for others: an epoch meets each row group once, in a random order, so that the least recently used is no
+    less likely to be the next than any other, and of half a split that fits, half is found here, not a seventh.
 
     Args:
         max_bytes: bound on what it keeps.
     """
 
     def __init__(self, groups: RowGroups, max_bytes: int) -> None:
-        self._groups, self._max_bytes = groups, max_bytes
-        self._kept: OrderedDict[int, Rows] = OrderedDict()
-        self._num_bytes = 0
+        self._groups, self._bytes_left = groups, max_bytes
+        self._kept: dict[int, Rows] = {}
         self._lock = threading.Lock()
 
-    def get(self, group: int) -> Rows:
-        """The rows of a row group, decoded now when they are not held."""
+    def get(self, group: int, rows: npt.NDArray[np.int64] | None = None) -> Rows:
+        """`rows` of a row group in this order, or all as on disk; decoded now when it is not held."""
         with self._lock:
-            if group in self._kept:
-                self._kept.move_to_end(group)
-                return self._kept[group]
-        rows = self._groups.decode(group)
+            held, full = self._kept.get(group), self._bytes_left <= 0
+        if held is None and full:
+            return self._groups.decode(group, rows)
+        if held is None:
+            held = self._groups.decode(group)
+            self._keep(group, held)
+        return held if rows is None else held.take(rows)
+
+    def _keep(self, group: int, rows: Rows) -> None:
         with self._lock:
-            if group not in self._kept and rows.num_bytes <= self._max_bytes:
+            if rows.num_bytes > self._bytes_left:
+                self._bytes_left = 0  # full: the next ones are decoded in the order in which they are needed, which takes less
+            elif group not in self._kept:
                 self._kept[group] = rows
-                self._num_bytes += rows.num_bytes
-                while self._num_bytes > self._max_bytes:
-                    self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
-        return rows
+                self._bytes_left -= rows.num_bytes
 
 
 def _select_tasks(folder: Place, manifest: DatasetManifest, names: Sequence[str]) -> list[Task]:
@@ -349,8 +411,7 @@ def _expected_types(manifest: DatasetManifest) -> dict[str, tuple[str, ...]]:
     return types
 
 
-def _int64(place: _RowGroup, table: pa.Table, name: str) -> npt.NDArray[np.int64]:
-    column = table.column(name)
+def _int64(place: _RowGroup, column: pa.ChunkedArray, name: str) -> npt.NDArray[np.int64]:
     if column.null_count:
         row = int(np.argmax(column.is_null().to_numpy()))
         _bad(place, row, f"column '{name}' is null; a missing id is 0")

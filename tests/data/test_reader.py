@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,14 @@ TASKS = ["buy", "click"]
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "set", rows=200)
+
+
+@pytest.fixture
+def threads():
+    """What sets the number of threads that torch computes with, from which that of the reader follows."""
+    number = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(number)
 
 
 def make(dataset, split="train", **options):
@@ -102,6 +112,26 @@ def test_batches_do_not_depend_on_world_size_or_cache(dataset, batch_size, cache
     assert global_batches(dataset, 2, batch_size=batch_size, cache_bytes=cache_bytes) == alone
 
 
+def contents(batch):
+    """Everything in a batch, as bytes."""
+    tensors = [batch.sparse.values(), batch.sparse.lengths(), *(getattr(batch, f.name) for f in fields(batch)[1:])]
+    return [(str(t.dtype), tuple(t.shape), t.contiguous().numpy().tobytes()) for t in tensors]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 5000, 1 << 30])
+@pytest.mark.parametrize("shape", [{"weights": True}, {"table_rows": 2**31 - 1, "num_scenarios": 0}])
+def test_batches_do_not_depend_on_the_number_of_threads(tmp_path, threads, shape, cache_bytes):
+    dataset = write_dataset(tmp_path / "d", rows={"train": 2000}, row_group_size=50, rows_per_part=430, **shape)
+    found = []
+    for number in (1, 2, 4):
+        threads(number)
+        reader = make(dataset, cache_bytes=cache_bytes)
+        found.append([contents(batch) for epoch in (0, 1) for batch in reader.epoch(epoch)])
+        found[-1] += [contents(batch) for batch in reader.sequential()]
+    assert found[1:] == found[:1] * 2
+    assert len(found[0]) == 3 * 61
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_resume_at_another_world_size_neither_repeats_nor_skips(dataset, world_size):
     whole = global_batches(dataset, 1)
@@ -116,7 +146,7 @@ def test_resume_at_another_world_size_neither_repeats_nor_skips(dataset, world_s
 def test_skipped_row_groups_are_not_decoded(dataset, monkeypatch):
     decoded = []
     decode = RowGroups.decode
-    monkeypatch.setattr(RowGroups, "decode", lambda self, group: decoded.append(group) or decode(self, group))
+    monkeypatch.setattr(RowGroups, "decode", lambda self, group, *rows: decoded.append(group) or decode(self, group, *rows))
     list(make(dataset).epoch(0, start_row=33 * 5))
     # Behind row 165 of 200, each of the 4 lanes has 50 - 41 rows left or so: at most 2 row groups a lane.
     assert 0 < len(set(decoded)) <= 8
@@ -126,14 +156,37 @@ def test_skipped_row_groups_are_not_decoded(dataset, monkeypatch):
 def test_small_datasets_are_decoded_once(dataset, monkeypatch):
     decoded = []
     decode = RowGroups.decode
-    monkeypatch.setattr(RowGroups, "decode", lambda self, group: decoded.append(group) or decode(self, group))
+    monkeypatch.setattr(RowGroups, "decode", lambda self, group, *rows: decoded.append(group) or decode(self, group, *rows))
     reader = make(dataset)
     for epoch in range(3):
         list(reader.epoch(epoch))
     assert sorted(decoded) == list(range(len(reader._groups.num_rows)))
 
 
-def test_decoded_row_groups_in_memory_stay_bounded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_the_cache_keeps_what_fits_and_its_bound(dataset, monkeypatch, share):
+    decoded = []
+    decode = RowGroups.decode
+    monkeypatch.setattr(RowGroups, "decode", lambda self, group, *rows: decoded.append(group) or decode(self, group, *rows))
+    groups = RowGroups(dataset.folder, dataset.manifest, "train", TASKS)
+    sizes = [groups.decode(group).num_bytes for group in range(len(groups.num_rows))]
+    reader = make(dataset, cache_bytes=int(share * sum(sizes)))
+    list(reader.sequential())
+    decoded.clear()
+    list(reader.sequential())
+    kept = set(range(len(sizes))) - set(decoded)
+    assert sum(sizes[group] for group in kept) <= share * sum(sizes)
+    assert len(kept) >= share * len(sizes) - 1
+    # The next epoch finds all of them again, whatever order it has.
+    for epoch in (0, 1):
+        decoded.clear()
+        list(reader.epoch(epoch))
+        assert kept.isdisjoint(decoded)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 9])
+def test_decoded_row_groups_in_memory_stay_bounded(tmp_path, monkeypatch, threads, number):
+    threads(number)
     dataset = write_dataset(tmp_path / "d", rows={"train": 4000}, row_group_size=50, rows_per_part=1000, num_lanes=2)
     alive, most = set(), 0
     load = reader_module._Piece.load
@@ -148,8 +201,47 @@ def test_decoded_row_groups_in_memory_stay_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module._Piece, "load", counted)
     monkeypatch.setattr(reader_module._Piece, "__del__", lambda self: alive.discard(id(self)), raising=False)
     assert sum(int(b.valid.sum()) for b in make(dataset, cache_bytes=0).epoch(0)) == 4000
-    # 2 lanes, 2 ahead, and those that the batches being made and planned still name.
-    assert most <= 2 + 2 + 2
+    # 2 lanes, those ahead, and those that the batches being made and planned still name.
+    assert most <= 2 + max(2, min(number, 4)) + 2
+
+
+@pytest.mark.parametrize(("number", "side_by_side"), [(1, 1), (2, 2), (4, 4), (9, 4)])
+def test_row_groups_are_decoded_side_by_side(tmp_path, monkeypatch, threads, number, side_by_side):
+    threads(number)
+    dataset = write_dataset(tmp_path / "d", rows={"train": 800}, row_group_size=50, rows_per_part=1000, num_lanes=8)
+    decode, meeting = RowGroups.decode, threading.Barrier(side_by_side)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def counted(self, group, *rows):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        meeting.wait(60)  # breaks unless that many are decoded at the same time; there are 16
+        decoded = decode(self, group, *rows)
+        with lock:
+            running -= 1
+        return decoded
+
+    monkeypatch.setattr(RowGroups, "decode", counted)
+    assert sum(int(b.valid.sum()) for b in make(dataset, cache_bytes=0).sequential()) == 800
+    assert most == side_by_side
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_an_error_in_the_middle_comes_after_the_batches_before_it(tmp_path, threads, number):
+    threads(number)
+    dataset = write_dataset(tmp_path / "d", rows={"train": 1000}, row_group_size=50, rows_per_part=200)
+    whole = [contents(batch) for batch in make(dataset).sequential()]
+    broken = with_value("f1", 41, 52)(dataset.tables["train"].slice(600, 200))
+    dataset.manifest = rewrite_part(dataset, broken, part=3)
+    before, found = threading.active_count(), []
+    batches = map(contents, make(dataset).sequential())
+    with pytest.raises(DataError, match=r"part-00003\.parquet: row 41: feature 'f1' has id 52"):
+        found.extend(batches)
+    # Row 641 is the first bad one, and the row groups before its own end at row 600.
+    assert found == whole[: 600 // 33]
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -172,6 +264,9 @@ def test_sequential_reads_each_row_once_with_equal_steps(dataset, world_size):
         {"num_dense": 0},
         {"num_scenarios": 0},
         {"weights": True},
+        {"table_rows": 2**31 - 1},  # ids of the first table fit 32 bits, those of others do not
+        {"num_sparse": 1, "num_multi": 0, "table_rows": 2**31},
+        {"num_sparse": 1, "num_multi": 0, "table_rows": 2**31 + 1},
         {"num_multi": 0, "num_dense": 0, "num_scenarios": 0, "tasks": ("click",)},
     ],
 )
@@ -187,13 +282,51 @@ def test_keys_are_the_sparse_features_in_manifest_order(dataset):
     assert batch.sparse.keys() == ["f0", "m0", "f1", "f2"]
 
 
-def test_closing_an_iterator_stops_its_threads(dataset):
+@pytest.mark.parametrize("number", [1, 4])
+def test_closing_an_iterator_stops_its_threads(dataset, threads, number):
+    threads(number)
     before = threading.active_count()
     batches = make(dataset, batch_size=2).epoch(0)
     next(batches)
     assert threading.active_count() > before
     batches.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_closing_while_row_groups_are_decoded_waits_for_those_only(dataset, monkeypatch, threads, number):
+    threads(number)
+    decode, started = RowGroups.decode, []
+    entered, cancelled, go_on = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait=True, **options):
+            super().shutdown(wait=False, **options)
+            cancelled.set()
+            super().shutdown(wait)
+
+    def slow(self, group, *rows):
+        started.append(group)
+        entered.release()
+        if len(started) > 2:  # the first batch takes rows of two lanes
+            go_on.wait(60)
+        return decode(self, group, *rows)
+
+    monkeypatch.setattr(RowGroups, "decode", slow)
+    monkeypatch.setattr(reader_module, "ThreadPoolExecutor", Pool)
+    before = threading.active_count()
+    batches = make(dataset, batch_size=2, cache_bytes=0).epoch(0)
+    next(batches)
+    assert all(entered.acquire(timeout=20) for _ in range(2 + number))  # each thread is in one
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    found = cancelled.wait(20)  # while they are still being decoded
+    go_on.set()
+    closing.join(60)
+    assert found
+    assert not closing.is_alive()
+    assert threading.active_count() == before
+    assert len(started) == 2 + number
 
 
 def test_position_between_batches_is_refused(dataset):
