@@ -1,8 +1,8 @@
 """Products of matrices of hidden layers on a CPU, [B, i] by [i, o], forward and backward, outside of autograd.
 
-torch gives float32 products to MKL, which has no AVX-512 kernels for processors of AMD; those of oneDNN take half the time
-there, and add the bias and take relu before a result leaves the cache. torch has no public function for them, only the
-operator that its compiler uses, which makes its result anew, from rows that lie one after the other.
+torch gives float32 products to MKL, which has no AVX-512 kernels for processors of AMD; those of oneDNN take half the time there,
+and add the bias and take relu before a result leaves the cache. torch has no public function for them, only the operator that
+its compiler uses, which makes its result anew, from rows that lie one after the other. Products in bfloat16 are oneDNN's anyway.
 
 oneDNN compiles a kernel for each shape that it meets: this is for layers whose number of rows stays the same.
 """
@@ -20,7 +20,7 @@ LEAST_ROWS = 128
 
 def by_onednn(x: Tensor) -> bool:
     """Whether products with these rows [B, i] are oneDNN's; a function of machine, type and shape only, so that runs repeat."""
-    return len(x) >= LEAST_ROWS and x.dtype in (torch.float32, torch.bfloat16) and _has_onednn()
+    return x.shape[0] >= LEAST_ROWS and x.dtype == torch.float32 and _has_onednn()
 
 
 @cache
