@@ -39,7 +39,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["mmlrec*", "apps*", "preprocessing*"]),
+    # benchmarks: what `benchmarks.scaling --preset` submits runs in an image, too.
+    packages=find_packages(include=["mmlrec*", "apps*", "preprocessing*", "benchmarks*"]),
     cmdclass={"build_py": BuildWithConfigs},
     # torchrec and fbgemm come through an extra: torchrec's metadata asks for the CUDA build of fbgemm by name, so the CPU
     # build cannot be had from metadata at all. requirements/install.py installs it; mmlrec.doctor says what is missing.

@@ -1,7 +1,7 @@
 """The TorchX components: `torchx run -s local_cwd apps/components.py:train --preset local --config FILE`.
 
-Also registered as `mmlrec.train`, `mmlrec.days`, `mmlrec.evaluate`, `mmlrec.predict` and `mmlrec.preprocess`. TorchX reads a
-function's signature and docstring for its `--help`, and wants it defined in this very file.
+Also registered as `mmlrec.train`, `mmlrec.days`, `mmlrec.evaluate`, `mmlrec.predict`, `mmlrec.preprocess` and
+`mmlrec.scaling`. TorchX reads a function's signature and docstring for its `--help`, and wants it defined in this very file.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from torchx import specs
 
 from mmlrec.errors import UserError
 from mmlrec.launch.presets import Preset, load_preset
-from mmlrec.launch.spec import days_app, evaluate_app, predict_app, preprocess_app, train_app
+from mmlrec.launch.spec import days_app, evaluate_app, predict_app, preprocess_app, scaling_app, train_app
 from mmlrec.terminal import plain
 
 
@@ -161,6 +161,28 @@ def preprocess(
     with _told():
         shape = _shape(preset, "", 0, image)
         return preprocess_app(shape, dataset=dataset, raw=raw, out=out, options=list(options), imports=_modules(imports))
+
+
+def scaling(
+    *options: str,
+    out: str = "runs/scaling",
+    preset: str = "local",
+    nodes: str = "",
+    nproc: int = 0,
+    image: str = "",
+) -> specs.AppDef:
+    """Measure how training scales to the ranks of a preset; results go to a CSV file of OUT.
+
+    Args:
+        options: of python -m benchmarks.scaling, behind a --, such as -- --batch 4096,65536
+        out: folder of the results, the same for all jobs of a study
+        preset: name of a preset in torchx.yaml
+        nodes: number of nodes; the preset's unless given
+        nproc: processes on each node; 0 takes the preset's
+        image: container image; the preset's unless given
+    """
+    with _told():
+        return scaling_app(_shape(preset, nodes, nproc, image), out=out, options=list(options))
 
 
 def _shape(preset: str, nodes: str, nproc: int, image: str) -> Preset:

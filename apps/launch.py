@@ -44,7 +44,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         prog="python -m apps.launch", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dryrun", action="store_true", help="print what the scheduler would be given, and stop")
-    parser.add_argument("component", choices=["train", "days", "evaluate", "predict", "preprocess"])
+    parser.add_argument("component", choices=["train", "days", "evaluate", "predict", "preprocess", "scaling"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the component; --preset NAME among them")
     own = parser.parse_args()
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

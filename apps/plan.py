@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     ranks.add_argument("--gpus-per-host", type=count, metavar="N", help="GPUs of each, one rank each (8)")
     ranks.add_argument("--processes-per-host", type=count, metavar="N", help="instead of GPUs: processes on CPUs")
     parser.add_argument("--hbm", type=size, default="80GiB", help="memory of each GPU (80GiB)")
-    parser.add_argument("--ram", type=size, default="64GiB", help="memory of each host, with --processes-per-host (64GiB)")
+    parser.add_argument("--ram", type=size, help="memory of each host (64GiB; with GPUs, for embeddings.host_cache, 1TiB)")
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
     parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
@@ -107,7 +107,7 @@ def main() -> None:
         print(compare_plans(*arguments.compare))
         return
     from mmlrec.distributed.world import quiet_libraries
-    from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+    from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
     from mmlrec.session.planning import Request, alternatives, plan_training, remedies
 
@@ -123,9 +123,12 @@ def main() -> None:
         in_host=arguments.bandwidth_in_host or known.in_host,
         memory=arguments.memory_bandwidth or known.memory,
     )
-    memory = arguments.ram // each if on_cpu else arguments.hbm
-    hardware = Hardware(arguments.hosts * each, each, "cpu" if on_cpu else "cuda", memory, bandwidths)
-    tflops = arguments.tflops if arguments.tflops is not None else 0.1 if on_cpu else 20.0
+    of_host = (arguments.ram or (2**36 if on_cpu else 2**40)) // each
+    if on_cpu:
+        hardware = Hardware(arguments.hosts * each, each, "cpu", of_host, bandwidths)
+    else:
+        hardware = Hardware(arguments.hosts * each, each, "cuda", arguments.hbm, bandwidths, host_memory=of_host)
+    tflops = arguments.tflops if arguments.tflops is not None else OPERATIONS["cpu" if on_cpu else "cuda"] / 1e12
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
     all_imported()

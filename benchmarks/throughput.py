@@ -1,9 +1,11 @@
-"""Training throughput on one process, end to end from Parquet, against `benchmarks.baseline` in the same run.
+"""Training throughput on one process: end to end from Parquet, against `benchmarks.baseline`, and on resident batches.
 
-python -m benchmarks.throughput [--shapes a,b,c] [--rounds 2] [--threads 2]
+python -m benchmarks.throughput [--shapes a,b,c] [--rounds 2] [--threads 2] [--device cpu] [--batch 4096]
 
-Each round runs baseline, fp32 and bf16 one after the other as processes of their own; figures are medians. The floor is the
-time of the network's matrix products at the rate measured in this run, plus the bytes of the lookups at the copy rate.
+Each round runs baseline, fp32 and bf16 one after the other as processes of their own; figures are medians. End to end is
+`apps.train` with its reader; resident are the same steps on a few batches that are on the device already, and the lookup with
+the update of the tables alone. The floor is the time of the network's matrix products at the rate measured in this run, plus
+the bytes of the lookups at the copy rate. The baseline is code for CPUs, and is left out with --device cuda.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -67,27 +70,41 @@ SHAPES = {
 }
 
 
-def rates(threads: int) -> dict[str, float]:
+def rates(threads: int, device: str = "cpu") -> dict[str, float]:
     """Rates of this machine now: FLOP/s of a large matrix product in each precision, bytes/s of a copy (read + write)."""
     torch.set_num_threads(threads)
+    place, on_gpu = torch.device(device), device == "cuda"
+    rows, numbers, calls = (65536, 1 << 28, 5) if on_gpu else (BATCH, 1 << 25, 1)
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(BATCH, 512).to(dtype), torch.randn(512, 1024).to(dtype)
-        times = [_seconds(partial(torch.matmul, a, b)) for _ in range(30)]
-        found[name] = 2 * BATCH * 512 * 1024 / median(times[5:])
-    source, target = torch.randn(1 << 25), torch.empty(1 << 25)
-    found["copy"] = 2 * 4 * (1 << 25) / median([_seconds(lambda: target.copy_(source)) for _ in range(8)][2:])
-    return found
+        a, b = torch.randn(rows, 512, device=place).to(dtype), torch.randn(512, 1024, device=place).to(dtype)
+        times = [seconds_of(partial(torch.matmul, a, b), place, calls) for _ in range(30)]
+        found[name] = 2 * rows * 512 * 1024 / median(times[5:])
+    source, target = torch.randn(numbers, device=place), torch.empty(numbers, device=place)
+    times = [seconds_of(partial(target.copy_, source), place, calls) for _ in range(8)]
+    return found | {"copy": 2 * 4 * numbers / median(times[2:])}
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call; `calls` are timed together, so that on a GPU their starts overlap as they do in training."""
+    synchronize(device)
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
 
 
-def _run(command: list[str], threads: int, checkout: Path | None = None) -> str:
+def _run(command: list[str], threads: int, checkout: Path | None = None, device: str | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, cwd=checkout, check=False
     )
@@ -109,14 +126,7 @@ def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -
     _run(["preprocessing", "synthetic", "--out", str(dataset), *named], threads)
 
 
-def ours(
-    folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, *overrides: str, checkout: Path | None = None
-) -> float:
-    """Median samples/s that a run of apps.train reports for itself after its first window.
-
-    Args:
-        checkout: where the code that runs lies, when it is not this one's; then the other paths must be absolute.
-    """
+def _config(folder: Path, dataset: Path, shape: Shape) -> Path:
     config = folder / "config.yaml"
     config.write_text(
         f"dataset: {{path: {dataset}, setting: mtl}}\n"
@@ -125,6 +135,28 @@ def ours(
         f"embeddings: {{dim: {shape.dim}}}\n",
         encoding="utf-8",
     )
+    return config
+
+
+def ours(
+    folder: Path,
+    dataset: Path,
+    shape: Shape,
+    precision: str,
+    threads: int,
+    *overrides: str,
+    checkout: Path | None = None,
+    batch: int = BATCH,
+    device: str | None = None,
+) -> float:
+    """Median samples/s that a run of apps.train reports for itself after its first window.
+
+    Args:
+        checkout: where the code that runs lies, when it is not this one's; then the other paths must be absolute.
+        batch: rows of a step; windows have the rows that they have at `BATCH`.
+        device: "cpu" hides what else there is.
+    """
+    config, steps = _config(folder, dataset, shape), _window(shape, batch)
     run = folder / f"run-{precision}-{time.time_ns()}"
     _run(
         [
@@ -135,13 +167,14 @@ def ours(
             str(run),
             f"training.precision={precision}",
             "training.patience=null",
-            f"training.batch_size={BATCH}",
-            f"training.max_steps={5 * shape.steps}",
-            f"training.log_every_steps={shape.steps}",
+            f"training.batch_size={batch}",
+            f"training.max_steps={5 * steps}",
+            f"training.log_every_steps={steps}",
             *overrides,
         ],
         threads,
         checkout,
+        device,
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [line["samples_per_second"] for line in lines if line["split"] == "train"]
@@ -149,22 +182,60 @@ def ours(
     return median(speeds[1:])
 
 
+def _window(shape: Shape, batch: int) -> int:
+    return max(2, round(shape.steps * BATCH / batch))
+
+
+def resident(
+    folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, batch: int, device: str
+) -> dict[str, Any]:
+    """What `benchmarks.resident` measures of a shape, in a process of its own."""
+    command = ["benchmarks.resident", "--config", str(_config(folder, dataset, shape)), "--device", device]
+    command += ["--steps", str(_window(shape, batch)), f"training.precision={precision}", f"training.batch_size={batch}"]
+    found: dict[str, Any] = json.loads(_run(command, threads, device=device))
+    return found
+
+
+def resident_row(
+    name: str, precision: str, found: dict[str, Any], shape: Shape, batch: int, rate: dict[str, float]
+) -> list[str]:
+    """A row of the table of resident batches: times of a step beside their floors.
+
+    Args:
+        found: of `resident`.
+        rate: of `rates`.
+    """
+    products = 1000 * batch * 3 * shape.forward_flops() / rate[precision]
+    moved = 1000 * batch * shape.lookup_bytes() / rate["copy"]
+    step, tables = found["step_ms"], found["lookup_update_ms"]
+    return [
+        *(name, precision, f"{1000 * batch / step:,.0f}", f"{step:.2f}", f"{products:.2f}", f"{tables:.2f}", f"{moved:.2f}"),
+        *(f"{moved / tables:.0%}", f"{(products + moved) / step:.0%}", "" if found["waits"] is None else f"{found['waits']:g}"),
+    ]
+
+
 def main() -> None:
-    """Measure each shape and print the table."""
+    """Measure each shape and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="a,b,c")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"rows of a step ({BATCH})")
     parser.add_argument("--rows", type=int, default=400_000, help="rows of the generated dataset, all splits")
     parser.add_argument("--work-dir", type=local_path, help="keep the generated data here")
     parser.add_argument("--no-baseline", action="store_true")
     arguments = parser.parse_args()
-    machine = rates(arguments.threads)
+    device, batch = arguments.device, arguments.batch
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda: no GPU is visible.")
+    machine = rates(arguments.threads, device)
     print(
-        f"{arguments.threads} threads | matrix products {machine['fp32'] / 1e9:.0f} GFLOP/s fp32,"
+        f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, {arguments.threads} threads, batch {batch:,}"
+        f" | matrix products {machine['fp32'] / 1e9:.0f} GFLOP/s fp32,"
         f" {machine['bf16'] / 1e9:.0f} bf16 | copy {machine['copy'] / 1e9:.1f} GB/s"
     )
-    rows = []
+    rows, of_resident = [], []
     with TemporaryDirectory() as scratch:
         folder = Path(arguments.work_dir or scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +245,14 @@ def main() -> None:
             generate(dataset, shape, arguments.rows, 2, arguments.threads)
             speeds: dict[str, list[float]] = {"baseline": [], "fp32": [], "bf16": []}
             for _ in range(arguments.rounds):
-                if not arguments.no_baseline:
-                    options = ["--dataset", str(dataset), "--dim", str(shape.dim), "--steps", str(shape.baseline_steps)]
+                if not arguments.no_baseline and device == "cpu":
+                    options = ["--dataset", str(dataset), "--dim", str(shape.dim), "--batch-size", str(batch)]
+                    options += ["--steps", str(max(1, round(shape.baseline_steps * BATCH / batch)))]
                     output = _run(["benchmarks.baseline", *options], arguments.threads)
                     speeds["baseline"].append(json.loads(output)["samples_per_second"])
                 for precision in ("fp32", "bf16"):
-                    speeds[precision].append(ours(folder, dataset, shape, precision, arguments.threads))
+                    speed = ours(folder, dataset, shape, precision, arguments.threads, batch=batch, device=device)
+                    speeds[precision].append(speed)
             for kind, measured in speeds.items():
                 if not measured:
                     continue
@@ -201,8 +274,15 @@ def main() -> None:
                     ]
                 )
                 print("measured:", *rows[-1], flush=True)
+            for precision in ("fp32", "bf16"):
+                found = resident(folder, dataset, shape, precision, arguments.threads, batch, device)
+                of_resident.append(resident_row(name, precision, found, shape, batch, machine))
+                print("measured:", *of_resident[-1], flush=True)
     headers = ["shape", "code", "samples/s", "x baseline", "floor us/sample", "us/sample", "of floor rate"]
-    print(tabulate(rows, headers=headers, disable_numparse=True, stralign="right"))
+    print("End to end", tabulate(rows, headers=headers, disable_numparse=True, stralign="right"), sep="\n")
+    headers = ["shape", "code", "samples/s", "step ms", "products' floor ms", "lookup + update ms", "its floor ms"]
+    headers += ["of copy rate", "floors / step", "waits a step"]
+    print("\nResident batches", tabulate(of_resident, headers=headers, disable_numparse=True, stralign="right"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "mmlrec",
         "apps",
         "preprocessing",
+        "benchmarks",
         "configs",
         "setup.py",
         "pyproject.toml",
@@ -54,13 +55,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_packages_the_configs_and_the_presets(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for folder in ("mmlrec", "apps", "preprocessing"):
+    for folder in ("mmlrec", "apps", "preprocessing", "benchmarks"):
         modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / folder).rglob("*.py")}
         assert modules <= names
     configs = {f"mmlrec/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "configs").rglob("*.yaml")}
     assert configs <= names
     assert "mmlrec/torchx.yaml" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mmlrec", "apps", "preprocessing"}
+    packages = {"mmlrec", "apps", "preprocessing", "benchmarks"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == packages
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.distributed import distributed_c10d
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed import comm
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.errors import ConfigError
@@ -64,7 +72,7 @@ def make_plan(
         lengths: feature -> mean number of ids of a row.
         reserved: bytes of each rank that the rest of the model takes.
 
-    Tables with too few rows for row-wise sharding, which would leave a rank without any, are placed table-wise.
+    Tables with too few rows for a split, which would leave a rank without any, are placed table-wise.
 
     Raises:
         ConfigError: a table that does not exist or is too small for the sharding it is given by name, no placement fits
@@ -78,23 +86,40 @@ def make_plan(
     given = None
     if config.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(config.plan, sizes, hardware.world_size)
+        given = given_placement(config.plan, sizes, hardware, config.host_cache)
     placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
-    generators = {
-        table.name: row_wise(compute_kernel="fused")
-        if table.sharding == "row_wise"
-        else table_wise(rank=table.ranks[0], compute_kernel="fused")
-        for table in placed
-    }
     plan = construct_module_sharding_plan(
         tables,
-        generators,
+        {table.name: _generator(table, hardware) for table in placed},
         sharder=PortableSharder(),
         local_size=hardware.ranks_per_host,
         world_size=hardware.world_size,
         device_type=hardware.device,
     )
+    for table in placed:
+        plan[table.name].compute_kernel = table.kernel
+        if table.kernel == CACHED:
+            plan[table.name].cache_params = CacheParams(load_factor=config.host_cache)
     return ShardingPlan({path: plan})
+
+
+def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGenerator:
+    """What makes torchrec's plan of a table, but for its kernel."""
+    if table.sharding == "row_wise":
+        return row_wise()
+    if table.sharding == "table_row_wise":
+        return table_row_wise(host_index=table.ranks[0] // hardware.ranks_per_host)
+    return table_wise(rank=table.ranks[0])
+
+
+def forget_former_groups() -> None:
+    """Have torchrec make the groups of the ranks of a host anew where those it has are of a process group that has ended.
+
+    It keeps them as long as the process lives, which may open one process group after another.
+    """
+    for name in ("_INTRA_PG", "_CROSS_PG", "_INTRA_PG_2D", "_CROSS_PG_2D"):
+        if getattr(comm, name) not in distributed_c10d._world.pg_map:
+            setattr(comm, name, None)
 
 
 def plan_report(
@@ -133,6 +158,8 @@ def check_memory(
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
     need = 0.0
     for table in report:
+        if on_gpu and table["kernel"] == CACHED:
+            continue
         need += (table["weight_bytes"] + table["state_bytes"]) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory("MemAvailable")
     if need > free:

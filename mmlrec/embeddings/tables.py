@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
@@ -100,11 +102,14 @@ def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: 
     return torch.from_numpy(rows)
 
 
-def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+def local_shards(tensor: Tensor | ShardedTensor | DTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """Local pieces of a plain or sharded tensor, each with the offset of its first element in the whole."""
     if isinstance(tensor, ShardedTensor):
         for shard in tensor.local_shards():
             yield shard.tensor, tuple(shard.metadata.shard_offsets)
+    elif isinstance(tensor, DTensor):  # of replicas; a rank that has no shard has an offset all the same
+        local: Any = tensor.to_local()
+        yield from zip(local.local_shards(), map(tuple, local.local_offsets()), strict=False)
     else:
         yield tensor, (0,) * tensor.dim()
 
@@ -135,11 +140,23 @@ def count_steps(tables: nn.Module, steps: int) -> None:
     Args:
         tables: sharded.
     """
-    lookups = [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]
-    for module in (module for lookup in lookups for module in lookup.modules()):
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.iter_cpu.fill_(steps)
-            module.iter.fill_(steps)
+    for kernel in _kernels(tables):
+        kernel.iter_cpu.fill_(steps)
+        kernel.iter.fill_(steps)
+
+
+def forget_cached_rows(model: nn.Module) -> None:
+    """Have rows of tables in the memory of the host fetched anew, so that what is written into them there is seen.
+
+    Call behind `state_dict`, which writes back what steps have changed in the caches.
+    """
+    for kernel in _kernels(model):
+        kernel.reset_cache_states()
+
+
+def _kernels(model: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    for lookup in [lookup for module in model.modules() for lookup in getattr(module, "_lookups", ())]:
+        yield from (module for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 @torch.no_grad()

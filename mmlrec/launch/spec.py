@@ -169,6 +169,22 @@ def preprocess_app(
     return _app(preset, job_name("data", dataset), " ".join([*words, *(quote(word) for word in arguments)]), nodes=(1, 1))
 
 
+def scaling_app(preset: Preset, *, out: str, options: list[str], python: str | None = None) -> specs.AppDef:
+    """The job that measures how training scales to the ranks of the preset: `python -m benchmarks.scaling` under torchrun.
+
+    Args:
+        out: folder of the results; in a container, on a mount.
+        options: of its command line.
+        python: as of `train_app`.
+
+    Raises:
+        ConfigError: the job runs in a container, and `out` would end with it.
+    """
+    _check_paths(preset, written=[out])
+    name = job_name("scaling", PurePosixPath(out).name)
+    return _app(preset, name, torchrun(preset, name, "benchmarks.scaling", ["--out", out, *options], python))
+
+
 def torchrun(preset: Preset, name: str, module: str, arguments: list[str], python: str | None = None) -> str:
     """The shell text of one node: exports, then torchrun with `module`. Arguments as of `train_app`.
 

@@ -25,6 +25,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.distributed.world import World, logger
+from mmlrec.embeddings.tables import forget_cached_rows
 from mmlrec.errors import CheckpointError, StorageError, UserError
 from mmlrec.run_folder import whole
 from mmlrec.run_folder.folder import write_atomically
@@ -40,7 +41,9 @@ AMENDED = "amended.json"
 
 def model_tensors(model: DistributedModelParallel) -> dict[str, Any]:
     """Weights and buffers by flat key; live references, plain or sharded."""
-    return {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    forget_cached_rows(model)
+    return tensors
 
 
 def training_tensors(model: DistributedModelParallel, optimizer: CombinedOptimizer, rank: int) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
-from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
+from mmlrec.embeddings.communication import Communication
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware, host_memory, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
+from mmlrec.embeddings.replicas import average, check_replicas, shard
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, forget_former_groups, make_plan, plan_report
 from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
@@ -148,6 +150,15 @@ class Session:
     def count_steps(self, steps: int) -> None:
         """Before steps that follow a validation or a resume: how many training steps there were (see `tables.count_steps`)."""
         count_steps(get_unwrapped_module(self.model).tables, steps)
+
+    def average_replicas(self, step: int) -> None:
+        """Behind a training step: the mean of the replicas of the tables, where it is time for it and there are several.
+
+        Args:
+            step: 0 where what follows is no training step.
+        """
+        if step % self.config.embeddings.average_every == 0:
+            average(self.model)
 
     def branches(self) -> list[tuple[str, str, str | None]]:
         """`branches_of` its network and data."""
@@ -370,10 +381,15 @@ def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple
 
 
 def hardware_of(world: World) -> Hardware:
-    """What the ranks run on: equal ones, with the least memory that one of them has."""
+    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names."""
     least = -world.highest(-memory_of(world.device, world.local_world_size))
+    of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type
-    return Hardware(world.world_size, world.local_world_size, kind, least, GPU if kind == "cuda" else CPU)
+    of_host = 0
+    if kind == "cuda":
+        of_host = -world.highest(-(host_memory("MemTotal") // world.local_world_size))
+    bandwidths = GPU if kind == "cuda" else CPU
+    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, len(of_hosts) == 1, of_host)
 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
@@ -413,7 +429,11 @@ def build_session(
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
+    precision = config.embeddings.communication if for_training else "fp32"
+    dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
+    communication = Communication(precision, config.training.batch_size, dims)
+    head = Head(network, loss, balancing, config, prefixes, scales, world.parts)
+    recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
     if unknown and for_training and world.world_size > 1 and world.is_main:
         logger.info(
@@ -421,23 +441,33 @@ def build_session(
             config.dataset.path,
             ", ".join(unknown),
         )
-    update: dict[str, Any] = {"optimizer": optimizer_config}
+    replicas = config.embeddings.replicas if for_training else 1
+    if for_training:
+        check_replicas(config.embeddings, world.device)
+    hardware = hardware_of(world).of_replica(replicas)
+    update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
+        update["host_cache"] = config.embeddings.host_cache if world.device.type == "cuda" else None
     plan = make_plan(
         TABLES,
         tables,
         config.embeddings.model_copy(update=update),
-        hardware_of(world),
+        hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
-    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
-    model = DistributedModelParallel(
-        recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
+    check_memory(
+        report,
+        optimizer_config.name,
+        rank=world.rank % hardware.world_size,
+        local_world_size=world.local_world_size,
+        device=world.device,
     )
+    forget_former_groups()
+    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)

@@ -224,6 +224,7 @@ class Trainer:
                 except StopIteration:
                     break
                 self.progress.step += 1
+                self.session.average_replicas(self.progress.step)
                 self.world.at("training", self.progress.step)
                 if self._first is None:
                     self._first = predictions.objectives
@@ -238,6 +239,7 @@ class Trainer:
         if self._profile is not None:
             self._profile.end(self.progress.step)
         source.close()
+        self.session.average_replicas(0)
         return self._asked
 
     def _feed(self, batches: Iterator[Batch], count: int, stop: StopSignal) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ def torchx_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
 
 
-NAMES = ["train", "days", "evaluate", "predict", "preprocess"]
+NAMES = ["train", "days", "evaluate", "predict", "preprocess", "scaling"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ import pytest
 
 from mmlrec.config import load_config
 from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.errors import ConfigError
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.planning import Request, alternatives, plan_training, remedies
@@ -66,12 +67,13 @@ def test_dlrm_v2_with_16_tasks_is_planned_in_a_minute_and_its_memory_sums_to_wei
     assert len(plan.ranks) == 8 * hosts
     for table in plan.tables:
         assert sum(shard.rows for shard in table.shards) == table.rows
-        assert table.sharding in ("table_wise", "row_wise")
+        assert table.sharding in ("table_wise", "table_row_wise", "row_wise")
+    # Between hosts vectors go slowly: there the largest tables, of many ids a row, are split within one.
+    assert ("table_row_wise" in {table.sharding for table in plan.tables}) == (hosts > 1)
     by_change = {other.change: other.plan for other in others}
     assert sum(rank.state for rank in by_change["embeddings.optimizer.name=rowwise_adagrad"].ranks) == 4 * DLRM_ROWS
     assert sum(rank.weights for rank in by_change["embeddings.dim=64"].ranks) == weights / 2
-    beyond = [other for other in others if not other.trainable]
-    assert [other.change for other in beyond] == (["also table_row_wise: NOT TRAINABLE YET"] if hosts > 1 else [])
+    assert ("embeddings.sharding=table_row_wise" in by_change) == (hosts > 1)
 
 
 def test_one_table_of_1e10_rows_on_64_ranks():
@@ -117,6 +119,55 @@ def test_more_hosts_are_tried_until_it_fits_and_not_where_a_table_lies_whole_on_
     assert hosts.startswith("32 hosts: ")  # 128 MiB of 217 on each; 16 would be 256 of 217
     whole = plan_training(small({"a": (2**26, 1)}, hardware, embeddings={"sharding": "table_wise"}))
     assert not [line for line in remedies(whole, alternatives(whole)) if "hosts" in line and "auto" not in line]
+
+
+def test_each_replica_holds_all_tables_and_averages_cross_the_hosts():
+    hardware = Hardware(16, 8, "cuda", 8 * GIB, GPU)
+    tables = {"a": (10**6, 1), "b": (1000, 1)}
+    one, two = (
+        plan_training(small(tables, hardware, dim=64, embeddings={"replicas": replicas, "average_every": 10}))
+        for replicas in (1, 2)
+    )
+    weights = 4 * 64 * (10**6 + 1000)
+    assert sum(rank.weights for rank in one.ranks) == sum(rank.state for rank in one.ranks) == weights
+    assert [rank.rank for rank in two.ranks] == list(range(16))
+    for first, second in ((two.ranks[:8], two.ranks[8:]),):
+        assert sum(rank.weights for rank in first) == weights
+        assert [replace(rank, rank=0) for rank in first] == [replace(rank, rank=0) for rank in second]
+    assert max(rank for table in two.tables for rank in table.ranks) < 8
+    held = max(rank.weights + rank.state for rank in two.ranks)
+    # An all-reduce of two: half of it goes out and half comes in, twice; every tenth step.
+    assert two.step["average"] == pytest.approx(1000 * held / 10 / GPU.between_hosts)
+    assert "average" not in one.step
+    # Ids and vectors stay in a host.
+    assert two.step["vectors"] < one.step["vectors"]
+
+
+def test_tables_beyond_the_gpus_go_to_the_hosts_where_a_cache_is_allowed():
+    """4 GiB of weights and as much state, of which two GPUs of 2 GiB hold 3.4; `b` is small, and stays."""
+    hardware = Hardware(2, 2, "cuda", 2 * GIB, GPU, host_memory=16 * GIB)
+    tables = {"a": (2**24, 1), "b": (1000, 1)}
+    without = plan_training(small(tables, hardware, dim=64))
+    assert without.missing
+    plan = plan_training(small(tables, hardware, dim=64, embeddings={"host_cache": 0.05}))
+    assert not plan.missing
+    assert [(table.name, table.kernel) for table in plan.tables] == [("a", "fused_uvm_caching"), ("b", "fused")]
+    assert sum(rank.on_host for rank in plan.ranks) == 8 * GIB
+    assert sum(rank.weights for rank in plan.ranks) == 4 * 64 * 1000
+    # The cache is memory of the GPUs: weights and, as torchrec counts, state of a twentieth of the rows.
+    assert 0.05 * 8 * GIB < sum(rank.buffers for rank in plan.ranks) < 0.07 * 8 * GIB
+    (line,) = [line for line in plan.warnings() if "in the memory of the hosts" in line]
+    assert "8.00 GiB on the fullest, with 0.05 of their rows in a cache on the GPUs: a" in line
+    assert {table["table"]: table["kernel"] for table in plan.as_dict()["tables"]}["a"] == "fused_uvm_caching"
+    # The same where there is room.
+    roomy = replace(hardware, memory=80 * GIB)
+    free, cached = (plan_training(small(tables, roomy, dim=64, embeddings=keys)) for keys in ({}, {"host_cache": 0.05}))
+    assert [(table.sharding, table.kernel) for table in free.tables] == [(t.sharding, t.kernel) for t in cached.tables]
+    # Neither on the GPUs nor on the hosts.
+    crowded = plan_training(small(tables, replace(hardware, host_memory=GIB), dim=64, embeddings={"host_cache": 0.05}))
+    assert crowded.missing > 2 * GIB
+    with pytest.raises(ConfigError, match=r"embeddings.host_cache needs GPUs"):
+        plan_training(small(tables, Hardware(2, 2, "cpu", 2 * GIB, CPU), dim=64, embeddings={"host_cache": 0.05}))
 
 
 def test_times_follow_bandwidths_by_hand():
