@@ -1,8 +1,9 @@
 """Products of matrices of hidden layers on a CPU, [B, i] by [i, o], forward and backward, outside of autograd.
 
-torch gives float32 products to MKL, which has no AVX-512 kernels for processors of AMD; those of oneDNN take half the time there,
-and add the bias and take relu before a result leaves the cache. torch has no public function for them, only the operator that
-its compiler uses, which makes its result anew, from rows that lie one after the other. Products in bfloat16 are oneDNN's anyway.
+torch gives float32 products to MKL, which has no AVX-512 kernels for processors of AMD; those of oneDNN take half the time
+there, and add the bias and take relu before a result leaves the cache. torch has no public function for them, only the
+operator that its compiler uses, which makes its result anew, from rows that lie one after the other. In bfloat16 its own
+products are oneDNN's.
 
 oneDNN compiles a kernel for each shape that it meets: this is for layers whose number of rows stays the same.
 """
