@@ -173,7 +173,7 @@ def balancing(folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
         for _ in range(rounds):
             for name, seconds in times.items():
                 speed = throughput.ours(folder, dataset, shape, "fp32", threads, f"balancing.name={name}")
-                seconds.append(throughput.BATCH / speed)
+                seconds.append(throughput.BATCH / speed.samples_per_second)
         relative, most = ratio(times["pcgrad"], times["static"]), 1 + 0.5 * tasks
         milliseconds = {f"ms_{name}": 1e3 * median(seconds) for name, seconds in times.items()}
         flag = f"> {most:g}" if relative > most else ""

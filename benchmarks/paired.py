@@ -43,7 +43,8 @@ def training(shape: str, work: Path, threads: int) -> Callable[[Path], float]:
     dataset = work / f"shape-{shape}"
     if not dataset.exists():
         throughput.generate(dataset, throughput.SHAPES[shape], 400_000, 2, threads)
-    return lambda checkout: 1 / throughput.ours(work, dataset, throughput.SHAPES[shape], "fp32", threads, checkout=checkout)
+    shape_of = throughput.SHAPES[shape]
+    return lambda checkout: 1 / throughput.ours(work, dataset, shape_of, "fp32", threads, checkout=checkout).samples_per_second
 
 
 def encoding(shape: str, work: Path) -> Callable[[Path], float]:

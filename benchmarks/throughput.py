@@ -1,11 +1,14 @@
 """Training throughput on one process: end to end from Parquet, against `benchmarks.baseline`, and on resident batches.
 
 python -m benchmarks.throughput [--shapes a,b,c] [--rounds 2] [--threads 2] [--device cpu] [--batch 4096]
+                                [--apart bf16,compiled]
 
-Each round runs baseline, fp32 and bf16 one after the other as processes of their own; figures are medians. End to end is
-`apps.train` with its reader; resident are the same steps on a few batches that are on the device already, and the lookup with
-the update of the tables alone. The floor is the time of the network's matrix products at the rate measured in this run, plus
-the bytes of the lookups at the copy rate. The baseline is code for CPUs, and is left out with --device cuda.
+Each round runs baseline and fp32 one after the other as processes of their own; figures are medians. Forms that are kept
+apart run once, in the first round: bf16, and the baseline as torch.compile makes it. End to end is `apps.train` with its
+reader; resident are the same steps on a few batches that are on the device already, and the lookup with the update of the
+tables alone. The floor is the time of the network's matrix products at the rate measured in this run, plus the bytes of the
+lookups at the copy rate. Start-up is what passes before the first step, and what the first window of steps takes longer
+than the others. The baseline is code for CPUs, and is left out with --device cuda.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
+from mmlrec.layers.products import at_input
 from mmlrec.paths import local_path
 
 BATCH = 4096
@@ -34,7 +38,10 @@ BATCH = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """One benchmark case. `ids` is what `preprocessing synthetic --num-ids` takes."""
+    """One benchmark case. `ids` is what `preprocessing synthetic --num-ids` takes; `steps` are those of a window.
+
+    Five windows are within an epoch of the generated rows where validations and checkpoints take their time.
+    """
 
     sparse: int
     dense: int
@@ -42,7 +49,6 @@ class Shape:
     ids: str
     steps: int
     baseline_steps: int
-    target_fp32: float
 
     @property
     def input_width(self) -> int:
@@ -64,22 +70,28 @@ class Shape:
 
 _B_SIZES = [round(10 * 10 ** (5 * i / 25)) for i in range(26)]
 SHAPES = {
-    "a": Shape(7, 0, 8, "2,7,21,18,3439,6040,3706", 60, 30, 2.0),
-    "b": Shape(26, 13, 16, ",".join(map(str, _B_SIZES)), 40, 8, 3.0),
-    "c": Shape(26, 13, 16, ",".join(map(str, [*_B_SIZES[:-3], 5_000_000, 5_000_000, 10_000_000])), 40, 2, 20.0),
+    "a": Shape(7, 0, 8, "2,7,21,18,3439,6040,3706", 30, 10),
+    "b": Shape(26, 13, 16, ",".join(map(str, _B_SIZES)), 15, 3),
+    "c": Shape(26, 13, 16, ",".join(map(str, [*_B_SIZES[:-3], 5_000_000, 5_000_000, 10_000_000])), 15, 1),
 }
 
 
 def rates(threads: int, device: str = "cpu") -> dict[str, float]:
-    """Rates of this machine now: FLOP/s of a large matrix product in each precision, bytes/s of a copy (read + write)."""
+    """Rates of this machine now: FLOP/s of a large matrix product in each precision, bytes/s of a copy (read + write).
+
+    A product is that of the fastest way that there is here, so that the floor is one of this machine and not of a library.
+    """
     torch.set_num_threads(threads)
     place, on_gpu = torch.device(device), device == "cuda"
     rows, numbers, calls = (65536, 1 << 28, 5) if on_gpu else (BATCH, 1 << 25, 1)
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = torch.randn(rows, 512, device=place).to(dtype), torch.randn(512, 1024, device=place).to(dtype)
-        times = [seconds_of(partial(torch.matmul, a, b), place, calls) for _ in range(30)]
-        found[name] = 2 * rows * 512 * 1024 / median(times[5:])
+        ways: list[Callable[[], object]] = [partial(torch.matmul, a, b)]
+        if not on_gpu:  # the one of hidden layers, which may be another library's
+            ways.append(partial(at_input, a, b.t().contiguous()))
+        times = [median([seconds_of(way, place, calls) for _ in range(30)][5:]) for way in ways]
+        found[name] = 2 * rows * 512 * 1024 / min(times)
     source, target = torch.randn(numbers, device=place), torch.empty(numbers, device=place)
     times = [seconds_of(partial(target.copy_, source), place, calls) for _ in range(8)]
     return found | {"copy": 2 * 4 * numbers / median(times[2:])}
@@ -138,6 +150,29 @@ def _config(folder: Path, dataset: Path, shape: Shape) -> Path:
     return config
 
 
+class Speed(NamedTuple):
+    """Of one process."""
+
+    samples_per_second: float
+    #: Before the first step, and what the first window of steps took longer than the others.
+    start_up_seconds: float
+
+
+def _speed(started: float, first_step: float, windows: list[float], rows: int) -> Speed:
+    """From the times of day when a process began and its first step did, and samples/s of each window of `rows`."""
+    steady = median(windows[1:])
+    return Speed(steady, first_step - started + max(0.0, rows / windows[0] - rows / steady))
+
+
+def baseline(dataset: Path, shape: Shape, threads: int, *, batch: int = BATCH, compiled: bool = False) -> Speed:
+    """The speed of `benchmarks.baseline`."""
+    steps = max(1, round(shape.baseline_steps * BATCH / batch))
+    options = ["--dataset", str(dataset), "--dim", str(shape.dim), "--batch-size", str(batch), "--steps", str(steps)]
+    started = time.time()
+    found = json.loads(_run(["benchmarks.baseline", *options, *(["--compile"] if compiled else [])], threads))
+    return _speed(started, found["first_step"], found["samples_per_second"], steps * batch)
+
+
 def ours(
     folder: Path,
     dataset: Path,
@@ -148,8 +183,8 @@ def ours(
     checkout: Path | None = None,
     batch: int = BATCH,
     device: str | None = None,
-) -> float:
-    """Median samples/s that a run of apps.train reports for itself after its first window.
+) -> Speed:
+    """The speed that a run of apps.train reports for itself.
 
     Args:
         checkout: where the code that runs lies, when it is not this one's; then the other paths must be absolute.
@@ -157,7 +192,7 @@ def ours(
         device: "cpu" hides what else there is.
     """
     config, steps = _config(folder, dataset, shape), _window(shape, batch)
-    run = folder / f"run-{precision}-{time.time_ns()}"
+    run, started = folder / f"run-{precision}-{time.time_ns()}", time.time()
     _run(
         [
             "apps.train",
@@ -178,8 +213,9 @@ def ours(
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     speeds = [line["samples_per_second"] for line in lines if line["split"] == "train"]
+    first_step = (run / "tensorboard").stat().st_mtime  # its one file is made when the loop begins
     subprocess.run(["rm", "-rf", str(run)], check=True)
-    return median(speeds[1:])
+    return _speed(started, first_step, speeds, steps * batch)
 
 
 def _window(shape: Shape, batch: int) -> int:
@@ -225,10 +261,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400_000, help="rows of the generated dataset, all splits")
     parser.add_argument("--work-dir", type=local_path, help="keep the generated data here")
     parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--apart", default="bf16", help="forms that run once, of bf16,compiled; empty: none (default: bf16)")
     arguments = parser.parse_args()
     device, batch = arguments.device, arguments.batch
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda: no GPU is visible.")
+    usual = ("fp32",) if arguments.no_baseline or device == "cuda" else ("baseline", "fp32")
+    apart = tuple(filter(None, arguments.apart.split(",")))
+    if not {*apart} <= {"bf16", "compiled"}:
+        parser.error(f"--apart {arguments.apart}: choose of bf16,compiled")
     machine = rates(arguments.threads, device)
     print(
         f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, {arguments.threads} threads, batch {batch:,}"
@@ -243,42 +284,45 @@ def main() -> None:
             shape = SHAPES[name]
             dataset = folder / f"shape-{name}"
             generate(dataset, shape, arguments.rows, 2, arguments.threads)
-            speeds: dict[str, list[float]] = {"baseline": [], "fp32": [], "bf16": []}
-            for _ in range(arguments.rounds):
-                if not arguments.no_baseline and device == "cpu":
-                    options = ["--dataset", str(dataset), "--dim", str(shape.dim), "--batch-size", str(batch)]
-                    options += ["--steps", str(max(1, round(shape.baseline_steps * BATCH / batch)))]
-                    output = _run(["benchmarks.baseline", *options], arguments.threads)
-                    speeds["baseline"].append(json.loads(output)["samples_per_second"])
-                for precision in ("fp32", "bf16"):
-                    speed = ours(folder, dataset, shape, precision, arguments.threads, batch=batch, device=device)
-                    speeds[precision].append(speed)
-            for kind, measured in speeds.items():
-                if not measured:
-                    continue
-                speed = median(measured)
+            speeds: dict[str, list[Speed]] = {form: [] for form in (*usual, *apart)}
+            for number in range(arguments.rounds):
+                for form in (*usual, *(apart if number == 0 else ())):
+                    if form in ("baseline", "compiled"):
+                        speed = baseline(dataset, shape, arguments.threads, batch=batch, compiled=form == "compiled")
+                    else:
+                        speed = ours(folder, dataset, shape, form, arguments.threads, batch=batch, device=device)
+                    speeds[form].append(speed)
+            for form, measured in speeds.items():
+                speed = Speed(*(median(values) for values in zip(*measured, strict=True)))
+                rate = speed.samples_per_second
                 floor = (
-                    3 * shape.forward_flops() / machine["bf16" if kind == "bf16" else "fp32"]
+                    3 * shape.forward_flops() / machine["bf16" if form == "bf16" else "fp32"]
                     + shape.lookup_bytes() / machine["copy"]
                 )
-                ratio = speed / median(speeds["baseline"]) if speeds["baseline"] else float("nan")
+                plain = speeds.get("baseline")
+                ratio = rate / median(each.samples_per_second for each in plain) if plain else float("nan")
                 rows.append(
                     [
-                        name,
-                        kind,
-                        f"{speed:,.0f}",
-                        f"{ratio:.2f}",
-                        f"{1e6 * floor:.1f}",
-                        f"{1e6 / speed:.1f}",
-                        f"{speed * floor:.0%}",
+                        *(name, form, str(len(measured)), f"{rate:,.0f}", f"{ratio:.2f}", f"{1e6 * floor:.1f}"),
+                        *(f"{1e6 / rate:.1f}", f"{rate * floor:.0%}", f"{speed.start_up_seconds:.1f}"),
                     ]
                 )
                 print("measured:", *rows[-1], flush=True)
-            for precision in ("fp32", "bf16"):
+            for precision in ("fp32", *(form for form in apart if form == "bf16")):
                 found = resident(folder, dataset, shape, precision, arguments.threads, batch, device)
                 of_resident.append(resident_row(name, precision, found, shape, batch, machine))
                 print("measured:", *of_resident[-1], flush=True)
-    headers = ["shape", "code", "samples/s", "x baseline", "floor us/sample", "us/sample", "of floor rate"]
+    headers = [
+        "shape",
+        "code",
+        "rounds",
+        "samples/s",
+        "x baseline",
+        "floor us/sample",
+        "us/sample",
+        "of floor rate",
+        "start-up s",
+    ]
     print("End to end", tabulate(rows, headers=headers, disable_numparse=True, stralign="right"), sep="\n")
     headers = ["shape", "code", "samples/s", "step ms", "products' floor ms", "lookup + update ms", "its floor ms"]
     headers += ["of copy rate", "floors / step", "waits a step"]
