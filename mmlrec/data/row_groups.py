@@ -117,6 +117,8 @@ class RowGroups:
         self._num_scenarios = len(manifest.scenario.values) if manifest.scenario else 1
         self._tables = manifest.by_name
         self._table_rows = np.array([self._tables[str(f.table)].num_rows for f in self.single], np.int64)
+        #: Features whose ids are keys: any int64.
+        self._keyed = np.array([self._tables[str(f.table)].managed for f in self.single], np.bool_)
         self._manifest = manifest
         self._group = key_column(manifest.group_key) if manifest.group_key else None
         self._new = manifest.preprocessing.get("new_rows", {}).get("option") == "like"
@@ -225,7 +227,8 @@ class RowGroups:
         for i, feature in enumerate(self.single):
             out[i] = _int64(place, table, feature.name)
         ids = out[:num_single]
-        for i in np.flatnonzero((ids.min(1) < 0) | (ids.max(1) >= self._table_rows)).tolist():
+        outside = (ids.min(1) < 0) | (ids.max(1) >= self._table_rows)
+        for i in np.flatnonzero(outside & ~self._keyed).tolist():
             row = int(np.argmax((ids[i] < 0) | (ids[i] >= self._table_rows[i])))
             _bad_id(place, row, self.single[i].name, int(ids[i, row]), str(self.single[i].table), int(self._table_rows[i]))
         out[num_single] = place.row_in_split + np.arange(place.num_rows)
@@ -292,8 +295,9 @@ class RowGroups:
             row = int(np.searchsorted(offsets, first, "right")) - 1
             _bad(place, row, f"feature '{feature.name}' holds a null; a missing id is 0")
         values = flat.to_numpy()
-        size = self._tables[str(feature.table)].num_rows
-        if len(values) and (values.min() < 0 or values.max() >= size):
+        owner = self._tables[str(feature.table)]
+        size = owner.num_rows
+        if not owner.managed and len(values) and (values.min() < 0 or values.max() >= size):
             first = int(np.argmax((values < 0) | (values >= size)))
             row = int(np.searchsorted(offsets, first, "right")) - 1
             _bad_id(place, row, feature.name, int(values[first]), str(feature.table), size)

@@ -22,7 +22,7 @@ from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.typed import plain
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
-from mmlrec.hashing import bucket_ids
+from mmlrec.hashing import bucket_ids, key_ids
 from mmlrec.storage.places import Place, place
 
 IntArray = NDArray[np.int64]
@@ -210,6 +210,11 @@ class Encoder:
 
             def ids_of(values: pa.Array) -> IntArray:
                 return bucket_ids(values, table.seed, table.buckets, table.hashes).ravel()
+
+        elif table.ids == "managed":
+
+            def ids_of(values: pa.Array) -> IntArray:
+                return key_ids(values, table.seed)
 
         elif table.ids == "quantiles":
 

@@ -96,12 +96,14 @@ def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -
     grown, others = grown_tables(before, given, folder), given.by_name
     for table in trained.tables:
         other = others[table.name]
-        if table.num_rows != other.num_rows and table.name not in grown:
+        # Of a managed table a dataset says how many slots a new run has: its ids are keys, and the rows are the run's own.
+        managed = table.managed and other.managed
+        if table.num_rows != other.num_rows and table.name not in grown and not managed:
             raise DataError(
                 f"{folder}: table '{table.name}' has {other.num_rows} rows, the run was trained with {table.num_rows}:"
                 f" {_OTHER_IDS}"
             )
-        if (table.hash_seed, table.num_hashes) != (other.hash_seed, other.num_hashes):
+        if _hashing(table) != _hashing(other):
             raise DataError(
                 f"{folder}: ids of table '{table.name}' are {_hashing(other)}, the run was trained with {_hashing(table)}:"
                 f" {_OTHER_IDS}"
@@ -131,6 +133,8 @@ def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Pl
 
 
 def _hashing(table: Table) -> str:
+    if table.managed:
+        return f"keys with seed {table.hash_seed}"
     return "not hashed" if table.hash_seed is None else f"{table.num_hashes} hash(es) with seed {table.hash_seed}"
 
 
