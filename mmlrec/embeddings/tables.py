@@ -152,8 +152,8 @@ def begin_anew(
                     drawn = initial_rows(name, first, int(block[-1]) + 1, weights[key].shape[1], std, seed)
                     columns = slice(offsets[1], offsets[1] + shard.shape[1])
                     shard[torch.from_numpy(block - offsets[0])] = drawn[block - first, columns].to(shard)
-        state = next((of for parameter, of in states.items() if parameter.endswith(key)), {})
-        for value in state.values():
+        of_state = [value for parameter, state in states.items() if parameter.endswith(key) for value in state.values()]
+        for value in of_state:
             for piece, offsets in local_shards(value):
                 piece[torch.from_numpy(_within(of_table, piece, offsets) - offsets[0])] = 0
 

@@ -126,9 +126,12 @@ class ManagedTables:
         """Tell the ranks that own them how often keys were seen since the last time. All ranks call it."""
         tables = list(self._tables.values())
         fed = [table.fed.take() for table in tables]
-        parts = [[_of_buckets(*pair, rank, self._world.world_size) for pair in zip(tables, fed)] for rank in self._ranks]
-        counts = np.array([table.looked_up[True] for table in tables])
-        found = exchange(self._world, [[*of_rank, np.pad(counts, ((0, 0), (0, 1)))] for of_rank in parts])
+        counts = np.array([[*table.looked_up[True], 0] for table in tables])
+        parts = [
+            [*(_of_rank(table, of, rank, self._world) for table, of in zip(tables, fed, strict=True)), counts]
+            for rank in range(self._world.world_size)
+        ]
+        found = exchange(self._world, parts)
         for index, table in enumerate(tables):
             arrived = [of_rank[index] for of_rank in found]
             columns = [(rows[:, 0].view(np.uint64), rows[:, 1], rows[:, 2]) for rows in map(np.asfortranarray, arrived)]
@@ -166,7 +169,8 @@ class ManagedTables:
         Args:
             history: what training has to remember beside the map.
         """
-        rank, found = self._world.rank, {}
+        rank = self._world.rank
+        found: dict[str, torch.Tensor] = {}
         for name, table in self._tables.items():
             found |= to_tensors(name, rank, table.own, history=history)
         return found
@@ -206,13 +210,12 @@ class ManagedTables:
             table.admitted, table.evicted = numbers["admitted"], numbers["evicted"]
             table.window, table.shares = np.array(numbers["window"]), np.array(numbers["shares"])
 
-    @property
-    def _ranks(self) -> range:
-        return range(self._world.world_size)
-
     def diagnostics(self) -> dict[str, float]:
-        """For the log of training, by key: share of slots that are held, keys that got and lost one so far, and the share of
-        ids without a slot among those looked up between the last two boundaries."""
+        """For the log of training, by key.
+
+        The share of slots that are held, how many keys got and lost one so far, and the share of ids without a slot among those
+        looked up between the last two boundaries.
+        """
         found: dict[str, float] = {}
         for name, table in self._tables.items():
             found[f"managed/{name}/occupancy"] = len(table.map.keys) / table.buckets.num_slots
@@ -222,13 +225,17 @@ class ManagedTables:
                 found[f"managed/{name}/without_slot"] = table.shares[1] / table.shares[0]
         return found
 
-    def report(self) -> dict[str, dict[str, Any]]:
-        """Of each table, with what was looked up outside of training since the last report. All ranks call it."""
+    def begin_report(self) -> None:
+        """Count from now on what is looked up outside of training."""
+        for table in self._tables.values():
+            table.looked_up[False][:] = 0
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Of each table, with what was looked up outside of training since `begin_report`. All ranks call it."""
         counts = np.array([table.looked_up[False] for table in self._tables.values()]).reshape(-1, 2)
         total = sum(self._world.gather(counts)) if self else counts
         found = {}
         for (name, table), (looked_up, without) in zip(self._tables.items(), total.tolist(), strict=True):
-            table.looked_up[False][:] = 0
             found[name] = {
                 "slots": table.buckets.num_slots,
                 "occupied": len(table.map.keys),
@@ -240,8 +247,8 @@ class ManagedTables:
         return found
 
 
-def _of_buckets(table: _Table, fed: Occurrences, rank: int, world_size: int) -> Rows:
+def _of_rank(table: _Table, fed: Occurrences, rank: int, world: World) -> Rows:
     """What a rank has to know of the keys that this one was fed."""
-    places = table.buckets.places(fed.keys, table.buckets.of_rank(rank, world_size))
+    places = table.buckets.places(fed.keys, table.buckets.of_rank(rank, world.world_size))
     chosen = slice(int(places[0]), int(places[-1]))
     return np.stack([fed.keys[chosen].view(np.int64), fed.counts[chosen], fed.last[chosen]], axis=1)

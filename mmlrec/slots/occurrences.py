@@ -31,10 +31,16 @@ class Occurrences(NamedTuple):
         """Of nothing."""
         return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
+    def where(self, chosen: NDArray[np.bool_]) -> Occurrences:
+        """Some of them."""
+        return Occurrences(self.keys[chosen], self.counts[chosen], self.last[chosen])
+
     @classmethod
     def joined(cls, parts: Sequence[Occurrences]) -> Self:
         """Of all parts, whose keys are in any order, together."""
-        keys, counts, last = (np.concatenate(column) for column in zip(cls.none(), *parts, strict=True))
+        keys = np.concatenate([np.zeros(0, np.uint64), *(part.keys for part in parts)])
+        counts = np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])
+        last = np.concatenate([np.zeros(0, np.int64), *(part.last for part in parts)])
         if not len(keys):
             return cls(keys, counts, last)
         order = np.argsort(keys)

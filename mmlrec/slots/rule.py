@@ -8,7 +8,7 @@ smaller key, as an unsigned number, is the better one, and a holder never gives 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,12 +90,11 @@ class OwnBuckets:
         at = at[known]
         self.holders.counts[at] = np.minimum(self.holders.counts[at] + seen.counts[known], MOST)
         self.holders.last[at] = seen.last[known]
-        candidates = Occurrences(*(column[~known] for column in seen))
+        candidates = seen.where(~known)
         if self.others is None:
             return candidates
         counts = self.others.add(candidates.keys, candidates.counts)
-        candidates = candidates._replace(counts=counts)
-        return Occurrences(*(column[counts >= self._config.admit_after] for column in candidates))
+        return candidates._replace(counts=counts).where(counts >= self._config.admit_after)
 
     def _changed(
         self, candidates: Occurrences, winners: NDArray[np.int64], slots: NDArray[np.int64], losers: NDArray[np.int64]
@@ -104,21 +103,24 @@ class OwnBuckets:
         order = np.argsort(winners)  # which is the order of the keys
         winners, slots, losers = winners[order], slots[order], losers[order]
         before = self.holders
-        gone = np.where(losers >= 0, before.keys[losers] if len(before.keys) else 0, 0).astype(np.uint64)
+        gone = np.zeros(len(losers), np.uint64)
+        gone[losers >= 0] = before.keys[losers[losers >= 0]]
         out = np.sort(losers[losers >= 0])
         if self.others is not None:
             self.others.remove(candidates.keys[winners])
             self.others.add(before.keys[out], before.counts[out].astype(np.int64))
         stay = np.ones(len(before.keys), np.bool_)
         stay[out] = False
-        columns = [candidates.keys[winners], slots, candidates.counts[winners], candidates.last[winners]]
-        at = np.searchsorted(before.keys[stay], columns[0])
-        self.holders = Holders(*(_inserted(old[stay], at, new) for old, new in zip(before, columns, strict=True)))
-        return Changes(columns[0], slots.astype(np.int32), gone)
-
-
-def _inserted(old: NDArray[Any], at: NDArray[np.intp], new: NDArray[Any]) -> NDArray[Any]:
-    return np.insert(old, at, new.astype(old.dtype))
+        keys, given = candidates.keys[winners], slots.astype(np.int32)
+        left = before.keys[stay]
+        at = np.searchsorted(left, keys)
+        self.holders = Holders(
+            np.insert(left, at, keys),
+            np.insert(before.slots[stay], at, given),
+            np.insert(before.counts[stay], at, candidates.counts[winners].astype(np.uint32)),
+            np.insert(before.last[stay], at, candidates.last[winners].astype(np.uint32)),
+        )
+        return Changes(keys, given, gone)
 
 
 def _worst(keys: UInt64Array, scores: NDArray[np.uint32], most: int) -> NDArray[np.intp]:

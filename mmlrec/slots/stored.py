@@ -7,7 +7,7 @@ uint64 is written as int64 of the same bits, counts and steps as int32. The best
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ def to_tensors(table: str, rank: int, own: OwnBuckets, *, history: bool) -> dict
         history: what the rule has to remember, too.
     """
     holders, arrived = own.holders, own.arrived
-    found: dict[str, NDArray[np.generic]] = {"keys": holders.keys, "slots": holders.slots}
+    found: dict[str, NDArray[Any]] = {"keys": holders.keys, "slots": holders.slots}
     if history:
         found |= {"counts": holders.counts, "last": holders.last}
         found |= {f"arrived_{name}": column for name, column in arrived._asdict().items()}
@@ -100,10 +100,10 @@ class StoredTable:
             counts.append(self._all("other_counts"))
         return np.concatenate(keys).view(np.uint64), np.concatenate(counts).view(np.uint32)
 
-    def _all(self, name: str) -> NDArray[np.generic]:
+    def _all(self, name: str) -> NDArray[Any]:
         return np.concatenate([self._tensor(rank, name) for rank in range(self._ranks)])
 
-    def _range(self, buckets: Buckets, of: range, *names: str) -> list[NDArray[np.generic]]:
+    def _range(self, buckets: Buckets, of: range, *names: str) -> list[NDArray[Any]]:
         """Some columns, sorted by the first one, which are keys, of some buckets."""
         parts = []
         for rank in range(self._ranks):
@@ -116,12 +116,13 @@ class StoredTable:
             return [self._tensor(0, name)[:0] for name in names]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
-    def _tensor(self, rank: int, name: str) -> NDArray[np.generic]:
+    def _tensor(self, rank: int, name: str) -> NDArray[Any]:
         found = self._saved.get(f"{rank}.{name}")
         if found is None:
             raise CheckpointError(f"{self._folder}: it lacks '{name}' of the managed table '{self._table}'.")
         try:
-            return found.read().numpy()
+            content: NDArray[Any] = found.read().numpy()
+            return content
         except StorageError:
             raise
         except OSError as cause:
