@@ -463,8 +463,15 @@ def build_session(
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
-    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     managed = _managed(config, manifest, world, branches)
+    check_memory(
+        report,
+        optimizer_config.name,
+        rank=world.rank,
+        local_world_size=world.local_world_size,
+        device=world.device,
+        host_bytes=managed.num_bytes,
+    )
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )

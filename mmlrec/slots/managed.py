@@ -19,6 +19,7 @@ from mmlrec.config import ManagedConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP
 from mmlrec.distributed.world import World
+from mmlrec.errors import ConfigError
 from mmlrec.run_folder.index import SavedTensor
 from mmlrec.schema import DatasetManifest
 from mmlrec.slots.buckets import Buckets
@@ -28,6 +29,9 @@ from mmlrec.slots.rule import OwnBuckets
 from mmlrec.slots.slot_map import SlotMap, map_bytes
 from mmlrec.slots.stored import StoredTable, tensors_of, to_tensors
 from mmlrec.storage.places import Place
+
+#: Slots are kept as int32.
+_MOST_ROWS = 2**31
 
 
 class _Table:
@@ -64,11 +68,16 @@ class ManagedTables:
 
     Attributes:
         step: training steps whose batches were looked up.
+
+    Raises:
+        ConfigError: a table has more rows than a slot can tell.
     """
 
     def __init__(self, manifest: DatasetManifest, config: ManagedConfig, world: World) -> None:
-        self._world, self._config = world, config
+        self._world, self._update_every = world, config.update_every
         used = {feature.table for feature in manifest.sparse_features}
+        if large := [table.name for table in manifest.tables if table.managed and table.num_rows > _MOST_ROWS]:
+            raise ConfigError(f"table '{large[0]}' is managed: it may have {_MOST_ROWS:,} rows at most.")
         self._tables = {
             table.name: _Table(table.num_rows - 1, world, config)
             for table in manifest.tables
@@ -97,8 +106,7 @@ class ManagedTables:
 
     def next_update(self, step: int) -> int | None:
         """The first boundary behind a step; None without managed tables."""
-        every = self._config.update_every
-        return (step // every + 1) * every if self else None
+        return (step // self._update_every + 1) * self._update_every if self else None
 
     def prepared(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
         """Batches with slots in place of keys; those of training are counted."""
@@ -162,6 +170,34 @@ class ManagedTables:
             table.shares, table.window = table.window, np.zeros(2, np.int64)
             anew[name] = np.sort(slots[lost])
         return anew
+
+    def begin(self, name: str, held: Occurrences, others: Occurrences) -> NDArray[np.int64]:
+        """Before the first step: let keys that held slots of a table in another run hold some, each in its bucket.
+
+        Where a bucket has fewer slots than keys, those with most occurrences have one, of equal ones the smaller keys. It is
+        the same on all ranks.
+
+        Args:
+            held: these keys, with their occurrences in that run, which go along.
+            others: the keys that held none.
+
+        Returns:
+            The slot of each of the keys of `held`, [n]; 0 for those without.
+        """
+        table = self._tables[name]
+        everywhere = OwnBuckets(table.buckets, range(table.buckets.count), ManagedConfig())
+        everywhere.arrived = held._replace(last=np.zeros_like(held.last))
+        changes = everywhere.update()
+        table.map.replace(changes.keys, changes.slots)
+        places = table.buckets.places(changes.keys, table.own_range)
+        table.own.holders = everywhere.holders.between(places[0], places[-1])
+        slots = table.map.look_up(held.keys)
+        if table.own.others is not None:
+            left = Occurrences.joined([held.where(slots == 0), others])
+            places = table.buckets.places(left.keys, table.own_range)
+            own = slice(places[0], places[-1])
+            table.own.others.add(left.keys[own], left.counts[own])
+        return slots
 
     def tensors(self, *, history: bool) -> dict[str, torch.Tensor]:
         """What this rank writes into a checkpoint, by flat key. With history, `tell` comes before.
@@ -250,5 +286,5 @@ class ManagedTables:
 def _of_rank(table: _Table, fed: Occurrences, rank: int, world: World) -> Rows:
     """What a rank has to know of the keys that this one was fed."""
     places = table.buckets.places(fed.keys, table.buckets.of_rank(rank, world.world_size))
-    chosen = slice(int(places[0]), int(places[-1]))
+    chosen = slice(places[0], places[-1])
     return np.stack([fed.keys[chosen].view(np.int64), fed.counts[chosen], fed.last[chosen]], axis=1)

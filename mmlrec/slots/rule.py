@@ -36,6 +36,10 @@ class Holders(NamedTuple):
     counts: CountArray
     last: NDArray[np.uint32]
 
+    def between(self, first: int, end: int) -> Holders:
+        """Some of them, by their places."""
+        return Holders(self.keys[first:end], self.slots[first:end], self.counts[first:end], self.last[first:end])
+
 
 class OwnBuckets:
     """The buckets of one rank: who holds their slots, and what is known of the keys that hold none.

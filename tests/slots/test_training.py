@@ -1,13 +1,17 @@
 """Runs with managed tables on one and two ranks: slots as by plain dictionaries, rows that belong to one id at a time."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.run_folder.checkpoint import read_state
 from mmlrec.slots import stored
+from tests.datasets import WrittenDataset, rewrite_part
 from tests.slots.brute_force import BruteForce
 from tests.slots.support import FEATURES, brute_force, write_managed, write_with_tenures
 from tests.training.launch import launch, losses, tensors, validations
@@ -25,7 +29,8 @@ SHARDINGS = {1: "auto", 2: "row_wise"}
 # of ranks sums differ in the last bit, and a value before a ReLU may have the other sign.
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtl}}
-model: {{name: shared_bottom, bottom_hidden_units: [12, 8], tower_hidden_units: [4], activation: silu}}
+model: {{name: shared_bottom, activation: silu}}
+model_defaults: {{bottom_hidden_units: [12, 8], tower_hidden_units: [4]}}
 embeddings: {{dim: 4, init_std: 1.0e-20}}
 dense: {{optimizer: {{name: sgd, lr: 0.05}}}}
 training: {{batch_size: {batch}, eval_batch_size: 25, epochs: 30, max_steps: {steps}, patience: null, log_every_steps: 1,
@@ -181,3 +186,46 @@ def test_validation_and_test_look_up_in_the_map_of_their_weights_and_count_nothi
     for task, metrics in result["test"]["tasks"].items():
         assert again["tasks"][task]["auc"] == metrics["auc"]
         assert again["tasks"][task]["logloss"] == pytest.approx(metrics["logloss"], abs=1e-7)
+
+
+@pytest.mark.parametrize("world_size", SHARDINGS)
+def test_ids_without_a_slot_score_as_missing_ones(root, truths, dataset, world_size, run_app):
+    """By the map of the best checkpoint; the truth are rows in which they are missing."""
+    run_dir, table = root / f"adagrad-{world_size}", dataset.tables["test"]
+    step = read_state(run_dir / "checkpoints/best")["step"]
+    columns = {name: table.column(name) for name in table.column_names}
+    for name, features in FEATURES.items():
+        known = brute_force(dataset, name, BATCH, step, **RULES["adagrad"]).slots
+        for feature in features:
+            cells = [cell if isinstance(cell, list) else [cell] for cell in table.column(feature).to_pylist()]
+            found = [[key if key in known else 0 for key in cell] for cell in cells]
+            assert sum(map(len, cells)) > sum(key in known for cell in cells for key in cell) + 20
+            columns[feature] = pa.array(
+                found if feature == "m0" else [key for (key,) in found], table.schema.field(feature).type
+            )
+    other = root / f"missing-{world_size}"
+    shutil.copytree(dataset.folder, other)
+    rewrite_part(WrittenDataset(other, dataset.manifest, {}), pa.table(columns), split="test")
+    scores = []
+    for folder in (dataset.folder, other):
+        output = root / f"scores-{folder.name}-{world_size}.parquet"
+        code, said = run_app("predict", "--run-dir", run_dir, "--input", folder, "--split", "test", "--output", output)
+        assert code == 0, said
+        scores.append(pq.read_table(output).select(["score.click", "score.buy"]))
+    assert scores[0].equals(scores[1])
+    assert len(set(scores[0]["score.click"].to_pylist())) > 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model={name: single_task}"], "each branch has tables of its own"),
+        (["dataset.path={root}/tenures-sgd", "embeddings.managed.update_every=5"], "has no managed table"),
+        (["embeddings.managed.admit_after=0"], "embeddings.managed.admit_after"),
+    ],
+)
+def test_what_cannot_be_is_refused(root, truths, run_app, overrides, words):
+    options = [option.format(root=root) if "{root}" in option else option for option in overrides]
+    code, said = run_app("train", "--config", root / "config.yaml", "--run-dir", root / "refused", *options)
+    assert code == 2
+    assert words in said
