@@ -219,8 +219,8 @@ class TrainingPlan:
             )
         if self.map_bytes >= _NOTABLE * hardware.memory:
             yield (
-                f"managed tables: each rank keeps {self.map_bytes / _GIB:.2f} GiB in its host's memory to find their slots, and all"
-                " ranks together 12 bytes for each distinct id; neither is counted here (docs/managed_ids.md)"
+                f"managed tables: each rank keeps {self.map_bytes / _GIB:.2f} GiB in its host's memory to find their slots, and"
+                " all ranks together 12 bytes for each distinct id; neither is counted here (docs/managed_ids.md)"
             )
         if self.unknown:
             yield (
