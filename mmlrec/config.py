@@ -46,6 +46,16 @@ class TableOptimizerConfig(StrictModel):
     beta2: float = Field(default=0.999, ge=0, lt=1)
 
 
+class ManagedConfig(StrictModel):
+    """Managed tables, whose ids earn and lose their rows (docs/managed_ids.md)."""
+
+    admit_after: int = Field(default=1, ge=1, description="Occurrences over the run from which on an id may have a row.")
+    evict: Literal["lfu", "lru"] = Field(
+        default="lfu", description="Which id loses its row: the one with fewest occurrences, or the one not seen for longest."
+    )
+    update_every: int = Field(default=100, ge=1, description="Training steps between changes of who has a row.")
+
+
 class EmbeddingsConfig(StrictModel):
     """Tables: width, initialisation, optimizer and sharding."""
 
@@ -58,6 +68,7 @@ class EmbeddingsConfig(StrictModel):
         default=None, description="A plan of apps.plan, or plan.json of a run, to place the tables by; instead of sharding."
     )
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
+    managed: ManagedConfig = ManagedConfig()
 
     @field_validator("plan")
     @classmethod

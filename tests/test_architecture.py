@@ -46,9 +46,13 @@ RULES = {
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
     "mmlrec.distributed": ("torch", "mmlrec.terminal"),
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
+    "mmlrec.slots": (
+        *("torch", "torchrec.sparse", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data.batch", "mmlrec.hashing"),
+        "mmlrec.encoding.vocabularies",
+    ),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
-        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity"),
+        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity", "mmlrec.slots"),
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),

@@ -14,7 +14,7 @@ import pyarrow as pa
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, StorageError, UserError
-from mmlrec.evaluation.evaluation import predict_split, stopped, tell_unseen, unseen_ids
+from mmlrec.evaluation.evaluation import predict_split, stopped, tell_slots, tell_unseen, unseen_ids
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
@@ -47,6 +47,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
+    session.managed.begin_report()
     own = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     world = session.world
     world.at(f"{title}: gathering the scores")
@@ -54,6 +55,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     tell_unseen(unseen_ids(session, reader), dataset)
+    tell_slots(session.managed.report(), title)
     error: UserError | None = None
     if rows is not None:
         try:

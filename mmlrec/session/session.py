@@ -16,7 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.balancing.base import Balancing, BalancingConfig
 from mmlrec.balancing.build import build_balancing
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, ManagedConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
@@ -26,7 +26,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
-from mmlrec.embeddings.tables import build_tables, count_steps, initialize, table_configs, touch_state
+from mmlrec.embeddings.tables import begin_anew, build_tables, count_steps, initialize, table_configs, touch_state
 from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
 from mmlrec.losses import Loss, LossOptions, Unit
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -38,6 +38,7 @@ from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest, Setting, Task
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
+from mmlrec.slots.managed import ManagedTables
 from mmlrec.storage.places import Place, place
 
 _MEASURED = (
@@ -62,6 +63,7 @@ class Session:
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     pipeline: Pipeline
+    managed: ManagedTables
     plan: list[dict[str, Any]]
     #: Regression task -> mean and deviation of the labels that it is trained on; those without one keep their unit.
     scales: dict[str, tuple[float, float]]
@@ -81,9 +83,30 @@ class Session:
         return self.head.network
 
     @property
-    def label_state(self) -> dict[str, Any]:
-        """What a checkpoint's state says of the labels, as `build_session` takes it; nothing in runs that knew no R²."""
-        return {"label_scales": self.scales, "label_deviations": self.deviations} if self.knows_r2 else {}
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state says of the model beside its tensors.
+
+        Of the labels, as `build_session` takes it: nothing in runs that knew no R². Of managed tables, as they take it.
+        """
+        labels = {"label_scales": self.scales, "label_deviations": self.deviations} if self.knows_r2 else {}
+        return labels | self.managed.state
+
+    def load_best(self, folder: Place) -> dict[str, Any]:
+        """Be the model of a best checkpoint, which is whole; gives its state.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        state = checkpoint.read_state(folder)
+        checkpoint.load(folder, checkpoint.model_tensors(self.model), self.world)
+        self.managed.load(folder, state, history=False)
+        return state
+
+    def update_slots(self) -> None:
+        """At a boundary, between two steps: let rows of managed tables go to other ids. All ranks call it."""
+        tables, config = get_unwrapped_module(self.model).tables, self.config
+        anew = self.managed.update()
+        begin_anew(tables, self.model.fused_optimizer, anew, std=config.embeddings.init_std, seed=config.training.seed)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -154,8 +177,14 @@ class Session:
         return branches_of(self.network, self.manifest)
 
     def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
-        """Batches as the model wants them: with the features of each branch, when branches have tables of their own."""
+        """Batches as the model wants them.
+
+        With slots in place of keys of managed tables, which are counted in training; with the features of each branch, when
+        branches have tables of their own.
+        """
         heads = self.network.branches
+        if self.managed:
+            batches = self.managed.prepared(batches, training=training)
         if not heads:
             return batches
         names = [name for name, _, _ in self.branches()]
@@ -435,6 +464,7 @@ def build_session(
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
     check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
+    managed = _managed(config, manifest, world, branches)
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )
@@ -448,8 +478,37 @@ def build_session(
     knows_r2 = begun is None or "label_deviations" in begun
     deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
     return Session(
-        config, world, manifest, encoder, spec, sharded.head, model, optimizer, pipeline, report, scales, deviations, knows_r2
+        config,
+        world,
+        manifest,
+        encoder,
+        spec,
+        sharded.head,
+        model,
+        optimizer,
+        pipeline,
+        managed,
+        report,
+        scales,
+        deviations,
+        knows_r2,
     )
+
+
+def _managed(config: RunConfig, manifest: DatasetManifest, world: World, branches: list[str] | None) -> ManagedTables:
+    options = config.embeddings.managed
+    managed = ManagedTables(manifest, options, world)
+    if managed and branches is not None:
+        raise ConfigError(
+            f"model.name={config.model['name']}: each branch has tables of its own, and the best checkpoint takes each from"
+            f" another step; an id of a managed table ({', '.join(managed)}) has one row in all of them. Choose another method,"
+            " or preprocess again with a vocabulary or hashed ids."
+        )
+    if not managed and options != ManagedConfig():
+        raise ConfigError(
+            f"embeddings.managed: {config.dataset.path} has no managed table. Leave it out, or preprocess again with one."
+        )
+    return managed
 
 
 class Loaded(NamedTuple):
@@ -503,8 +562,7 @@ def load_session(
     session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun, encoder=encoder)
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
-        state = checkpoint.read_state(folder.best)
-        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+        state = session.load_best(folder.best)
     return Loaded(session, int(state["step"]), otherwise, rows)
 
 
