@@ -34,6 +34,10 @@ CONFIG = {
 }
 
 
+#: The same for methods that take no managed tables.
+UNMANAGED = CONFIG | {"features": {name: of for name, of in CONFIG["features"].items() if "managed" not in of}}
+
+
 def records(num_rows=2000, seed=0):
     """Rows as Python sees them; None = missing."""
     draw, of_keys = random.Random(seed), random.Random(-1 - seed)
