@@ -19,6 +19,7 @@ from mmlrec.config import ManagedConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP
 from mmlrec.distributed.world import World
+from mmlrec.hashing import UInt64Array
 from mmlrec.run_folder.index import SavedTensor
 from mmlrec.schema import DatasetManifest
 from mmlrec.slots.buckets import Buckets
@@ -38,6 +39,8 @@ class _Table:
             and otherwise. Missing ids are not among them.
         window: the same of all ranks since the last boundary, as far as they have told each other.
         shares: of the interval before: ids looked up, and those without a slot.
+        steps_before: of the run that it began with, and of those before that: steps count on, so that what was seen there was
+            seen earlier.
     """
 
     def __init__(self, num_slots: int, world: World, config: ManagedConfig) -> None:
@@ -50,6 +53,7 @@ class _Table:
         self.window = np.zeros(2, np.int64)
         self.shares = np.zeros(2, np.int64)
         self.admitted = self.evicted = 0
+        self.steps_before = 0
 
     def look_up(self, values: NDArray[np.int64], *, training: bool) -> NDArray[np.int64]:
         """Slots of keys, 0 for a missing one and for one that holds none."""
@@ -118,7 +122,7 @@ class ManagedTables:
             of_feature = keys[ends[place] : ends[place + 1]]
             out[ends[place] : ends[place + 1]] = table.look_up(of_feature, training=training)
             if training:
-                table.fed.add(of_feature.view(np.uint64), self.step)
+                table.fed.add(of_feature.view(np.uint64), table.steps_before + self.step)
         looked_up = KeyedJaggedTensor(sparse.keys(), slots, lengths=sparse.lengths(), stride=sparse.stride())
         return replace(batch, sparse=looked_up)
 
@@ -163,6 +167,30 @@ class ManagedTables:
             anew[name] = np.sort(slots[lost])
         return anew
 
+    def begin(
+        self, name: str, seen: Occurrences, others: Occurrences, steps_before: int
+    ) -> tuple[UInt64Array, NDArray[np.int32]]:
+        """Before the first step: let keys that another run knows have slots, by the rule, on all ranks alike.
+
+        Args:
+            seen: keys that may have one.
+            others: keys of which the occurrences count on; they are none of these.
+            steps_before: that the steps in `seen` count.
+
+        Returns:
+            The keys that have a slot now, sorted, and their slots.
+        """
+        table = self._tables[name]
+        every = OwnBuckets(table.buckets, range(table.buckets.count), self._config)
+        every.arrived = seen
+        changes = every.update()
+        if every.others is not None:
+            every.others.add(others.keys, others.counts)
+        table.own.take(every)
+        table.map.replace(changes.keys, changes.slots)
+        table.steps_before = steps_before
+        return changes.keys, changes.slots
+
     def tensors(self, *, history: bool) -> dict[str, torch.Tensor]:
         """What this rank writes into a checkpoint, by flat key. With history, `tell` comes before.
 
@@ -184,6 +212,7 @@ class ManagedTables:
                 "evicted": table.evicted,
                 "window": table.window.tolist(),
                 "shares": table.shares.tolist(),
+                "steps_before": table.steps_before,
             }
             for name, table in self._tables.items()
         }
@@ -209,6 +238,7 @@ class ManagedTables:
             numbers = state["managed"][name]
             table.admitted, table.evicted = numbers["admitted"], numbers["evicted"]
             table.window, table.shares = np.array(numbers["window"]), np.array(numbers["shares"])
+            table.steps_before = numbers["steps_before"]
 
     def diagnostics(self) -> dict[str, float]:
         """For the log of training, by key.

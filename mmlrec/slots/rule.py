@@ -57,6 +57,18 @@ class OwnBuckets:
         self.others = KeyCounts(np.zeros(0, np.uint64), none) if counts_matter else None
         self.arrived = Occurrences.none()
 
+    def take(self, every: OwnBuckets) -> None:
+        """Be these buckets of all those of the table."""
+        first, end = self._buckets.places(every.holders.keys, self._own)[[0, -1]]
+        held, slots, counts, last = every.holders
+        self.holders = Holders(
+            held[first:end].copy(), slots[first:end].copy(), counts[first:end].copy(), last[first:end].copy()
+        )
+        if self.others is not None and every.others is not None:
+            keys, counts = every.others.entries()
+            first, end = self._buckets.places(keys, self._own)[[0, -1]]
+            self.others = KeyCounts(keys[first:end].copy(), counts[first:end].copy())
+
     def update(self) -> Changes:
         """Count what has arrived, and let candidates have slots."""
         seen, self.arrived = self.arrived, Occurrences.none()
