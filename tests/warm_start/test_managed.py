@@ -38,7 +38,7 @@ def action(root: Path, kind: str, name: str, *, data: str = "now", **more: objec
 
 
 def rule(name: str) -> dict:
-    return {"embeddings.managed": RULES[name], "embeddings.optimizer": {"name": "adagrad"}}
+    return {"embeddings.managed": RULES[name], "embeddings.optimizer": {"name": "adagrad", "lr": 1.0}}
 
 
 @pytest.fixture(scope="module")
