@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shlex
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.balancing.base import Balancing, BalancingConfig
-from mmlrec.balancing.build import build_balancing
+from mmlrec.balancing.base import Balancing
 from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, ManagedConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
@@ -27,14 +24,15 @@ from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
 from mmlrec.embeddings.tables import begin_anew, build_tables, count_steps, initialize, table_configs, touch_state
-from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
-from mmlrec.losses import Loss, LossOptions, Unit
+from mmlrec.errors import CheckpointError, DataError, did_you_mean
+from mmlrec.losses import Loss
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
-from mmlrec.registry import balancing_config, method, model_config, strategy
+from mmlrec.registry import balancing_config, method, model_config
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest, Setting, Task
+from mmlrec.session.objective import balancing_of, label_counts, label_deviations, label_scales, loss_of
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
@@ -242,84 +240,6 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     return [by_name[name] for name in names]
 
 
-def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
-    """Labelled and positive train rows of each task and scenario, [T, S, 2]; 0 where the manifest does not tell."""
-    names = manifest.scenario.values if manifest.scenario and spec.setting is not Setting.MTL else ["all"]
-    counts = manifest.splits["train"].label_counts
-    rows = [[counts.get(task.name, {}).get(name, (0, 0)) for name in names] for task in spec.tasks]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def label_scales(
-    config: RunConfig, manifest: DatasetManifest, tasks: Sequence[Task], known: Mapping[str, tuple[float, float]] | None = None
-) -> dict[str, tuple[float, float]]:
-    """Mean and deviation by which a new run standardises the labels of its regression tasks; none for other tasks.
-
-    Args:
-        known: of tasks whose network is taken from another run: its outputs mean what they were trained on.
-
-    Labels of one value keep their unit, less that value. Warns (`UserAdvice`) where a dataset does not record its labels.
-    """
-    scales, unknown = {}, []
-    for task in tasks:
-        if task.kind == "regression" and config.loss.standardise_labels:
-            found = (known or {}).get(task.name) or manifest.train_moments(task.name).get("all")
-            if found is None:
-                unknown.append(task.name)
-            else:
-                scales[task.name] = (found[0], found[1] or 1.0)
-    if unknown:
-        warnings.warn(
-            f"{config.dataset.path} does not record mean and deviation of the labels of {', '.join(unknown)}: trained in their"
-            " own unit, and selected by mean squared error. Preprocess again to have them standardised.",
-            UserAdvice,
-            stacklevel=2,
-        )
-    return scales
-
-
-def _deviations(manifest: DatasetManifest, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
-    moments = {task.name: manifest.train_moments(task.name) for task in tasks if task.kind == "regression"}
-    return {task: {name: deviation for name, (_, deviation) in found.items()} for task, found in moments.items()}
-
-
-def _loss(
-    config: RunConfig,
-    options: BalancingConfig,
-    network: MultiTaskModel,
-    manifest: DatasetManifest,
-    scales: dict[str, tuple[float, float]],
-) -> Loss:
-    """The network's loss, with the objectives that the options of the strategy ask for."""
-    setting = config.dataset.setting
-    unit: Unit = options.unit or ("scenario" if setting is Setting.MSL else "task")
-    if unit != "task" and setting is Setting.MTL:
-        raise ConfigError(f"balancing.unit={unit}: setting 'mtl' has no scenarios. Use unit 'task', or setting 'mtmsl'.")
-    scenarios = tuple(manifest.scenario.values) if unit != "task" and manifest.scenario else ()
-    huber_delta = config.loss.huber_delta
-    if huber_delta is not None and all(task.kind == "binary" for task in network.spec.tasks):
-        raise ConfigError("loss.huber_delta is for regression tasks, and all tasks are binary: leave it out.")
-    deviations = tuple(scales.get(task.name, (0.0, 1.0))[1] for task in network.spec.tasks)
-    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta, deviations))
-
-
-def _balancing(
-    config: RunConfig, options: BalancingConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest
-) -> Balancing:
-    chosen = config.balancing["name"]
-    return build_balancing(
-        chosen,
-        strategy(chosen),
-        options,
-        loss,
-        {name: network.owner(name) for name, _ in network.named_parameters()},
-        {name: network.sole(name) for name, _ in network.named_parameters()},
-        sum(network.spec.fields.values()),
-        seed=config.training.seed,
-        steps_per_epoch=-(-manifest.splits["train"].num_rows // config.training.batch_size),
-    )
-
-
 def build_network(config: RunConfig, spec: ModelSpec, source: str) -> MultiTaskModel:
     """The network of the configuration, for data of this kind.
 
@@ -373,13 +293,13 @@ def build_parts(
     network = build_network(config, build_spec(config, manifest), source)
     spec = network.spec
     if config.dense.start_at_label_rates:
-        network.start_at_label_rates(_label_counts(manifest, spec))
+        network.start_at_label_rates(label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
     # What the labels of a run mean is settled when it begins; releases before left them as they are, and say nothing of it.
     recorded = begun.get("label_scales", {}) if begun is not None else label_scales(config, manifest, spec.tasks, known_scales)
     scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
-    loss = _loss(config, balancing_options, network, manifest, scales)
-    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales, encoder)
+    loss = loss_of(config, balancing_options, network, manifest, scales)
+    return Parts(manifest, network, loss, balancing_of(config, balancing_options, network, loss, manifest), scales, encoder)
 
 
 def table_branches(network: MultiTaskModel, manifest: DatasetManifest) -> list[str] | None:
@@ -463,8 +383,15 @@ def build_session(
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
-    check_memory(report, optimizer_config.name, rank=world.rank, local_world_size=world.local_world_size, device=world.device)
     managed = _managed(config, manifest, world, branches)
+    check_memory(
+        report,
+        optimizer_config.name,
+        rank=world.rank,
+        local_world_size=world.local_world_size,
+        device=world.device,
+        host_bytes=managed.num_bytes,
+    )
     model = DistributedModelParallel(
         recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
     )
@@ -476,7 +403,7 @@ def build_session(
     pipeline: Pipeline = kind(model, optimizer, world.device, world.parts)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_deviations" in begun
-    deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
+    deviations = begun["label_deviations"] if begun is not None and knows_r2 else label_deviations(manifest, spec.tasks)
     return Session(
         config,
         world,

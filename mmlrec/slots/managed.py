@@ -19,7 +19,7 @@ from mmlrec.config import ManagedConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP
 from mmlrec.distributed.world import World
-from mmlrec.hashing import UInt64Array
+from mmlrec.errors import ConfigError
 from mmlrec.run_folder.index import SavedTensor
 from mmlrec.schema import DatasetManifest
 from mmlrec.slots.buckets import Buckets
@@ -29,6 +29,9 @@ from mmlrec.slots.rule import OwnBuckets
 from mmlrec.slots.slot_map import SlotMap, map_bytes
 from mmlrec.slots.stored import StoredTable, tensors_of, to_tensors
 from mmlrec.storage.places import Place
+
+#: Slots are kept as int32.
+_MOST_ROWS = 2**31
 
 
 class _Table:
@@ -68,11 +71,16 @@ class ManagedTables:
 
     Attributes:
         step: training steps whose batches were looked up.
+
+    Raises:
+        ConfigError: a table has more rows than a slot can tell.
     """
 
     def __init__(self, manifest: DatasetManifest, config: ManagedConfig, world: World) -> None:
         self._world, self._config = world, config
         used = {feature.table for feature in manifest.sparse_features}
+        if large := [table.name for table in manifest.tables if table.managed and table.num_rows > _MOST_ROWS]:
+            raise ConfigError(f"table '{large[0]}' is managed: it may have {_MOST_ROWS:,} rows at most.")
         self._tables = {
             table.name: _Table(table.num_rows - 1, world, config)
             for table in manifest.tables
@@ -167,29 +175,35 @@ class ManagedTables:
             anew[name] = np.sort(slots[lost])
         return anew
 
-    def begin(
-        self, name: str, seen: Occurrences, others: Occurrences, steps_before: int
-    ) -> tuple[UInt64Array, NDArray[np.int32]]:
-        """Before the first step: let keys that another run knows have slots, by the rule, on all ranks alike.
+    def begin(self, name: str, held: Occurrences, others: Occurrences, steps_before: int = 0) -> NDArray[np.int64]:
+        """Before the first step: let keys that had rows in another run hold slots, each in its bucket.
+
+        Where a bucket has fewer slots than keys, the rule says which of them have one. It is the same on all ranks.
 
         Args:
-            seen: keys that may have one.
-            others: keys of which the occurrences count on; they are none of these.
-            steps_before: that the steps in `seen` count.
+            held: these keys, with what the rule knows of them, which goes along.
+            others: the keys that had none.
+            steps_before: of the other run, which its last steps count.
 
         Returns:
-            The keys that have a slot now, sorted, and their slots.
+            The slot of each of the keys of `held`, [n]; 0 for those without.
         """
         table = self._tables[name]
-        every = OwnBuckets(table.buckets, range(table.buckets.count), self._config)
-        every.arrived = seen
-        changes = every.update()
-        if every.others is not None:
-            every.others.add(others.keys, others.counts)
-        table.own.take(every)
+        # They have earned a row already, by the rule of the other run.
+        everywhere = OwnBuckets(table.buckets, range(table.buckets.count), self._config.model_copy(update={"admit_after": 1}))
+        everywhere.arrived = held
+        changes = everywhere.update()
         table.map.replace(changes.keys, changes.slots)
         table.steps_before = steps_before
-        return changes.keys, changes.slots
+        places = table.buckets.places(changes.keys, table.own_range)
+        table.own.holders = everywhere.holders.between(places[0], places[-1])
+        slots = table.map.look_up(held.keys)
+        if table.own.others is not None:
+            left = Occurrences.joined([held.where(slots == 0), others])
+            places = table.buckets.places(left.keys, table.own_range)
+            own = slice(places[0], places[-1])
+            table.own.others.add(left.keys[own], left.counts[own])
+        return slots
 
     def tensors(self, *, history: bool) -> dict[str, torch.Tensor]:
         """What this rank writes into a checkpoint, by flat key. With history, `tell` comes before.
@@ -280,5 +294,5 @@ class ManagedTables:
 def _of_rank(table: _Table, fed: Occurrences, rank: int, world: World) -> Rows:
     """What a rank has to know of the keys that this one was fed."""
     places = table.buckets.places(fed.keys, table.buckets.of_rank(rank, world.world_size))
-    chosen = slice(int(places[0]), int(places[-1]))
+    chosen = slice(places[0], places[-1])
     return np.stack([fed.keys[chosen].view(np.int64), fed.counts[chosen], fed.last[chosen]], axis=1)

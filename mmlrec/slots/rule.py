@@ -36,6 +36,10 @@ class Holders(NamedTuple):
     counts: CountArray
     last: NDArray[np.uint32]
 
+    def between(self, first: int, end: int) -> Holders:
+        """Some of them, by their places."""
+        return Holders(self.keys[first:end], self.slots[first:end], self.counts[first:end], self.last[first:end])
+
 
 class OwnBuckets:
     """The buckets of one rank: who holds their slots, and what is known of the keys that hold none.
@@ -56,18 +60,6 @@ class OwnBuckets:
         counts_matter = config.evict == "lfu" or config.admit_after > 1
         self.others = KeyCounts(np.zeros(0, np.uint64), none) if counts_matter else None
         self.arrived = Occurrences.none()
-
-    def take(self, every: OwnBuckets) -> None:
-        """Be these buckets of all those of the table."""
-        first, end = self._buckets.places(every.holders.keys, self._own)[[0, -1]]
-        held, slots, counts, last = every.holders
-        self.holders = Holders(
-            held[first:end].copy(), slots[first:end].copy(), counts[first:end].copy(), last[first:end].copy()
-        )
-        if self.others is not None and every.others is not None:
-            keys, counts = every.others.entries()
-            first, end = self._buckets.places(keys, self._own)[[0, -1]]
-            self.others = KeyCounts(keys[first:end].copy(), counts[first:end].copy())
 
     def update(self) -> Changes:
         """Count what has arrived, and let candidates have slots."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import CHECKPOINT, DATA, INPUT, OTHER, PARTS
 from mmlrec.distributed.stopping import Asked, Interrupted, StopSignal
-from mmlrec.distributed.world import World
+from mmlrec.distributed.world import World, logger
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder, data_state
@@ -276,13 +276,16 @@ class Trainer:
     def _report(self, reporter: Reporter) -> None:
         values, times = self._mean_losses()
         self._reported = dict(self.world.parts.seconds)
+        of_managed = self.session.managed.diagnostics()
+        if of_managed and self.world.is_main:
+            logger.debug("step %d | %s", self.progress.step, ", ".join(f"{key} {of_managed[key]:.6g}" for key in of_managed))
         reporter.train_metrics(
             self.progress.step,
             self.progress.epoch,
             values,
             self.schedule.factor(self.progress.step - 1),
             times,
-            self.session.head.diagnostics() | self.session.managed.diagnostics(),
+            self.session.head.diagnostics() | of_managed,
         )
         self._losses.zero_()
         self._loss_steps = 0

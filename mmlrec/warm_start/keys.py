@@ -99,10 +99,9 @@ class Taken:
     @classmethod
     def into_slots(cls, table: str, known: Known, managed: ManagedTables) -> Taken:
         """Into a managed table: its rule says which keys get slots, and it counts on from what is known of them."""
-        keys, slots = managed.begin(table, known.seen, known.others, known.steps)
-        order = np.argsort(slots)
-        rows, state_rows = known.rows_of(keys.view(np.int64)[order])
-        return cls(slots[order].astype(np.int64), rows, state_rows, 1 + len(known.rows))
+        slots = managed.begin(table, known.seen, known.others, known.steps)
+        order = np.argsort(slots)[np.count_nonzero(slots == 0) :]
+        return cls(slots[order], known.rows[order], known.state_rows[order], 1 + len(known.rows))
 
     @classmethod
     def into_values(cls, table: str, known: Known, seed: int, new: Encoded) -> Taken:

@@ -1,5 +1,6 @@
 """Datasets with managed tables whose ids come and go in the order of training."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,15 +73,19 @@ def order_of(dataset: WrittenDataset, batch_size: int, epoch: int = 0) -> list[l
     return [batch.row[batch.valid].tolist() for batch in reader.epoch(epoch)]
 
 
-def batches_of(dataset: WrittenDataset, table: str, batch_size: int, steps: int) -> list[list[int]]:
-    """The keys of a table in the global batch of each step, over as many epochs as it takes."""
+def cells_of(dataset: WrittenDataset, table: str, batch_size: int, steps: int) -> list[list[tuple[str, int, int, int]]]:
+    """What a table is asked for in the global batch of each step: feature, row, place in its list, and the key."""
     columns = {name: dataset.tables["train"].column(name).to_pylist() for name in FEATURES[table]}
-    found: list[list[int]] = []
+    found: list[list[tuple[str, int, int, int]]] = []
     epoch = 0
     while len(found) < steps:
         for rows in order_of(dataset, batch_size, epoch):
-            cells = [column[row] for column in columns.values() for row in rows]
-            found.append([key for cell in cells for key in (cell if isinstance(cell, list) else [cell])])
+            cells = []
+            for name, column in columns.items():
+                for row in rows:
+                    keys = column[row] if isinstance(column[row], list) else [column[row]]
+                    cells += [(name, row, place, key) for place, key in enumerate(keys)]
+            found.append(cells)
         epoch += 1
     return found[:steps]
 
@@ -88,6 +93,41 @@ def batches_of(dataset: WrittenDataset, table: str, batch_size: int, steps: int)
 def brute_force(dataset: WrittenDataset, table: str, batch_size: int, steps: int, **rule) -> BruteForce:
     """What a table is after so many steps."""
     truth = BruteForce(dataset.manifest.table(table).num_rows - 1, **rule)
-    for keys in batches_of(dataset, table, batch_size, steps):
-        truth.train(keys)
+    for cells in cells_of(dataset, table, batch_size, steps):
+        truth.train([key for *_, key in cells])
     return truth
+
+
+def write_with_tenures(folder: Path, dataset: WrittenDataset, batch_size: int, steps: int, **rule) -> dict[str, BruteForce]:
+    """The same rows without managed tables: each tenure of a key has a row of its own, to be trained in the first epoch.
+
+    A key without a slot is id 0, and so is what valid and test ask for.
+    """
+    shutil.copytree(dataset.folder, folder)
+    columns = {split: {name: table.column(name) for name in table.column_names} for split, table in dataset.tables.items()}
+    truths, tables = {}, []
+    for table, features in FEATURES.items():
+        truth = truths[table] = BruteForce(dataset.manifest.table(table).num_rows - 1, **rule)
+        ids = {name: dataset.tables["train"].column(name).to_pylist() for name in features}
+        for name, column in ids.items():
+            columns["train"][name] = [[0] * len(cell) if isinstance(cell, list) else 0 for cell in column]
+        for cells in cells_of(dataset, table, batch_size, steps):
+            tenures = truth.train([key for *_, key in cells])
+            for (name, row, place, _), tenure in zip(cells, tenures, strict=True):
+                if name == "m0":
+                    columns["train"][name][row][place] = tenure
+                else:
+                    columns["train"][name][row] = tenure
+        tables.append(Table(name=table, num_rows=truth.num_tenures + 1))
+        for split in ("valid", "test"):
+            for name in features:
+                cells = dataset.tables[split].column(name).to_pylist()
+                columns[split][name] = [[0] * len(cell) if isinstance(cell, list) else 0 for cell in cells]
+    tables += [table for table in dataset.manifest.tables if not table.managed]
+    manifest = dataset.manifest.model_copy(update={"tables": tables, "schema_version": 1})
+    for split, table in dataset.tables.items():
+        types = {name: table.schema.field(name).type for name in table.column_names}
+        new = {name: pa.array(of, types[name]) if isinstance(of, list) else of for name, of in columns[split].items()}
+        written = pa.table(new)
+        manifest = rewrite_part(WrittenDataset(folder, manifest, dataset.tables), written, split=split)
+    return truths

@@ -1,11 +1,15 @@
 """Counting, buckets and the rule of one boundary after the other, on any number of ranks, against plain dictionaries."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from mmlrec.config import ManagedConfig
+from mmlrec.schema import Table
 from mmlrec.slots import occurrences
 from mmlrec.slots.buckets import Buckets
+from mmlrec.slots.managed import ManagedTables
 from mmlrec.slots.occurrences import Gathered, KeyCounts, Occurrences
 from mmlrec.slots.rule import OwnBuckets
 from mmlrec.slots.slot_map import SlotMap, map_bytes
@@ -123,3 +127,32 @@ def test_a_map_takes_the_bytes_that_a_plan_counts():
     )
     entries = found._entries
     assert sum(array.nbytes for array in (entries.directory, entries.hashes, entries.ids)) == map_bytes(1000) + 4
+
+
+@pytest.mark.parametrize("evict", ["lfu", "lru"])
+def test_a_run_begins_with_the_keys_of_another_the_best_first(evict):
+    keys = np.sort(keys_of(np.arange(1, 31)).view(np.uint64))
+    counts = np.random.default_rng(0).integers(1, 8, 30)
+    last = np.random.default_rng(1).permutation(30)
+    held, others = (Occurrences(keys[part::3], counts[part::3], last[part::3]) for part in (0, 1))
+    begun = []
+    for rank in range(2):
+        world = SimpleNamespace(rank=rank, world_size=2)
+        table = Table(name="t", num_rows=7, managed=True, hash_seed=1)
+        manifest = SimpleNamespace(sparse_features=[SimpleNamespace(table="t")], tables=[table])
+        managed = ManagedTables(manifest, ManagedConfig(evict=evict, admit_after=2), world)
+        slots = managed.begin("t", held, others)
+        begun.append((slots.tolist(), {name: tensor.tolist() for name, tensor in managed.tensors(history=True).items()}))
+    assert begun[0][0] == begun[1][0]
+    score = held.counts if evict == "lfu" else held.last
+    order = sorted(range(10), key=lambda row: (-score[row], held.keys[row]))
+    assert begun[0][0] == [order.index(row) + 1 if order.index(row) < 6 else 0 for row in range(10)]
+    chosen = sorted(order[:6])
+    kept = begun[0][1]
+    assert kept["managed.t.0.keys"] == held.keys.view(np.int64)[chosen].tolist()
+    assert kept["managed.t.0.counts"] == held.counts[chosen].tolist()
+    left = {key: count for part in (held, others) for key, count in zip(part.keys, part.counts, strict=True)}
+    left = {key: count for key, count in left.items() if key not in held.keys[chosen]}
+    assert kept["managed.t.0.other_keys"] == np.sort(np.array([*left], np.uint64)).view(np.int64).tolist()
+    assert kept["managed.t.0.other_counts"] == [left[key] for key in sorted(left)]
+    assert begun[1][1]["managed.t.1.keys"] == begun[1][1]["managed.t.1.other_keys"] == []
