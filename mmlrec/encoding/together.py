@@ -178,6 +178,7 @@ class _Group:
         places = [vocabularies.tables[str(spec.table)] for spec in of_kind["vocabulary"]]
         self._first_places = np.array([first for first, _ in places], np.int64)
         self._shifts = np.array([shift for _, shift in places], np.uint64)
+        self._keyed_tables = [str(spec.table) for spec in of_kind["managed"]]
         self._starts = mix64(np.array([table.seed for table in self._tables], np.uint64))
         self._buckets = np.array([table.buckets for table in self._tables[self._num_known :][: self._num_hashed]], np.uint64)
         self._rules = _Rules(specs.cells, self._features)
@@ -223,6 +224,13 @@ class _Group:
         offsets = np.append(0, np.cumsum(lengths.fill_null(0) if lengths.null_count else lengths))
         return values.flatten(), offsets if spec.listed else None
 
+    def _of_keys(self, keys: IntArray, ends: IntArray) -> IntArray:
+        """Of managed tables, of one feature after the other: rows in place of the keys, where the maps are there."""
+        for table, start, end in zip(self._keyed_tables, ends - ends[0], ends[1:] - ends[0], strict=False):
+            if table in self._vocabularies.tables:
+                keys[start:end] = self._vocabularies.slots(table, keys[start:end])
+        return keys
+
     def _ids(self, values: pa.Array, ends: IntArray) -> list[IntArray]:
         """Ids of each feature, [n]: several for each value where there are several hashes."""
         absent = None
@@ -244,7 +252,7 @@ class _Group:
             buckets = np.repeat(self._buckets, counts[self._num_known :][: self._num_hashed])
             ids[known:hashed] = (hashes[known:hashed] % buckets).view(np.int64) + 1
         if keyed > hashed:
-            ids[hashed:keyed] = keys_of(hashes[hashed:])
+            ids[hashed:keyed] = self._of_keys(keys_of(hashes[hashed:]), ends[self._num_known + self._num_hashed :])
         if keyed < len(values):
             ids[keyed:] = values.to_numpy()[keyed:]
         if absent is not None:

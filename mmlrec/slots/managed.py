@@ -42,6 +42,8 @@ class _Table:
             and otherwise. Missing ids are not among them.
         window: the same of all ranks since the last boundary, as far as they have told each other.
         shares: of the interval before: ids looked up, and those without a slot.
+        steps_before: of the run that it began with, and of those before that: steps count on, so that what was seen there was
+            seen earlier.
     """
 
     def __init__(self, num_slots: int, world: World, config: ManagedConfig) -> None:
@@ -54,6 +56,7 @@ class _Table:
         self.window = np.zeros(2, np.int64)
         self.shares = np.zeros(2, np.int64)
         self.admitted = self.evicted = 0
+        self.steps_before = 0
 
     def look_up(self, values: NDArray[np.int64], *, training: bool) -> NDArray[np.int64]:
         """Slots of keys, 0 for a missing one and for one that holds none."""
@@ -74,7 +77,7 @@ class ManagedTables:
     """
 
     def __init__(self, manifest: DatasetManifest, config: ManagedConfig, world: World) -> None:
-        self._world, self._update_every = world, config.update_every
+        self._world, self._config = world, config
         used = {feature.table for feature in manifest.sparse_features}
         if large := [table.name for table in manifest.tables if table.managed and table.num_rows > _MOST_ROWS]:
             raise ConfigError(f"table '{large[0]}' is managed: it may have {_MOST_ROWS:,} rows at most.")
@@ -106,7 +109,8 @@ class ManagedTables:
 
     def next_update(self, step: int) -> int | None:
         """The first boundary behind a step; None without managed tables."""
-        return (step // self._update_every + 1) * self._update_every if self else None
+        every = self._config.update_every
+        return (step // every + 1) * every if self else None
 
     def prepared(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
         """Batches with slots in place of keys; those of training are counted."""
@@ -126,7 +130,7 @@ class ManagedTables:
             of_feature = keys[ends[place] : ends[place + 1]]
             out[ends[place] : ends[place + 1]] = table.look_up(of_feature, training=training)
             if training:
-                table.fed.add(of_feature.view(np.uint64), self.step)
+                table.fed.add(of_feature.view(np.uint64), table.steps_before + self.step)
         looked_up = KeyedJaggedTensor(sparse.keys(), slots, lengths=sparse.lengths(), stride=sparse.stride())
         return replace(batch, sparse=looked_up)
 
@@ -171,24 +175,26 @@ class ManagedTables:
             anew[name] = np.sort(slots[lost])
         return anew
 
-    def begin(self, name: str, held: Occurrences, others: Occurrences) -> NDArray[np.int64]:
-        """Before the first step: let keys that held slots of a table in another run hold some, each in its bucket.
+    def begin(self, name: str, held: Occurrences, others: Occurrences, steps_before: int = 0) -> NDArray[np.int64]:
+        """Before the first step: let keys that had rows in another run hold slots, each in its bucket.
 
-        Where a bucket has fewer slots than keys, those with most occurrences have one, of equal ones the smaller keys. It is
-        the same on all ranks.
+        Where a bucket has fewer slots than keys, the rule says which of them have one. It is the same on all ranks.
 
         Args:
-            held: these keys, with their occurrences in that run, which go along.
-            others: the keys that held none.
+            held: these keys, with what the rule knows of them, which goes along.
+            others: the keys that had none.
+            steps_before: of the other run, which its last steps count.
 
         Returns:
             The slot of each of the keys of `held`, [n]; 0 for those without.
         """
         table = self._tables[name]
-        everywhere = OwnBuckets(table.buckets, range(table.buckets.count), ManagedConfig())
-        everywhere.arrived = held._replace(last=np.zeros_like(held.last))
+        # They have earned a row already, by the rule of the other run.
+        everywhere = OwnBuckets(table.buckets, range(table.buckets.count), self._config.model_copy(update={"admit_after": 1}))
+        everywhere.arrived = held
         changes = everywhere.update()
         table.map.replace(changes.keys, changes.slots)
+        table.steps_before = steps_before
         places = table.buckets.places(changes.keys, table.own_range)
         table.own.holders = everywhere.holders.between(places[0], places[-1])
         slots = table.map.look_up(held.keys)
@@ -220,6 +226,7 @@ class ManagedTables:
                 "evicted": table.evicted,
                 "window": table.window.tolist(),
                 "shares": table.shares.tolist(),
+                "steps_before": table.steps_before,
             }
             for name, table in self._tables.items()
         }
@@ -245,6 +252,7 @@ class ManagedTables:
             numbers = state["managed"][name]
             table.admitted, table.evicted = numbers["admitted"], numbers["evicted"]
             table.window, table.shares = np.array(numbers["window"]), np.array(numbers["shares"])
+            table.steps_before = numbers["steps_before"]
 
     def diagnostics(self) -> dict[str, float]:
         """For the log of training, by key.

@@ -100,6 +100,24 @@ class StoredTable:
             counts.append(self._all("other_counts"))
         return np.concatenate(keys).view(np.uint64), np.concatenate(counts).view(np.uint32)
 
+    def history(self) -> Occurrences:
+        """Of a checkpoint with history, all keys that are known, with or without a slot.
+
+        The last step is 0 of keys of which only the occurrences are remembered.
+        """
+        parts = [Occurrences(self._all("keys").view(np.uint64), *self._numbers("counts", "last"))]
+        arrived = (self._all(f"arrived_{name}") for name in Occurrences._fields)
+        keys, counts, last = arrived
+        parts.append(Occurrences(keys.view(np.uint64), counts, last))
+        if "0.other_keys" in self._saved:
+            (numbers,) = self._numbers("other_counts")
+            parts.append(Occurrences(self._all("other_keys").view(np.uint64), numbers, np.zeros(len(numbers), np.int64)))
+        return Occurrences.joined(parts)
+
+    def _numbers(self, *names: str) -> list[NDArray[np.int64]]:
+        """Columns of uint32, as int64."""
+        return [self._all(name).view(np.uint32).astype(np.int64) for name in names]
+
     def _all(self, name: str) -> NDArray[Any]:
         return np.concatenate([self._tensor(rank, name) for rank in range(self._ranks)])
 

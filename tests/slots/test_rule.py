@@ -130,10 +130,11 @@ def test_a_map_takes_the_bytes_that_a_plan_counts():
 
 
 @pytest.mark.parametrize("evict", ["lfu", "lru"])
-def test_a_run_begins_with_the_keys_of_another_the_most_frequent_first(evict):
+def test_a_run_begins_with_the_keys_of_another_the_best_first(evict):
     keys = np.sort(keys_of(np.arange(1, 31)).view(np.uint64))
     counts = np.random.default_rng(0).integers(1, 8, 30)
-    held, others = (Occurrences(keys[part::3], counts[part::3], np.full(10, 99)) for part in (0, 1))
+    last = np.random.default_rng(1).permutation(30)
+    held, others = (Occurrences(keys[part::3], counts[part::3], last[part::3]) for part in (0, 1))
     begun = []
     for rank in range(2):
         world = SimpleNamespace(rank=rank, world_size=2)
@@ -143,7 +144,8 @@ def test_a_run_begins_with_the_keys_of_another_the_most_frequent_first(evict):
         slots = managed.begin("t", held, others)
         begun.append((slots.tolist(), {name: tensor.tolist() for name, tensor in managed.tensors(history=True).items()}))
     assert begun[0][0] == begun[1][0]
-    order = sorted(range(10), key=lambda row: (-held.counts[row], held.keys[row]))
+    score = held.counts if evict == "lfu" else held.last
+    order = sorted(range(10), key=lambda row: (-score[row], held.keys[row]))
     assert begun[0][0] == [order.index(row) + 1 if order.index(row) < 6 else 0 for row in range(10)]
     chosen = sorted(order[:6])
     kept = begun[0][1]
