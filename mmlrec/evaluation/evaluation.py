@@ -212,10 +212,10 @@ def tell_unseen(unseen: Mapping[str, int], dataset: Place) -> None:
 
 def tell_slots(tables: Mapping[str, Mapping[str, int]], title: str) -> None:
     """Log how many ids of managed tables had no slot, as `ManagedTables.report` gives it, after a pass."""
-    told = [
-        f"{name} {table['without_slot'] / max(table['looked_up'], 1):.1%} ({table['occupied']:,} of {table['slots']:,} slots held)"
-        for name, table in tables.items()
-    ]
+    told = []
+    for name, table in tables.items():
+        share = table["without_slot"] / max(table["looked_up"], 1)
+        told.append(f"{name} {share:.1%} ({table['occupied']:,} of {table['slots']:,} slots held)")
     if told:
         logger.info("%s: ids of managed tables without a slot: %s", title, ", ".join(told))
 
