@@ -34,7 +34,7 @@ model_defaults: {{bottom_hidden_units: [12, 8], tower_hidden_units: [4]}}
 embeddings: {{dim: 4, init_std: 1.0e-20}}
 dense: {{optimizer: {{name: sgd, lr: 0.05}}}}
 training: {{batch_size: {batch}, eval_batch_size: 25, epochs: 30, max_steps: {steps}, patience: null, log_every_steps: 1,
-  validate_every_steps: 8, monitor: buy.auc, keep_checkpoints: 50}}
+  validate_every_steps: 8, keep_checkpoints: 50}}
 """
 
 
@@ -47,7 +47,8 @@ def write_all(folder: Path) -> dict[str, dict[str, BruteForce]]:
 
 def options(name: str) -> list[str]:
     """Of a run by the rule of that optimizer."""
-    return [f"embeddings.managed={json.dumps(RULES[name])}", f"embeddings.optimizer={{name: {name}, lr: 0.1}}"]
+    optimizer = f"embeddings.optimizer={{name: {name}, lr: 0.1}}"
+    return [f"embeddings.managed={json.dumps(RULES[name])}", optimizer, "training.monitor=buy.auc"]
 
 
 def train(root: Path, run_dir: Path, *overrides: str) -> dict:
