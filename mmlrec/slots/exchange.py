@@ -1,4 +1,4 @@
-"""Integers from each rank to each, in one collective."""
+"""Integers from each rank to each: to every one others, or to all the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = NDArray[np.int64]
 
 
 def exchange(world: World, rows: Sequence[Sequence[Rows]]) -> list[list[Rows]]:
-    """Send rows to ranks and get theirs. All ranks call it; it copies what is sent once.
+    """Send each rank its own rows and get those of all. All ranks call it; it copies what is sent once.
 
     Args:
         rows: for each rank, the same number of arrays of the same c.
@@ -36,3 +36,28 @@ def exchange(world: World, rows: Sequence[Sequence[Rows]]) -> list[list[Rows]]:
     arrays = np.split(received.numpy(), np.cumsum(found.flatten().numpy())[:-1])
     count = found.shape[1]
     return [arrays[first : first + count] for first in range(0, len(arrays), count)]
+
+
+def share(world: World, rows: Sequence[Rows]) -> list[list[Rows]]:
+    """Let all ranks have the rows of each. All ranks call it; they have about as many rows, as it takes room for the most.
+
+    Args:
+        rows: some arrays of the same c, the same number on each rank.
+
+    Returns:
+        From each rank, its arrays.
+    """
+    if world.world_size == 1:
+        return [list(rows)]
+    own = torch.from_numpy(np.concatenate(list(rows)))
+    found = [torch.empty(len(rows), dtype=torch.int64) for _ in range(world.world_size)]
+    dist.all_gather(found, torch.tensor([len(array) for array in rows]), group=world.control)
+    sizes = [of_rank.tolist() for of_rank in found]
+    padded = torch.zeros(max(map(sum, sizes)), own.shape[1], dtype=torch.int64)
+    padded[: len(own)] = own
+    received = [torch.empty_like(padded) for _ in range(world.world_size)]
+    dist.all_gather(received, padded, group=world.control)
+    return [
+        [array.numpy() for array in of_rank[: sum(lengths)].split(lengths)]
+        for of_rank, lengths in zip(received, sizes, strict=True)
+    ]

@@ -23,7 +23,7 @@ from mmlrec.errors import ConfigError
 from mmlrec.run_folder.index import SavedTensor
 from mmlrec.schema import DatasetManifest
 from mmlrec.slots.buckets import Buckets
-from mmlrec.slots.exchange import Rows, exchange
+from mmlrec.slots.exchange import Rows, exchange, share
 from mmlrec.slots.occurrences import Gathered, Occurrences
 from mmlrec.slots.rule import OwnBuckets
 from mmlrec.slots.slot_map import SlotMap, map_bytes
@@ -161,7 +161,7 @@ class ManagedTables:
         self.tell()
         own = [table.own.update() for table in self._tables.values()]
         rows = [np.stack([c.keys.view(np.int64), c.slots.astype(np.int64), c.gone.view(np.int64)], axis=1) for c in own]
-        found = exchange(self._world, [rows] * self._world.world_size)
+        found = share(self._world, rows)
         anew = {}
         for index, (name, table) in enumerate(self._tables.items()):
             # The buckets of rank after rank are sorted.
