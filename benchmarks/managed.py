@@ -62,7 +62,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(3, 4_000, 3_000, 100, 256, 4, 0.9),
-    "small": Size(8, 250_000, 800_000, 10_000, 2048, 20, 0.9),
+    "small": Size(8, 125_000, 400_000, 5_000, 1024, 20, 0.9),
     "full": Size(8, 2_500_000, 8_000_000, 100_000, 8192, 20, 0.9),
 }
 
@@ -155,9 +155,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--admit-after", type=int, default=2)
     parser.add_argument("--work-dir", type=local_path, default=Path("benchmark-managed"))
-    parser.add_argument(
-        "--out", type=local_path, default=None, help="results as JSON, and as CSV beside it (default: below DIR)"
-    )
+    parser.add_argument("--out", type=local_path, default=None, help="results as JSON, CSV beside it (default: below DIR)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run")
     options = parser.parse_intermixed_args()
     size, work = SIZES[options.size], options.work_dir / options.size
