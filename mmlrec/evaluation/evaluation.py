@@ -212,10 +212,12 @@ def tell_unseen(unseen: Mapping[str, int], dataset: Place) -> None:
 
 def tell_slots(tables: Mapping[str, Mapping[str, int]], title: str) -> None:
     """Log how many ids of managed tables had no slot, as `ManagedTables.report` gives it, after a pass."""
+    told = []
     for name, table in tables.items():
         share = table["without_slot"] / max(table["looked_up"], 1)
-        held = f"{table['occupied']:,} of {table['slots']:,} slots held"
-        logger.info("%s: %.1f%% of the ids of managed table '%s' have no slot; %s", title, 100 * share, name, held)
+        told.append(f"{name} {share:.1%} ({table['occupied']:,} of {table['slots']:,} slots held)")
+    if told:
+        logger.info("%s: ids of managed tables without a slot: %s", title, ", ".join(told))
 
 
 def check_labels(session: Session, manifest: DatasetManifest, dataset: Place, split: str) -> None:

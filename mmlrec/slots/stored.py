@@ -18,7 +18,7 @@ from mmlrec.hashing import UInt64Array
 from mmlrec.run_folder import whole
 from mmlrec.run_folder.index import SavedTensor, saved_tensors
 from mmlrec.slots.buckets import Buckets
-from mmlrec.slots.occurrences import CountArray, KeyCounts, Occurrences
+from mmlrec.slots.occurrences import KeyCounts, Occurrences
 from mmlrec.slots.rule import Holders, OwnBuckets
 from mmlrec.slots.slot_map import SlotArray
 from mmlrec.storage.places import Place
@@ -92,22 +92,13 @@ class StoredTable:
             others, numbers = self._range(buckets, of, "other_keys", "other_counts")
             own.others = KeyCounts(others.view(np.uint64), numbers.view(np.uint32))
 
-    def counts(self) -> tuple[UInt64Array, CountArray]:
-        """Of a checkpoint with history, the occurrences of all keys that are known, in no order: of holders and of others."""
-        keys, counts = [self._all("keys")], [self._all("counts")]
-        if "0.other_keys" in self._saved:
-            keys.append(self._all("other_keys"))
-            counts.append(self._all("other_counts"))
-        return np.concatenate(keys).view(np.uint64), np.concatenate(counts).view(np.uint32)
-
     def history(self) -> Occurrences:
         """Of a checkpoint with history, all keys that are known, with or without a slot.
 
         The last step is 0 of keys of which only the occurrences are remembered.
         """
         parts = [Occurrences(self._all("keys").view(np.uint64), *self._numbers("counts", "last"))]
-        arrived = (self._all(f"arrived_{name}") for name in Occurrences._fields)
-        keys, counts, last = arrived
+        keys, counts, last = (self._all(f"arrived_{name}") for name in Occurrences._fields)
         parts.append(Occurrences(keys.view(np.uint64), counts, last))
         if "0.other_keys" in self._saved:
             (numbers,) = self._numbers("other_counts")

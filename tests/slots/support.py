@@ -90,11 +90,16 @@ def cells_of(dataset: WrittenDataset, table: str, batch_size: int, steps: int) -
     return found[:steps]
 
 
+def batches_of(dataset: WrittenDataset, table: str, batch_size: int, steps: int) -> list[list[int]]:
+    """The keys of a table in the global batch of each step."""
+    return [[key for *_, key in cells] for cells in cells_of(dataset, table, batch_size, steps)]
+
+
 def brute_force(dataset: WrittenDataset, table: str, batch_size: int, steps: int, **rule) -> BruteForce:
     """What a table is after so many steps."""
     truth = BruteForce(dataset.manifest.table(table).num_rows - 1, **rule)
-    for cells in cells_of(dataset, table, batch_size, steps):
-        truth.train([key for *_, key in cells])
+    for keys in batches_of(dataset, table, batch_size, steps):
+        truth.train(keys)
     return truth
 
 

@@ -103,7 +103,7 @@ def test_rows_and_state_follow_their_keys_and_counts_go_on(root, tmp_path, name,
         assert (told[table]["matched"], told[table]["taken"]) == ("by key", len(mine) + 1)
         assert told[table]["dropped"] == len(at_best) - len(mine)
         if name == "lfu":
-            keys, numbers = stored.StoredTable(begun, table).counts()
+            keys, numbers, _ = stored.StoredTable(begun, table).history()
             counted = dict(zip(keys.view(np.int64).tolist(), numbers.tolist(), strict=True))
             assert counted == counts
         assert checkpoint.read_state(begun)["managed"][table]["steps_before"] == STEPS
@@ -169,7 +169,7 @@ def test_a_vocabulary_gives_the_keys_of_a_managed_table(tables):
     theirs = tensors(tables / "run vocabulary/checkpoints/best")[WEIGHTS.format("u")]
     for key, slot in mine.items():
         assert torch.equal(found[slot], theirs[keys[key]])
-    stored_keys, numbers = stored.StoredTable(tables / "vocabulary to managed/begun", "u").counts()
+    stored_keys, numbers, _ = stored.StoredTable(tables / "vocabulary to managed/begun", "u").history()
     known = dict(zip(stored_keys.view(np.int64).tolist(), numbers.tolist(), strict=True))
     assert known == {plain_key(value, 3): count for value, count in counts.items()}
 
