@@ -69,9 +69,7 @@ def test_a_dataset_with_other_slots_is_encoded_alike_and_one_with_another_seed_i
     own, same, more = trained.evaluate(), prepared(0), prepared(0, slots=77)
     assert same.manifest.encoding == more.manifest.encoding
     pd.testing.assert_frame_equal(trained.evaluate(more), own)
-    pd.testing.assert_frame_equal(
-        trained.predict(more).filter(like="score."), trained.predict(same).filter(like="score.")
-    )
+    pd.testing.assert_frame_equal(trained.predict(more).filter(like="score."), trained.predict(same).filter(like="score."))
     other = prepared(0, key_seed=1)
     with pytest.raises(UserError, match="table 'user', seed: 1 here, 0 in the run"):
         trained.evaluate(other)
@@ -84,9 +82,9 @@ def test_a_dataset_with_other_slots_is_encoded_alike_and_one_with_another_seed_i
 def test_a_run_goes_on_with_its_slots_only(trained, tmp_path):
     data = prepared(0, out=tmp_path / "data")
     run = mmlrec.train(CONFIG, dataset=data, run_dir=tmp_path / "run", progress=False)
-    prepared(0, slots=77, out=tmp_path / "data", overwrite=True)
+    more = prepared(0, slots=77, out=tmp_path / "data", overwrite=True)
     with pytest.raises(UserError, match="tables"):
-        mmlrec.train(CONFIG, dataset=mmlrec.Dataset(tmp_path / "data"), run_dir=run.path, progress=False, training={"epochs": 2})
+        mmlrec.train(CONFIG, dataset=more, run_dir=run.path, progress=False, training={"epochs": 2})
 
 
 def test_a_day_goes_on_with_the_map_of_the_day_before(tmp_path, run_app):
