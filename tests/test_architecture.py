@@ -56,7 +56,7 @@ RULES = {
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
-        *("mmlrec.identity", "mmlrec.encoding.vocabularies"),
+        *("mmlrec.identity", "mmlrec.encoding.vocabularies", "mmlrec.hashing", "mmlrec.slots"),
     ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
@@ -73,7 +73,7 @@ RULES = {
     "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
     "mmlrec.export": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
-        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.slots.stored", "mmlrec.terminal"),
     ),
     "mmlrec.api": (
         *("torch", "torchrec.sparse", "preprocessing", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),

@@ -15,13 +15,19 @@ import yaml
 from mmlrec.run_folder import checkpoint
 from mmlrec.slots import stored
 from preprocessing.command_line import main
-from tests.slots.support import batches_of, brute_force, write_managed
-from tests.slots.test_training import BATCH, CONFIG, held
+from tests.slots.support import brute_force, write_managed
+from tests.slots.test_training import held
 from tests.test_hashing import plain_key
 from tests.training.launch import launch, tensors
 from tests.warm_start.test_rows_and_network import here
 
-STEPS = 33
+BATCH, STEPS = 30, 33
+CONFIG = """
+dataset: {{path: {dataset}, setting: mtl}}
+model: {{name: shared_bottom, bottom_hidden_units: [12, 8], tower_hidden_units: [4]}}
+embeddings: {{dim: 4, init_std: 0.1}}
+training: {{batch_size: {batch}, eval_batch_size: 25, epochs: 30, max_steps: {steps}, patience: null, keep_checkpoints: 50}}
+"""
 #: Of the run that is begun with; the second is that of runs that begin with it.
 SLOTS = ({"user": 40, "item": 12}, {"user": 45, "item": 7})
 RULES = {
@@ -75,7 +81,7 @@ def test_rows_and_state_follow_their_keys_and_counts_go_on(root, tmp_path, name,
         truth = brute_force(dataset, table, BATCH, STEPS, **RULES[name])
         at_best = brute_force(dataset, table, BATCH, best_step, **RULES[name]).slots
         assert held(best, table) == at_best
-        counts, seen = occurrences(dataset, table)
+        counts, seen = dict(truth.counts), truth.last
         # The best num_slots of those that held slots in the best checkpoint, by what was known at the end.
         score = seen if name == "lru" else counts
         if name == "lru":  # who lost its slot is forgotten
@@ -101,17 +107,6 @@ def test_rows_and_state_follow_their_keys_and_counts_go_on(root, tmp_path, name,
             counted = dict(zip(keys.view(np.int64).tolist(), numbers.tolist(), strict=True))
             assert counted == counts
         assert checkpoint.read_state(begun)["managed"][table]["steps_before"] == STEPS
-
-
-def occurrences(dataset, table) -> tuple[dict[int, int], dict[int, int]]:
-    """Key -> how often it was trained, and the step of the last time."""
-    counts: dict[int, int] = {}
-    seen: dict[int, int] = {}
-    for step, keys in enumerate(batches_of(dataset, table, BATCH, STEPS), start=1):
-        for key in keys:
-            if key:
-                counts[key], seen[key] = counts.get(key, 0) + 1, step
-    return counts, seen
 
 
 TABLE = {
