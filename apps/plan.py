@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     ranks.add_argument("--gpus-per-host", type=count, metavar="N", help="GPUs of each, one rank each (8)")
     ranks.add_argument("--processes-per-host", type=count, metavar="N", help="instead of GPUs: processes on CPUs")
     parser.add_argument("--hbm", type=size, default="80GiB", help="memory of each GPU (80GiB)")
-    parser.add_argument("--ram", type=size, default="64GiB", help="memory of each host, with --processes-per-host (64GiB)")
+    parser.add_argument("--ram", type=size, help="memory of each host (64GiB; with GPUs, for embeddings.host_cache, 1TiB)")
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
     parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
@@ -109,11 +109,11 @@ def main() -> None:
     from mmlrec.distributed.world import quiet_libraries
     from mmlrec.embeddings.hardware import CPU, GPU, Hardware
     from mmlrec.registry import load
-    from mmlrec.session.planning import Request, alternatives, plan_training, remedies
+    from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
 
     quiet_libraries()
     config = load(arguments.config, arguments.overrides)
-    config, manifest, dims = _data(config, arguments)
+    config, manifest = _data(config, arguments)
     on_cpu = arguments.processes_per_host is not None
     each = arguments.processes_per_host if on_cpu else arguments.gpus_per_host or 8
     known = CPU if on_cpu else GPU
@@ -123,25 +123,29 @@ def main() -> None:
         in_host=arguments.bandwidth_in_host or known.in_host,
         memory=arguments.memory_bandwidth or known.memory,
     )
-    memory = arguments.ram // each if on_cpu else arguments.hbm
-    hardware = Hardware(arguments.hosts * each, each, "cpu" if on_cpu else "cuda", memory, bandwidths)
+    of_host = (arguments.ram or (2**36 if on_cpu else 2**40)) // each
+    if on_cpu:
+        hardware = Hardware(arguments.hosts * each, each, "cpu", of_host, bandwidths)
+    else:
+        hardware = Hardware(arguments.hosts * each, each, "cuda", arguments.hbm, bandwidths, host_memory=of_host)
     tflops = arguments.tflops if arguments.tflops is not None else 0.1 if on_cpu else 20.0
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")
     all_imported()
-    plan = plan_training(Request(config, manifest, hardware, 1e12 * tflops, dims, arguments.config))
+    plan = plan_training(Request(config, manifest, hardware, 1e12 * tflops, arguments.config))
     others = [] if arguments.no_alternatives else alternatives(plan)
     helps = remedies(plan, others) if plan.missing else []
+    advice = recommendations(plan, others)
     if arguments.json:
-        beside = {"alternatives": [other.as_dict() for other in others], "would_fit": helps}
+        beside = {"alternatives": [other.as_dict() for other in others], "recommendations": advice, "would_fit": helps}
         arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
-    print(text(plan, others, helps))
+    print(text(plan, others, advice, helps))
     if plan.missing:
         raise UserError(f"this does not fit: {plan.missing / _GIB:.2f} GiB too many on rank {plan.fullest.rank}. See above.")
 
 
-def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, DatasetManifest, dict[str, int]]:
-    """Configuration and manifest to plan with, and widths of tables that differ from `embeddings.dim`."""
+def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, DatasetManifest]:
+    """Configuration and manifest to plan with; of a described table with a `dim`, the configuration has it as `table_dim`."""
     from mmlrec.schema import MANIFEST, DatasetManifest, Setting
     from mmlrec.session.table_list import read_table_list
 
@@ -152,14 +156,15 @@ def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, 
             " (docs/scaling.md)."
         )
     if there.is_dir():
-        return config, DatasetManifest.load(there), {}
+        return config, DatasetManifest.load(there)
     described = read_table_list(there)
     setting = Setting.MTL if described.scenarios == 1 else Setting.MSL if described.tasks == 1 else Setting.MTMSL
     dataset = config.dataset.model_copy(update={"path": str(there), "tasks": None, "setting": setting})
-    return config.model_copy(update={"dataset": dataset}), described.manifest(), described.dims
+    embeddings = config.embeddings.model_copy(update={"table_dim": described.dims | config.embeddings.table_dim})
+    return config.model_copy(update={"dataset": dataset, "embeddings": embeddings}), described.manifest()
 
 
-def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str:
+def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps: list[str]) -> str:
     """The plan as tables."""
     from tabulate import tabulate
 
@@ -173,7 +178,8 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
         f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
         f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts,"
         f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
-        f"global batch {config.training.batch_size:,}, tables with {config.embeddings.optimizer.name},"
+        f"global batch {config.training.batch_size:,}, tables in {config.embeddings.dtype} with"
+        f" {config.embeddings.optimizer.name},"
         f" network {config.model['name']} with {config.dense.optimizer.name},"
         f" {sum(p.numel() for p in plan.network.parameters()):,} parameters",
         "",
@@ -182,7 +188,7 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
             [
                 [
                     *(table.name, f"{table.rows:,}", table.dim, "+".join(f"{length:g}" for length in table.lengths)),
-                    *(_gib(4 * table.rows * table.dim), table.sharding, _spans(table.ranks), table.why),
+                    *(_gib(table.weight_bytes), table.sharding, _spans(table.ranks), table.why),
                 ]
                 for table in plan.tables
             ],
@@ -207,6 +213,8 @@ def text(plan: TrainingPlan, others: list[Alternative], helps: list[str]) -> str
         ]
     if warnings := plan.warnings():
         lines += ["", "Warnings", *(f"* {warning}." for warning in warnings)]
+    if advice:
+        lines += ["", "Recommended", *(f"* {line}." for line in advice)]
     if plan.missing:
         lines += [
             "",

@@ -46,6 +46,11 @@ class TableOptimizerConfig(StrictModel):
     beta2: float = Field(default=0.999, ge=0, lt=1)
 
 
+#: fbgemm wants a multiple of 4.
+TableDim = Annotated[int, Field(gt=0, multiple_of=4)]
+TableDtype = Literal["fp32", "fp16", "bf16"]
+
+
 class ManagedConfig(StrictModel):
     """Managed tables, whose ids earn and lose their rows (docs/managed_ids.md)."""
 
@@ -57,18 +62,44 @@ class ManagedConfig(StrictModel):
 
 
 class EmbeddingsConfig(StrictModel):
-    """Tables: width, initialisation, optimizer and sharding."""
+    """Tables: width, number format, initialisation, optimizer and sharding."""
 
-    dim: int = Field(default=8, gt=0, multiple_of=4, description="Width of every table; fbgemm wants a multiple of 4.")
+    dim: TableDim = Field(default=8, description="Width of every table that table_dim does not name.")
+    table_dim: dict[str, TableDim] = Field(default={}, description="Table name -> width.")
+    dtype: TableDtype = Field(
+        default="fp32", description="Numbers of the tables; the optimizer's state is fp32 in any case. bf16 needs a GPU."
+    )
     init_std: float = Field(default=0.01, gt=0)
     optimizer: TableOptimizerConfig = TableOptimizerConfig()
-    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
-    table_sharding: dict[str, Literal["table_wise", "row_wise"]] = Field(default={}, description="Table name -> sharding.")
+    sharding: Literal["auto", "table_wise", "table_row_wise", "row_wise"] = Field(
+        default="auto", description="Each table whole on a rank, split over the ranks of a host, or over all ranks."
+    )
+    table_sharding: dict[str, Literal["table_wise", "table_row_wise", "row_wise"]] = Field(
+        default={}, description="Table name -> sharding."
+    )
     plan: str | None = Field(
         default=None, description="A plan of apps.plan, or plan.json of a run, to place the tables by; instead of sharding."
     )
+    communication: Literal["fp32", "fp16", "bf16", "fp8"] = Field(
+        default="fp32",
+        description="Looked-up vectors and their gradients between ranks, in training steps; bf16 and fp8 need GPUs.",
+    )
+    replicas: int = Field(
+        default=1, gt=0, description="Copies of all tables, each on a part of the ranks; another algorithm, and on GPUs only."
+    )
+    host_cache: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="GPUs: tables beyond their memory may lie in that of the hosts, this share of their rows in a cache.",
+    )
+    average_every: int = Field(default=1, gt=0, description="Steps between two averages of the replicas.")
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
     managed: ManagedConfig = ManagedConfig()
+
+    def width(self, table: str) -> int:
+        """Width of a table, by its name in the manifest."""
+        return self.table_dim.get(table, self.dim)
 
     @field_validator("plan")
     @classmethod
@@ -79,6 +110,12 @@ class EmbeddingsConfig(StrictModel):
     def _one_says_where(self) -> EmbeddingsConfig:
         if self.plan is not None and (self.sharding != "auto" or self.table_sharding):
             raise ValueError("plan says where every table lies: leave sharding and table_sharding out, or plan")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_lie_on_gpus(self) -> EmbeddingsConfig:
+        if self.replicas > 1 and self.host_cache is not None:
+            raise ValueError("replicas are not averaged in the memory of hosts: leave host_cache out, or replicas")
         return self
 
 
@@ -192,7 +229,9 @@ OTHER_NAMES = {
         "Did you mean 'dense.optimizer.lr' (network) or 'embeddings.optimizer.lr' (tables)?": ("learningrate", "alpha"),
         "Did you mean 'training.patience'?": ("earlystopping", "earlystop", "earlystoppingpatience"),
         "Did you mean 'embeddings.dim'?": ("embdim", "embeddingsize", "embedsize", "emb"),
-        "Did you mean 'training.precision'?": ("amp", "fp16", "bf16", "mixedprecision", "dtype"),
+        "Did you mean 'training.precision' (network) or 'embeddings.dtype' (tables)?": (
+            *("amp", "fp16", "bf16", "mixedprecision", "dtype"),
+        ),
         "Did you mean 'run_dir'?": ("outputdir", "logdir", "savedir", "output", "out"),
         "Did you mean 'model.name'?": ("method", "modelname", "network"),
         "Did you mean 'balancing.name'?": ("strategy", "balancer"),

@@ -29,7 +29,7 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import method, method_names
-from mmlrec.schema import SCENARIO_COLUMN, Setting
+from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting
 from mmlrec.serving.service import Limits, Service
 from preprocessing.command_line import make
 from preprocessing.dataset import Dataset, dataset_class
@@ -174,8 +174,9 @@ def config_of(data: Data, name: str, setting: Setting) -> dict:
         "dataset": {"path": str(data.folder), "setting": str(setting), "tasks": tasks},
         "model": {"name": name, **options},
         "model_defaults": SIZES,
-        # Rows that are far apart, so that another row's score is another number.
-        "embeddings": {"dim": 4, "init_std": 0.5} | ({"managed": {"update_every": 1}} if data.managed else {}),
+        # Rows that are far apart, so that another row's score is another number; one table is wider than the others.
+        "embeddings": {"dim": 4, "table_dim": {DatasetManifest.load(data.folder).tables[1].name: 8}, "init_std": 0.5}
+        | ({"managed": {"update_every": 1}} if data.managed else {}),
         "training": {"max_steps": 3, "batch_size": 500, "eval_batch_size": 256, "patience": None},
     }
 

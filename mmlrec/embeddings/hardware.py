@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torchrec.distributed.planner import Topology
+
+from mmlrec.errors import ConfigError
 
 #: Share of a device's memory that no plan counts on: context and workspaces of the libraries, fragments, the process itself.
 RESERVED_SHARE = 0.15
@@ -35,6 +37,8 @@ class Hardware:
     Attributes:
         device: "cuda" or "cpu".
         memory: bytes of one rank: of its GPU, or its share of the host's memory.
+        host_memory: bytes of the host's memory for each rank, beside that of its GPU.
+        equal_hosts: False where hosts have different numbers of ranks; then no table can be split over those of a host.
     """
 
     world_size: int
@@ -42,6 +46,8 @@ class Hardware:
     device: str
     memory: int
     bandwidths: Bandwidths
+    equal_hosts: bool = True
+    host_memory: int = 0
 
     @property
     def num_hosts(self) -> int:
@@ -49,9 +55,47 @@ class Hardware:
         return -(-self.world_size // self.ranks_per_host)
 
     @property
+    def host_of_several(self) -> bool:
+        """Whether a host is less than all ranks, and more than one: only then it is a place of its own for a table."""
+        return self.has_whole_hosts and 1 < self.ranks_per_host < self.world_size
+
+    @property
+    def has_whole_hosts(self) -> bool:
+        """Whether all hosts have as many ranks."""
+        return self.equal_hosts and self.world_size % self.ranks_per_host == 0
+
+    def split_over(self, sharding: str) -> int:
+        """How many ranks share the rows of a table."""
+        return {"table_wise": 1, "table_row_wise": self.ranks_per_host, "row_wise": self.world_size}[sharding]
+
+    def host(self, index: int) -> list[int]:
+        """The ranks of a host."""
+        return list(range(index * self.ranks_per_host, (index + 1) * self.ranks_per_host))
+
+    def of_replica(self, replicas: int) -> Hardware:
+        """The ranks of one of several copies of the tables, which follow each other.
+
+        Raises:
+            ConfigError: they cannot be shared out evenly, or not so that a host has whole copies or a copy whole hosts.
+        """
+        ranks, rest = divmod(self.world_size, replicas)
+        each = min(self.ranks_per_host, ranks)
+        if rest or (replicas > 1 and (not self.has_whole_hosts or ranks % each or self.ranks_per_host % each)):
+            raise ConfigError(
+                f"embeddings.replicas: {self.world_size} ranks on hosts of {self.ranks_per_host} cannot be divided into"
+                f" {replicas} equal parts that are whole hosts, or that whole hosts consist of."
+            )
+        return replace(self, world_size=ranks, ranks_per_host=each)
+
+    @property
     def usable(self) -> int:
         """Bytes of a rank that a plan may fill."""
         return int(self.memory * (1 - RESERVED_SHARE))
+
+    @property
+    def usable_on_host(self) -> int:
+        """Bytes of the host's memory that a plan may fill for each rank, beside its GPU."""
+        return int(self.host_memory * (1 - RESERVED_SHARE))
 
     def topology(self, reserved: int = 0) -> Topology:
         """The same for torchrec's planner, less `reserved` bytes of each rank for other things than tables."""
@@ -62,7 +106,7 @@ class Hardware:
             local_world_size=self.ranks_per_host,
             compute_device=self.device,
             hbm_cap=capacity if on_gpu else 0,
-            ddr_cap=0 if on_gpu else capacity,
+            ddr_cap=self.usable_on_host if on_gpu else capacity,
             # torchrec counts in milliseconds
             intra_host_bw=self.bandwidths.in_host / 1000,
             inter_host_bw=self.bandwidths.between_hosts / 1000,

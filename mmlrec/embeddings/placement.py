@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -14,15 +14,18 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
+from torchrec.distributed.types import CacheParams, ModuleSharder
+from torchrec.modules.embedding_configs import DATA_TYPE_NUM_BITS, DataType
 
 from mmlrec.config import EmbeddingsConfig
+from mmlrec.embeddings.communication import Communication, communicable
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.errors import ConfigError, did_you_mean
 
-#: The two that reshard into each other without loss, on every device. Column-wise is wrong with row-wise Adagrad, grid is
-#: wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
-SHARDING_TYPES = ["table_wise", "row_wise"]
+#: Those that reshard into each other without loss, on every device; the more ranks share a table, the later. Column-wise is
+#: wrong with row-wise Adagrad, grid is wrong with MEAN pooling, data-parallel tables would silently take the dense optimizer.
+SHARDING_TYPES = ["table_wise", "table_row_wise", "row_wise"]
 
 #: Parts of a step that tables take, in order, each with torchrec's name for it.
 PHASES = {
@@ -34,20 +37,32 @@ PHASES = {
 }
 
 
-class PortableSharder(EmbeddingBagCollectionSharder):
-    """Offers the portable sharding types on every device; TorchRec's own hides row-wise on CPU."""
+#: Of tables that lie where they are looked up, and of those in the memory of the host with a cache on the GPU.
+FUSED, CACHED = "fused", "fused_uvm_caching"
 
-    def __init__(self, offered: Sequence[str] = SHARDING_TYPES) -> None:
-        super().__init__()
-        self._offered = list(offered)
+
+class Where(NamedTuple):
+    """Where a table lies."""
+
+    sharding: str
+    ranks: list[int]
+    kernel: str = FUSED
+
+
+class PortableSharder(EmbeddingBagCollectionSharder):
+    """Offers the portable sharding types on every device; TorchRec's own hides those by rows on CPU."""
+
+    def __init__(self, communication: Communication | None = None, kernels: Sequence[str] = (FUSED,)) -> None:
+        super().__init__(qcomm_codecs_registry=communication.codecs if communication else None)
+        self._kernels = list(kernels)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        """`SHARDING_TYPES` unless told, whatever the device."""
-        return self._offered
+        """`SHARDING_TYPES`, whatever the device."""
+        return SHARDING_TYPES
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Only the fused kernel: the others ignore the table optimizer."""
-        return ["fused"]
+        """Only fused kernels: the others ignore the table optimizer."""
+        return self._kernels
 
 
 class TablesDoNotFit(ConfigError):
@@ -67,7 +82,7 @@ class Shard:
     """Rows of a table on one rank.
 
     Attributes:
-        buffers: bytes of the ids and the looked-up vectors of a step.
+        buffers: bytes of the ids and the looked-up vectors of a step, and of the cache of a table in the host's memory.
         times: phase of `PHASES` -> predicted milliseconds.
     """
 
@@ -82,6 +97,7 @@ class PlacedTable:
     """A table and where its rows lie.
 
     Attributes:
+        dtype: of its weights.
         lengths: mean number of ids of a row, of each feature that uses the table.
         shards: in the order of their rows.
         why: a sentence.
@@ -90,25 +106,64 @@ class PlacedTable:
     name: str
     rows: int
     dim: int
+    dtype: DataType
     lengths: tuple[float, ...]
     sharding: str
     shards: tuple[Shard, ...]
     why: str
+    kernel: str = FUSED
 
     @property
     def ranks(self) -> list[int]:
         """Ranks that hold rows."""
         return [shard.rank for shard in self.shards]
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all its weights."""
+        return weight_bytes(self.dtype, self.rows, self.dim)
+
+
+def weight_bytes(dtype: DataType, rows: int, dim: int) -> int:
+    """What the weights of some rows take."""
+    return DATA_TYPE_NUM_BITS[dtype] // 8 * rows * dim
+
 
 def state_bytes(optimizer: str, rows: int, dim: int) -> int:
-    """What the fused kernel keeps of some rows beside their weights, all float32."""
+    """What the fused kernel keeps of some rows beside their weights, all float32, whatever the weights are."""
     return {"sgd": 0, "rowwise_adagrad": 4 * rows, "adagrad": 4 * rows * dim, "adam": 8 * rows * dim}[optimizer]
 
 
-def too_small(rows: int, world_size: int) -> bool:
-    """Whether row-wise sharding would leave a rank without rows, where the fused kernel reads beyond the end of memory."""
-    return -(-rows // world_size) * (world_size - 1) >= rows
+class _Enumerator(EmbeddingEnumerator):
+    """TorchRec's takes state of the optimizer and exchanged vectors to be numbers as short as the weights; they are float32."""
+
+    def __init__(self, embeddings: EmbeddingsConfig, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._embeddings = embeddings
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        """All ways to place the tables, with what their shards take."""
+        options = super().enumerate(module, sharders)
+        for option in options:
+            times = 4 // option.tensor.element_size()
+            for shard in option.shards if times > 1 else ():
+                assert shard.storage is not None
+                assert shard.perf is not None
+                state = state_bytes(self._embeddings.optimizer.name, *shard.size)
+                missing = state - state // times
+                if option.compute_kernel == CACHED:
+                    shard.storage += Storage(int(missing * (self._embeddings.host_cache or 0)), missing)
+                else:
+                    shard.storage += Storage(*((missing, 0) if self._compute_device == "cuda" else (0, missing)))
+                if not any(sharder.qcomm_codecs_registry for sharder in sharders):
+                    shard.perf.fwd_comms *= times
+                    shard.perf.bwd_comms *= times
+        return options
+
+
+def too_small(rows: int, ranks: int) -> bool:
+    """Whether a split over so many ranks would leave one without rows, where the fused kernel reads beyond its memory."""
+    return -(-rows // ranks) * (ranks - 1) >= rows
 
 
 def place_tables(
@@ -119,8 +174,7 @@ def place_tables(
     batch_size: int,
     lengths: Mapping[str, float] | None = None,
     reserved: int = 0,
-    given: Mapping[str, tuple[str, list[int]]] | None = None,
-    beyond: Sequence[str] = (),
+    given: Mapping[str, Where] | None = None,
 ) -> list[PlacedTable]:
     """Place each table; the same on every rank, without communication.
 
@@ -129,46 +183,56 @@ def place_tables(
         batch_size: rows per rank.
         lengths: feature -> mean number of ids of a row; 1 where it is not known.
         reserved: bytes of each rank that are not for tables.
-        given: table -> sharding and ranks, decided before; nothing is searched then.
-        beyond: sharding types that training does not do, to see what they would bring.
+        given: where each table lies, decided before; nothing is searched then.
 
     Raises:
-        ConfigError: a table that does not exist or is too small for the sharding it is given by name.
+        ConfigError: a table that does not exist or is too small for the sharding it is given by name, or hosts that are unequal
+            where it asks for them.
         TablesDoNotFit: no placement fits the memory.
     """
     configs = tables.embedding_bag_configs()
     world_size = hardware.world_size
-    asked = _asked(configs, config, world_size)
-    wanted = {c.name: [given[c.name][0]] if given else asked[c.name][0] for c in configs}
+    if config.host_cache is not None and hardware.device == "cpu":
+        raise ConfigError("embeddings.host_cache needs GPUs: on a CPU tables lie in the memory of the host. Leave it out.")
+    for sharding in sorted({where.sharding for where in (given or {}).values()}):
+        _check(sharding, "embeddings.plan", config, hardware)
+    kernels = [FUSED] if config.host_cache is None else [FUSED, CACHED]
+    asked = _asked(configs, config, hardware)
+    wanted = {c.name: [given[c.name].sharding] if given else asked[c.name][0] for c in configs}
     known = lengths or {}
     constraints = {
         c.name: ParameterConstraints(
-            sharding_types=[*wanted[c.name], *(beyond if len(wanted[c.name]) > 1 else ())],
-            compute_kernels=["fused"],
+            sharding_types=wanted[c.name],
+            compute_kernels=kernels,
+            cache_params=None if config.host_cache is None else CacheParams(load_factor=config.host_cache),
             pooling_factors=[known.get(feature, 1.0) for feature in c.feature_names],
+            output_dtype=DataType.FP32,  # of the looked-up vectors, whatever the weights are
         )
         for c in configs
     }
-    sharder = PortableSharder([*SHARDING_TYPES, *beyond])
+    dims = [c.embedding_dim for c in configs]
+    sharder = PortableSharder(Communication(config.communication, batch_size * world_size, dims), kernels)
     module = nn.ModuleDict({"tables": tables})
     topology = hardware.topology(reserved)
-    options: dict[str, dict[str, ShardingOption]] = {c.name: {} for c in configs}
+    options: dict[str, dict[tuple[str, str], ShardingOption]] = {c.name: {} for c in configs}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        enumerator = EmbeddingEnumerator(topology=topology, batch_size=batch_size, constraints=constraints)
+        enumerator = _Enumerator(config, topology=topology, batch_size=batch_size, constraints=constraints)
         for option in enumerator.enumerate(module, [sharder]):
-            options[option.name][option.sharding_type] = option
+            options[option.name][option.sharding_type, option.compute_kernel] = option
 
-    def placed(chosen: Mapping[str, tuple[str, list[int]]], reasons: Mapping[str, str]) -> list[PlacedTable]:
-        return [
-            _placed(c, options[c.name][chosen[c.name][0]], chosen[c.name][1], constraints[c.name], reasons[c.name], config)
-            for c in configs
-        ]
+    def placed(chosen: Mapping[str, Where], reasons: Mapping[str, str]) -> list[PlacedTable]:
+        found = []
+        for c in configs:
+            where = chosen[c.name]
+            option = options[c.name][where.sharding, where.kernel]
+            found.append(_placed(c, option, where.ranks, constraints[c.name], reasons[c.name], config))
+        return found
 
     if given:
         return placed(given, dict.fromkeys(given, "as the plan that was given says"))
-    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, world_size)
-    if all(len(types) == 1 for types in wanted.values()):
+    flattest = _by_size(configs, {name: types[-1] for name, types in wanted.items()}, hardware, kernels[-1])
+    if all(len(types) == 1 for types in wanted.values()) and len(kernels) == 1:
         return placed(flattest, {name: why for name, (_, why) in asked.items()})
     # Trying all combinations (GridSearchProposer) found nothing better on 8, 64 and 512 ranks, and takes 3^8 proposals on 512.
     proposers = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
@@ -187,18 +251,18 @@ def place_tables(
     except PlannerError as error:
         tight = placed(flattest, dict.fromkeys(wanted, "needs least memory on the fullest rank"))
         fullest = max(bytes_of_ranks(tight, config.optimizer.name, world_size)) + reserved
-        if fullest <= hardware.usable:
+        if fullest <= hardware.usable and max(on_hosts(tight, config.optimizer.name, world_size)) <= hardware.usable_on_host:
             return tight
         raise TablesDoNotFit(_shortage(fullest, config.optimizer.name, hardware), tight) from error
-    chosen = {name: (found[name].sharding_type, list(found[name].ranks)) for name in wanted}
+    chosen = {name: Where(found[name].sharding_type, list(found[name].ranks), found[name].compute_kernel) for name in wanted}
     reasons = {
-        name: why if len(wanted[name]) == 1 else _comparison(options[name], chosen[name][0]) for name, (_, why) in asked.items()
+        name: why if len(options[name]) == 1 else _comparison(options[name], chosen[name]) for name, (_, why) in asked.items()
     }
     return placed(chosen, reasons)
 
 
 def _asked(
-    configs: Sequence[EmbeddingBagConfig], config: EmbeddingsConfig, world_size: int
+    configs: Sequence[EmbeddingBagConfig], config: EmbeddingsConfig, hardware: Hardware
 ) -> dict[str, tuple[list[str], str]]:
     """Sharding types that come into question for each table, and why where it is only one."""
     sizes = {c.name: c.num_embeddings for c in configs}
@@ -207,39 +271,78 @@ def _asked(
             raise ConfigError(
                 f"embeddings.table_sharding.{name}: no such table.{did_you_mean(name, sizes)} Tables: {', '.join(sizes)}."
             )
-        if named == "row_wise" and too_small(sizes[name], world_size) and world_size > 1:
+        if too_small(sizes[name], hardware.split_over(named)):
             raise ConfigError(
-                f"embeddings.table_sharding.{name}: too few rows to give each of {world_size} ranks some. Use table_wise."
+                f"embeddings.table_sharding.{name}: too few rows to give each of {_over(named, hardware)} some. Use table_wise."
             )
+    offered = _offered(config, hardware)
     found: dict[str, tuple[list[str], str]] = {}
     for name, rows in sizes.items():
         sharding, key = config.sharding, "embeddings.sharding"
         if name in config.table_sharding:
             sharding, key = config.table_sharding[name], f"embeddings.table_sharding.{name}"
-        if world_size == 1:
+        if sharding != "auto":
+            _check(sharding, key, config, hardware)
+        wanted = offered if sharding == "auto" else [sharding]
+        fitting = [kind for kind in wanted if not too_small(rows, hardware.split_over(kind))]
+        small = f"too small to split: {rows:,} rows over {_over(wanted[-1], hardware)}"
+        if hardware.world_size == 1:
             found[name] = ["table_wise" if sharding == "auto" else sharding], "there is one rank"
-        elif too_small(rows, world_size):
-            found[name] = ["table_wise"], f"too small to split: {rows:,} rows over {world_size} ranks"
+        elif offered == ["table_wise"] and sharding == "auto":
+            found[name] = offered, f"{config.communication} is for vectors of whole tables only"
         elif sharding == "auto":
-            found[name] = SHARDING_TYPES, ""
+            found[name] = fitting, "" if len(fitting) > 1 else small
+        elif fitting:
+            found[name] = fitting, f"{key} asks for it"
         else:
-            found[name] = [sharding], f"{key} asks for it"
+            found[name] = ["table_wise"], small
     return found
 
 
+def _offered(config: EmbeddingsConfig, hardware: Hardware) -> list[str]:
+    """What `auto` chooses from: a host counts where it is a place of its own, sums over ranks where they can be sent."""
+    kinds = [kind for kind in SHARDING_TYPES if kind != "table_row_wise" or hardware.host_of_several]
+    return kinds if hardware.world_size == 1 else communicable(config.communication, hardware.device, kinds)
+
+
+def _check(sharding: str, key: str, config: EmbeddingsConfig, hardware: Hardware) -> None:
+    """Refuse a sharding that is asked for where the hosts or the communication do not allow it."""
+    if sharding == "table_row_wise" and not hardware.has_whole_hosts:
+        raise ConfigError(
+            f"{key}: table_row_wise splits a table over the ranks of a host, and the launcher names hosts with different"
+            " numbers of ranks. Start as many on each, or use row_wise."
+        )
+    if hardware.world_size > 1 and not communicable(config.communication, hardware.device, [sharding]):
+        raise ConfigError(
+            f"{key}: vectors of {sharding} tables are summed over ranks, which nobody does in {config.communication}"
+            " (embeddings.communication). Use bf16 or fp16, or table_wise."
+        )
+
+
+def _over(sharding: str, hardware: Hardware) -> str:
+    """`4 ranks`, or `2 ranks of a host`."""
+    return f"{hardware.split_over(sharding)} ranks{' of a host' if sharding == 'table_row_wise' else ''}"
+
+
 def _by_size(
-    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], world_size: int
-) -> dict[str, tuple[str, list[int]]]:
-    """Row-wise tables on all ranks, of the others the largest first, each on the rank that has least of them."""
+    configs: Sequence[EmbeddingBagConfig], wanted: Mapping[str, str], hardware: Hardware, kernel: str
+) -> dict[str, Where]:
+    """Row-wise tables on all ranks, of the others the largest first, each on the rank or host that has least of them."""
+    world_size, each = hardware.world_size, hardware.ranks_per_host
     load = [0] * world_size
-    found: dict[str, tuple[str, list[int]]] = {}
+    found: dict[str, Where] = {}
     for config in sorted(configs, key=lambda c: (-c.num_embeddings * c.embedding_dim, c.name)):
         if wanted[config.name] == "row_wise":
-            found[config.name] = "row_wise", list(range(world_size))
+            found[config.name] = Where("row_wise", list(range(world_size)), kernel)
+        elif wanted[config.name] == "table_row_wise":
+            host = min(range(hardware.num_hosts), key=lambda host: sum(load[rank] for rank in hardware.host(host)))
+            for rank in hardware.host(host):
+                load[rank] += config.num_embeddings * config.embedding_dim // each
+            found[config.name] = Where("table_row_wise", hardware.host(host), kernel)
         else:
             rank = load.index(min(load))
             load[rank] += config.num_embeddings * config.embedding_dim
-            found[config.name] = "table_wise", [rank]
+            found[config.name] = Where("table_wise", [rank], kernel)
     return found
 
 
@@ -256,22 +359,24 @@ def _placed(
         assert shard.storage is not None
         assert shard.perf is not None
         rows = int(shard.size[0])
-        own = 4 * rows * config.embedding_dim + state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
-        buffers = max(shard.storage.hbm + shard.storage.ddr - own, 0)
+        own = weight_bytes(config.data_type, rows, config.embedding_dim)
+        own += state_bytes(embeddings.optimizer.name, rows, config.embedding_dim)
+        cached = option.compute_kernel == CACHED
+        buffers = shard.storage.hbm if cached else max(shard.storage.hbm + shard.storage.ddr - own, 0)
         shards.append(Shard(rank, rows, buffers, {phase: getattr(shard.perf, name) for phase, name in PHASES.items()}))
     lengths = tuple(constraints.pooling_factors)
-    return PlacedTable(
-        config.name, config.num_embeddings, config.embedding_dim, lengths, option.sharding_type, tuple(shards), why
-    )
+    rows, dim, kernel = config.num_embeddings, config.embedding_dim, str(option.compute_kernel)
+    return PlacedTable(config.name, rows, dim, config.data_type, lengths, option.sharding_type, tuple(shards), why, kernel)
 
 
-def _comparison(options: Mapping[str, ShardingOption], chosen: str) -> str:
+def _comparison(options: Mapping[tuple[str, str], ShardingOption], chosen: Where) -> str:
     """What the kinds of sharding cost a rank, the chosen one first."""
     times = {kind: max(shard.perf.total for shard in option.shards if shard.perf) for kind, option in options.items()}
     words = []
-    for kind in sorted(times, key=lambda kind: (kind != chosen, times[kind])):
+    for kind in sorted(times, key=lambda kind: (kind != (chosen.sharding, chosen.kernel), times[kind])):
         on = len(options[kind].shards)
-        words.append(f"{kind} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
+        where = " in host memory" if kind[1] == CACHED else ""
+        words.append(f"{kind[0]}{where} {times[kind]:.3g} ms on {f'each of {on} ranks' if on > 1 else 'one rank'}")
     return ", ".join(words)
 
 
@@ -282,7 +387,7 @@ def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
         f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
-        " embeddings.optimizer.name, a smaller embeddings.dim."
+        " embeddings.optimizer.name, a smaller embeddings.dim, another embeddings.dtype, on GPUs embeddings.host_cache."
     )
 
 
@@ -291,6 +396,16 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
     found = [0] * world_size
     for table in placed:
         for shard in table.shards:
-            own = 4 * shard.rows * table.dim + state_bytes(optimizer, shard.rows, table.dim)
-            found[shard.rank] += own + shard.buffers
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
+            found[shard.rank] += shard.buffers + (0 if table.kernel == CACHED else own)
+    return found
+
+
+def on_hosts(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> list[int]:
+    """Weights and state of tables that lie in the memory of the host, of each rank."""
+    found = [0] * world_size
+    for table in placed:
+        for shard in table.shards if table.kernel == CACHED else ():
+            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
+            found[shard.rank] += own
     return found

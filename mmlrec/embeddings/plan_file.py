@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tabulate import tabulate
 
-from mmlrec.embeddings.placement import too_small
+from mmlrec.embeddings.hardware import Hardware
+from mmlrec.embeddings.placement import FUSED, SHARDING_TYPES, Where, too_small
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.storage.places import Place, place, read
 
@@ -25,8 +26,9 @@ class TableOfPlan(BaseModel):
     table: str
     rows: int = Field(gt=0)
     dim: int = Field(gt=0)
-    sharding: Literal["table_wise", "row_wise", "table_row_wise"]
+    sharding: Literal["table_wise", "table_row_wise", "row_wise"]
     ranks: list[int] = Field(min_length=1)
+    kernel: Literal["fused", "fused_uvm_caching"] = "fused"
     weight_bytes: int
     #: Releases before wrote none into `plan.json`.
     state_bytes: int | None = None
@@ -53,14 +55,17 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
 
 
-def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], world_size: int) -> dict[str, tuple[str, list[int]]]:
-    """Sharding and ranks of each table, as a plan says.
+def given_placement(
+    there: str, sizes: Mapping[str, tuple[int, int]], hardware: Hardware, host_cache: float | None = None
+) -> dict[str, Where]:
+    """Where each table lies, as a plan says.
 
     Args:
         sizes: table -> rows and dim that the training has.
+        host_cache: `embeddings.host_cache`, without which no table lies in the memory of a host.
 
     Raises:
-        ConfigError: the plan is of other tables or another number of ranks, or training cannot do it.
+        ConfigError: the plan is of other tables or other ranks.
         DataError: it cannot be read.
     """
     rows, _ = read_plan(there)
@@ -76,20 +81,33 @@ def given_placement(there: str, sizes: Mapping[str, tuple[int, int]], world_size
                 f"embeddings.plan: in {there} table '{name}' is {row.rows} x {row.dim}, in the training"
                 f" {sizes[name][0]} x {sizes[name][1]}. {again}"
             )
-        if row.sharding == "table_row_wise":
-            raise ConfigError(f"embeddings.plan: {there} places '{name}' table_row_wise, which cannot be trained yet. {again}")
-        fits = row.ranks == list(range(world_size)) if row.sharding == "row_wise" else len(row.ranks) == 1
-        if not fits or not 0 <= max(row.ranks) < world_size:
+        if row.ranks not in _places(row.sharding, hardware):
+            hosts = f" on {hardware.num_hosts} host(s)" if row.sharding == "table_row_wise" else ""
             raise ConfigError(
                 f"embeddings.plan: {there} places '{name}' {row.sharding} on {_ranks(row.ranks)}; the training has"
-                f" {world_size} rank(s), and row-wise tables lie on all. {again}"
+                f" {hardware.world_size} rank(s){hosts}, row_wise tables lie on all, table_row_wise ones on those of one host."
+                f" {again}"
             )
-        if row.sharding == "row_wise" and world_size > 1 and too_small(row.rows, world_size):
+        if row.kernel != FUSED and host_cache is None:
             raise ConfigError(
-                f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {world_size} ranks"
+                f"embeddings.plan: {there} places '{name}' in the memory of the host. Say which share of its rows GPUs cache:"
+                " embeddings.host_cache=0.1, or plan again."
+            )
+        if too_small(row.rows, len(row.ranks)):
+            raise ConfigError(
+                f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {len(row.ranks)} ranks"
                 f" some. {again}"
             )
-    return {name: (row.sharding, row.ranks) for name, row in found.items()}
+    return {name: Where(row.sharding, row.ranks, row.kernel) for name, row in found.items()}
+
+
+def _places(sharding: str, hardware: Hardware) -> list[list[int]]:
+    """The ranks that a table may lie on."""
+    if sharding == "table_wise":
+        return [[rank] for rank in range(hardware.world_size)]
+    if sharding == "row_wise":
+        return [list(range(hardware.world_size))]
+    return [hardware.host(index) for index in range(hardware.num_hosts)] if hardware.has_whole_hosts else []
 
 
 def compare_plans(first: str | Place, second: str | Place) -> str:
@@ -117,13 +135,13 @@ def compare_plans(first: str | Place, second: str | Place) -> str:
 
 
 _TOTALS = (
-    *("tables", "ranks with tables", "table_wise / row_wise / table_row_wise", "weights, GiB", "state, GiB"),
+    *("tables", "ranks with tables", "table_wise / table_row_wise / row_wise", "weights, GiB", "state, GiB"),
     *("fullest rank, tables, GiB", "emptiest rank, tables, GiB", "step, ms (predicted)", "fits"),
 )
 
 
 def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
-    kinds = Counter(row.sharding for row in rows)
+    kinds: Counter[str] = Counter(row.sharding for row in rows)
     load: Counter[int] = Counter()
     for row in rows:
         for rank in row.ranks:
@@ -134,7 +152,7 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
     return [
         str(len(rows)),
         f"{len(load)} of {num_ranks}",
-        " / ".join(str(kinds[kind]) for kind in ("table_wise", "row_wise", "table_row_wise")),
+        " / ".join(str(kinds[kind]) for kind in SHARDING_TYPES),
         f"{sum(row.weight_bytes for row in rows) / _GIB:.2f}",
         f"{sum(row.state_bytes or 0 for row in rows) / _GIB:.2f}" if known else "not recorded",
         f"{max(loads):.2f}",
@@ -145,7 +163,10 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
 
 
 def _cell(row: TableOfPlan | None) -> str:
-    return "-" if row is None else f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}"
+    if row is None:
+        return "-"
+    host = "" if row.kernel == FUSED else ", in host memory"
+    return f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}{host}"
 
 
 def _ranks(ranks: list[int]) -> str:

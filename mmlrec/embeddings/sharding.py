@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.distributed import distributed_c10d
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed import comm
+from torchrec.distributed.sharding_plan import (
+    ParameterShardingGenerator,
+    construct_module_sharding_plan,
+    row_wise,
+    table_row_wise,
+    table_wise,
+)
+from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
-from mmlrec.embeddings.placement import PortableSharder, place_tables, state_bytes
+from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes, weight_bytes
 from mmlrec.embeddings.plan_file import given_placement
 from mmlrec.embeddings.tables import NoTables
-from mmlrec.errors import ConfigError
+from mmlrec.errors import ConfigError, UserAdvice
 
 
 def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, device: torch.device) -> None:
@@ -47,6 +56,44 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
         apply_optimizer_in_backward(optimizer, [parameter], dict(arguments))
 
 
+def check_dtype(dtype: TableDtype, device: str) -> None:
+    """Refuse a number format of tables that the kernels of a device do not train.
+
+    Raises:
+        ConfigError: bf16 on a CPU.
+    """
+    if dtype == "bf16" and device == "cpu":
+        raise ConfigError(
+            "embeddings.dtype: 'bf16' needs a GPU: the CPU's fused table kernels have none. Use 'fp32', or 'fp16', which a CPU"
+            " rounds to nearest (docs/scaling.md)."
+        )
+
+
+def held(embeddings: EmbeddingsConfig, device: torch.device, *, for_training: bool) -> EmbeddingsConfig:
+    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
+
+    Says (`UserAdvice`) what a device does otherwise than others.
+
+    Raises:
+        ConfigError: a training in a number format that the device does not train.
+    """
+    if for_training:
+        check_dtype(embeddings.dtype, device.type)
+    if device.type != "cpu" or embeddings.dtype == "fp32":
+        return embeddings
+    if embeddings.dtype == "bf16":
+        warnings.warn("tables in bf16 are held in fp32, exactly: a CPU has no lookup in bf16.", UserAdvice, stacklevel=2)
+        return embeddings.model_copy(update={"dtype": "fp32"})
+    if for_training:
+        warnings.warn(
+            "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are too"
+            " small are lost (docs/scaling.md). GPUs round at random, which keeps them on average.",
+            UserAdvice,
+            stacklevel=2,
+        )
+    return embeddings
+
+
 def make_plan(
     path: str,
     tables: EmbeddingBagCollection | NoTables,
@@ -64,7 +111,7 @@ def make_plan(
         lengths: feature -> mean number of ids of a row.
         reserved: bytes of each rank that the rest of the model takes.
 
-    Tables with too few rows for row-wise sharding, which would leave a rank without any, are placed table-wise.
+    Tables with too few rows for a split, which would leave a rank without any, are placed table-wise.
 
     Raises:
         ConfigError: a table that does not exist or is too small for the sharding it is given by name, no placement fits
@@ -78,23 +125,43 @@ def make_plan(
     given = None
     if config.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(config.plan, sizes, hardware.world_size)
+        given = given_placement(config.plan, sizes, hardware, config.host_cache)
     placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
-    generators = {
-        table.name: row_wise(compute_kernel="fused")
-        if table.sharding == "row_wise"
-        else table_wise(rank=table.ranks[0], compute_kernel="fused")
-        for table in placed
-    }
     plan = construct_module_sharding_plan(
         tables,
-        generators,
+        {table.name: _generator(table, hardware) for table in placed},
         sharder=PortableSharder(),
         local_size=hardware.ranks_per_host,
         world_size=hardware.world_size,
         device_type=hardware.device,
     )
+    for table in placed:
+        plan[table.name].compute_kernel = table.kernel
+        if table.kernel == CACHED:
+            plan[table.name].cache_params = CacheParams(load_factor=config.host_cache)
+    if config.dtype != "fp32":
+        for sharding in plan.values():
+            sharding.stochastic_rounding = True  # on GPUs; the kernels of CPUs round to nearest
     return ShardingPlan({path: plan})
+
+
+def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGenerator:
+    """What makes torchrec's plan of a table, but for its kernel."""
+    if table.sharding == "row_wise":
+        return row_wise()
+    if table.sharding == "table_row_wise":
+        return table_row_wise(host_index=table.ranks[0] // hardware.ranks_per_host)
+    return table_wise(rank=table.ranks[0])
+
+
+def forget_former_groups() -> None:
+    """Have torchrec make the groups of the ranks of a host anew where those it has are of a process group that has ended.
+
+    It keeps them as long as the process lives, which may open one process group after another.
+    """
+    for name in ("_INTRA_PG", "_CROSS_PG", "_INTRA_PG_2D", "_CROSS_PG_2D"):
+        if getattr(comm, name) not in distributed_c10d._world.pg_map:
+            setattr(comm, name, None)
 
 
 def plan_report(
@@ -113,7 +180,7 @@ def plan_report(
             "sharding": module_plan[config.name].sharding_type,
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
-            "weight_bytes": 4 * config.num_embeddings * config.embedding_dim,
+            "weight_bytes": weight_bytes(config.data_type, config.num_embeddings, config.embedding_dim),
             "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
         for config in tables.embedding_bag_configs()
@@ -142,13 +209,16 @@ def check_memory(
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
     need = 0.0 if on_gpu else float(host_bytes * local_world_size)
     for table in report:
+        if on_gpu and table["kernel"] == CACHED:
+            continue
         need += (table["weight_bytes"] + table["state_bytes"]) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory("MemAvailable")
     if need > free:
         raise ConfigError(
             f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
             f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
-            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, or fewer ids in preprocessing."
+            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer ids"
+            " in preprocessing."
         )
 
 

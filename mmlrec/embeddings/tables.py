@@ -4,28 +4,56 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.distributed.types import ShardedTensor
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.keyed import KeyedOptimizer
 
-from mmlrec.errors import DataError
+from mmlrec.config import EmbeddingsConfig
+from mmlrec.errors import ConfigError, DataError, did_you_mean
 from mmlrec.schema import DatasetManifest, Feature, Table
 
 #: Rows drawn from one random stream. Part of the definition of the initial weights: changing it changes every run.
 _BLOCK_ROWS = 16384
 
 
-def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | None = None) -> list[EmbeddingBagConfig]:
+#: `embeddings.dtype` -> what torchrec calls it.
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+
+
+def check_table_dim(manifest: DatasetManifest, embeddings: EmbeddingsConfig) -> None:
+    """Refuse widths of tables that the dataset does not have.
+
+    Raises:
+        ConfigError: naming the table, and the nearest one.
+    """
+    used = list(dict.fromkeys(str(feature.table) for feature in manifest.sparse_features))
+    for name in embeddings.table_dim:
+        if not used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: the dataset has no tables, all its features are numbers. Leave it out."
+            )
+        if name not in used:
+            raise ConfigError(
+                f"embeddings.table_dim.{name}: no such table.{did_you_mean(name, used)} Tables: {', '.join(used)}."
+            )
+
+
+def table_configs(
+    manifest: DatasetManifest, embeddings: EmbeddingsConfig, branches: list[str] | None = None
+) -> list[EmbeddingBagConfig]:
     """One EmbeddingBagConfig for each table of the manifest, or for each branch and table.
 
     Args:
-        dim: width of every table.
+        embeddings: tells width and number format.
         branches: names of branches that have tables of their own; tables and features are then named `branch/name`.
 
     Raises:
@@ -40,10 +68,11 @@ def table_configs(manifest: DatasetManifest, dim: int, branches: list[str] | Non
             configs.append(
                 EmbeddingBagConfig(
                     name=prefix + table.name,
-                    embedding_dim=dim,
+                    embedding_dim=embeddings.width(table.name),
                     num_embeddings=table.num_rows,
                     feature_names=[prefix + f.name for f in features],
                     pooling=_pooling(table, features),
+                    data_type=_DATA_TYPES[embeddings.dtype],
                 )
             )
     return configs
@@ -101,11 +130,14 @@ def initial_rows(table: str, start: int, stop: int, dim: int, std: float, seed: 
     return torch.from_numpy(rows)
 
 
-def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+def local_shards(tensor: Tensor | ShardedTensor | DTensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """Local pieces of a plain or sharded tensor, each with the offset of its first element in the whole."""
     if isinstance(tensor, ShardedTensor):
         for shard in tensor.local_shards():
             yield shard.tensor, tuple(shard.metadata.shard_offsets)
+    elif isinstance(tensor, DTensor):  # of replicas; a rank that has no shard has an offset all the same
+        local: Any = tensor.to_local()
+        yield from zip(local.local_shards(), map(tuple, local.local_offsets()), strict=False)
     else:
         yield tensor, (0,) * tensor.dim()
 
@@ -114,7 +146,8 @@ def local_shards(tensor: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple
 def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
     """Overwrite the local shards of a (sharded) EmbeddingBagCollection with their initial weights.
 
-    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan.
+    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan. In fp16 and
+    bf16 they are those of fp32, rounded to the nearest number.
     """
     for key, weight in tables.state_dict().items():
         name = key.removeprefix("embedding_bags.").removesuffix(".weight")
@@ -156,6 +189,7 @@ def begin_anew(
         for value in of_state:
             for piece, offsets in local_shards(value):
                 piece[torch.from_numpy(_within(of_table, piece, offsets) - offsets[0])] = 0
+    forget_cached_rows(tables)
 
 
 def _within(rows: NDArray[np.int64], piece: Tensor, offsets: tuple[int, ...]) -> NDArray[np.int64]:
@@ -177,11 +211,30 @@ def count_steps(tables: nn.Module, steps: int) -> None:
     Args:
         tables: sharded.
     """
-    lookups = [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]
-    for module in (module for lookup in lookups for module in lookup.modules()):
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-            module.iter_cpu.fill_(steps)
-            module.iter.fill_(steps)
+    for kernel in _kernels(tables):
+        kernel.iter_cpu.fill_(steps)
+        kernel.iter.fill_(steps)
+
+
+def forget_cached_rows(tables: nn.Module) -> None:
+    """Have rows of tables in the memory of the host fetched anew after each `state_dict`, which writes them back.
+
+    So what is written into its tensors, as by a checkpoint that is loaded, is what is looked up.
+
+    Args:
+        tables: sharded.
+    """
+
+    def forget(module: nn.Module, *_: Any) -> None:
+        for kernel in _kernels(module):
+            kernel.reset_cache_states()
+
+    tables.register_state_dict_post_hook(forget)
+
+
+def _kernels(tables: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    for lookup in [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]:
+        yield from (module for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen))
 
 
 @torch.no_grad()

@@ -363,8 +363,11 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
     Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone. A counter of batches that it lacks, as
     it was written before that counter was, becomes so large that running statistics move at their least weight.
 
+    A tensor may be of a number format that holds all numbers of the saved one, as fp32 those of fp16 and bf16.
+
     Raises:
-        CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model.
+        CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model; or one of a number
+            format that this model would have to round.
     """
     reader = Reader(whole.inside(folder))
     saved = reader.read_metadata().state_dict_metadata
@@ -387,6 +390,12 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
                 f"{folder}: tensor '{key}' has shape {tuple(size)}, this model wants {tuple(value.size())}:"
                 " the checkpoint is of another model or dataset. Use its own configuration, or another run_dir."
             )
+        stored = getattr(getattr(saved.get(key), "properties", None), "dtype", value.dtype)
+        if error is None and torch.promote_types(stored, value.dtype) != value.dtype:
+            error = CheckpointError(
+                f"{folder}: tensor '{key}' is {_name(stored)}, this model holds {_name(value.dtype)}, which would round it: the"
+                " checkpoint is of another embeddings.dtype. Use its own configuration, or another run_dir."
+            )
     world.raise_together(error)
     try:
         dcp.load(tensors, storage_reader=reader, process_group=world.without_limit().control)
@@ -395,6 +404,10 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
         raise lost or CheckpointError(f"{folder}: cannot be loaded: {cause}") from cause
     for counter in uncounted:
         counter.fill_(torch.iinfo(torch.int32).max)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_training(folder: Place, model: DistributedModelParallel, optimizer: CombinedOptimizer, world: World) -> None:

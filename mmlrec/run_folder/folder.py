@@ -32,6 +32,7 @@ _MAY_DIFFER = (
     "embeddings.sharding",
     "embeddings.table_sharding",
     "embeddings.plan",
+    "embeddings.host_cache",
     "training.max_steps",
     "training.epochs",
     "training.eval_batch_size",

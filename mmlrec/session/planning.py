@@ -6,6 +6,7 @@ Placement and times of tables are torchrec's planner's, memory and placement tho
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,9 +16,20 @@ import torch
 
 from mmlrec.config import RunConfig
 from mmlrec.embeddings.hardware import Hardware
-from mmlrec.embeddings.placement import PHASES, PlacedTable, TablesDoNotFit, place_tables, state_bytes, too_small
+from mmlrec.embeddings.placement import (
+    FUSED,
+    PHASES,
+    SHARDING_TYPES,
+    PlacedTable,
+    TablesDoNotFit,
+    on_hosts,
+    place_tables,
+    state_bytes,
+    too_small,
+    weight_bytes,
+)
 from mmlrec.embeddings.plan_file import given_placement
-from mmlrec.embeddings.sharding import apply_table_optimizer
+from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import MultiTaskModel
@@ -35,6 +47,7 @@ STEP = {
     "gradients": "gradients of the vectors back to the tables",
     "update": "update of the tables",
     "all_reduce": "gradients of the network to all ranks",
+    "average": "averages of the replicas of the tables",
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
@@ -48,19 +61,15 @@ class Request:
     """What is to be planned.
 
     Attributes:
-        dims: table -> width, where it is not `embeddings.dim`.
         operations: floating-point operations per second that a rank does in matrix products.
         source: config file, for messages.
-        beyond: sharding types that training does not do yet.
     """
 
     config: RunConfig
     manifest: DatasetManifest
     hardware: Hardware
     operations: float
-    dims: dict[str, int]
     source: str
-    beyond: tuple[str, ...] = ()
 
     def with_embeddings(self, **update: Any) -> Request:
         """The same with other keys of `embeddings`."""
@@ -79,10 +88,12 @@ class Rank:
     activations: int
     buffers: int
     times: dict[str, float]
+    #: Bytes of tables in the memory of the host.
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """All bytes, but those on the host."""
         return self.weights + self.state + self.network + self.activations + self.buffers
 
     @property
@@ -114,22 +125,24 @@ class TrainingPlan:
     def ranks(self) -> list[Rank]:
         """All ranks, in their order."""
         optimizer = self.request.config.embeddings.optimizer.name
-        world_size = self.request.hardware.world_size
-        sums = [[0, 0, 0] for _ in range(world_size)]
-        times = [dict.fromkeys(PHASES, 0.0) for _ in range(world_size)]
+        world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
+        sums = [[0, 0, 0] for _ in range(world_size // replicas)]
+        of_hosts = on_hosts(self.tables, optimizer, len(sums))
+        times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
                 own = sums[shard.rank]
-                own[0] += 4 * shard.rows * table.dim
-                own[1] += state_bytes(optimizer, shard.rows, table.dim)
+                if table.kernel == FUSED:
+                    own[0] += weight_bytes(table.dtype, shard.rows, table.dim)
+                    own[1] += state_bytes(optimizer, shard.rows, table.dim)
                 own[2] += shard.buffers
                 for phase, milliseconds in shard.times.items():
                     times[shard.rank][phase] += milliseconds
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank])
-            for rank, (weights, state, buffers) in enumerate(sums)
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], of_hosts[rank % len(sums)])
+            for rank, (weights, state, buffers) in enumerate(sums * replicas)
         ]
 
     @cached_property
@@ -142,7 +155,11 @@ class TrainingPlan:
         bandwidths = hardware.bandwidths
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
-        return {phase: found[phase] for phase in STEP}
+        if (replicas := self.request.config.embeddings.replicas) > 1:
+            held = max(rank.weights + rank.state + rank.on_host for rank in self.ranks)
+            of_step = held / self.request.config.embeddings.average_every
+            found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
+        return {phase: found[phase] for phase in STEP if phase in found}
 
     @property
     def step_ms(self) -> float:
@@ -156,8 +173,10 @@ class TrainingPlan:
 
     @property
     def missing(self) -> int:
-        """Bytes that the fullest rank has too few; 0 when all fits."""
-        return max(self.fullest.total - self.request.hardware.usable, 0)
+        """Bytes that the fullest rank has too few, of its own or of its host's memory; 0 when all fits."""
+        hardware = self.request.hardware
+        on_host = max(rank.on_host for rank in self.ranks)
+        return max(self.fullest.total - hardware.usable, on_host - hardware.usable_on_host if on_host else 0, 0)
 
     @property
     def imbalance(self) -> dict[str, float]:
@@ -181,7 +200,7 @@ class TrainingPlan:
         return list(self._warnings())
 
     def _warnings(self) -> Iterator[str]:
-        config, hardware = self.request.config, self.request.hardware
+        hardware = self.request.hardware
         if self.missing:
             yield (
                 f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
@@ -204,19 +223,23 @@ class TrainingPlan:
                 f"rank {slowest.rank} is overloaded: its tables take {slowest.table_ms:.2f} ms of a step,"
                 f" {self.imbalance['table_time']:.1f} times the mean of the ranks; most of it {_some(names, 3)}"
             )
-        small = [table.name for table in self.tables if too_small(table.rows, hardware.world_size)]
-        if small and hardware.world_size > 1:
-            yield f"too small to split over {hardware.world_size} ranks, so whole on one: {_some(small, 5)}"
+        embeddings = self.request.config.embeddings
+        if on_host := [table.name for table in self.tables if table.kernel != FUSED]:
+            of_hosts = Counter[int]()
+            for rank in self.ranks:
+                of_hosts[rank.rank // hardware.ranks_per_host] += rank.on_host
+            most = max(of_hosts.values())
+            yield (
+                f"{len(on_host)} table(s) lie in the memory of the hosts, {most / _GIB:.2f} GiB on the fullest, with"
+                f" {embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
+            )
+        sharing = hardware.of_replica(embeddings.replicas).world_size
+        small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
+        if small and sharing > 1:
+            yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"
         empty = sum(not rank.weights for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
-        state = sum(rank.state for rank in self.ranks)
-        if config.embeddings.optimizer.name in ("adagrad", "adam") and state >= _GIB:
-            rows = sum(4 * table.rows for table in self.tables)
-            yield (
-                f"{config.embeddings.optimizer.name} keeps {state / _GIB:.2f} GiB of state:"
-                f" embeddings.optimizer.name=rowwise_adagrad, which is another algorithm, keeps {rows / _GIB:.2f}"
-            )
         if self.map_bytes >= _NOTABLE * hardware.memory:
             yield (
                 f"managed tables: each rank keeps {self.map_bytes / _GIB:.2f} GiB in its host's memory to find their slots, and"
@@ -251,6 +274,7 @@ class TrainingPlan:
             },
             "batch_size": config.training.batch_size,
             "optimizer": optimizer,
+            "dtype": config.embeddings.dtype,
             "fits": not self.missing,
             "missing_bytes": self.missing,
             "tables": [
@@ -260,9 +284,9 @@ class TrainingPlan:
                     "dim": table.dim,
                     "pooling_lengths": list(table.lengths),
                     "sharding": table.sharding,
-                    "kernel": "fused",
+                    "kernel": table.kernel,
                     "ranks": table.ranks,
-                    "weight_bytes": 4 * table.rows * table.dim,
+                    "weight_bytes": table.weight_bytes,
                     "state_bytes": state_bytes(optimizer, table.rows, table.dim),
                     "why": table.why,
                 }
@@ -278,6 +302,7 @@ class TrainingPlan:
                     "activation_bytes": rank.activations,
                     "buffer_bytes": rank.buffers,
                     "total_bytes": rank.total,
+                    "host_bytes": rank.on_host,
                     "table_ms": rank.table_ms,
                 }
                 for rank in self.ranks
@@ -306,18 +331,16 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     """
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
-    if unknown := request.dims.keys() - {table.name for table in manifest.tables}:
-        raise ConfigError(f"no such table: '{min(unknown)}'.")
+    replica = hardware.of_replica(embeddings.replicas)
+    check_dtype(embeddings.dtype, hardware.device)
     spec = build_spec(config, manifest)
-    fields = {f.name: request.dims.get(f.table or "", embeddings.dim) for f in manifest.sparse_features}
-    if known is not None and known.network.spec.fields == fields:
+    if known is not None and known.network.spec == spec:
         network, cost = known.network, known.cost
     else:
-        network = build_network(config, replace(spec, fields=fields), request.source)
+        network = build_network(config, spec, request.source)
         cost = network_cost(network, bf16=config.training.precision == "bf16")
     branches = table_branches(network, manifest)
-    configs = table_configs(manifest, embeddings.dim, branches)
-    tables = build_tables([replace(c, embedding_dim=request.dims.get(c.name.split("/")[-1], c.embedding_dim)) for c in configs])
+    tables = build_tables(table_configs(manifest, embeddings, branches))
     lengths, without = mean_lengths(manifest, branches)
     if isinstance(tables, NoTables):
         return TrainingPlan(request, [], network, cost, without)
@@ -325,19 +348,18 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     given = None
     if embeddings.plan is not None:
         sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(embeddings.plan, sizes, hardware.world_size)
+        given = given_placement(embeddings.plan, sizes, replica, embeddings.host_cache)
     rows = -(-config.training.batch_size // hardware.world_size)
     reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
         placed = place_tables(
             tables,
             embeddings,
-            hardware,
+            replica,
             batch_size=rows,
             lengths=lengths,
             reserved=reserved,
             given=given,
-            beyond=request.beyond,
         )
     except TablesDoNotFit as error:
         placed = error.flattest
@@ -350,18 +372,15 @@ class Alternative:
 
     Attributes:
         change: what differs, in words or as keys of the configuration.
-        trainable: False for what this release only plans.
     """
 
     change: str
     plan: TrainingPlan
-    trainable: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The figures that are compared, as plain data."""
         return {
             "change": self.change,
-            "trainable": self.trainable,
             "ranks": self.plan.request.hardware.world_size,
             "fits": not self.plan.missing,
             "missing_bytes": self.plan.missing,
@@ -372,31 +391,81 @@ class Alternative:
 
 def alternatives(plan: TrainingPlan) -> list[Alternative]:
     """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
-    return [
-        Alternative(change, plan_training(other, plan), trainable=not other.beyond) for change, other in _changes(plan.request)
-    ]
+    changes = list(_changes(plan.request))
+    embeddings = plan.request.config.embeddings
+    if plan.missing and plan.request.hardware.device == "cuda" and embeddings.host_cache is None and embeddings.replicas == 1:
+        changes.append(("embeddings.host_cache=0.1", plan.request.with_embeddings(plan=None, host_cache=0.1)))
+    return [Alternative(change, plan_training(other, plan)) for change, other in changes]
 
 
 def _changes(given: Request) -> Iterator[tuple[str, Request]]:
     request = given.with_embeddings(plan=None)
     hardware, embeddings = request.hardware, request.config.embeddings
     for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
-        if hosts:
+        if hosts and _divides(_on_hosts(request, hosts)):
             yield _hosts(hosts), _on_hosts(request, hosts)
     for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
         if name != embeddings.optimizer.name:
             optimizer = embeddings.optimizer.model_copy(update={"name": name})
             yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
-    for dim in (embeddings.dim * 2, embeddings.dim // 2):
-        if dim and dim % 4 == 0 and not request.dims:
-            yield f"embeddings.dim={dim}", request.with_embeddings(dim=dim)
+    for dtype in ("fp32", "fp16", "bf16") if hardware.device == "cuda" else ("fp32", "fp16"):
+        if dtype != embeddings.dtype:
+            yield f"embeddings.dtype={dtype}", request.with_embeddings(dtype=dtype)
+    widths = {"": embeddings.dim, **embeddings.table_dim}
+    for words, changed in (
+        ("twice", {name: 2 * dim for name, dim in widths.items()}),
+        ("half of", {name: dim // 2 for name, dim in widths.items()}),
+    ):
+        if all(dim and dim % 4 == 0 for dim in changed.values()):
+            dim = changed.pop("")
+            change = f"embeddings.dim={dim}" + (f", {words} each table_dim" if changed else "")
+            yield change, request.with_embeddings(dim=dim, table_dim=changed)
     if hardware.world_size > 1:
-        for sharding in ("auto", "table_wise", "row_wise"):
+        for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
             if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
                 yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
-    if hardware.num_hosts > 1:
-        free = request.with_embeddings(sharding="auto", table_sharding={})
-        yield "also table_row_wise: NOT TRAINABLE YET", replace(free, beyond=("table_row_wise",))
+        if embeddings.communication == "fp32":
+            shorter = "bf16" if hardware.device == "cuda" else "fp16"
+            yield f"embeddings.communication={shorter}", request.with_embeddings(communication=shorter)
+    copied = request.with_embeddings(replicas=2)
+    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and _divides(copied):
+        yield "embeddings.replicas=2", copied
+
+
+def _divides(request: Request) -> bool:
+    """Whether the ranks can be shared out to the replicas."""
+    try:
+        request.hardware.of_replica(request.config.embeddings.replicas)
+    except ConfigError:
+        return False
+    return True
+
+
+def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
+    """Row-wise Adagrad, where the state of Adagrad or Adam is what does not fit, or as large as any other part of the memory.
+
+    A training takes what its configuration says, whatever the sizes: this is advice.
+
+    Args:
+        others: alternatives that are planned already.
+    """
+    optimizer = plan.request.config.embeddings.optimizer
+    rank, state = plan.fullest, sum(rank.state for rank in plan.ranks)
+    largest = max(rank.weights, rank.network, rank.activations, rank.buffers)
+    too_large = 0 < plan.missing <= rank.state
+    if optimizer.name not in ("adagrad", "adam") or not (too_large or (state >= _GIB and rank.state >= largest)):
+        return []
+    change = "embeddings.optimizer.name=rowwise_adagrad"
+    found = next((other.plan for other in others if other.change == change), None)
+    if found is None:
+        rowwise = optimizer.model_copy(update={"name": "rowwise_adagrad"})
+        found = plan_training(plan.request.with_embeddings(plan=None, optimizer=rowwise), plan)
+    fits = "" if not plan.missing else ", which fits" if not found.missing else ", which does not fit either"
+    return [
+        f"{change}: {sum(rank.state for rank in found.ranks) / _GIB:.2f} GiB of state in place of {state / _GIB:.2f},"
+        f" {found.fullest.total / _GIB:.2f} GiB on the fullest rank in place of {rank.total / _GIB:.2f}{fits}. It is another"
+        " algorithm: one rate for each row in place of one for each number"
+    ]
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
@@ -404,7 +473,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
     found = [
         f"{other.change}: {other.plan.fullest.total / _GIB:.2f} GiB on the fullest rank, {other.plan.step_ms:.2f} ms a step"
         for other in others
-        if other.trainable and not other.plan.missing
+        if not other.plan.missing
     ]
     request = plan.request.with_embeddings(plan=None)
     if any(other.plan.request.hardware.num_hosts > request.hardware.num_hosts and not other.plan.missing for other in others):
@@ -422,9 +491,9 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
                 found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
                 break
             if larger.fullest.weights + larger.fullest.state and not any(
-                len(table.ranks) > 1 for table in larger.tables if larger.fullest.rank in table.ranks
+                table.sharding == "row_wise" for table in larger.tables if larger.fullest.rank in table.ranks
             ):
-                break  # A table that lies whole on one rank is too large: more hosts do not help.
+                break  # A table that lies whole on one rank or host is too large: more hosts do not help.
             hosts *= 2
     return found
 
@@ -432,7 +501,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
 def _may_fit(plan: TrainingPlan, optimizer: str, hosts: int) -> bool:
     """Whether the tables, split evenly, fit at all."""
     hardware = plan.request.hardware
-    bytes_of_tables = sum(4 * t.rows * t.dim + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
+    bytes_of_tables = sum(t.weight_bytes + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
     return bytes_of_tables <= hosts * hardware.ranks_per_host * hardware.usable
 
 

@@ -14,6 +14,7 @@ from mmlrec.balancing.base import Balancing
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
+from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
 from mmlrec.losses import Loss
@@ -159,13 +160,15 @@ class Head(nn.Module):
 class Recommender(nn.Module):
     """Lookup, then `Head`."""
 
-    def __init__(self, tables: EmbeddingBagCollection | NoTables, head: Head) -> None:
+    def __init__(self, tables: EmbeddingBagCollection | NoTables, head: Head, communication: Communication) -> None:
         super().__init__()
         self.tables = tables
         self.head = head
+        self.communication = communication
 
     def forward(self, batch: Batch) -> tuple[Tensor, Predictions]:
         """Training loss (a scalar) and predictions of one batch."""
+        self.communication.rounding = self.training
         with self.head.parts.of(LOOKUP):
             pooled = self.tables(batch.sparse)
         return self.head(pooled, batch)

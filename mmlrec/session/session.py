@@ -20,10 +20,28 @@ from mmlrec.data.reader import Reader
 from mmlrec.data.verification import Verification
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
-from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
+from mmlrec.embeddings.communication import Communication
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware, host_memory, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_memory, make_plan, plan_report
-from mmlrec.embeddings.tables import begin_anew, build_tables, count_steps, initialize, table_configs, touch_state
+from mmlrec.embeddings.replicas import average, check_replicas, shard
+from mmlrec.embeddings.sharding import (
+    apply_table_optimizer,
+    check_memory,
+    forget_former_groups,
+    held,
+    make_plan,
+    plan_report,
+)
+from mmlrec.embeddings.tables import (
+    begin_anew,
+    build_tables,
+    check_table_dim,
+    count_steps,
+    forget_cached_rows,
+    initialize,
+    table_configs,
+    touch_state,
+)
 from mmlrec.errors import CheckpointError, DataError, did_you_mean
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
@@ -170,6 +188,15 @@ class Session:
         """Before steps that follow a validation or a resume: how many training steps there were (see `tables.count_steps`)."""
         count_steps(get_unwrapped_module(self.model).tables, steps)
 
+    def average_replicas(self, step: int) -> None:
+        """Behind a training step: the mean of the replicas of the tables, where it is time for it and there are several.
+
+        Args:
+            step: 0 where what follows is no training step.
+        """
+        if step % self.config.embeddings.average_every == 0:
+            average(self.model)
+
     def branches(self) -> list[tuple[str, str, str | None]]:
         """`branches_of` its network and data."""
         return branches_of(self.network, self.manifest)
@@ -208,9 +235,10 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
     """What the network has to know, from the configuration's selection of the manifest.
 
     Raises:
-        ConfigError: a task that the dataset does not have, or features the model cannot take.
+        ConfigError: a task or a table that the dataset does not have, or features the model cannot take.
     """
     tasks = _selected_tasks(config, manifest)
+    check_table_dim(manifest, config.embeddings)
     if not manifest.features:
         raise DataError(f"{config.dataset.path} has no feature, so a model has nothing to read: make it again with some.")
     multi_scenario = config.dataset.setting is not Setting.MTL
@@ -219,7 +247,7 @@ def build_spec(config: RunConfig, manifest: DatasetManifest) -> ModelSpec:
         setting=config.dataset.setting,
         tasks=tuple(tasks),
         num_scenarios=scenarios,
-        fields={feature.name: config.embeddings.dim for feature in manifest.sparse_features},
+        fields={feature.name: config.embeddings.width(str(feature.table)) for feature in manifest.sparse_features},
         num_dense=len(manifest.dense_features),
         seed=config.training.seed,
         embedding_dim=config.embeddings.dim,
@@ -319,10 +347,15 @@ def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple
 
 
 def hardware_of(world: World) -> Hardware:
-    """What the ranks run on: equal ones, with the least memory that one of them has."""
+    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names."""
     least = -world.highest(-memory_of(world.device, world.local_world_size))
+    of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type
-    return Hardware(world.world_size, world.local_world_size, kind, least, GPU if kind == "cuda" else CPU)
+    of_host = 0
+    if kind == "cuda":
+        of_host = -world.highest(-(host_memory("MemTotal") // world.local_world_size))
+    bandwidths = GPU if kind == "cuda" else CPU
+    return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, len(of_hosts) == 1, of_host)
 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
@@ -358,11 +391,16 @@ def build_session(
     spec = network.spec
     branches = table_branches(network, manifest)
     prefixes = [""] if branches is None else [f"{name}/" for name in branches]
-    tables = build_tables(table_configs(manifest, config.embeddings.dim, branches))
+    embeddings = held(config.embeddings, world.device, for_training=for_training)
+    tables = build_tables(table_configs(manifest, embeddings, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
-    recommender = Recommender(tables, Head(network, loss, balancing, config, prefixes, scales, world.parts))
+    precision = config.embeddings.communication if for_training else "fp32"
+    dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
+    communication = Communication(precision, config.training.batch_size, dims)
+    head = Head(network, loss, balancing, config, prefixes, scales, world.parts)
+    recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
     if unknown and for_training and world.world_size > 1 and world.is_main:
         logger.info(
@@ -370,14 +408,19 @@ def build_session(
             config.dataset.path,
             ", ".join(unknown),
         )
-    update: dict[str, Any] = {"optimizer": optimizer_config}
+    replicas = config.embeddings.replicas if for_training else 1
+    if for_training:
+        check_replicas(config.embeddings, world.device)
+    hardware = hardware_of(world).of_replica(replicas)
+    update: dict[str, Any] = {"optimizer": optimizer_config, "communication": precision}
     if not for_training:
         update["plan"] = None  # It is of the ranks of the training: other processes measure.
+        update["host_cache"] = config.embeddings.host_cache if world.device.type == "cuda" else None
     plan = make_plan(
         TABLES,
         tables,
-        config.embeddings.model_copy(update=update),
-        hardware_of(world),
+        embeddings.model_copy(update=update),
+        hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
@@ -387,15 +430,16 @@ def build_session(
     check_memory(
         report,
         optimizer_config.name,
-        rank=world.rank,
+        rank=world.rank % hardware.world_size,
         local_world_size=world.local_world_size,
         device=world.device,
         host_bytes=managed.num_bytes,
     )
-    model = DistributedModelParallel(
-        recommender, device=world.device, plan=plan, sharders=[PortableSharder()], init_data_parallel=world.world_size > 1
-    )
+    forget_former_groups()
+    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)
+    if config.embeddings.host_cache is not None:
+        forget_cached_rows(sharded.tables)
     initialize(sharded.tables, std=config.embeddings.init_std, seed=config.training.seed)
     optimizer = build_optimizer(model, dense, world.parts)
     touch_state(model.fused_optimizer)

@@ -37,7 +37,7 @@ class TableList(StrictModel):
 
     @property
     def dims(self) -> dict[str, int]:
-        """Tables of a width of their own."""
+        """Tables of a width of their own, as `embeddings.table_dim` has them."""
         return {table.name: table.dim for table in self.tables if table.dim is not None}
 
     def manifest(self) -> DatasetManifest:

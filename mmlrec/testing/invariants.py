@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,18 @@ class Invariants(MethodCases):
         torch.optim.SGD(net.parameters(), lr=0.1).step()
         for key, value in net.named_parameters():
             assert not torch.equal(value, before[key]), key
+
+    @over("shape", MethodCases.shapes)
+    def test_fields_may_have_different_widths(self, shape: str) -> None:
+        """Every column of every field takes part in the logits, and every parameter gets a gradient."""
+        net = self.build(dataclasses.replace(spec_of(shape), fields={"f0": 4, "f1": 12, "f2": 8})).double()
+        data = make_data(net, 64, dtype=torch.float64)
+        step(net, data)
+        x = data.x.clone().requires_grad_()
+        views = x.split([*net.spec.fields.values(), net.spec.num_dense], dim=-1)
+        logits = net.eval()(x, dict(zip(net.spec.fields, views, strict=False)), data.scenario).logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+        assert gradient.flatten(0, -2).abs().sum(0).min() > 0
 
     @over("shape", MethodCases.shapes)
     def test_permuting_the_batch_permutes_the_output(self, shape: str) -> None:

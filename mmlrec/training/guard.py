@@ -76,7 +76,8 @@ def check_finite(tensors: Mapping[str, Any], step: int, remedy: str, world: Worl
     for key, value in tensors.items():
         for piece, offsets in local_shards(value):
             # A sum is finite only where all terms are, and needs no memory; it may also overflow.
-            if error is None and piece.is_floating_point() and not bool(piece.sum().isfinite()):
+            wide = torch.promote_types(piece.dtype, torch.float32)
+            if error is None and piece.is_floating_point() and not bool(piece.sum(dtype=wide).isfinite()):
                 bad = _bad_rows(piece, offsets[0] if offsets else 0)
                 if bad:
                     error = UserError(f"'{key}' is not finite in {bad} at step {step}; not saved. {remedy}")

@@ -229,6 +229,7 @@ class Trainer:
         if self._profile is not None:
             self._profile.end(self.progress.step)
         source.close()
+        self.session.average_replicas(0)
         return self._asked
 
     def _train_steps(self, feed: Iterator[Batch], end: int, reporter: Reporter) -> None:
@@ -248,6 +249,7 @@ class Trainer:
                 except StopIteration:
                     break
                 self.progress.step += 1
+                self.session.average_replicas(self.progress.step)
                 self.world.at("training", self.progress.step)
                 if self._first is None:
                     self._first = predictions.objectives

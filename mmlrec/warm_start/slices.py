@@ -35,14 +35,15 @@ class Known:
     Attributes:
         tasks: name and kind.
         scenarios: values; one of no name in MTL.
-        inputs: columns of x: field and place in its vector, or dense feature and 0.
+        inputs: columns of x: field, its width and place in its vector, or dense feature, 1 and 0. The vectors of a field of
+            another width are other ones.
         branches: heads with tables of their own; all heads when empty.
         chain: the tasks of a chain in its order; as `tasks` for other methods.
     """
 
     tasks: tuple[tuple[str, str], ...]
     scenarios: tuple[str, ...]
-    inputs: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[str, int, int], ...]
     branches: tuple[int, ...]
     chain: tuple[tuple[str, str], ...]
 
@@ -50,12 +51,12 @@ class Known:
     def of(cls, network: MultiTaskModel, scenarios: Sequence[str], dense: Sequence[str]) -> Known:
         """Of a network."""
         spec = network.spec
-        columns = [(name, column) for name, width in spec.fields.items() for column in range(width)]
+        columns = [(name, width, column) for name, width in spec.fields.items() for column in range(width)]
         tasks = tuple((task.name, task.kind) for task in spec.tasks)
         return cls(
             tasks,
             tuple(scenarios) if spec.num_scenarios > 1 else ("",),
-            (*columns, *((name, 0) for name in dense)),
+            (*columns, *((name, 1, 0) for name in dense)),
             network.branches,
             tuple(tasks[task] for task in network.chain) or tasks,
         )

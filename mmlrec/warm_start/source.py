@@ -45,7 +45,7 @@ def open_source(config: RunConfig, run_dir: Place, world: World) -> Source:
         run_dir: of the run that begins.
 
     Raises:
-        ConfigError: it is the run itself, or its tables have another width.
+        ConfigError: it is the run itself, or all its tables have another width.
         UserError: it is no run, has no usable best checkpoint, or neither its encoder nor its dataset is there.
     """
     assert config.init_from is not None
@@ -54,16 +54,27 @@ def open_source(config: RunConfig, run_dir: Place, world: World) -> Source:
         raise ConfigError(f"init_from: {there} is the run itself. Name another one, or choose another --run-dir.")
     folder = RunFolder(there)
     before = folder.read_config()
-    if before.embeddings.dim != config.embeddings.dim:
-        raise ConfigError(
-            f"init_from: the tables of {there} have width {before.embeddings.dim}, embeddings.dim is {config.embeddings.dim}:"
-            f" no row could be taken. Set embeddings.dim={before.embeddings.dim}, or leave init_from out."
-        )
+    _check_widths(before, config)
     world.raise_together(no_best_yet(folder) if world.is_main else None)
     world.at(f"checking the checkpoints of {there}")
     checkpoint.verify(folder.best, world)
     state = checkpoint.read_state(folder.best)
     return Source(folder, before, _encoded(folder, before, state), state, _with_optimizer(folder, world))
+
+
+def _check_widths(before: RunConfig, config: RunConfig) -> None:
+    """Refuse a run of which no table is as wide as here; tables of some are, see `take`."""
+    tables = [table.name for table in DatasetManifest.load(place(config.dataset.path)).tables]
+    old, new = before.embeddings, config.embeddings
+    if not tables or any(old.width(name) == new.width(name) for name in tables):
+        return
+    widths = ", ".join(map(str, sorted({old.width(name) for name in tables})))
+    by_table = f", embeddings.table_dim {new.table_dim}" if new.table_dim else ""
+    theirs = f" and embeddings.table_dim={old.table_dim}" if old.table_dim else ""
+    raise ConfigError(
+        f"init_from: the tables of {config.init_from} have width {widths}, embeddings.dim is {new.dim}{by_table}: no row could"
+        f" be taken. Set embeddings.dim={old.dim}{theirs}, or leave init_from out."
+    )
 
 
 def _encoded(folder: RunFolder, config: RunConfig, state: dict[str, Any]) -> Encoded:

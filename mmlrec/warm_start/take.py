@@ -113,7 +113,7 @@ def _take_tables(
     for name in names:
         world.at(f"taking rows of {name}")
         try:
-            gone, match = forgotten.get(_table(name), np.empty(0, np.int64)), matchings[_table(name)]
+            gone, match = forgotten.get(_table(name), np.empty(0, np.int64)), _match(name, matchings, own, weights)
             keyed = _by_key(_table(name), session, new, source) if match.how == "by key" else None
             if keyed is not None:
                 there[name] = keyed.there
@@ -131,13 +131,35 @@ def _take_tables(
     found = []
     for name, of_ranks in zip(names, zip(*world.gather(here), strict=True), strict=True):
         key = f"{_WEIGHTS}{name}.weight"
-        match = matchings[_table(name)] if key in weights else Matching("not", why_not="a new table")
+        match = _match(name, matchings, own, weights)
         num_rows, total = sum(rows for rows, _, _ in of_ranks), int(own[key].size()[0])
         others = there.get(name, 0)
         with_state, with_taken = (any(of[index] for of in of_ranks) for index in (1, 2))
         of_state = "none" if not with_state else "taken" if with_taken else "fresh"
-        found.append(TableTaken(name, total, num_rows, total - num_rows, others - num_rows, match.how, of_state, match.why_not))
+        note = match.why_not or _rounding(own[key].dtype, weights[key].dtype)
+        found.append(TableTaken(name, total, num_rows, total - num_rows, others - num_rows, match.how, of_state, note))
     return found
+
+
+def _match(
+    name: str, matchings: Mapping[str, Matching], own: Mapping[str, Any], weights: Mapping[str, SavedTensor]
+) -> Matching:
+    """How the rows of a table, of a branch or of all, are found in the other run."""
+    key = f"{_WEIGHTS}{name}.weight"
+    if key not in weights:
+        return Matching("not", why_not="a new table")
+    here, there = int(own[key].size()[1]), weights[key].size[1]
+    if here != there:
+        return Matching("not", why_not=f"its rows are {here} wide here, {there} there")
+    return matchings[_table(name)]
+
+
+def _rounding(here: torch.dtype, there: torch.dtype) -> str:
+    """What is to be said of rows that are taken into another number format; nothing where that holds all their numbers."""
+    if torch.promote_types(here, there) == here:
+        return ""
+    names = [str(dtype).removeprefix("torch.") for dtype in (here, there)]
+    return f"rounded to {names[0]}, {names[1]} there"
 
 
 def _take_table(
@@ -159,7 +181,7 @@ def _take_table(
     """
     key, prefix = f"{_WEIGHTS}{name}.weight", f"{_STATE}{name}.weight."
     of_state = [other for other in own if other.startswith(prefix) and own[other].dim() > 0]
-    if key not in weights or match.how == "not":
+    if match.how == "not":
         return 0, bool(of_state), False
     same = [other for other in of_state if other in state and tuple(own[other].size())[1:] == state[other].size[1:]]
     num_rows = 0
@@ -170,11 +192,11 @@ def _take_table(
             rows = state_rows = old_rows(_table(name), match, first, first + shard.shape[0], new, old)
         rows[forgotten[(forgotten >= first) & (forgotten < first + len(rows))] - first] = -1
         num_rows += int((rows >= 0).sum())
-        _copy_rows(shard, rows, weights[key])
+        _copy_rows(name, shard, rows, weights[key])
         for other in same:
             for piece, (at, *_) in local_shards(own[other]):
                 if at == first:
-                    _copy_rows(piece, state_rows, state[other])
+                    _copy_rows(name, piece, state_rows, state[other])
     return num_rows, bool(of_state), bool(same) and num_rows > 0
 
 
@@ -213,8 +235,12 @@ def _matchings(names: list[str], new: Encoded, old: Encoded, world: World) -> di
 
 
 @torch.no_grad()
-def _copy_rows(shard: Tensor, rows: NDArray[np.int64], saved: SavedTensor) -> None:
-    """Copy rows of a saved tensor, some at a time: row i of the shard from rows[i], where that is no -1."""
+def _copy_rows(name: str, shard: Tensor, rows: NDArray[np.int64], saved: SavedTensor) -> None:
+    """Copy rows of a saved tensor, some at a time: row i of the shard from rows[i], where that is no -1.
+
+    Raises:
+        CheckpointError: a number is too large for the number format of the shard.
+    """
     into = np.flatnonzero(rows >= 0)
     wanted = rows[into]
     if (wanted[1:] < wanted[:-1]).any():
@@ -227,7 +253,13 @@ def _copy_rows(shard: Tensor, rows: NDArray[np.int64], saved: SavedTensor) -> No
         last = int(np.searchsorted(wanted, start + at_a_time))
         block = saved.read(start, int(wanted[last - 1]) + 1)
         values = block[torch.from_numpy(wanted[first:last] - start)]
-        shard[torch.from_numpy(into[first:last]).to(shard.device)] = values.to(shard.device, shard.dtype)
+        rounded = values.to(shard.dtype)
+        if rounded.dtype != values.dtype and not bool(rounded.isfinite().all()):
+            raise CheckpointError(
+                f"init_from: table '{name}' has {float(values.abs().max()):g}, which is beyond"
+                f" {str(shard.dtype).removeprefix('torch.')}: choose another embeddings.dtype, or leave init_from out."
+            )
+        shard[torch.from_numpy(into[first:last]).to(shard.device)] = rounded.to(shard.device)
         first = last
 
 

@@ -26,7 +26,7 @@ CONFIG = """
 dataset: {{path: {data}, setting: {setting}}}
 model: {{name: {name}, {options}}}
 model_defaults: {{expert_hidden_units: [6], bottom_hidden_units: [6], gate_hidden_units: [4], tower_hidden_units: [4]}}
-embeddings: {{dim: 4, sharding: {sharding}, init_std: 1.0}}
+embeddings: {{dim: 4, table_dim: {{t1: 8}}, sharding: {sharding}, init_std: 1.0}}
 training: {{batch_size: 64, epochs: 1, max_steps: 4, patience: null}}
 """
 #: Run -> method, setting, options, ranks, of what kind its dataset is.

@@ -115,10 +115,10 @@ def test_pieces_of_any_size_are_the_table(tmp_path, num_rows):
 
 
 def test_what_is_no_table_is_told(tmp_path):
-    write_checkpoint(tmp_path, {"half": torch.ones(3, 4, dtype=torch.float16), "vector": torch.ones(3)})
+    write_checkpoint(tmp_path, {"double": torch.ones(3, 4, dtype=torch.float64), "vector": torch.ones(3)})
     with pytest.raises(CheckpointError, match="lacks 'absent'"):
         TableRows(tmp_path, ["absent"])
-    for name in ("half", "vector"):
+    for name in ("double", "vector"):
         with pytest.raises(CheckpointError, match=f"'{name}' is no table of float32"):
             TableRows(tmp_path, [name])
 

@@ -8,7 +8,7 @@ import torch
 from torchrec import EmbeddingBagConfig
 
 from mmlrec.config import EmbeddingsConfig, load_config
-from mmlrec.embeddings.hardware import GPU, Hardware, memory_of
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import TablesDoNotFit
 from mmlrec.embeddings.plan_file import compare_plans, given_placement, read_plan
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
@@ -16,6 +16,11 @@ from mmlrec.embeddings.tables import build_tables
 from mmlrec.errors import ConfigError, DataError
 
 SIZES = {"a": (1000, 8), "b": (3, 8)}
+
+
+def ranks(world_size, each=None, **more):
+    """So many ranks, on one host or `each` on a host."""
+    return Hardware(world_size, each or world_size, "cpu", 2**30, CPU, **more)
 
 
 def rows(**changes):
@@ -40,9 +45,9 @@ def written(folder, content):
 
 
 def test_both_kinds_of_file_are_read(tmp_path):
-    wanted = {"a": ("row_wise", [0, 1]), "b": ("table_wise", [1])}
-    assert given_placement(written(tmp_path, rows()), SIZES, 2) == wanted
-    assert given_placement(written(tmp_path, {"tables": rows(), "form": 1}), SIZES, 2) == wanted
+    wanted = {"a": ("row_wise", [0, 1], "fused"), "b": ("table_wise", [1], "fused")}
+    assert given_placement(written(tmp_path, rows()), SIZES, ranks(2)) == wanted
+    assert given_placement(written(tmp_path, {"tables": rows(), "form": 1}), SIZES, ranks(2)) == wanted
     assert read_plan(tmp_path)[0] == read_plan(tmp_path / "plan.json")[0]  # the folder of a run
 
 
@@ -53,7 +58,11 @@ def test_both_kinds_of_file_are_read(tmp_path):
         ({"b__table": "c"}, 2, "has no table 'b'"),
         ({"a__rows": 999}, 2, "table 'a' is 999 x 8, in the training 1000 x 8"),
         ({"a__dim": 4}, 2, "table 'a' is 1000 x 4, in the training 1000 x 8"),
-        ({"a__sharding": "table_row_wise"}, 2, "places 'a' table_row_wise, which cannot be trained yet"),
+        (
+            {"a__sharding": "table_row_wise"},
+            4,
+            r"places 'a' table_row_wise on ranks 0-1; the training has 4 rank\(s\) on 1 host",
+        ),
         ({}, 4, "places 'a' row_wise on ranks 0-1; the training has 4 rank"),
         ({"a__ranks": [0], "a__sharding": "table_wise"}, 1, "places 'b' table_wise on rank 1; the training has 1 rank"),
         ({"b__ranks": [0, 1], "b__sharding": "row_wise"}, 2, None),
@@ -63,16 +72,43 @@ def test_both_kinds_of_file_are_read(tmp_path):
 def test_a_plan_of_something_else_is_refused(tmp_path, changes, world_size, words):
     path = written(tmp_path, rows(**changes))
     if words is None:
-        assert given_placement(path, SIZES, world_size)["b"] == ("row_wise", [0, 1])  # 2 rows and 1
+        assert given_placement(path, SIZES, ranks(world_size))["b"][:2] == ("row_wise", [0, 1])  # 2 rows and 1
         return
     with pytest.raises(ConfigError, match=words):
-        given_placement(path, SIZES, world_size)
+        given_placement(path, SIZES, ranks(world_size))
+
+
+def test_a_table_may_lie_on_any_one_host(tmp_path):
+    for own in ([0, 1], [2, 3]):
+        path = written(tmp_path, rows(a__sharding="table_row_wise", a__ranks=own))
+        assert given_placement(path, SIZES, ranks(4, 2))["a"][:2] == ("table_row_wise", own)
+        with pytest.raises(ConfigError, match="table_row_wise on ranks"):
+            given_placement(path, SIZES, ranks(4, 2, equal_hosts=False))
+    for others in ([1, 2], [0, 1, 2, 3], [4, 5], [3, 2], [0, 2], [0]):
+        path = written(tmp_path, rows(a__sharding="table_row_wise", a__ranks=others))
+        with pytest.raises(ConfigError, match=r"places 'a' table_row_wise on rank.*the training has 4 rank.*on 2 host"):
+            given_placement(path, SIZES, ranks(4, 2))
+    whole = rows(a__sharding="table_row_wise", a__ranks=[0, 1, 2], b__sharding="table_row_wise", b__ranks=[3, 4, 5])
+    assert given_placement(written(tmp_path, whole), SIZES, ranks(6, 3))["b"][:2] == ("table_row_wise", [3, 4, 5])
+    whole[1]["ranks"] = [4, 5, 6, 7]
+    whole[0]["ranks"] = [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="splits 'b', which has too few rows to give each of 4 ranks some"):
+        given_placement(written(tmp_path, whole), SIZES, ranks(8, 4))
 
 
 def test_a_table_too_small_to_split_is_not_split(tmp_path):
     path = written(tmp_path, rows(a__ranks=[0, 1, 2, 3], b__ranks=[0, 1, 2, 3], b__sharding="row_wise"))
     with pytest.raises(ConfigError, match="splits 'b', which has too few rows to give each of 4 ranks some"):
-        given_placement(path, SIZES, 4)
+        given_placement(path, SIZES, ranks(4))
+
+
+def test_a_table_in_the_memory_of_the_host_wants_a_cache(tmp_path):
+    path = written(tmp_path, rows(a__kernel="fused_uvm_caching"))
+    assert given_placement(path, SIZES, ranks(2), 0.1)["a"] == ("row_wise", [0, 1], "fused_uvm_caching")
+    with pytest.raises(ConfigError, match=r"places 'a' in the memory of the host.* embeddings.host_cache=0.1"):
+        given_placement(path, SIZES, ranks(2))
+    with pytest.raises(DataError, match="is no plan of tables, or damaged"):
+        given_placement(written(tmp_path, rows(a__kernel="dense")), SIZES, ranks(2))
 
 
 @pytest.mark.parametrize("content", [{}, [1], {"tables": 3}, [{"table": "a"}], "x"])

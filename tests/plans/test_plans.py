@@ -9,9 +9,10 @@ import pytest
 
 from mmlrec.config import load_config
 from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.errors import ConfigError
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest
-from mmlrec.session.planning import Request, alternatives, plan_training, remedies
+from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
 from mmlrec.session.table_list import TableList, read_table_list
 from mmlrec.storage.places import place
 from tests import processes
@@ -28,7 +29,7 @@ DLRM_ROWS = 204_184_588
 def dlrm(hosts, *overrides, hbm=80 * GIB):
     config = load(str(ROOT / "configs/scaling/dlrm-v2.yaml"), list(overrides))
     described = read_table_list(place(ROOT / "configs/scaling/tables/dlrm-v2.yaml"))
-    return Request(config, described.manifest(), Hardware(8 * hosts, 8, "cuda", hbm, GPU), 2e13, {}, "dlrm-v2")
+    return Request(config, described.manifest(), Hardware(8 * hosts, 8, "cuda", hbm, GPU), 2e13, "dlrm-v2")
 
 
 def small(tables, hardware, *, dim=8, embeddings=(), batch_size=1024):
@@ -49,13 +50,13 @@ def small(tables, hardware, *, dim=8, embeddings=(), batch_size=1024):
             "model": {"name": "mmoe"},
         }
     )
-    return Request(config, described.manifest(), hardware, 1e11, {}, "small")
+    return Request(config, described.manifest(), hardware, 1e11, "small")
 
 
 @pytest.mark.parametrize("hosts", [8, *(pytest.param(hosts, marks=pytest.mark.long) for hosts in (1, 64))])
 def test_dlrm_v2_with_16_tasks_is_planned_in_a_minute_and_its_memory_sums_to_weights_and_state(hosts):
     start = time.process_time()
-    plan = plan_training(dlrm(hosts))
+    plan = plan_training(dlrm(hosts, "embeddings.optimizer.name=adagrad"))
     others = alternatives(plan)
     assert time.process_time() - start < 60
     assert len(plan.network.spec.tasks) == 16
@@ -66,19 +67,30 @@ def test_dlrm_v2_with_16_tasks_is_planned_in_a_minute_and_its_memory_sums_to_wei
     assert len(plan.ranks) == 8 * hosts
     for table in plan.tables:
         assert sum(shard.rows for shard in table.shards) == table.rows
-        assert table.sharding in ("table_wise", "row_wise")
+        assert table.sharding in ("table_wise", "table_row_wise", "row_wise")
+    # Between hosts vectors go slowly: there the largest tables, of many ids a row, are split within one.
+    assert ("table_row_wise" in {table.sharding for table in plan.tables}) == (hosts > 1)
     by_change = {other.change: other.plan for other in others}
     assert sum(rank.state for rank in by_change["embeddings.optimizer.name=rowwise_adagrad"].ranks) == 4 * DLRM_ROWS
     assert sum(rank.weights for rank in by_change["embeddings.dim=64"].ranks) == weights / 2
-    beyond = [other for other in others if not other.trainable]
-    assert [other.change for other in beyond] == (["also table_row_wise: NOT TRAINABLE YET"] if hosts > 1 else [])
+    for dtype in ("fp16", "bf16"):
+        other = by_change[f"embeddings.dtype={dtype}"]
+        assert sum(rank.weights for rank in other.ranks) == weights / 2
+        assert sum(rank.state for rank in other.ranks) == weights  # fp32 in any case
+    (advice,) = recommendations(plan, others)
+    in_place = (
+        f"0.76 GiB of state in place of 97.36, {by_change['embeddings.optimizer.name=rowwise_adagrad'].fullest.total / GIB:.2f}"
+    )
+    assert advice.startswith(f"embeddings.optimizer.name=rowwise_adagrad: {in_place} GiB on the fullest rank in place of")
+    assert recommendations(by_change["embeddings.optimizer.name=rowwise_adagrad"], []) == []
+    assert ("embeddings.sharding=table_row_wise" in by_change) == (hosts > 1)
 
 
 def test_one_table_of_1e10_rows_on_64_ranks():
     config = load(str(ROOT / "configs/scaling/dlrm-v2.yaml"), ["embeddings.optimizer.name=rowwise_adagrad"])
     described = read_table_list(place(ROOT / "configs/scaling/tables/one-huge.yaml"))
-    request = Request(config, described.manifest(), Hardware(64, 8, "cuda", 80 * GIB, GPU), 2e13, described.dims, "huge")
-    plan = plan_training(request)
+    request = Request(config, described.manifest(), Hardware(64, 8, "cuda", 80 * GIB, GPU), 2e13, "huge")
+    plan = plan_training(request.with_embeddings(table_dim=described.dims))
     assert [(table.sharding, table.ranks) for table in plan.tables] == [("row_wise", list(range(64)))]
     assert {shard.rows for shard in plan.tables[0].shards} == {10**10 // 64}
     assert {rank.weights for rank in plan.ranks} == {4 * 64 * 10**10 // 64}
@@ -103,8 +115,13 @@ def test_a_plan_that_cannot_fit_says_by_how_much_and_what_would_fit():
         "2 hosts",
         "embeddings.optimizer.name=rowwise_adagrad",
         "embeddings.optimizer.name=sgd",
+        "embeddings.dtype=fp16",
+        "embeddings.dtype=bf16",
         "embeddings.dim=4",
     ]
+    (advice,) = recommendations(plan, [])
+    assert advice.startswith("embeddings.optimizer.name=rowwise_adagrad: 0.50 GiB of state in place of 4.00, ")
+    assert ", which fits. It is another algorithm" in advice
     # Each of them really fits.
     assert not plan_training(replace(request, hardware=replace(hardware, world_size=4))).missing
     assert not plan_training(request.with_embeddings(dim=4)).missing
@@ -117,6 +134,55 @@ def test_more_hosts_are_tried_until_it_fits_and_not_where_a_table_lies_whole_on_
     assert hosts.startswith("32 hosts: ")  # 128 MiB of 217 on each; 16 would be 256 of 217
     whole = plan_training(small({"a": (2**26, 1)}, hardware, embeddings={"sharding": "table_wise"}))
     assert not [line for line in remedies(whole, alternatives(whole)) if "hosts" in line and "auto" not in line]
+
+
+def test_each_replica_holds_all_tables_and_averages_cross_the_hosts():
+    hardware = Hardware(16, 8, "cuda", 8 * GIB, GPU)
+    tables = {"a": (10**6, 1), "b": (1000, 1)}
+    one, two = (
+        plan_training(small(tables, hardware, dim=64, embeddings={"replicas": replicas, "average_every": 10}))
+        for replicas in (1, 2)
+    )
+    weights = 4 * 64 * (10**6 + 1000)
+    assert sum(rank.weights for rank in one.ranks) == sum(rank.state for rank in one.ranks) == weights
+    assert [rank.rank for rank in two.ranks] == list(range(16))
+    for first, second in ((two.ranks[:8], two.ranks[8:]),):
+        assert sum(rank.weights for rank in first) == weights
+        assert [replace(rank, rank=0) for rank in first] == [replace(rank, rank=0) for rank in second]
+    assert max(rank for table in two.tables for rank in table.ranks) < 8
+    held = max(rank.weights + rank.state for rank in two.ranks)
+    # An all-reduce of two: half of it goes out and half comes in, twice; every tenth step.
+    assert two.step["average"] == pytest.approx(1000 * held / 10 / GPU.between_hosts)
+    assert "average" not in one.step
+    # Ids and vectors stay in a host.
+    assert two.step["vectors"] < one.step["vectors"]
+
+
+def test_tables_beyond_the_gpus_go_to_the_hosts_where_a_cache_is_allowed():
+    """4 GiB of weights and as much state, of which two GPUs of 2 GiB hold 3.4; `b` is small, and stays."""
+    hardware = Hardware(2, 2, "cuda", 2 * GIB, GPU, host_memory=16 * GIB)
+    tables = {"a": (2**24, 1), "b": (1000, 1)}
+    without = plan_training(small(tables, hardware, dim=64))
+    assert without.missing
+    plan = plan_training(small(tables, hardware, dim=64, embeddings={"host_cache": 0.05}))
+    assert not plan.missing
+    assert [(table.name, table.kernel) for table in plan.tables] == [("a", "fused_uvm_caching"), ("b", "fused")]
+    assert sum(rank.on_host for rank in plan.ranks) == 8 * GIB
+    assert sum(rank.weights for rank in plan.ranks) == 4 * 64 * 1000
+    # The cache is memory of the GPUs: weights and, as torchrec counts, state of a twentieth of the rows.
+    assert 0.05 * 8 * GIB < sum(rank.buffers for rank in plan.ranks) < 0.07 * 8 * GIB
+    (line,) = [line for line in plan.warnings() if "in the memory of the hosts" in line]
+    assert "8.00 GiB on the fullest, with 0.05 of their rows in a cache on the GPUs: a" in line
+    assert {table["table"]: table["kernel"] for table in plan.as_dict()["tables"]}["a"] == "fused_uvm_caching"
+    # The same where there is room.
+    roomy = replace(hardware, memory=80 * GIB)
+    free, cached = (plan_training(small(tables, roomy, dim=64, embeddings=keys)) for keys in ({}, {"host_cache": 0.05}))
+    assert [(table.sharding, table.kernel) for table in free.tables] == [(t.sharding, t.kernel) for t in cached.tables]
+    # Neither on the GPUs nor on the hosts.
+    crowded = plan_training(small(tables, replace(hardware, host_memory=GIB), dim=64, embeddings={"host_cache": 0.05}))
+    assert crowded.missing > 2 * GIB
+    with pytest.raises(ConfigError, match=r"embeddings.host_cache needs GPUs"):
+        plan_training(small(tables, Hardware(2, 2, "cpu", 2 * GIB, CPU), dim=64, embeddings={"host_cache": 0.05}))
 
 
 def test_times_follow_bandwidths_by_hand():
@@ -152,10 +218,10 @@ def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_a
     assert "1 of 4 ranks hold no table" in told
     data = write_dataset(tmp_path / "data")
     config = load_config({"dataset": {"path": str(tmp_path / "data")}, "model": {"name": "mmoe"}})
-    told = "\n".join(plan_training(Request(config, data.manifest, hardware, 1e11, {}, "x")).warnings())
+    told = "\n".join(plan_training(Request(config, data.manifest, hardware, 1e11, "x")).warnings())
     assert "does not record how many ids a row has of m0" in told
     counted = data.manifest.model_copy(update={"statistics": {"mean_lengths": {"m0": 2.5}}})
-    plan = plan_training(Request(config, counted, hardware, 1e11, {}, "x"))
+    plan = plan_training(Request(config, counted, hardware, 1e11, "x"))
     assert "does not record" not in "\n".join(plan.warnings())
     assert {table.name: table.lengths for table in plan.tables}["tm0"] == (2.5,)
 
@@ -173,7 +239,7 @@ def test_networks_of_all_kinds_have_a_cost(tmp_path, name):
         },
         [],
     )
-    plan = plan_training(Request(config, data.manifest, Hardware(2, 2, "cuda", GIB, GPU), 1e12, {}, "x"))
+    plan = plan_training(Request(config, data.manifest, Hardware(2, 2, "cuda", GIB, GPU), 1e12, "x"))
     assert plan.cost.operations > 0
     assert plan.cost.activations > 0
 
@@ -182,31 +248,36 @@ def test_operations_of_an_mlp_by_hand(tmp_path):
     data = write_dataset(tmp_path / "data", num_multi=0, num_sparse=3, num_dense=2)
     sizes = {"dnn_hidden_units": [64, 32]}
     config = load({"dataset": {"path": "x", "tasks": ["click"]}, "model": {"name": "mlp", **sizes}}, [])
-    plan = plan_training(Request(config, data.manifest, Hardware(1, 1, "cpu", GIB, CPU), 1e12, {}, "x"))
+    plan = plan_training(Request(config, data.manifest, Hardware(1, 1, "cpu", GIB, CPU), 1e12, "x"))
     products = (3 * 8 + 2) * 64 + 64 * 32 + 32
     # Forward, gradient of the inputs and of the weights: two operations for each weight in each.
     assert plan.cost.operations == pytest.approx(6 * products, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "sharding", "mib"),
+    ("world_size", "sharding", "mib", "dtype"),
     [
-        (2, "auto", 128),
-        *(pytest.param(world, kind, 1024, marks=pytest.mark.long) for world in (1, 2, 4) for kind in ("auto", "row_wise")),
+        (2, "auto", 128, "fp32"),
+        pytest.param(2, "auto", 1024, "fp16", marks=pytest.mark.long),
+        *(
+            pytest.param(world, kind, 1024, "fp32", marks=pytest.mark.long)
+            for world in (1, 2, 4)
+            for kind in ("auto", "row_wise")
+        ),
     ],
 )
-def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, mib):
+def test_predicted_memory_is_what_ranks_grow_by(tmp_path, world_size, sharding, mib, dtype):
     rows = mib * 2**20 // (4 * 64)
     data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0, table_rows=rows, tasks=("click",))
     write_dataset(tmp_path / "small", num_sparse=2, num_multi=0, tasks=("click",))
     config = tmp_path / "config.yaml"
     config.write_text(
         f"dataset: {{path: {data.folder}}}\nmodel: {{name: mlp, dnn_hidden_units: [8]}}\n"
-        f"embeddings: {{dim: 64, sharding: {sharding}}}\ntraining: {{batch_size: 64}}\n"
+        f"embeddings: {{dim: 64, sharding: {sharding}, dtype: {dtype}}}\ntraining: {{batch_size: 64}}\n"
     )
     processes.spawn(grow, (world_size, str(free_port()), config, tmp_path / "small", tmp_path), world_size)
     hardware = Hardware(world_size, world_size, "cpu", 16 * GIB, CPU)
-    plan = plan_training(Request(load(str(config), []), DatasetManifest.load(data.folder), hardware, 1e11, {}, "x"))
+    plan = plan_training(Request(load(str(config), []), DatasetManifest.load(data.folder), hardware, 1e11, "x"))
     for rank in plan.ranks:
         found = json.loads((tmp_path / f"rank-{rank.rank}.json").read_text())
         if rank.weights:

@@ -24,16 +24,23 @@ def free_port() -> int:
             return port
 
 
-def start_ranks(arguments: list[str], logs: list[Path], **options) -> list[Command]:
-    """A command as the ranks of one process group, one for each log, without torchrun: rank 0 hosts the store."""
+def start_ranks(arguments: list[str], logs: list[Path], hosts: int = 1, **options) -> list[Command]:
+    """A command as the ranks of one process group, one for each log, without torchrun: rank 0 hosts the store.
+
+    Args:
+        hosts: that these ranks are told to be on, as many on each.
+    """
     port = str(free_port())
+    each = len(logs) // hosts
     ranks: list[Command] = []
     for rank, log in enumerate(logs):
         variables = environment(
             RANK=str(rank),
-            LOCAL_RANK=str(rank),
+            LOCAL_RANK=str(rank % each),
+            GROUP_RANK=str(rank // each),
             WORLD_SIZE=str(len(logs)),
-            LOCAL_WORLD_SIZE=str(len(logs)),
+            LOCAL_WORLD_SIZE=str(each),
+            GROUP_WORLD_SIZE=str(hosts),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
@@ -51,13 +58,13 @@ def rank_process(run_dir: Path | str, rank: int) -> int:
     raise AssertionError(f"no rank {rank} of {run_dir}")
 
 
-def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900) -> None:
+def launch(world_size: int, actions: list[dict], folder: Path, timeout: float = 900, hosts: int = 1) -> None:
     """Run actions on `world_size` ranks; raise with their output when one fails."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"actions-{world_size}.json"
     file.write_text(json.dumps(actions))
     logs = [folder / f"rank-{world_size}-{rank}.log" for rank in range(world_size)]
-    ranks = start_ranks([sys.executable, str(WORKER), str(file)], logs)
+    ranks = start_ranks([sys.executable, str(WORKER), str(file)], logs, hosts)
     try:
         failed = [rank for rank, command in enumerate(ranks) if command.wait(timeout) != 0]
     finally:

@@ -35,7 +35,7 @@ CONFIG = """
 dataset: {{path: {dataset}}}
 model: {{name: mlp}}
 model_defaults: {options}
-embeddings: {{dim: 4, init_std: 0.1, optimizer: {{name: sgd, lr: 0.1}}}}
+embeddings: {{dim: 4, table_dim: {{t1: 8, tm0: 12}}, init_std: 0.1, optimizer: {{name: sgd, lr: 0.1}}}}
 dense: {{optimizer: {{name: sgd, lr: 0.1}}}}
 training: {{batch_size: {batch}}}
 """

@@ -30,7 +30,7 @@ model_defaults:
   dnn_hidden_units: [12, 8]
   gate_hidden_units: [4]
   tower_hidden_units: [4]
-embeddings: {{dim: 4, init_std: 0.1}}
+embeddings: {{dim: 4, table_dim: {{t1: 12}}, init_std: 0.1}}
 training: {{batch_size: 50, eval_batch_size: 260, epochs: 30, max_steps: 10, patience: null, log_every_steps: 1}}
 """
 

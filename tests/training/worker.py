@@ -72,6 +72,8 @@ def run(action: dict, world) -> None:
         checkpoint.save(Path(action["output"]), tensors, {}, world)
     elif kind == "steps":
         steps(action, run_dir, world)
+    elif kind == "wire":
+        wire(action, run_dir, world)
     elif kind == "begin":
         begin(action, run_dir, world)
     elif kind == "copy":
@@ -121,6 +123,44 @@ def steps(action: dict, folder: Path, world) -> None:
     kept = {"losses": torch.stack(losses), "weights": weights, "labels": labels, "scenarios": scenarios}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(kept, folder / f"{world.rank}.pt")
+
+
+#: Collectives by which vectors and their gradients go between ranks, with the argument that is sent.
+CARRIERS = {"all_to_all_single": "input", "reduce_scatter_tensor": "input", "all_gather_into_tensor": "input_tensor"}
+
+
+def wire(action: dict, folder: Path, world) -> None:
+    """Train a step and evaluate a batch; keep what bytes of numbers this rank gave to collectives of vectors, by dtype."""
+    session = build_session(load_config(action["config"], action["overrides"]), world, for_training=True)
+    sent: dict[str, int] = {}
+    plain = {name: getattr(dist, name) for name in CARRIERS}
+
+    def counted(name: str):
+        def call(*arguments, **options):
+            tensor = options[CARRIERS[name]] if CARRIERS[name] in options else arguments[1]
+            if tensor.is_floating_point():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                sent[dtype] = sent.get(dtype, 0) + tensor.numel() * tensor.element_size()
+            return plain[name](*arguments, **options)
+
+        return call
+
+    found = {}
+    for name in CARRIERS:
+        setattr(dist, name, counted(name))
+    try:
+        for split, training in (("train", True), ("valid", False)):
+            session.model.train(training)
+            feed = session.prepare(itertools.islice(session.reader(split).epoch(0), 1), training=training)
+            with torch.set_grad_enabled(training):
+                session.pipeline.progress(feed)
+            found[split] = dict(sent)
+            sent.clear()
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
 
 def whole(tensor, world) -> torch.Tensor:

@@ -36,7 +36,8 @@ class ModelSpec:
         fields: field name -> width D_f of its pooled embedding, in the order of concatenation.
         num_dense: number of dense features, appended after the fields.
         seed: seed of the initialisation.
-        embedding_dim: width of looked-up vectors, where there are no fields to tell it.
+        embedding_dim: width of a vector that a network owns beside those that are looked up: `embeddings.dim`. None: that of
+            the first field.
     """
 
     setting: Setting
@@ -45,7 +46,7 @@ class ModelSpec:
     fields: dict[str, int]
     num_dense: int
     seed: int = 0
-    embedding_dim: int = 16
+    embedding_dim: int | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -64,8 +65,8 @@ class ModelSpec:
 
     @property
     def vector_width(self) -> int:
-        """Width of a vector that a network owns beside those that are looked up: that of the first field."""
-        return next(iter(self.fields.values()), self.embedding_dim)
+        """Width of a vector that a network owns beside those that are looked up."""
+        return self.embedding_dim or next(iter(self.fields.values()), 16)
 
 
 class NetworkConfig(StrictModel):

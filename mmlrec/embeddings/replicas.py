@@ -1,0 +1,77 @@
+"""Several copies of all tables, each on a part of the ranks, averaged at intervals (`embeddings.replicas`)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DMPCollection
+from torchrec.distributed.types import ShardingPlan
+
+from mmlrec.config import EmbeddingsConfig
+from mmlrec.embeddings.hardware import Hardware
+from mmlrec.embeddings.placement import PortableSharder
+from mmlrec.errors import ConfigError
+
+
+def check_replicas(config: EmbeddingsConfig, device: torch.device) -> None:
+    """Refuse replicas where nothing can average them.
+
+    Raises:
+        ConfigError: on a CPU, and with Adam, of whose state torchrec averages nothing.
+    """
+    if config.replicas > 1 and device.type == "cpu":
+        raise ConfigError(
+            f"embeddings.replicas: {config.replicas} copies of the tables need GPUs; torchrec averages them there only. Leave"
+            " it out on CPUs. python -m apps.plan plans it anywhere."
+        )
+    if config.replicas > 1 and config.optimizer.name == "adam":
+        raise ConfigError("embeddings.replicas: the state of 'adam' is not averaged. Use adagrad, rowwise_adagrad or sgd.")
+
+
+def shard(
+    module: nn.Module, plan: ShardingPlan, sharder: PortableSharder, device: torch.device, replicas: int, hardware: Hardware
+) -> DistributedModelParallel:
+    """Shard the tables of a module by a plan, and join its other parameters over all ranks.
+
+    Args:
+        replicas: how many times; 1: once, over all ranks.
+        hardware: the ranks of one replica.
+    """
+    # It tells the root logger of each group, and where no launcher says which ranks a host has.
+    logging.disable(logging.WARNING)
+    try:
+        if replicas > 1:
+            return _collection(module, plan, sharder, device, hardware)
+        joined = dist.get_world_size() > 1
+        return DistributedModelParallel(module, device=device, plan=plan, sharders=[sharder], init_data_parallel=joined)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _collection(
+    module: nn.Module, plan: ShardingPlan, sharder: PortableSharder, device: torch.device, hardware: Hardware
+) -> DMPCollection:
+    world = dist.group.WORLD
+    assert world is not None
+    return DMPCollection(
+        module,
+        device,
+        plan,
+        world.size(),
+        hardware.world_size,
+        world,
+        node_group_size=hardware.ranks_per_host,
+        sharders=[sharder],
+        # Ranks of a replica follow each other, so that looked-up vectors stay in few hosts; averages cross them.
+        use_inter_host_allreduce=True,
+    )
+
+
+def average(model: DistributedModelParallel) -> None:
+    """Give all replicas the mean of their weights and of their optimizer state, where there are several. All ranks call it."""
+    if isinstance(model, DMPCollection):
+        model.sync()
