@@ -51,6 +51,16 @@ TableDim = Annotated[int, Field(gt=0, multiple_of=4)]
 TableDtype = Literal["fp32", "fp16", "bf16"]
 
 
+class ManagedConfig(StrictModel):
+    """Managed tables, whose ids earn and lose their rows (docs/managed_ids.md)."""
+
+    admit_after: int = Field(default=1, ge=1, description="Occurrences over the run from which on an id may have a row.")
+    evict: Literal["lfu", "lru"] = Field(
+        default="lfu", description="Which id loses its row: the one with fewest occurrences, or the one not seen for longest."
+    )
+    update_every: int = Field(default=100, ge=1, description="Training steps between changes of who has a row.")
+
+
 class EmbeddingsConfig(StrictModel):
     """Tables: width, number format, initialisation, optimizer and sharding."""
 
@@ -85,6 +95,7 @@ class EmbeddingsConfig(StrictModel):
     )
     average_every: int = Field(default=1, gt=0, description="Steps between two averages of the replicas.")
     l2: float = Field(default=0.0, ge=0, description="Penalty on the looked-up vectors, mean over samples.")
+    managed: ManagedConfig = ManagedConfig()
 
     def width(self, table: str) -> int:
         """Width of a table, by its name in the manifest."""

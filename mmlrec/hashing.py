@@ -7,6 +7,7 @@ M the finaliser `mix64`, G its constant, and all arithmetic modulo 2^64:
     h = M(... M(M(w_1 XOR M(seed)) XOR w_2) ... XOR n)        a string: its UTF-8 bytes in little-endian words of 8 bytes,
                                                               the last one filled up with zeros, then their number n
     bucket_1 = h mod num_buckets + 1,   bucket_j = M(h + (j - 1) G) mod num_buckets + 1
+    key = h, as two's complement; 1 where h is 0                                          of an id of a managed table
 
 Nothing depends on the platform, the byte order, the version of a library or the other ids of an array: tables trained with
 these ids stay valid. Imports no torch.
@@ -74,6 +75,20 @@ def bucket_ids(values: pa.Array, seed: int, num_buckets: int, num_hashes: int = 
     """Rows of a table of num_buckets + 1 rows for int64 or string ids, [N, num_hashes]; 0 for a null. Raises as `hash_ids`."""
     buckets = buckets_of(hash_ids(values, seed), num_buckets, num_hashes)
     return np.where(values.is_valid().to_numpy(zero_copy_only=False)[:, None], buckets, 0)
+
+
+def keys_of(hashes: UInt64Array) -> IntArray:
+    """Keys of 64-bit hashes, [N] int64, as two's complement: never 0, which stands for a missing id; the hash 0 becomes 1."""
+    return np.where(hashes == 0, np.uint64(1), hashes).view(np.int64)
+
+
+def key_ids(values: pa.Array, seed: int) -> IntArray:
+    """Keys by which a managed table knows int64 or string ids, [N] int64; 0 for a null. Raises as `hash_ids`.
+
+    Different int64 ids have different keys, the two excepted whose hashes are 0 and 1.
+    """
+    keys = keys_of(hash_ids(values, seed))
+    return np.where(values.is_valid().to_numpy(zero_copy_only=False), keys, 0) if values.null_count else keys
 
 
 def _hash_strings(values: pa.Array, start: UInt64Array) -> UInt64Array:

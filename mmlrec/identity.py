@@ -195,7 +195,9 @@ def data_facts(manifest: DatasetManifest) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {"form": DATA_FORM, "num_lanes": manifest.num_lanes, "row_group_size": manifest.row_group_size}
     facts["features"] = facts_digest([f.model_dump(mode="json", exclude_defaults=True) for f in manifest.features])
-    facts["tables"] = facts_digest([[table.name, table.num_rows] for table in manifest.tables])
+    facts["tables"] = facts_digest(
+        [[table.name, table.num_rows, *(["managed"] if table.managed else [])] for table in manifest.tables]
+    )
     facts["tasks"] = facts_digest([task.model_dump(mode="json", exclude_defaults=True) for task in manifest.tasks])
     facts["scenarios"] = manifest.scenario.values if manifest.scenario else None
     facts["group_key"] = manifest.group_key

@@ -9,7 +9,8 @@ A dataset folder is `manifest.json`, `vocab/` and one folder of Parquet parts fo
 * `sample.weight`      float32, when rows are weighted
 * `key.<name>`         int64 or string; identifies the row, never a feature
 
-Ids are table rows: 0 = missing, rare or unseen; 1..V-1 = vocabulary entries or hash buckets.
+Ids are table rows: 0 = missing, rare or unseen; 1..V-1 = vocabulary entries or hash buckets. Those of a managed table are keys
+(mmlrec.hashing), any int64: 0 = missing; which row a key has, if any, is what training finds.
 The rows of a split are shuffled on disk already. This module imports no torch.
 """
 
@@ -27,10 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.storage.places import Place, place
 
-#: What this release writes. Raised when a reader of the version before would read something wrong: docs/architecture.md.
-SCHEMA_VERSION = 1
-#: Versions that this release reads.
-READABLE_VERSIONS = (1,)
+#: Versions that this release reads; it writes the lowest one that says all: docs/architecture.md. 2: tables may be managed.
+READABLE_VERSIONS = (1, 2)
 #: Of the facts in `Encoding`, and of how they become digests: docs/datasets/encoding.md.
 ENCODING_FORM = 1
 MANIFEST = "manifest.json"
@@ -167,6 +166,19 @@ class Table(_Contract):
         default=None, description="Ids are hashes of raw values, see mmlrec.hashing; None = they are not."
     )
     num_hashes: int = Field(default=1, ge=1, description="Ids of one raw value, when hashed.")
+    managed: bool = Field(
+        default=False,
+        exclude_if=lambda managed: not managed,  # the manifests of other tables stay what they were, to the byte
+        description="Ids are keys of raw values, which earn and lose the rows 1..num_rows - 1 in training.",
+    )
+
+    @model_validator(mode="after")
+    def _keyed(self) -> Table:
+        if self.managed and (self.hash_seed is None or self.num_hashes > 1 or self.vocabulary is not None):
+            raise ValueError(f"table {self.name!r} is managed: it needs a hash_seed, one hash, and no vocabulary")
+        if self.managed and self.num_rows < 2:
+            raise ValueError(f"table {self.name!r} is managed: it needs a row besides row 0")
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> Table:
@@ -241,7 +253,7 @@ class Split(_Contract):
 class DatasetManifest(_Contract):
     """`manifest.json`: everything training and evaluation know about a dataset."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=1, description="Set by the tables: 2 where one is managed.")
     name: str
     tables: list[Table]
     features: list[Feature]
@@ -261,8 +273,19 @@ class DatasetManifest(_Contract):
     preprocessing: dict[str, Any] = Field(default={}, description="The resolved preprocessing options.")
     encoding: Encoding | None = Field(default=None, description="What turned raw cells into inputs; absent: not recorded.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lowest_version(cls, content: Any) -> Any:
+        """Of a manifest that is made, not read: an earlier release must not take keys for rows."""
+        if isinstance(content, dict) and "schema_version" not in content:
+            managed = any(isinstance(table, Table) and table.managed for table in content.get("tables", ()))
+            return {**content, "schema_version": 2 if managed else 1}
+        return content
+
     @model_validator(mode="after")
     def _consistent(self) -> DatasetManifest:
+        if self.schema_version < 2 and (managed := [table.name for table in self.tables if table.managed]):
+            raise ValueError(f"schema version {self.schema_version} has no managed tables: {', '.join(managed)}")
         tables = {table.name for table in self.tables}
         for feature in self.features:
             if feature.table is not None and feature.table not in tables:

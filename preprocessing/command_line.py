@@ -365,6 +365,8 @@ def _print_summary(manifest: DatasetManifest, out: Place, config: str) -> None:
         print(f"  rows of the tables: {tables}{more}")
     for table, found in statistics.get("hash_collisions", {}).items():
         print(f"  hashed ids of {table}: {found['values']:,} values in train, {found['rate']:.2%} share their ids with others")
+    for table, found in statistics.get("managed_ids", {}).items():
+        print(f"  managed ids of {table}: {found['values']:,} values in train, {manifest.table(table).num_rows - 1:,} slots")
     for line in drift_lines(manifest):
         print(f"  {line}")
     if notes := block(look_at_this(manifest, out)):

@@ -78,6 +78,14 @@ class Hashing:
 
 
 @dataclass(frozen=True)
+class Managed:
+    """Ids by key: values earn and lose the slots of a table in training. See mmlrec.hashing."""
+
+    slots: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Column:
     """One feature as a dataset declares it; make it with `sparse`, `multi`, `dense` or `bucketed`.
 
@@ -90,6 +98,7 @@ class Column:
         fill: what a missing dense value becomes before it is scaled: a number, or the mean of the train rows. None: it is
             written as 0, which is the least train value of a scaled feature.
         hashing: no vocabulary is fitted, ids come by hash; equal for all features of a table.
+        managed: no vocabulary is fitted, ids are keys; equal for all features of a table.
         num_buckets: raw values are numbers (float32), ids come by quantiles of the train rows.
     """
 
@@ -103,11 +112,13 @@ class Column:
     hashing: Hashing | None = None
     num_buckets: int | None = None
     fill: float | Literal["mean"] | None = None
+    managed: Managed | None = None
 
     @property
     def has_vocabulary(self) -> bool:
         """Whether its ids are those of values that are counted."""
-        return self.kind != "dense" and self.num_ids is None and self.hashing is None and self.num_buckets is None
+        others = self.num_ids, self.hashing, self.num_buckets, self.managed
+        return self.kind != "dense" and all(other is None for other in others)
 
 
 def sparse(
@@ -118,9 +129,10 @@ def sparse(
     min_count: int = 1,
     num_ids: int | None = None,
     hashing: Hashing | None = None,
+    managed: Managed | None = None,
 ) -> Column:
     """A feature with one raw value a row (string unless told); null = missing."""
-    return Column(name, "sparse", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing)
+    return Column(name, "sparse", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing, managed=managed)
 
 
 def multi(
@@ -131,9 +143,10 @@ def multi(
     min_count: int = 1,
     num_ids: int | None = None,
     hashing: Hashing | None = None,
+    managed: Managed | None = None,
 ) -> Column:
     """A feature with a list of raw values a row, mean pooled; null or an empty list = missing."""
-    return Column(name, "multi", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing)
+    return Column(name, "multi", raw_type or pa.string(), table or name, min_count, num_ids, hashing=hashing, managed=managed)
 
 
 def bucketed(name: str, num_buckets: int) -> Column:

@@ -46,13 +46,17 @@ RULES = {
     "mmlrec.embeddings": ("torch", "torchrec", "fbgemm_gpu", "mmlrec.data.batch", "mmlrec.hashing"),
     "mmlrec.distributed": ("torch", "mmlrec.terminal"),
     "mmlrec.run_folder": ("torch", "torchrec", "mmlrec.distributed", "mmlrec.identity"),
+    "mmlrec.slots": (
+        *("torch", "torchrec.sparse", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data.batch", "mmlrec.hashing"),
+        "mmlrec.encoding.vocabularies",
+    ),
     "mmlrec.session": (
         *("torch", "torchrec", "fbgemm_gpu", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.data", "mmlrec.embeddings"),
-        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity"),
+        *("mmlrec.layers", "mmlrec.losses", "mmlrec.balancing", "mmlrec.models.base", "mmlrec.identity", "mmlrec.slots"),
     ),
     "mmlrec.warm_start": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.embeddings", "mmlrec.models.base"),
-        *("mmlrec.identity", "mmlrec.encoding.vocabularies"),
+        *("mmlrec.identity", "mmlrec.encoding.vocabularies", "mmlrec.hashing", "mmlrec.slots"),
     ),
     "mmlrec.evaluation": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.data", "mmlrec.metrics"),
@@ -69,7 +73,7 @@ RULES = {
     "mmlrec.serving": ("torch", "mmlrec.encoding", "mmlrec.layers"),
     "mmlrec.export": (
         *("torch", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session", "mmlrec.evaluation", "mmlrec.metrics"),
-        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.terminal"),
+        *("mmlrec.models.base", "mmlrec.layers", "mmlrec.encoding", "mmlrec.serving", "mmlrec.slots.stored", "mmlrec.terminal"),
     ),
     "mmlrec.api": (
         *("torch", "torchrec.sparse", "preprocessing", "mmlrec.distributed", "mmlrec.run_folder", "mmlrec.session"),

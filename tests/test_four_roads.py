@@ -37,7 +37,7 @@ from preprocessing.new_rows import asked_for
 from preprocessing.reading.raw_files import RawFolder
 from tests.preprocessing.census_fake import write_kdd
 from tests.preprocessing.movielens_fake import write_movielens
-from tests.preprocessing.table_fake import CONFIG, records
+from tests.preprocessing.table_fake import CONFIG, UNMANAGED, records
 from tests.serving.served import served
 
 TOLERANCE = 1e-6  # of probabilities in fp32, and of values of regression tasks as a share of them where they are above 1
@@ -57,6 +57,7 @@ class Data:
         folder, like: datasets.
         frame: raw rows. place: file and line of each of them.
         tasks: setting -> tasks.
+        managed: some tables are.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Data:
     frame: pd.DataFrame
     place: pd.DataFrame
     tasks: dict[Setting, list[str]]
+    managed: bool = False
 
 
 def make_movielens(tmp: Path) -> Data:
@@ -112,29 +114,34 @@ def raw_rows(kind: type[Dataset], tmp: Path) -> tuple[pd.DataFrame, pd.DataFrame
     return pa.table(columns).to_pandas(), table.select(PLACE).to_pandas()
 
 
-def make_table(tmp: Path) -> Data:
-    """A table of one's own with ids, hashed ids, lists in both forms, numbers on all scales and in buckets."""
+def make_table(tmp: Path, config: dict = CONFIG) -> Data:
+    """A table of one's own with ids, hashed and managed ids, lists in both forms, numbers on all scales and in buckets."""
     for seed, rows, name in ((0, 3000, "old"), (1, 700, "new")):
         frame = pd.DataFrame(records(rows, seed))
         for column, types in (("seller", "Int64"), ("clicked", "Int64"), ("age", "Int64"), ("sold", "float64")):
             frame[column] = frame[column].astype(types)
         frame["bought"] = ["|".join(ids) for ids in frame["bought"]]
+        frame["visitor"] = pd.array([row["visitor"] for row in records(rows, seed)], "Int64")
         if seed:  # of which training knows none
             frame.loc[:20, "user"], frame.loc[10:40, "item"], frame.loc[5:15, "price"] = 7, "of today", 1e9
             frame = frame[frame["device"] != "watch"].reset_index(drop=True)  # which are dropped
         (tmp / name).mkdir(parents=True)
         frame.to_parquet(tmp / name / "rows.parquet", index=False)
-    tasks = [*CONFIG["tasks"], {"name": "stars", "label": "rating", "kind": "regression"}]
-    (tmp / "table.yaml").write_text(yaml.safe_dump(CONFIG | {"files": ["rows.parquet"], "tasks": tasks}, sort_keys=False))
+    tasks = [*config["tasks"], {"name": "stars", "label": "rating", "kind": "regression"}]
+    (tmp / "table.yaml").write_text(yaml.safe_dump(config | {"files": ["rows.parquet"], "tasks": tasks}, sort_keys=False))
     make(["table", "--config", str(tmp / "table.yaml"), "--raw", str(tmp / "old"), "--out", str(tmp / "data")])
     make(["table", "--raw", str(tmp / "new"), "--like", str(tmp / "data"), "--out", str(tmp / "like")])
     frame = frame.drop(columns=["clicked", "orders", "rating", "row", "time"])
     place = pd.DataFrame({PLACE[0]: "rows.parquet", PLACE[1]: range(1, len(frame) + 1)})
     tasks = {Setting.MTL: ["click", "buy", "stars"], Setting.MSL: ["liked"], Setting.MTMSL: ["click", "buy"]}
-    return Data(tmp / "data", tmp / "like", frame, place, tasks)
+    return Data(tmp / "data", tmp / "like", frame, place, tasks, managed=config is CONFIG)
 
 
-MAKERS = {"movielens": make_movielens, "census": make_census, "table": make_table}
+def make_unmanaged(tmp: Path) -> Data:
+    return make_table(tmp, UNMANAGED)
+
+
+MAKERS = {"movielens": make_movielens, "census": make_census, "table": make_table, "table without managed ids": make_unmanaged}
 SETTINGS = {"movielens": tuple(Setting), "census": (Setting.MTL,), "table": tuple(Setting)}
 
 
@@ -168,7 +175,8 @@ def config_of(data: Data, name: str, setting: Setting) -> dict:
         "model": {"name": name, **options},
         "model_defaults": SIZES,
         # Rows that are far apart, so that another row's score is another number; one table is wider than the others.
-        "embeddings": {"dim": 4, "table_dim": {DatasetManifest.load(data.folder).tables[1].name: 8}, "init_std": 0.5},
+        "embeddings": {"dim": 4, "table_dim": {DatasetManifest.load(data.folder).tables[1].name: 8}, "init_std": 0.5}
+        | ({"managed": {"update_every": 1}} if data.managed else {}),
         "training": {"max_steps": 3, "batch_size": 500, "eval_batch_size": 256, "patience": None},
     }
 
@@ -200,6 +208,11 @@ def largest_difference(data: Data, name: str, setting: Setting, tmp: Path, *, pr
     first = first[[column for column in first if column.startswith("score.")]]
     assert len(first) == len(data.frame) > 500
     rows = pa.Table.from_pandas(data.frame, preserve_index=False).to_pylist()
+    if data.managed:
+        visitors = (
+            Encoder.load(tmp / "model/encoder").inputs(pa.Table.from_pandas(data.frame, preserve_index=False)).ids["visitor"][0]
+        )
+        assert {0, 1, 2} < set(visitors.tolist()) <= set(range(41))  # unseen ones, and such that hold slots
     others = {
         "frame": mmlrec.load_run(run.path).predict(data.frame),
         "export": mmlrec.serving.load(tmp / "model").score(data.frame),
@@ -238,7 +251,7 @@ def test_raw_rows_have_the_same_scores_by_all_roads(data, tmp_path, dataset, nam
 
 def test_a_task_without_a_head_in_a_scenario_has_no_score_there_by_any_road(data, tmp_path):
     config = {"branches": [0, 2, 3]}  # click/mobile, buy/mobile, buy/desktop
-    largest_difference(data("table"), "single_task", Setting.MTMSL, tmp_path, **config)
+    largest_difference(data("table without managed ids"), "single_task", Setting.MTMSL, tmp_path, **config)
 
 
 @pytest.mark.long
@@ -249,6 +262,8 @@ def test_a_task_without_a_head_in_a_scenario_has_no_score_there_by_any_road(data
 def test_all_methods_settings_and_datasets(data, tmp_path, dataset, setting, name, record_property):
     if setting not in class_of(name).settings:
         pytest.skip("not defined in this setting")
+    if dataset == "table" and name == "single_task":  # whose branches have tables of their own
+        dataset = "table without managed ids"
     found = largest_difference(data(dataset), name, setting, tmp_path)
     record_property("largest difference", found)
     print(f"{dataset} {setting} {name}: {found:.2e}")

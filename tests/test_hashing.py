@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mmlrec.hashing import bucket_ids, hash_ids
+from mmlrec.hashing import bucket_ids, hash_ids, key_ids, keys_of
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -33,6 +33,12 @@ def plain_buckets(value, seed, num_buckets, num_hashes):
     first = plain_hash(value, seed)
     others = [finalise((first + j * GOLDEN) & MASK) for j in range(1, num_hashes)]
     return [h % num_buckets + 1 for h in (first, *others)]
+
+
+def plain_key(value, seed):
+    """Of a missing value 0, of others the hash as int64; the hash 0 is 1."""
+    key = 0 if value is None else plain_hash(value, seed) or 1
+    return key - (key >> 63 << 64)
 
 
 @pytest.mark.parametrize("values", [IDS, WORDS], ids=["int64", "string"])
@@ -71,6 +77,45 @@ def test_nulls_are_0_and_slices_are_like_wholes():
             assert np.array_equal(bucket_ids(array[start:], 3, 50, 2), whole[start:])
             assert np.array_equal(bucket_ids(array[:start], 3, 50, 2), whole[:start])
     assert bucket_ids(pa.nulls(2, pa.string()), 3, 50).tolist() == [[0], [0]]
+
+
+def test_keys_are_hashes_of_64_bits():
+    for values in (IDS, WORDS):
+        keys = key_ids(pa.array([values[0], None, *values[1:]]), 9)
+        assert keys.tolist() == [plain_key(value, 9) for value in (values[0], None, *values[1:])]
+        assert keys.dtype == np.int64
+        assert key_ids(pa.array(values), 9).tolist() == [plain_key(value, 9) for value in values]
+    assert keys_of(np.array([0, 1, 2**63, 2**64 - 1], np.uint64)).tolist() == [1, 1, -(2**63), -1]
+    assert key_ids(pa.nulls(2, pa.string()), 3).tolist() == [0, 0]
+
+
+def test_the_keys_of_integers_differ():
+    """A bijection: neighbours, and ids of all bits, have as many keys; the id whose hash is 0 takes that of 1."""
+    near = np.arange(-50_000, 50_000)
+    far = np.random.default_rng(0).integers(-(2**63), 2**63, 50_000)
+    every = np.unique(np.concatenate([near, far]))
+    for seed in (0, 7):
+        keys = key_ids(pa.array(every), seed)
+        assert len(np.unique(keys)) == len(every)
+        assert not (keys == 0).any()
+        zero, one = ((backwards(hash) ^ finalise(seed)) for hash in (0, 1))
+        ids = [each - (each >> 63 << 64) for each in (zero, one)]
+        assert hash_ids(pa.array(ids), seed).tolist() == [0, 1]
+        assert key_ids(pa.array(ids), seed).tolist() == [1, 1]
+
+
+def backwards(hash):
+    """The number that `finalise` makes to this one."""
+
+    def unshifted(z, bits):
+        found = z
+        for _ in range(64 // bits):
+            found = z ^ (found >> bits)
+        return found
+
+    z = unshifted(hash, 31) * pow(0x94D049BB133111EB, -1, 1 << 64) & MASK
+    z = unshifted(z, 27) * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & MASK
+    return (unshifted(z, 30) - GOLDEN) & MASK
 
 
 def test_other_types_are_refused():

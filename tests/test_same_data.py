@@ -420,7 +420,7 @@ def test_keys_of_a_later_release_are_named_and_passed_over(table, app, tmp_path)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content.update(schema_version=2, tables={}), "schema version 2, this release reads 1"),
+        (lambda content: content.update(schema_version=3, tables={}), "schema version 3, this release reads 1, 2"),
         (lambda content: content.pop("schema_version"), "schema version None"),
         (lambda content: content.update(num_lanes=0, later=1), "manifest.json is damaged"),
         (lambda content: content.update(num_lane=content.pop("num_lanes")), "manifest.json is damaged"),

@@ -89,7 +89,8 @@ class Reader:
         self._keys = [f.name for f in manifest.sparse_features]
         self.beyond: dict[str, int] = {}
         tables, known = manifest.by_name, known_rows or {}
-        grown = {name for name, rows in known.items() if name in tables and tables[name].num_rows > rows}
+        ids = {name: table for name, table in tables.items() if not table.managed}
+        grown = {name for name, rows in known.items() if name in ids and ids[name].num_rows > rows}
         #: Feature -> first id that the model has no row for; of features whose table has grown.
         self._limits = {f.name: known[str(f.table)] for f in manifest.sparse_features if f.table in grown}
         self._padded_rows = -(-batch_size // world_size)

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlrec.errors import ConfigError, DataError, did_you_mean
-from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Feature, Part, Task, key_column, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Feature, Part, Table, Task, key_column, label_column
 from mmlrec.storage.parquet import open_parquet, stored_size
 from mmlrec.storage.places import Place, is_local
 
 _FOOTERS = 8  # fetched at a time
-_NARROW_ROWS = 1 << 31  # of a table whose ids are held in 32 bits
+_NARROW_ROWS = 1 << 31  # of a table
 # numpy's mode of `take` for indices that are within the array: nothing is wrapped, but it neither copies the result twice, as
 # "raise" does, nor compares each index as slowly as "clip".
 _IN_RANGE: Final = "wrap"
@@ -128,7 +128,8 @@ class RowGroups:
         self.has_scenario = manifest.scenario is not None
         self._num_scenarios = len(manifest.scenario.values) if manifest.scenario else 1
         self._tables = manifest.by_name
-        fits = np.array([self._tables[str(f.table)].num_rows <= _NARROW_ROWS for f in self.single], np.bool_)
+        #: Features by the width of their ids.
+        fits = np.array([_is_narrow(self._tables[str(f.table)]) for f in self.single], np.bool_)
         self.narrow, self.wide = np.flatnonzero(fits), np.flatnonzero(~fits)
         self._manifest = manifest
         self._group = key_column(manifest.group_key) if manifest.group_key else None
@@ -258,10 +259,11 @@ class RowGroups:
         )
 
     def _ids(self, columns: _Columns, feature: Feature) -> npt.NDArray[np.int64]:
-        ids, num_rows = columns.int64(feature.name), self._tables[str(feature.table)].num_rows
-        if ids.view(np.uint64).max() >= num_rows:  # as a number without a sign, an id below 0 is large: one look finds both
-            row = int(np.argmax((ids < 0) | (ids >= num_rows)))
-            _bad_id(columns.place, row, feature.name, int(ids[row]), str(feature.table), num_rows)
+        ids, table = columns.int64(feature.name), self._tables[str(feature.table)]
+        # As a number without a sign, an id below 0 is large: one look finds both.
+        if not table.managed and ids.view(np.uint64).max() >= table.num_rows:
+            row = int(np.argmax((ids < 0) | (ids >= table.num_rows)))
+            _bad_id(columns.place, row, feature.name, int(ids[row]), table.name, table.num_rows)
         return ids
 
     def _scenarios(self, columns: _Columns) -> npt.NDArray[np.int64]:
@@ -322,8 +324,9 @@ class RowGroups:
             row = int(np.searchsorted(offsets, first, "right")) - 1
             _bad(place, row, f"feature '{feature.name}' holds a null; a missing id is 0")
         values = flat.to_numpy()
-        size = self._tables[str(feature.table)].num_rows
-        if len(values) and (values.min() < 0 or values.max() >= size):
+        owner = self._tables[str(feature.table)]
+        size = owner.num_rows
+        if not owner.managed and len(values) and (values.min() < 0 or values.max() >= size):
             first = int(np.argmax((values < 0) | (values >= size)))
             row = int(np.searchsorted(offsets, first, "right")) - 1
             _bad_id(place, row, feature.name, int(values[first]), str(feature.table), size)
@@ -425,3 +428,8 @@ def _bad_id(place: _RowGroup, row: int, feature: str, value: int, table: str, si
 
 def _bad(place: _RowGroup, row: int, what: str) -> NoReturn:
     raise DataError(f"{place.path}: row {place.row_in_file + row}: {what}. {_REMEDY}")
+
+
+def _is_narrow(table: Table) -> bool:
+    """Whether ids of a table are held in 32 bits: not those of a managed one, which are keys of 64."""
+    return not table.managed and table.num_rows <= _NARROW_ROWS

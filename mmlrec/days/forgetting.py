@@ -1,6 +1,7 @@
 """Which rows of the tables have not been seen for so many days that they start afresh.
 
 Each day leaves `last_seen.npz` in its run folder: for each table, the number of the day on which a row last stood in train.
+Managed tables are left out: their rule says when a row goes to another id.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ def note_seen(before: LastSeen, folder: Place, manifest: DatasetManifest, number
         DataError: a part cannot be read, or has an id beyond its table.
     """
     seen: LastSeen = {}
-    for table in manifest.tables:
+    for table in (table for table in manifest.tables if not table.managed):
         known = before.get(table.name, np.empty(0, np.int32))
         seen[table.name] = np.append(known, np.full(table.num_rows - len(known), _NEVER, np.int32))
-    features = {feature.name: str(feature.table) for feature in manifest.sparse_features}
+    features = {feature.name: str(feature.table) for feature in manifest.sparse_features if feature.table in seen}
     for part in manifest.splits["train"].parts if features else ():
         path = folder / part.path
         try:
@@ -76,7 +77,7 @@ def forgotten_rows(seen: LastSeen, number: int, forget_after: int) -> dict[str, 
 
 def seen_before(manifest: DatasetManifest) -> LastSeen:
     """Those of a run that the first day begins with: all its rows were last seen on the day before."""
-    return {table.name: np.full(table.num_rows, -1, np.int32) for table in manifest.tables}
+    return {table.name: np.full(table.num_rows, -1, np.int32) for table in manifest.tables if not table.managed}
 
 
 def save_seen(run_dir: Place, seen: LastSeen) -> None:

@@ -188,9 +188,18 @@ def plan_report(
 
 
 def check_memory(
-    report: list[dict[str, Any]], optimizer: str, *, rank: int, local_world_size: int, device: torch.device
+    report: list[dict[str, Any]],
+    optimizer: str,
+    *,
+    rank: int,
+    local_world_size: int,
+    device: torch.device,
+    host_bytes: int = 0,
 ) -> None:
     """Refuse tables that do not fit where this rank's shards go: the memory of its GPU, or of its node.
+
+    Args:
+        host_bytes: what each rank takes of its node beside them, for maps of managed tables.
 
     Raises:
         ConfigError: with what is needed and what is free, in GiB.
@@ -198,7 +207,7 @@ def check_memory(
     on_gpu = device.type == "cuda"
     first = rank // local_world_size * local_world_size
     sharing = [rank] if on_gpu else range(first, first + local_world_size)
-    need = 0.0
+    need = 0.0 if on_gpu else float(host_bytes * local_world_size)
     for table in report:
         if on_gpu and table["kernel"] == CACHED:
             continue

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor, PoolingType
@@ -158,6 +159,48 @@ def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
                 rows = initial_rows(name, first, stop, weight.shape[1], std, seed)
                 shard[first - offsets[0] : stop - offsets[0]] = rows[:, offsets[1] : offsets[1] + shard.shape[1]]
                 first = stop
+
+
+@torch.no_grad()
+def begin_anew(
+    tables: nn.Module, optimizer: KeyedOptimizer, rows: Mapping[str, NDArray[np.int64]], *, std: float, seed: int
+) -> None:
+    """Give some rows their initial weights again, and no optimizer state: those of them that this rank holds.
+
+    Args:
+        tables: sharded.
+        optimizer: of the tables.
+        rows: table -> rows, sorted.
+        std, seed: of the initial weights.
+    """
+    changed = {name: of_table for name, of_table in rows.items() if len(of_table)}
+    weights = tables.state_dict() if changed else {}
+    states = optimizer.state_dict()["state"] if changed else {}
+    for name, of_table in changed.items():
+        key = f"embedding_bags.{name}.weight"
+        for shard, offsets in local_shards(weights[key]):
+            for block in np.split(here := _within(of_table, shard, offsets), _block_ends(here)):
+                if len(block):
+                    first = int(block[0])
+                    drawn = initial_rows(name, first, int(block[-1]) + 1, weights[key].shape[1], std, seed)
+                    columns = slice(offsets[1], offsets[1] + shard.shape[1])
+                    shard[torch.from_numpy(block - offsets[0])] = drawn[block - first, columns].to(shard)
+        of_state = [value for parameter, state in states.items() if parameter.endswith(key) for value in state.values()]
+        for value in of_state:
+            for piece, offsets in local_shards(value):
+                piece[torch.from_numpy(_within(of_table, piece, offsets) - offsets[0])] = 0
+    forget_cached_rows(tables)
+
+
+def _within(rows: NDArray[np.int64], piece: Tensor, offsets: tuple[int, ...]) -> NDArray[np.int64]:
+    """Those of sorted rows that lie in a piece."""
+    low, high = np.searchsorted(rows, [offsets[0], offsets[0] + piece.shape[0]])
+    return rows[low:high]
+
+
+def _block_ends(rows: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Where sorted rows go on to the next block of initial weights."""
+    return np.flatnonzero(np.diff(rows // _BLOCK_ROWS)) + 1
 
 
 def count_steps(tables: nn.Module, steps: int) -> None:

@@ -20,9 +20,18 @@ from mmlrec.encoding.cells import INTEGER, WHOLE, Cells
 Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]
 
+#: What can be done with integers beyond 64 bits, as those without a sign may be.
+UNSIGNED = "Integers have a sign; as text, type: string, it can be an id."
 #: Stands in a complaint where the value that was found is told.
 FOUND = "\0"
 REMEDY = "Mend the line."
+
+
+def whole(values: pa.Array) -> pa.BooleanArray:
+    """[rows] whether floats, of any width, are integers that no other integer is rounded to; null where they are."""
+    digits = {16: 11, 32: 24, 64: 53}[values.type.bit_width]
+    numbers = values.cast(pa.float64())
+    return pc.and_(pc.equal(pc.floor(numbers), numbers), pc.less(pc.abs(numbers), 2.0**digits))
 
 
 def present(values: pa.Array) -> pa.Array:
@@ -131,6 +140,6 @@ def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[
     ids = [each for each in ids if each is not None]
     if pa.types.is_integer(kind):
         ids = [each for each in ids if not (isinstance(each, str) and each in cells.marks(column))]
-        ids = [int(each) if isinstance(each, float) and each.is_integer() else each for each in ids]
+        ids = [int(each) if isinstance(each, float) and each.is_integer() and abs(each) < 2**53 else each for each in ids]
         return ids if all(type(each) is int and -(2**63) <= each < 2**63 for each in ids) else None
     return ids if all(isinstance(each, str) for each in ids) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.typed import plain
 from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError, did_you_mean
-from mmlrec.hashing import bucket_ids
+from mmlrec.hashing import UInt64Array, bucket_ids, key_ids
 from mmlrec.storage.places import Place, place
 
 IntArray = NDArray[np.int64]
@@ -37,7 +37,7 @@ class Encoder:
     *Raw* rows have the columns of `columns`: of a table of one's own those that its configuration names, of another dataset its
     features by their names, and its scenario by value (docs/datasets/encoding.md). Values come typed or as text.
     *Canonical* rows have one column a feature: int64 or string, lists of these, float32 or float64; null is missing.
-    *Encoded* rows hold ids.
+    *Encoded* rows hold ids; of a managed table keys, or, `with_slots`, the rows of those that hold a slot.
 
     Made by `load`.
 
@@ -88,6 +88,18 @@ class Encoder:
         arrays = write_arrays(folder, self._vocabularies.arrays())
         facts = self.facts | {"directories": self._vocabularies.tables, "arrays": arrays}
         (folder / ENCODER_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def with_slots(self, slots: Mapping[str, tuple[UInt64Array, IntArray]]) -> Encoder:
+        """The same, with rows in place of the keys of managed tables: 0 for a key that holds no slot.
+
+        Args:
+            slots: each managed table -> keys that hold slots, ascending, and their slots; [n] each.
+        """
+        return Encoder(self.facts, self._vocabularies.with_slots(slots))
+
+    def rows_of_keys(self, table: str, keys: IntArray) -> IntArray:
+        """Rows of a managed table that keys stand for, [n], in an encoder `with_slots`."""
+        return self._vocabularies.slots(table, keys)
 
     def canonical(self, rows: pa.Table, *, scenario: bool = True) -> pa.RecordBatch:
         """Raw rows to canonical ones: a column for each feature, and `sample.scenario`, int64, where there are scenarios.
@@ -210,6 +222,12 @@ class Encoder:
 
             def ids_of(values: pa.Array) -> IntArray:
                 return bucket_ids(values, table.seed, table.buckets, table.hashes).ravel()
+
+        elif table.ids == "managed":
+
+            def ids_of(values: pa.Array) -> IntArray:
+                keys = key_ids(values, table.seed)
+                return self.rows_of_keys(table.name, keys) if table.name in self._vocabularies.tables else keys
 
         elif table.ids == "quantiles":
 

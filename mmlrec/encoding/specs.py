@@ -81,9 +81,9 @@ class TableSpec:
     """How values become rows of a table.
 
     Attributes:
-        ids: vocabulary, quantiles, hash or given.
+        ids: vocabulary, quantiles, hash, managed or given.
         num_rows: row 0, for what is missing, rare or unseen, included.
-        buckets, hashes, seed: of ids by hash, see mmlrec.hashing.
+        buckets, hashes, seed: of ids by hash, see mmlrec.hashing; of keys, ids of a managed table, the seed.
         borders: of quantiles, ascending: the least number of each bucket but the first.
     """
 

@@ -17,7 +17,7 @@ from mmlrec.encoding.features import feature_values
 from mmlrec.encoding.specs import FeatureSpec, Specs
 from mmlrec.encoding.typed import as_type
 from mmlrec.encoding.vocabularies import Text, Vocabularies
-from mmlrec.hashing import buckets_of, hashes_from, mix64
+from mmlrec.hashing import buckets_of, hashes_from, keys_of, mix64
 
 IntArray = NDArray[np.int64]
 Ids = dict[str, tuple[IntArray, IntArray]]
@@ -165,20 +165,20 @@ class IdFeatures:
 
 
 class _Group:
-    """Features with values of one type: those with vocabularies, then those by hash, then those whose ids come as such."""
+    """Features with values of one type: those with vocabularies, then by hash, then by key, then with ids as they come."""
 
     def __init__(self, specs: Specs, vocabularies: Vocabularies, features: list[FeatureSpec], text: bool) -> None:
         tables = specs.tables
-        of_kind = {
-            ids: [spec for spec in features if tables[str(spec.table)].ids == ids] for ids in ("vocabulary", "hash", "given")
-        }
+        kinds = ("vocabulary", "hash", "managed", "given")
+        of_kind = {ids: [spec for spec in features if tables[str(spec.table)].ids == ids] for ids in kinds}
         self._specs, self._vocabularies, self._text = specs, vocabularies, text
         self._features = [spec for some in of_kind.values() for spec in some]
         self._tables = [tables[str(spec.table)] for spec in self._features]
-        self._num_known, self._num_hashed = len(of_kind["vocabulary"]), len(of_kind["hash"])
+        self._num_known, self._num_hashed, self._num_keyed = (len(of_kind[ids]) for ids in kinds[:3])
         places = [vocabularies.tables[str(spec.table)] for spec in of_kind["vocabulary"]]
         self._first_places = np.array([first for first, _ in places], np.int64)
         self._shifts = np.array([shift for _, shift in places], np.uint64)
+        self._keyed_tables = [str(spec.table) for spec in of_kind["managed"]]
         self._starts = mix64(np.array([table.seed for table in self._tables], np.uint64))
         self._buckets = np.array([table.buckets for table in self._tables[self._num_known :][: self._num_hashed]], np.uint64)
         self._rules = _Rules(specs.cells, self._features)
@@ -224,6 +224,13 @@ class _Group:
         offsets = np.append(0, np.cumsum(lengths.fill_null(0) if lengths.null_count else lengths))
         return values.flatten(), offsets if spec.listed else None
 
+    def _of_keys(self, keys: IntArray, ends: IntArray) -> IntArray:
+        """Of managed tables, of one feature after the other: rows in place of the keys, where the maps are there."""
+        for table, start, end in zip(self._keyed_tables, ends - ends[0], ends[1:] - ends[0], strict=False):
+            if table in self._vocabularies.tables:
+                keys[start:end] = self._vocabularies.slots(table, keys[start:end])
+        return keys
+
     def _ids(self, values: pa.Array, ends: IntArray) -> list[IntArray]:
         """Ids of each feature, [n]: several for each value where there are several hashes."""
         absent = None
@@ -234,8 +241,8 @@ class _Group:
             empty = text.starts[1:] == text.starts[:-1]
             absent = empty if absent is None else absent | empty
         counts = np.diff(ends)
-        known, hashed = ends[self._num_known], ends[self._num_known + self._num_hashed]
-        hashes = hashes_from(values.slice(0, hashed), np.repeat(self._starts, counts)[:hashed])
+        known, hashed, keyed = ends[np.cumsum([self._num_known, self._num_hashed, self._num_keyed])]
+        hashes = hashes_from(values.slice(0, keyed), np.repeat(self._starts, counts)[:keyed])
         ids = np.empty(len(values), np.int64)
         if known:
             of_known = counts[: self._num_known]
@@ -243,9 +250,11 @@ class _Group:
             ids[:known] = self._vocabularies.find(first_places, shifts, hashes[:known], text)
         if hashed > known:
             buckets = np.repeat(self._buckets, counts[self._num_known :][: self._num_hashed])
-            ids[known:hashed] = (hashes[known:] % buckets).view(np.int64) + 1
-        if hashed < len(values):
-            ids[hashed:] = values.to_numpy()[hashed:]
+            ids[known:hashed] = (hashes[known:hashed] % buckets).view(np.int64) + 1
+        if keyed > hashed:
+            ids[hashed:keyed] = self._of_keys(keys_of(hashes[hashed:]), ends[self._num_known + self._num_hashed :])
+        if keyed < len(values):
+            ids[keyed:] = values.to_numpy()[keyed:]
         if absent is not None:
             ids[absent] = 0
         found = []

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from mmlrec.encoding.cells import BLANKS, Cells
 from mmlrec.encoding.columns import valid
-from mmlrec.encoding.conversions import FOUND, REMEDY, Converted, integers, json_lists, present, separated
+from mmlrec.encoding.conversions import FOUND, REMEDY, UNSIGNED, Converted, integers, json_lists, present, separated, whole
 from mmlrec.errors import DataError
 
 _WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
@@ -52,10 +52,10 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
     if pa.types.is_floating(found):
         numbers = values.cast(pa.float64())
         numbers = pc.if_else(pc.is_nan(numbers), None, numbers)
-        return _from_numbers(numbers, kind, column)
+        return _from_numbers(numbers, whole(values), kind, column)
     if pa.types.is_uint64(found) and pa.types.is_integer(kind):
         good = pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
-        complaint = f"{column} does not fit into 64 bits{FOUND}. {REMEDY}"
+        complaint = f"{column} does not fit into 64 bits{FOUND}. {UNSIGNED}"
         return pc.if_else(good, values, None).cast(kind), [(_bools(good), complaint, column)]
     if pa.types.is_floating(kind) and (pa.types.is_integer(found) or pa.types.is_boolean(found) or pa.types.is_decimal(found)):
         numbers = values.cast(pa.int8()) if pa.types.is_boolean(found) else values
@@ -96,15 +96,15 @@ def as_lists(values: pa.Array, kind: pa.DataType, separator: str | None, column:
     return lists, faults
 
 
-def _from_numbers(numbers: pa.Array, kind: pa.DataType, column: str) -> Converted:
-    """From float64 without NaN."""
+def _from_numbers(numbers: pa.Array, exact: pa.BooleanArray, kind: pa.DataType, column: str) -> Converted:
+    """From float64 without NaN; `exact`: which of them are integers for certain."""
     if pa.types.is_floating(kind):
         return numbers, []
     if pa.types.is_string(kind):
         complaint = f"{column} must be text, or an integer{FOUND}. Give it as text: its id hangs on how it is written."
         return pa.nulls(len(numbers), kind), [(~valid(numbers), complaint, column)]
-    good = pc.and_(pc.equal(pc.floor(numbers), numbers), pc.less(pc.abs(numbers), 2.0**63)).fill_null(True)
-    complaint = f"{column} must be an integer of 64 bits{FOUND}. {REMEDY}"
+    good = pc.or_(exact.fill_null(True), numbers.is_null())
+    complaint = f"{column} must be an integer of 64 bits{FOUND}. Floats are rounded from 2^53 on: give integers, or text."
     return pc.if_else(good, numbers, None).cast(kind), [(_bools(good), complaint, column)]
 
 

@@ -120,6 +120,24 @@ class Vocabularies:
         text = Text(arrays["starts"], arrays["content"])
         return cls(tables, arrays["directory"], arrays["hashes"], arrays["ids"], text)
 
+    def with_slots(self, slots: Mapping[str, tuple[UInt64Array, NDArray[np.signedinteger]]]) -> Vocabularies:
+        """These, and behind them the maps of managed tables: keys, ascending, and the slot of each."""
+        tables, directory, hashes, ids = dict(self.tables), [self.directory], [self.hashes], [self.ids]
+        total = len(self.hashes) + sum(len(keys) for keys, _ in slots.values())
+        kind: type[np.unsignedinteger[Any]] = np.uint32 if total < 1 << 32 else np.uint64
+        for name, (keys, of_keys) in slots.items():
+            shift, places = _directory(keys)
+            tables[name] = sum(map(len, directory)), shift
+            directory.append((places + sum(map(len, hashes))).astype(kind))
+            hashes.append(keys)
+            ids.append(of_keys.astype(self.ids.dtype))
+        return Vocabularies(tables, np.concatenate(directory), np.concatenate(hashes), np.concatenate(ids), self.text)
+
+    def slots(self, table: str, keys: IntArray) -> IntArray:
+        """Rows of keys of a managed table whose map is here, [n]; 0 for one that holds no slot, and for a missing one."""
+        first_place, shift = self.tables[table]
+        return self.find(first_place, np.uint64(shift), keys.view(np.uint64), None)
+
     def look_up(self, table: str, values: pa.Array) -> IntArray:
         """Ids of values, int64 or string, [n]; 0 for null and for what is not in the vocabulary."""
         first_place, shift = self.tables[table]
@@ -171,14 +189,19 @@ class _Sorted:
         hashes = np.concatenate([hash_ids(part, _SEED) for part in parts]) if parts else np.zeros(0, np.uint64)
         order = np.argsort(hashes, kind="stable")
         hashes = hashes[order]
-        bits = max(len(hashes).bit_length(), 1)
-        counts = np.bincount((hashes >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
-        directory = np.append(0, np.cumsum(counts))
+        shift, directory = _directory(hashes)
         text = None
         if parts and not pa.types.is_integer(parts[0].type):
             values = pa.chunked_array([part.cast(pa.large_string()) for part in parts], pa.large_string())
             text = Text.of(pc.take(values.combine_chunks(), pa.array(order)))
-        return cls(64 - bits, directory, hashes, order, text)
+        return cls(shift, directory, hashes, order, text)
+
+
+def _directory(hashes: UInt64Array) -> tuple[int, IntArray]:
+    """By how many bits ascending hashes are shifted to their places, and where the entries of each place begin, and end."""
+    bits = max(len(hashes).bit_length(), 1)
+    counts = np.bincount((hashes >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
+    return 64 - bits, np.append(0, np.cumsum(counts))
 
 
 def _joined(texts: list[Text]) -> Text:

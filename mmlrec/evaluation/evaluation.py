@@ -143,6 +143,7 @@ def evaluate_splits(
     found: list[PredictionRows] = []
     ranks = ranks_of(session.world)
     unseen: dict[str, int] = {}
+    session.managed.begin_report()
     for split in splits:
         reader = session.reader(split, dataset)
         title = f"evaluating {split}"
@@ -169,6 +170,9 @@ def evaluate_splits(
     )
     if isinstance(network, ChainModel) and network.config.allow_non_chain:
         report["allow_non_chain"] = True
+    if session.managed:
+        report["managed"] = session.managed.report()
+        tell_slots(report["managed"], named)
     return report, unseen
 
 
@@ -204,6 +208,16 @@ def tell_unseen(unseen: Mapping[str, int], dataset: Place) -> None:
     if unseen:
         told = ", ".join(f"{feature} {count:,}" for feature, count in unseen.items())
         logger.info("%s: ids that the run has no rows for, read as 0 (unseen): %s", dataset, told)
+
+
+def tell_slots(tables: Mapping[str, Mapping[str, int]], title: str) -> None:
+    """Log how many ids of managed tables had no slot, as `ManagedTables.report` gives it, after a pass."""
+    told = []
+    for name, table in tables.items():
+        share = table["without_slot"] / max(table["looked_up"], 1)
+        told.append(f"{name} {share:.1%} ({table['occupied']:,} of {table['slots']:,} slots held)")
+    if told:
+        logger.info("%s: ids of managed tables without a slot: %s", title, ", ".join(told))
 
 
 def check_labels(session: Session, manifest: DatasetManifest, dataset: Place, split: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, StorageError, UserError
-from mmlrec.evaluation.evaluation import predict_split, stopped, tell_unseen, unseen_ids
+from mmlrec.evaluation.evaluation import predict_split, stopped, tell_slots, tell_unseen, unseen_ids
 from mmlrec.evaluation.score_files import ScoreFile, ending
 from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
@@ -47,6 +47,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
     title = f"scoring {split}"
+    session.managed.begin_report()
     own = predict_split(session, reader.sequential(), stop=stop, total=reader.num_batches, title=title)
     world = session.world
     world.at(f"{title}: gathering the scores")
@@ -54,6 +55,7 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
     tell_unseen(unseen_ids(session, reader), dataset)
+    tell_slots(session.managed.report(), title)
     error: UserError | None = None
     if rows is not None:
         try:
@@ -96,12 +98,14 @@ def check_same_inputs(session: Session, given: DatasetManifest, folder: Place) -
     grown, others = grown_tables(before, given, folder), given.by_name
     for table in trained.tables:
         other = others[table.name]
-        if table.num_rows != other.num_rows and table.name not in grown:
+        # Of a managed table a dataset says how many slots a new run has: its ids are keys, and the rows are the run's own.
+        managed = table.managed and other.managed
+        if table.num_rows != other.num_rows and table.name not in grown and not managed:
             raise DataError(
                 f"{folder}: table '{table.name}' has {other.num_rows} rows, the run was trained with {table.num_rows}:"
                 f" {_OTHER_IDS}"
             )
-        if (table.hash_seed, table.num_hashes) != (other.hash_seed, other.num_hashes):
+        if _hashing(table) != _hashing(other):
             raise DataError(
                 f"{folder}: ids of table '{table.name}' are {_hashing(other)}, the run was trained with {_hashing(table)}:"
                 f" {_OTHER_IDS}"
@@ -131,6 +135,8 @@ def _recorded_ranges_differ(session: Session, given: DatasetManifest, folder: Pl
 
 
 def _hashing(table: Table) -> str:
+    if table.managed:
+        return f"keys with seed {table.hash_seed}"
     return "not hashed" if table.hash_seed is None else f"{table.num_hashes} hash(es) with seed {table.hash_seed}"
 
 

@@ -23,18 +23,29 @@ IntArray = NDArray[np.int64]
 
 
 def inputs_of(encoded: pa.RecordBatch, encoder: Encoder) -> Inputs:
-    """Encoded rows as a network reads them. Ids of values that joined the vocabulary after the run are 0, as unseen ones."""
+    """Encoded rows as a network reads them. Ids of values that joined the vocabulary after the run are 0, as unseen ones.
+
+    Args:
+        encoder: of the exported model, with the maps of managed tables.
+    """
     inputs = Inputs.of(encoded, encoder)
-    rows = {spec.name: encoder.facts["tables"][spec.table]["rows"] for spec in encoder.features if spec.table is not None}
-    ids = {name: (np.where(of < rows[name], of, 0), offsets) for name, (of, offsets) in inputs.ids.items()}
+    tables = {spec.name: str(spec.table) for spec in encoder.features if spec.table is not None}
+    ids = {name: (_rows(of, tables[name], encoder), offsets) for name, (of, offsets) in inputs.ids.items()}
     return replace(inputs, ids=ids)
+
+
+def _rows(ids: IntArray, table: str, encoder: Encoder) -> IntArray:
+    facts = encoder.facts["tables"][table]
+    if facts["ids"] == "managed":
+        return encoder.rows_of_keys(table, ids)
+    return np.where(ids < facts["rows"], ids, 0)
 
 
 def check_encoder(encoder: Encoder, folder: Place, manifest: DatasetManifest, encoded: pa.RecordBatch) -> list[str]:
     """Decode rows, encode the raw cells again, and compare the ids.
 
-    Ids of a vocabulary are decoded, by the run's own files, and ids that came as such. Cells of hashes, buckets and numbers are
-    left empty. Id 0 becomes an empty cell, and bags with a 0 are passed over.
+    Ids of a vocabulary are decoded, by the run's own files, and ids that came as such. Cells of hashes, keys, buckets and
+    numbers are left empty. Id 0 becomes an empty cell, and bags with a 0 are passed over.
 
     Args:
         encoder: of the exported model.

@@ -31,6 +31,7 @@ from mmlrec.serving.card import CARD
 from mmlrec.serving.model import ENCODER
 from mmlrec.session.recommender import TABLES
 from mmlrec.session.session import Loaded, Session, load_session
+from mmlrec.slots.stored import read as stored_slots
 from mmlrec.storage.new_folder import new_local_folder
 from mmlrec.storage.places import Place, place
 
@@ -126,7 +127,7 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
     with new_local_folder(asked.out, "model") as folder:
         scorer = Scorer(copy.deepcopy(session.network).cpu(), session.scales)
         save_network(export_network(scorer, asked.kind), folder / f"network.{asked.kind}", asked.kind)
-        encoder = Encoder.load(session.encoder)
+        encoder = Encoder.load(session.encoder).with_slots({table: stored_slots(run.best, table) for table in session.managed})
         encoder.save(folder / ENCODER)
         stored = _write_tables(asked, loaded, folder, stop)
         result = run.read_result()

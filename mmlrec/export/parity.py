@@ -132,7 +132,7 @@ def parity_text(parity: dict[str, Any]) -> str:
         f"encoder: {encoder['rows']} rows decoded and encoded again, equal in {', '.join(encoder['equal']) or 'nothing'}.",
     ]
     if encoder["not_compared"]:
-        lines[-1] += f" Hashes, buckets and numbers cannot be decoded: {', '.join(encoder['not_compared'])}."
+        lines[-1] += f" Hashes, keys, buckets and numbers cannot be decoded: {', '.join(encoder['not_compared'])}."
     return "\n".join(lines)
 
 

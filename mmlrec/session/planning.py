@@ -36,6 +36,7 @@ from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.network_cost import NetworkCost, network_cost
 from mmlrec.session.session import build_network, build_spec, mean_lengths, network_bytes, table_branches
+from mmlrec.slots.slot_map import map_bytes
 
 #: Phases of a step in their order; ranks wait for each other between them.
 STEP = {
@@ -50,6 +51,7 @@ STEP = {
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
+_NOTABLE = 0.01  # of the memory of a rank, from which on what maps take is told
 _TIGHT = 0.9  # of the memory that can be planned with
 _MOST_HOSTS = 4096  # that are tried to make a plan fit
 
@@ -188,6 +190,11 @@ class TrainingPlan:
             found[name] = max(values) / mean if mean else 1.0
         return found
 
+    @property
+    def map_bytes(self) -> int:
+        """Of the maps of managed tables, on each rank."""
+        return sum(map_bytes(table.num_rows - 1) for table in self.request.manifest.tables if table.managed)
+
     def warnings(self) -> list[str]:
         """What is wrong or unwise, a sentence each."""
         return list(self._warnings())
@@ -233,6 +240,11 @@ class TrainingPlan:
         empty = sum(not rank.weights for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
+        if self.map_bytes >= _NOTABLE * hardware.memory:
+            yield (
+                f"managed tables: each rank keeps {self.map_bytes / _GIB:.2f} GiB in its host's memory to find their slots, and"
+                " all ranks together 12 bytes for each distinct id; neither is counted here (docs/managed_ids.md)"
+            )
         if self.unknown:
             yield (
                 f"the dataset does not record how many ids a row has of {_some(self.unknown, 5)}: taken as 1. Preprocess again"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mmlrec.balancing.base import Balancing, BalancingConfig
-from mmlrec.balancing.build import build_balancing
-from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, RunConfig, TableOptimizerConfig
+from mmlrec.balancing.base import Balancing
+from mmlrec.config import ConfigError, DenseConfig, DenseOptimizerConfig, ManagedConfig, RunConfig, TableOptimizerConfig
 from mmlrec.data.batch import Batch
 from mmlrec.data.branches import branch_names, expand_branches
 from mmlrec.data.reader import Reader
@@ -36,6 +33,7 @@ from mmlrec.embeddings.sharding import (
     plan_report,
 )
 from mmlrec.embeddings.tables import (
+    begin_anew,
     build_tables,
     check_table_dim,
     count_steps,
@@ -44,17 +42,19 @@ from mmlrec.embeddings.tables import (
     table_configs,
     touch_state,
 )
-from mmlrec.errors import CheckpointError, DataError, UserAdvice, did_you_mean
-from mmlrec.losses import Loss, LossOptions, Unit
+from mmlrec.errors import CheckpointError, DataError, did_you_mean
+from mmlrec.losses import Loss
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel
-from mmlrec.registry import balancing_config, method, model_config, strategy
+from mmlrec.registry import balancing_config, method, model_config
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, SPLITS, DatasetManifest, Setting, Task
+from mmlrec.session.objective import balancing_of, label_counts, label_deviations, label_scales, loss_of
 from mmlrec.session.optim import build_optimizer
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
+from mmlrec.slots.managed import ManagedTables
 from mmlrec.storage.places import Place, place
 
 _MEASURED = (
@@ -79,6 +79,7 @@ class Session:
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     pipeline: Pipeline
+    managed: ManagedTables
     plan: list[dict[str, Any]]
     #: Regression task -> mean and deviation of the labels that it is trained on; those without one keep their unit.
     scales: dict[str, tuple[float, float]]
@@ -98,9 +99,30 @@ class Session:
         return self.head.network
 
     @property
-    def label_state(self) -> dict[str, Any]:
-        """What a checkpoint's state says of the labels, as `build_session` takes it; nothing in runs that knew no R²."""
-        return {"label_scales": self.scales, "label_deviations": self.deviations} if self.knows_r2 else {}
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's state says of the model beside its tensors.
+
+        Of the labels, as `build_session` takes it: nothing in runs that knew no R². Of managed tables, as they take it.
+        """
+        labels = {"label_scales": self.scales, "label_deviations": self.deviations} if self.knows_r2 else {}
+        return labels | self.managed.state
+
+    def load_best(self, folder: Place) -> dict[str, Any]:
+        """Be the model of a best checkpoint, which is whole; gives its state.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        state = checkpoint.read_state(folder)
+        checkpoint.load(folder, checkpoint.model_tensors(self.model), self.world)
+        self.managed.load(folder, state, history=False)
+        return state
+
+    def update_slots(self) -> None:
+        """At a boundary, between two steps: let rows of managed tables go to other ids. All ranks call it."""
+        tables, config = get_unwrapped_module(self.model).tables, self.config
+        anew = self.managed.update()
+        begin_anew(tables, self.model.fused_optimizer, anew, std=config.embeddings.init_std, seed=config.training.seed)
 
     @property
     def objectives(self) -> tuple[str, ...]:
@@ -180,8 +202,14 @@ class Session:
         return branches_of(self.network, self.manifest)
 
     def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
-        """Batches as the model wants them: with the features of each branch, when branches have tables of their own."""
+        """Batches as the model wants them.
+
+        With slots in place of keys of managed tables, which are counted in training; with the features of each branch, when
+        branches have tables of their own.
+        """
         heads = self.network.branches
+        if self.managed:
+            batches = self.managed.prepared(batches, training=training)
         if not heads:
             return batches
         names = [name for name, _, _ in self.branches()]
@@ -240,84 +268,6 @@ def _selected_tasks(config: RunConfig, manifest: DatasetManifest) -> list[Task]:
     return [by_name[name] for name in names]
 
 
-def _label_counts(manifest: DatasetManifest, spec: ModelSpec) -> Tensor:
-    """Labelled and positive train rows of each task and scenario, [T, S, 2]; 0 where the manifest does not tell."""
-    names = manifest.scenario.values if manifest.scenario and spec.setting is not Setting.MTL else ["all"]
-    counts = manifest.splits["train"].label_counts
-    rows = [[counts.get(task.name, {}).get(name, (0, 0)) for name in names] for task in spec.tasks]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def label_scales(
-    config: RunConfig, manifest: DatasetManifest, tasks: Sequence[Task], known: Mapping[str, tuple[float, float]] | None = None
-) -> dict[str, tuple[float, float]]:
-    """Mean and deviation by which a new run standardises the labels of its regression tasks; none for other tasks.
-
-    Args:
-        known: of tasks whose network is taken from another run: its outputs mean what they were trained on.
-
-    Labels of one value keep their unit, less that value. Warns (`UserAdvice`) where a dataset does not record its labels.
-    """
-    scales, unknown = {}, []
-    for task in tasks:
-        if task.kind == "regression" and config.loss.standardise_labels:
-            found = (known or {}).get(task.name) or manifest.train_moments(task.name).get("all")
-            if found is None:
-                unknown.append(task.name)
-            else:
-                scales[task.name] = (found[0], found[1] or 1.0)
-    if unknown:
-        warnings.warn(
-            f"{config.dataset.path} does not record mean and deviation of the labels of {', '.join(unknown)}: trained in their"
-            " own unit, and selected by mean squared error. Preprocess again to have them standardised.",
-            UserAdvice,
-            stacklevel=2,
-        )
-    return scales
-
-
-def _deviations(manifest: DatasetManifest, tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
-    moments = {task.name: manifest.train_moments(task.name) for task in tasks if task.kind == "regression"}
-    return {task: {name: deviation for name, (_, deviation) in found.items()} for task, found in moments.items()}
-
-
-def _loss(
-    config: RunConfig,
-    options: BalancingConfig,
-    network: MultiTaskModel,
-    manifest: DatasetManifest,
-    scales: dict[str, tuple[float, float]],
-) -> Loss:
-    """The network's loss, with the objectives that the options of the strategy ask for."""
-    setting = config.dataset.setting
-    unit: Unit = options.unit or ("scenario" if setting is Setting.MSL else "task")
-    if unit != "task" and setting is Setting.MTL:
-        raise ConfigError(f"balancing.unit={unit}: setting 'mtl' has no scenarios. Use unit 'task', or setting 'mtmsl'.")
-    scenarios = tuple(manifest.scenario.values) if unit != "task" and manifest.scenario else ()
-    huber_delta = config.loss.huber_delta
-    if huber_delta is not None and all(task.kind == "binary" for task in network.spec.tasks):
-        raise ConfigError("loss.huber_delta is for regression tasks, and all tasks are binary: leave it out.")
-    deviations = tuple(scales.get(task.name, (0.0, 1.0))[1] for task in network.spec.tasks)
-    return network.make_loss(LossOptions(config.loss.scenario_reduction, unit, scenarios, huber_delta, deviations))
-
-
-def _balancing(
-    config: RunConfig, options: BalancingConfig, network: MultiTaskModel, loss: Loss, manifest: DatasetManifest
-) -> Balancing:
-    chosen = config.balancing["name"]
-    return build_balancing(
-        chosen,
-        strategy(chosen),
-        options,
-        loss,
-        {name: network.owner(name) for name, _ in network.named_parameters()},
-        {name: network.sole(name) for name, _ in network.named_parameters()},
-        sum(network.spec.fields.values()),
-        seed=config.training.seed,
-        steps_per_epoch=-(-manifest.splits["train"].num_rows // config.training.batch_size),
-    )
-
-
 def build_network(config: RunConfig, spec: ModelSpec, source: str) -> MultiTaskModel:
     """The network of the configuration, for data of this kind.
 
@@ -371,13 +321,13 @@ def build_parts(
     network = build_network(config, build_spec(config, manifest), source)
     spec = network.spec
     if config.dense.start_at_label_rates:
-        network.start_at_label_rates(_label_counts(manifest, spec))
+        network.start_at_label_rates(label_counts(manifest, spec))
     balancing_options = balancing_config(config, source)
     # What the labels of a run mean is settled when it begins; releases before left them as they are, and say nothing of it.
     recorded = begun.get("label_scales", {}) if begun is not None else label_scales(config, manifest, spec.tasks, known_scales)
     scales = {name: (mean, deviation) for name, (mean, deviation) in recorded.items()}
-    loss = _loss(config, balancing_options, network, manifest, scales)
-    return Parts(manifest, network, loss, _balancing(config, balancing_options, network, loss, manifest), scales, encoder)
+    loss = loss_of(config, balancing_options, network, manifest, scales)
+    return Parts(manifest, network, loss, balancing_of(config, balancing_options, network, loss, manifest), scales, encoder)
 
 
 def table_branches(network: MultiTaskModel, manifest: DatasetManifest) -> list[str] | None:
@@ -476,12 +426,14 @@ def build_session(
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
     report = plan_report(plan, TABLES, tables, optimizer_config.name)
+    managed = _managed(config, manifest, world, branches)
     check_memory(
         report,
         optimizer_config.name,
         rank=world.rank % hardware.world_size,
         local_world_size=world.local_world_size,
         device=world.device,
+        host_bytes=managed.num_bytes,
     )
     forget_former_groups()
     model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
@@ -495,10 +447,39 @@ def build_session(
     pipeline: Pipeline = kind(model, optimizer, world.device, world.parts)
     torch.manual_seed(config.training.seed * 1_000_003 + world.rank)
     knows_r2 = begun is None or "label_deviations" in begun
-    deviations = begun["label_deviations"] if begun is not None and knows_r2 else _deviations(manifest, spec.tasks)
+    deviations = begun["label_deviations"] if begun is not None and knows_r2 else label_deviations(manifest, spec.tasks)
     return Session(
-        config, world, manifest, encoder, spec, sharded.head, model, optimizer, pipeline, report, scales, deviations, knows_r2
+        config,
+        world,
+        manifest,
+        encoder,
+        spec,
+        sharded.head,
+        model,
+        optimizer,
+        pipeline,
+        managed,
+        report,
+        scales,
+        deviations,
+        knows_r2,
     )
+
+
+def _managed(config: RunConfig, manifest: DatasetManifest, world: World, branches: list[str] | None) -> ManagedTables:
+    options = config.embeddings.managed
+    managed = ManagedTables(manifest, options, world)
+    if managed and branches is not None:
+        raise ConfigError(
+            f"model.name={config.model['name']}: each branch has tables of its own, and the best checkpoint takes each from"
+            f" another step; an id of a managed table ({', '.join(managed)}) has one row in all of them. Choose another method,"
+            " or preprocess again with a vocabulary or hashed ids."
+        )
+    if not managed and options != ManagedConfig():
+        raise ConfigError(
+            f"embeddings.managed: {config.dataset.path} has no managed table. Leave it out, or preprocess again with one."
+        )
+    return managed
 
 
 class Loaded(NamedTuple):
@@ -552,8 +533,7 @@ def load_session(
     session = build_session(config, world, for_training=False, source=str(folder.config), begun=begun, encoder=encoder)
     with checkpoint.unchanged(folder.best, world):
         checkpoint.verify(folder.best, world)
-        state = checkpoint.read_state(folder.best)
-        checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+        state = session.load_best(folder.best)
     return Loaded(session, int(state["step"]), otherwise, rows)
 
 

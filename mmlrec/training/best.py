@@ -27,7 +27,7 @@ def save_best(
     Args:
         then: what is to happen on rank 0 once they are whole.
     """
-    tensors = checkpoint.model_tensors(session.model)
+    tensors = checkpoint.model_tensors(session.model) | session.managed.tensors(history=False)
     branches = [name for name, _, _ in session.branches()]
     mixed = bool(branches) and set(improved) != set(branches)
     if mixed:

@@ -222,8 +222,7 @@ def _train(
             if not short and (short := advise_on_warmup(*balancing, trainer.progress.step, ended=True)):
                 logger.warning(short)
             checkpoint.verify(folder.best, world)
-            best = checkpoint.read_state(folder.best)
-            checkpoint.load(folder.best, checkpoint.model_tensors(session.model), world)
+            best = session.load_best(folder.best)
             report = evaluate_split(session, "test", stop)
         folder.check_held(world)
         if world.is_main:

@@ -1,7 +1,8 @@
 """The training loop. Knows no method: tables, network and loss come joined in the session.
 
 Training runs in segments: from one validation or checkpoint to the next. A segment feeds the pipeline until it is drained, so
-at its end rows read = rows trained, and the position that a checkpoint holds is exact.
+at its end rows read = rows trained, and the position that a checkpoint holds is exact. Where tables are managed it is drained
+in between, too, at each boundary: the slots that rows are looked up by change with no row under way.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from mmlrec.data.batch import Batch
-from mmlrec.distributed.step_parts import CHECKPOINT, DATA, OTHER, PARTS
+from mmlrec.distributed.step_parts import CHECKPOINT, DATA, INPUT, OTHER, PARTS
 from mmlrec.distributed.stopping import Asked, Interrupted, StopSignal
-from mmlrec.distributed.world import World
+from mmlrec.distributed.world import World, logger
 from mmlrec.evaluation.evaluation import evaluate_split
 from mmlrec.run_folder import checkpoint
 from mmlrec.run_folder.folder import RunFolder, data_state
@@ -118,7 +119,8 @@ class Trainer:
         state = checkpoint.read_state(path)
         checkpoint.load_training(path, self.session.model, self.session.optimizer, self.world)
         self.progress = Progress(**state["progress"])
-        self.session.head.step = self.progress.step
+        self.session.head.step = self.session.managed.step = self.progress.step
+        self.session.managed.load(path, state, history=True)
         self.selection.load_state(state["selection"])
         self.saver.newest = path
         if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one
@@ -211,9 +213,32 @@ class Trainer:
             self.progress.epoch, self.progress.rows = self.progress.epoch + 1, 0
         end, parts = self._segment_end(), self.world.parts
         source = self.reader.epoch(self.progress.epoch, start_row=self.progress.rows)
-        feed = self._feed(self.session.prepare(source, training=True), end - self.progress.step, stop)
-        pipeline = self.session.pipeline
-        self.session.count_steps(self.progress.step)
+        batches = self.session.prepare(source, training=True)
+        begin = self.progress.step
+        self.session.count_steps(begin)
+        while self.progress.step < end:
+            boundary = self.session.managed.next_update(self.progress.step)
+            until = end if boundary is None else min(end, boundary)
+            self._train_steps(self._feed(batches, range(self.progress.step - begin, until - begin), stop), end, reporter)
+            if self.progress.step == boundary:
+                self.world.at("changing the slots of managed tables")
+                with parts.of(INPUT, "changing the slots of managed tables"):
+                    self.session.update_slots()
+            if self._asked:
+                break
+        if self._profile is not None:
+            self._profile.end(self.progress.step)
+        source.close()
+        self.session.average_replicas(0)
+        return self._asked
+
+    def _train_steps(self, feed: Iterator[Batch], end: int, reporter: Reporter) -> None:
+        """Train what is fed, until the pipeline is drained.
+
+        Args:
+            end: of the segment.
+        """
+        pipeline, parts = self.session.pipeline, self.world.parts
         while True:
             if self._profile is not None and self.progress.step < end:
                 self._profile.before(self.progress.step + 1)
@@ -236,14 +261,10 @@ class Trainer:
                 self._profile.after(self.progress.step, last=self.progress.step == end)
             if self.progress.step % self.config.log_every_steps == 0:
                 self._report(reporter)
-        if self._profile is not None:
-            self._profile.end(self.progress.step)
-        source.close()
-        self.session.average_replicas(0)
-        return self._asked
 
-    def _feed(self, batches: Iterator[Batch], count: int, stop: StopSignal) -> Iterator[Batch]:
-        for index in range(count):
+    def _feed(self, batches: Iterator[Batch], steps: range, stop: StopSignal) -> Iterator[Batch]:
+        """Batches of some steps of a segment, fewer where it is asked to end."""
+        for index in steps:
             failed = self.session.verification.failure is not None
             self._asked = stop.before(index, also=failed, pause=index > 0 and self._minutes_over())
             if self._asked:
@@ -257,13 +278,16 @@ class Trainer:
     def _report(self, reporter: Reporter) -> None:
         values, times = self._mean_losses()
         self._reported = dict(self.world.parts.seconds)
+        of_managed = self.session.managed.diagnostics()
+        if of_managed and self.world.is_main:
+            logger.debug("step %d | %s", self.progress.step, ", ".join(f"{key} {of_managed[key]:.6g}" for key in of_managed))
         reporter.train_metrics(
             self.progress.step,
             self.progress.epoch,
             values,
             self.schedule.factor(self.progress.step - 1),
             times,
-            self.session.head.diagnostics(),
+            self.session.head.diagnostics() | of_managed,
         )
         self._losses.zero_()
         self._loss_steps = 0
@@ -314,7 +338,7 @@ class Trainer:
             state = {
                 "step": self.progress.step,
                 "selection": self.selection.state(),
-                **self.session.label_state,
+                **self.session.state,
                 **data_state(self.session.manifest),
             }
             # A branch that nothing can be said of goes along with the others.
@@ -376,6 +400,9 @@ class Trainer:
             self.folder.check_held(self.world)
             tensors = self._check()
             self.world.at("saving a checkpoint")
+            if self.session.managed:
+                self.session.managed.tell()
+                tensors = tensors | self.session.managed.tensors(history=True)
             window = self._losses.clone()
             if self.world.world_size > 1:
                 dist.all_reduce(window)
@@ -385,7 +412,7 @@ class Trainer:
                 "first_losses": self._first_losses,
                 "went_back_to": self._went_back_to,
                 **self._validated(),
-                **self.session.label_state,
+                **self.session.state,
                 "world_size": self.world.world_size,
                 "config": self.session.config.model_dump(mode="json"),
                 **data_state(self.session.manifest),

@@ -2,8 +2,8 @@
 
 Ids of a vocabulary are matched by value. Where one vocabulary begins with the other, as after `--extend`, ids are equal and
 nothing has to be read for it; elsewhere a rank holds the values of its own rows of one table, sorted by their hashes, and
-reads the other vocabulary past them, in pieces. Hashed ids, buckets of numbers, and ids that come as such are equal where
-what makes them is.
+reads the other vocabulary past them, in pieces. Rows of managed tables are matched by key (`keys`). Hashed ids, buckets of
+numbers, and ids that come as such are equal where what makes them is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mmlrec.storage.places import Place
 #: Values of a vocabulary that are read at a time.
 _PIECE = 1 << 20
 
-How = Literal["by value", "by id", "not"]
+How = Literal["by value", "by id", "by key", "not"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Encoded:
         return self.folder / name
 
     def kind(self, table: Table) -> str:
-        """What makes its ids: hash, given, quantiles or vocabulary.
+        """What makes its ids: hash, managed, given, quantiles or vocabulary.
 
         Raises:
             DataError: its vocabulary cannot be read.
@@ -66,10 +66,15 @@ class Encoded:
         if encoding is not None and (kind := encoding.tables.get(table.name, {}).get("ids")) is not None:
             return str(kind)
         if table.hash_seed is not None:
-            return "hash"
+            return "managed" if table.managed else "hash"
         if table.vocabulary is None:
             return "given"
         return "quantiles" if pa.types.is_floating(_value_type(self.folder / table.vocabulary)) else "vocabulary"
+
+    def raw_types(self, table: Table) -> list[str]:
+        """Of the values of a table whose encoding is on record."""
+        features = self.manifest.encoding.features if self.manifest.encoding is not None else {}
+        return sorted({str(of["type"]) for of in features.values() if of.get("table") == table.name})
 
     def check(self, table: Table) -> None:
         """Raise DataError where the vocabulary of a table is not there, or not the one that was written."""
@@ -94,6 +99,8 @@ def matching(name: str, new: Encoded, old: Encoded) -> Matching:
     new.check(mine)
     old.check(theirs)
     kinds = new.kind(mine), old.kind(theirs)
+    if "managed" in kinds and {*kinds} <= {"managed", "vocabulary"}:
+        return _by_key(mine, theirs, new, old)
     if kinds[0] != kinds[1]:
         return Matching("not", why_not=f"its ids come by {kinds[0]} here, by {kinds[1]} there")
     if kinds[0] == "hash":
@@ -116,6 +123,16 @@ def matching(name: str, new: Encoded, old: Encoded) -> Matching:
     return Matching("by value", common + 1 if same else 0)
 
 
+def _by_key(mine: Table, theirs: Table, new: Encoded, old: Encoded) -> Matching:
+    """Between managed tables, or one and a vocabulary, whose values tell the keys."""
+    types = new.raw_types(mine), old.raw_types(theirs)
+    if types[0] != types[1]:
+        return Matching("not", why_not=f"its values are {', '.join(types[0])} here, {', '.join(types[1])} there")
+    if mine.managed and theirs.managed and mine.hash_seed != theirs.hash_seed:
+        return Matching("not", why_not=f"the seed of its keys is {mine.hash_seed} here, {theirs.hash_seed} there")
+    return Matching("by key")
+
+
 def old_rows(name: str, found: Matching, start: int, stop: int, new: Encoded, old: Encoded) -> NDArray[np.int64]:
     """Rows of the other run's table that rows start..stop-1 of this one take; -1 for those that are new, [stop - start].
 
@@ -129,7 +146,7 @@ def old_rows(name: str, found: Matching, start: int, stop: int, new: Encoded, ol
     rows = np.where(rows == 0, 0, -1)
     ids, held = _between(new.vocabulary(name), start, stop)
     index = Vocabularies.of({name: held})
-    for others, their_ids in _vocabulary(old.vocabulary(name)):
+    for others, their_ids, _ in values_of(old.vocabulary(name)):
         at = index.look_up(name, others)
         found_here = at > 0
         rows[ids[at[found_here] - 1] - start] = their_ids[found_here]
@@ -139,7 +156,7 @@ def old_rows(name: str, found: Matching, start: int, stop: int, new: Encoded, ol
 def _between(path: Place, start: int, stop: int) -> tuple[NDArray[np.int64], list[pa.Array]]:
     """The ids start..stop-1 that a vocabulary has, [n], and their values, in pieces."""
     ids, values = [np.empty(0, np.int64)], []
-    for some, their_ids in _vocabulary(path):
+    for some, their_ids, _ in values_of(path):
         own = (their_ids >= start) & (their_ids < stop)
         if own.any():
             ids.append(their_ids[own])
@@ -147,15 +164,19 @@ def _between(path: Place, start: int, stop: int) -> tuple[NDArray[np.int64], lis
     return np.concatenate(ids), values
 
 
-def _vocabulary(path: Place) -> Iterator[tuple[pa.Array, NDArray[np.int64]]]:
-    """Values and ids of a vocabulary, some at a time. Texts are large strings, which may be more than 2 GiB together."""
+def values_of(path: Place) -> Iterator[tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]]:
+    """Values of a vocabulary, ids and counts, some at a time. Texts are large strings, which may be more than 2 GiB together.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with open_parquet(path) as file:
-            for batch in file.iter_batches(_PIECE, columns=["value", "id"]):
+            for batch in file.iter_batches(_PIECE, columns=["value", "id", "count"]):
                 values = batch.column("value")
                 kind: Any = pa.int64() if pa.types.is_integer(values.type) else pa.large_string()
                 if len(values):
-                    yield values.cast(kind), batch.column("id").to_numpy()
+                    yield values.cast(kind), batch.column("id").to_numpy(), batch.column("count").to_numpy()
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path} is damaged: the vocabulary cannot be read: {error}.") from error
 

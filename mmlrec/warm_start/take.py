@@ -25,6 +25,7 @@ from mmlrec.run_folder.index import SavedTensor, saved_tensors
 from mmlrec.schema import DatasetManifest, Setting, facts_digest
 from mmlrec.session.recommender import TABLES
 from mmlrec.session.session import Session, build_spec
+from mmlrec.warm_start import keys
 from mmlrec.warm_start.rows import Encoded, Matching, matching, old_rows
 from mmlrec.warm_start.slices import Known, Taken, layouts, taken
 from mmlrec.warm_start.source import Source
@@ -82,7 +83,7 @@ def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[s
         world.raise_together(error)
         own = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
         new = Encoded(session.manifest, session.encoder)
-        tables = _take_tables(own, weights, state, new, source.encoded, forgotten or {}, world)
+        tables = _take_tables(session, own, weights, state, new, source, forgotten or {})
         try:
             parameters, network = _take_network(session, own, weights, state, source)
         except (CheckpointError, StorageError) as cause:
@@ -95,23 +96,28 @@ def take(session: Session, source: Source, into: RunFolder, forgotten: Mapping[s
 
 
 def _take_tables(
+    session: Session,
     own: Mapping[str, Any],
     weights: Mapping[str, SavedTensor],
     state: Mapping[str, SavedTensor],
     new: Encoded,
-    old: Encoded,
+    source: Source,
     forgotten: Mapping[str, NDArray[np.int64]],
-    world: World,
 ) -> list[TableTaken]:
+    world, old = session.world, source.encoded
     names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
     matchings = _matchings(sorted({_table(name) for name in names}), new, old, world)
     here: list[tuple[int, bool, bool]] = []  # of each table: rows taken, whether there is state, and whether any is taken
+    there = {name: weights[f"{_WEIGHTS}{name}.weight"].size[0] for name in names if f"{_WEIGHTS}{name}.weight" in weights}
     error: UserError | None = None
     for name in names:
         world.at(f"taking rows of {name}")
         try:
-            gone = forgotten.get(_table(name), np.empty(0, np.int64))
-            here.append(_take_table(name, _match(name, matchings, own, weights), own, weights, state, new, old, gone))
+            gone, match = forgotten.get(_table(name), np.empty(0, np.int64)), _match(name, matchings, own, weights)
+            keyed = _by_key(_table(name), session, new, source) if match.how == "by key" else None
+            if keyed is not None:
+                there[name] = keyed.there
+            here.append(_take_table(name, match, keyed, own, weights, state, new, old, gone))
         except UserError as cause:
             error = cause
         except OSError as cause:
@@ -127,7 +133,7 @@ def _take_tables(
         key = f"{_WEIGHTS}{name}.weight"
         match = _match(name, matchings, own, weights)
         num_rows, total = sum(rows for rows, _, _ in of_ranks), int(own[key].size()[0])
-        others = weights[key].size[0] if key in weights else 0
+        others = there.get(name, 0)
         with_state, with_taken = (any(of[index] for of in of_ranks) for index in (1, 2))
         of_state = "none" if not with_state else "taken" if with_taken else "fresh"
         note = match.why_not or _rounding(own[key].dtype, weights[key].dtype)
@@ -159,6 +165,7 @@ def _rounding(here: torch.dtype, there: torch.dtype) -> str:
 def _take_table(
     name: str,
     match: Matching,
+    keyed: keys.Taken | None,
     own: Mapping[str, Any],
     weights: Mapping[str, SavedTensor],
     state: Mapping[str, SavedTensor],
@@ -169,6 +176,7 @@ def _take_table(
     """Rows that this rank takes, whether it has state for them, and whether it takes any of that.
 
     Args:
+        keyed: what is taken by key, where the match is.
         forgotten: rows of this run's table that are not taken.
     """
     key, prefix = f"{_WEIGHTS}{name}.weight", f"{_STATE}{name}.weight."
@@ -178,15 +186,32 @@ def _take_table(
     same = [other for other in of_state if other in state and tuple(own[other].size())[1:] == state[other].size[1:]]
     num_rows = 0
     for shard, (first, *_) in local_shards(own[key]):
-        rows = old_rows(_table(name), match, first, first + shard.shape[0], new, old)
+        if keyed is not None:
+            rows, state_rows = keyed.within(first, first + shard.shape[0])
+        else:
+            rows = state_rows = old_rows(_table(name), match, first, first + shard.shape[0], new, old)
         rows[forgotten[(forgotten >= first) & (forgotten < first + len(rows))] - first] = -1
         num_rows += int((rows >= 0).sum())
         _copy_rows(name, shard, rows, weights[key])
         for other in same:
             for piece, (at, *_) in local_shards(own[other]):
                 if at == first:
-                    _copy_rows(name, piece, rows, state[other])
+                    _copy_rows(name, piece, state_rows, state[other])
     return num_rows, bool(of_state), bool(same) and num_rows > 0
+
+
+def _by_key(name: str, session: Session, new: Encoded, source: Source) -> keys.Taken:
+    """What a table takes by key; a managed one has its map, and counts, from then on."""
+    mine, theirs = new.manifest.table(name), source.encoded.manifest.table(name)
+    if theirs.managed:
+        known = keys.Known.of_managed(name, source.folder.best, source.optimizer)
+    else:
+        assert mine.hash_seed is not None
+        known = keys.Known.of_vocabulary(source.encoded.vocabulary(name), mine.hash_seed)
+    if mine.managed:
+        return keys.Taken.into_slots(name, known, session.managed)
+    assert theirs.hash_seed is not None
+    return keys.Taken.into_values(name, known, theirs.hash_seed, new)
 
 
 def _table(name: str) -> str:

@@ -12,6 +12,9 @@ With `--day K --drift X` it is the K-th day of a log that drifts. Each day a sha
 rare ones alike, gives way to ids that were never seen before: rank r has the id r + num_ids * (how often it has changed). And
 effects move: e on day K is (1 - X) e on day K - 1 + sqrt(1 - (1 - X)^2) times a fresh draw, so that its variance stays 1 and
 days that lie d apart have correlation (1 - X)^d. Ids then have vocabularies, to be extended from day to day.
+
+With `--managed SLOTS` or `--hash BUCKETS` raw ids are 64-bit integers, positive and negative: a bijection of the numbers above,
+by a hash of the feature. They become keys of managed tables, or buckets, on any day the same.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from numpy.typing import NDArray
 from mmlrec.errors import ConfigError
 from mmlrec.hashing import mix64
 from mmlrec.schema import Scenario, Task
-from preprocessing.dataset import Column, Dataset, dense, multi, natural, sparse
+from preprocessing.dataset import Column, Dataset, Hashing, Managed, dense, multi, natural, sparse
 from preprocessing.reading.raw_files import RawFolder, RowFiles
 from preprocessing.rows.zipf import Zipf
 from preprocessing.split_rules import InOrder, RandomSplit, SplitRule
@@ -87,8 +90,14 @@ class Synthetic(Dataset):
         self._mean_length: float = options.multi_length
         self._num_dense: int = options.dense_features
         makers = [sparse] * options.sparse_features + [multi] * options.multi_features
+        if hasattr(options, "managed") and hasattr(options, "hash"):
+            raise ConfigError("--managed and --hash exclude each other: both say what becomes of raw ids.")
+        managed = Managed(options.managed) if hasattr(options, "managed") else None
+        hashing = Hashing(options.hash) if hasattr(options, "hash") else None
+        self._raw_ids = managed is not None or hashing is not None
+        given = self._day is None and not self._raw_ids
         columns: list[Column] = [
-            make(name, pa.int64(), num_ids=n if self._day is None else None)
+            make(name, pa.int64(), num_ids=n if given else None, hashing=hashing, managed=managed)
             for make, name, n in zip(makers, names, num_ids, strict=True)
         ]
         self.features = (*columns, *(dense(f"dense_{d}", scaled=False) for d in range(self._num_dense)))
@@ -141,6 +150,14 @@ class Synthetic(Dataset):
             default=argparse.SUPPRESS,
             help=f"with --day: share of ids and effects that change from day to day (default: {_DRIFT})",
         )
+        add(
+            "--managed",
+            type=_count,
+            default=argparse.SUPPRESS,
+            metavar="SLOTS",
+            help="64-bit ids, in managed tables of so many",
+        )
+        add("--hash", type=_count, default=argparse.SUPPRESS, metavar="BUCKETS", help="64-bit ids, hashed to so many buckets")
 
     def _draw_hidden(self, num_features: int) -> None:
         """Draw b [T, S], g [S, F], v [T, D] and the scenarios' shares [S]."""
@@ -208,12 +225,13 @@ class Synthetic(Dataset):
             heed = self._heed[scenario, f]
             if f < self._num_sparse:
                 ids, effect = field.draw(random, num_rows)
-                columns[column.name] = pa.array(ids)
+                columns[column.name] = pa.array(self.raw_ids(f, ids))
             else:
                 lengths = random.poisson(self._mean_length, num_rows)
                 ids, of_ids = field.draw(random, int(lengths.sum()))
                 ends = np.cumsum(lengths)
-                columns[column.name] = pa.ListArray.from_arrays(pa.array(np.append(0, ends).astype(np.int32)), pa.array(ids))
+                offsets = pa.array(np.append(0, ends).astype(np.int32))
+                columns[column.name] = pa.ListArray.from_arrays(offsets, pa.array(self.raw_ids(f, ids)))
                 effect = _list_means(of_ids, lengths, ends)
             effect *= heed
             score += effect
@@ -262,6 +280,12 @@ class Synthetic(Dataset):
         own = np.float32(np.sqrt(1 - abs(self._conflict)))
         signs = [-1 if self._conflict < 0 and t % 2 else 1 for t in range(self._num_tasks)]
         return np.stack([sign * shared + own * uniform(1 + t) for t, sign in enumerate(signs)])
+
+    def raw_ids(self, feature: int, ids: IntArray) -> IntArray:
+        """What stands in a row for ids, [n]: themselves, or integers of 64 bits, one for each."""
+        if not self._raw_ids:
+            return ids
+        return mix64(ids.view(np.uint64) ^ mix64(np.array([self._seed, feature], np.uint64))[1]).view(np.int64)
 
     def ids_of_ranks(self, feature: int, ranks: IntArray, num_ids: int) -> IntArray:
         """Which ids have these ranks on the day, of `num_ids` that a day has."""

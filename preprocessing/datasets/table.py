@@ -33,6 +33,7 @@ from preprocessing.dataset import (
     Dataset,
     EncodingRules,
     Hashing,
+    Managed,
     bucketed,
     dense,
     multi,
@@ -72,6 +73,7 @@ _TOLD = {
     "table",
     "min_count",
     "hash",
+    "managed",
     "separator",
     "buckets",
     "fill",
@@ -341,9 +343,11 @@ class Table(Dataset):
         hashing = None
         if owner.hash is not None:
             hashing = Hashing(owner.hash.num_buckets, owner.hash.num_hashes, owner.hash.seed)
+        managed = None if owner.managed is None else Managed(owner.managed.slots, owner.managed.seed)
         several = isinstance(feature, IdsFeature) or (hashing is not None and hashing.num_hashes > 1)
         make = multi if several else sparse
-        return make(name, _TYPES[feature.type], table=feature.table or name, min_count=owner.min_count or 1, hashing=hashing)
+        table, kind, least = feature.table or name, _TYPES[feature.type], owner.min_count or 1
+        return make(name, kind, table=table, min_count=least, hashing=hashing, managed=managed)
 
     def _with_indicator(self, name: str) -> tuple[Column, ...]:
         feature, declared = self._config.features[name], self._declared[name]

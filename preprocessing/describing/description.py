@@ -68,12 +68,10 @@ class IdCounts:
             lengths: ids of each row, [rows]; None = one.
             scenario: of each row, [rows]; None = there are none.
         """
-        known = ids > 0
+        known = ids != 0
         self._occurrences[split] += len(ids)
         self._zeros[split] += len(ids) - int(np.count_nonzero(known))
-        if split != self.base and not self.fitted and self.every == 1:
-            known[known] = self.counts[ids[known] - 1] > 0
-        self._known[split] += int(np.count_nonzero(known))
+        self._known[split] += self._num_known(split, ids[known])
         if split != self.base:
             return
         if lengths is None:
@@ -86,8 +84,17 @@ class IdCounts:
             self._rows_without += len(lengths) - int(np.count_nonzero(np.bincount(rows[known], minlength=len(lengths))))
             self._num_rows += len(lengths)
             scenario = None if scenario is None else scenario[rows]
-        slot = ids[known] - 1
-        scenario = None if scenario is None else scenario[known]
+        self._count(ids[known], None if scenario is None else scenario[known])
+
+    def _num_known(self, split: str, ids: IntArray) -> int:
+        """Occurrences of ids other than 0 that train knows; where that cannot be told all of them."""
+        if split != self.base and not self.fitted and self.every == 1:
+            return int(np.count_nonzero(self.counts[ids - 1]))
+        return len(ids)
+
+    def _count(self, ids: IntArray, scenario: IntArray | None) -> None:
+        """Count ids of train other than 0."""
+        slot = ids - 1
         if self.every > 1:
             run = slot // self.every
             chosen = slot % self.every == (mix64(run.view(np.uint64)) % np.uint64(self.every)).view(np.int64)
@@ -142,6 +149,55 @@ class IdCounts:
             return np.zeros(0), ordered
         at = np.unique(np.geomspace(1, len(ordered), num_points).astype(np.int64)) - 1
         return (at * self.every + (self.every + 1) / 2).astype(np.float64), ordered[at]
+
+
+class KeyCounts(IdCounts):
+    """The same of a feature of a managed table, whose ids are keys: any int64.
+
+    All are counted, or one in 2, 4, ... where there are many: those whose hash begins with so many zero bits.
+    """
+
+    def __init__(self, num_scenarios: int, max_bytes: int, splits: tuple[str, ...] = SPLITS) -> None:
+        super().__init__(1, num_scenarios, max_bytes, False, splits)
+        self._limit = min(max(max_bytes // (16 + num_scenarios), 1 << 10), _MAX_DISTINCT)
+        self._hashes = np.zeros(0, np.uint64)  # of the keys that are counted, ascending
+        self._compared = dict.fromkeys(splits, 0)
+
+    def coverage(self, split: str) -> float | None:
+        """See the base class; of the keys that are counted."""
+        filled = self._occurrences[split] - self._zeros[split]
+        if self.base != "train" or not self._compared[split]:
+            return None
+        return self._known[split] / self._compared[split] * filled / self._occurrences[split]
+
+    def unseen(self, split: str, missing: int | None) -> float | None:
+        """See the base class; of the keys that are counted."""
+        coverage = self.coverage(split)
+        return None if coverage is None else 1 - self._known[split] / self._compared[split]
+
+    def _num_known(self, split: str, ids: IntArray) -> int:
+        hashes = self._chosen(mix64(ids.view(np.uint64)))
+        self._compared[split] += len(hashes)
+        return len(hashes) if split == self.base else int(np.count_nonzero(np.isin(hashes, self._hashes)))
+
+    def _count(self, ids: IntArray, scenario: IntArray | None) -> None:
+        hashes = mix64(ids.view(np.uint64))
+        every, at = np.unique(np.concatenate([self._hashes, hashes]), return_inverse=True)
+        before, now = at[: len(self._hashes)], at[len(self._hashes) :]
+        counts, seen = np.bincount(now, minlength=len(every)), np.zeros((len(self.seen), len(every)), bool)
+        counts[before] += self.counts
+        seen[:, before] = self.seen
+        if scenario is not None:
+            seen[scenario, now] = True
+        kept = len(self._chosen(every))
+        while kept > self._limit:
+            self.every *= 2
+            kept = len(self._chosen(every))
+        self._hashes, self.counts, self.seen = every[:kept], counts[:kept], seen[:, :kept]
+
+    def _chosen(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Those of the keys that are counted; of ascending ones the first."""
+        return hashes[hashes <= np.uint64((2**64 - 1) // self.every)]
 
 
 @dataclass
@@ -263,11 +319,15 @@ def describe(folder: Place, num_examples: int) -> Description:
     _check_files(folder, manifest)
     num_scenarios, splits = len(manifest.scenario.values) if manifest.scenario else 0, split_names(manifest)
     max_bytes = _COUNT_BYTES // max(len(manifest.sparse_features), 1)
-    ids, tables = {}, manifest.by_name
+    ids: dict[str, IdCounts] = {}
+    tables = manifest.by_name
     for feature in manifest.sparse_features:
         table = tables[str(feature.table)]
         fitted = table.vocabulary is not None and not manifest.parity
-        ids[feature.name] = IdCounts(table.num_rows, num_scenarios, max_bytes, fitted, splits)
+        if table.managed:
+            ids[feature.name] = KeyCounts(num_scenarios, max_bytes, splits)
+        else:
+            ids[feature.name] = IdCounts(table.num_rows, num_scenarios, max_bytes, fitted, splits)
     numbers = {f.name: NumberCounts(splits[0]) for f in manifest.dense_features}
     groups = {split: Distinct() for split in splits} if manifest.group_key else None
     with progress(f"{manifest.name}: read", sum(split.num_rows for split in manifest.splits.values())) as done:
@@ -354,7 +414,7 @@ def _ids(path: Place, rows: pa.RecordBatch, feature: Feature, table: Table) -> t
     column = rows[feature.name]
     multi = feature.kind == "multi"
     values = (column.flatten() if multi else column).to_numpy()
-    if len(values) and not 0 <= values.min() <= values.max() < table.num_rows:
+    if len(values) and not table.managed and not 0 <= values.min() <= values.max() < table.num_rows:
         raise _damaged(path, f"ids of {feature.name} must lie in 0..{table.num_rows - 1}")
     return values, column.value_lengths().to_numpy() if multi else None
 
@@ -391,9 +451,12 @@ def _listed(ids: int | list[int]) -> list[int]:
 
 def _raw_values(folder: Place, manifest: DatasetManifest, name: str, wanted: set[int]) -> dict[int, Any]:
     """Raw values of some ids of a table, which are in the order of ids; without a vocabulary, the ids themselves."""
-    vocabulary = manifest.table(name).vocabulary
+    table = manifest.table(name)
+    vocabulary = table.vocabulary
+    if table.managed:
+        return {i: f"key {i % 2**64:016x}" for i in wanted}
     if vocabulary is None:
-        hashed = manifest.table(name).hash_seed is not None
+        hashed = table.hash_seed is not None
         return {i: f"hash {i}" if hashed else i for i in wanted}
     found: dict[int, Any] = {}
     first = 1

@@ -90,8 +90,9 @@ def _feature(manifest: DatasetManifest, feature: Feature, tables: dict[str, Tabl
         yield from _number(manifest, name)
         return
     table = tables[feature.table]
-    hashed = manifest.statistics.get("hash_collisions", {}).get(table.name)
-    num_values = table.num_rows - 1 if table.vocabulary is not None else hashed["values"] if hashed else None
+    counted = "managed_ids" if table.managed else "hash_collisions"
+    found = manifest.statistics.get(counted, {}).get(table.name)
+    num_values = table.num_rows - 1 if table.vocabulary is not None else found["values"] if found else None
     if num_values == 0:
         yield (
             f"Feature '{name}' has no id but 0: no value of table '{table.name}' occurs in train as often as its minimum count"

@@ -112,6 +112,14 @@ def sections(description: Description) -> list[Section]:
         ]
         note = "collision: a value of train all of whose ids are those of another one, too."
         found.append(Section("Hashed ids", ["table", "values", "collisions", "share"], rows, note))
+    if managed := statistics.get("managed_ids"):
+        rows = []
+        for table, counts in managed.items():
+            slots = description.manifest.table(table).num_rows - 1
+            about = "about " if "counted_one_in" in counts else ""
+            rows.append([table, f"{about}{counts['values']:,}", f"{slots:,}", f"{counts['values'] / slots:.2f}"])
+        note = "Values earn and lose the slots of their table while a model is trained: docs/managed_ids.md."
+        found.append(Section("Managed ids", ["table", "values in train", "slots", "values a slot"], rows, note))
     if description.numbers:
         found.append(_numbers(description))
     found.append(_left_out(description))

@@ -14,13 +14,15 @@ import pyarrow.compute as pc
 from mmlrec.encoding import columns as frozen
 from mmlrec.errors import DataError
 from mmlrec.exact_sums import exact_sum
-from mmlrec.hashing import bucket_ids, hash_ids
+from mmlrec.hashing import bucket_ids, hash_ids, key_ids
 from mmlrec.schema import Table
 from preprocessing.dataset import Column, Dataset
 from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
 from preprocessing.encoding.fitted import Fitted
 from preprocessing.encoding.ranking import VocabularyFile
 from preprocessing.split_rules import SIDE_COLUMN
+
+_ALL_HASHES = 1 << 63
 
 
 class ValueCounter:
@@ -196,14 +198,16 @@ class Encoder:
         self._collisions = {
             f.table: CollisionCounter(f.hashing.num_buckets, f.hashing.num_hashes) for f in features if f.hashing
         }
+        # With so many buckets as there are hashes, what it counts are the distinct values.
+        self._keyed = {f.table: CollisionCounter(_ALL_HASHES, 1) for f in features if f.managed}
         #: Table -> vocabulary in memory; of those that coder.py writes only `num_rows` is kept.
         self.vocabularies: dict[str, Vocabulary] = {}
         self.num_rows: dict[str, int] = {}
 
     @property
     def needs_fitting(self) -> bool:
-        """Whether anything of any feature is found by counting."""
-        return bool(self._counters or self.ranges or self.means or self.buckets or self._collisions)
+        """Whether anything that encodes a feature is found by counting."""
+        return bool(self._counters or self.ranges or self.means or self.buckets)
 
     def fit(self, rows: pa.RecordBatch) -> None:
         """Count the values of these canonical rows."""
@@ -221,11 +225,15 @@ class Encoder:
                 column = rows.column(feature.name)
                 values = (column.flatten() if feature.kind == "multi" else column).drop_null()
                 self._collisions[feature.table].add(hash_ids(values, feature.hashing.seed))
+            elif feature.managed:
+                column = rows.column(feature.name)
+                values = (column.flatten() if feature.kind == "multi" else column).drop_null()
+                self._keyed[feature.table].add(hash_ids(values, feature.managed.seed))
 
     def counters(self) -> list[Any]:
         """All that `fit` counts with: each has a method `merge`, which adds what the one of another encoder has counted."""
         numbers = [counter for _, counter in self._number_counters()]
-        return [*self._counters.values(), *numbers, *self._collisions.values()]
+        return [*self._counters.values(), *numbers, *self._collisions.values(), *self._keyed.values()]
 
     def _number_counters(self) -> list[tuple[str, DenseRange | Mean | QuantileBuckets]]:
         """Feature and what is found of its numbers; nothing where that is given."""
@@ -263,6 +271,9 @@ class Encoder:
                 if f.hashing:
                     rows, seed, num_hashes = f.hashing.num_buckets + 1, f.hashing.seed, f.hashing.num_hashes
                     found[f.table] = Table(name=f.table, num_rows=rows, hash_seed=seed, num_hashes=num_hashes)
+                elif f.managed:
+                    rows, seed = f.managed.slots + 1, f.managed.seed
+                    found[f.table] = Table(name=f.table, num_rows=rows, hash_seed=seed, managed=True)
                 elif f.num_ids is None:
                     rows = self.buckets[f.name].num_rows if f.num_buckets else self.num_rows[f.table]
                     found[f.table] = Table(name=f.table, num_rows=rows, vocabulary=f"vocab/{f.table}.parquet")
@@ -273,6 +284,11 @@ class Encoder:
     def collisions(self) -> dict[str, dict[str, float]]:
         """Table with hashed ids -> how often values of the train rows share their ids; see `CollisionCounter`."""
         return {str(table): counter.result() for table, counter in self._collisions.items()}
+
+    def distinct_keys(self) -> dict[str, dict[str, float]]:
+        """Managed table -> `values`, distinct ones of the train rows; with `counted_one_in` where not all were counted."""
+        found = {str(table): counter.result() for table, counter in self._keyed.items()}
+        return {table: {key: of[key] for key in ("values", "counted_one_in") if key in of} for table, of in found.items()}
 
     def dense_ranges(self) -> dict[str, list[float] | None]:
         """Least and greatest train value of each scaled feature; None when all are missing."""
@@ -314,6 +330,8 @@ class Encoder:
         if feature.hashing:
             hashing = feature.hashing
             return pa.array(bucket_ids(values, hashing.seed, hashing.num_buckets, hashing.num_hashes).ravel())
+        if feature.managed:
+            return pa.array(key_ids(values, feature.managed.seed))
         if feature.num_buckets:
             return self.buckets[feature.name].encode(values)
         if feature.num_ids is None:

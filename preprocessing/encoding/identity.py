@@ -18,7 +18,7 @@ from preprocessing.encoding.fitted import Fitted
 from preprocessing.workers import in_order
 
 #: Fields of `Column` that a fact of the feature or of its table tells, or, as `min_count`, the vocabulary that comes out.
-_TOLD = {"name", "kind", "raw_type", "table", "min_count", "num_ids", "scaled", "hashing", "num_buckets", "fill"}
+_TOLD = {"name", "kind", "raw_type", "table", "min_count", "num_ids", "scaled", "hashing", "num_buckets", "fill", "managed"}
 
 
 def encoding_of(dataset: Dataset, encoder: Encoder, folder: Path, workers: int) -> Encoding:
@@ -124,6 +124,8 @@ def _table(column: Column) -> dict[str, Any]:
     if column.hashing:
         hashing = column.hashing
         return {"ids": "hash", "buckets": hashing.num_buckets, "hashes": hashing.num_hashes, "seed": hashing.seed}
+    if column.managed:
+        return {"ids": "managed", "seed": column.managed.seed}  # how many slots there are says nothing about a key
     if column.num_ids is not None:
         return {"ids": "given", "most": column.num_ids}
     return {"ids": "quantiles" if column.num_buckets else "vocabulary", "type": type_name(column.raw_type)}

@@ -97,6 +97,8 @@ def complete(
     statistics = _statistics(dataset, written) | statistics | dataset.statistics()
     if "train" in splits and (collisions := encoder.collisions()):
         statistics["hash_collisions"] = collisions
+    if "train" in splits and (managed := encoder.distinct_keys()):
+        statistics["managed_ids"] = managed
     if raw.bad_rows.counts:
         statistics["bad_rows"] = raw.bad_rows.counts
     if raw.passed_over:
@@ -141,6 +143,7 @@ def _write_in_order(
                 first, last = max(low, start), min(high, start + batch.num_rows)
                 if first < last:
                     writer.write(encoded.slice(first - start, last - first))
+            encoder.fit_numbers(batch.slice(0, max(borders[1] - start, 0)))
             splits = np.searchsorted(borders[1:-1], np.arange(start, start + batch.num_rows), side="right")
             copies.add(marked(row_hashes(batch, dataset.identity).to_numpy(), splits))
             missing.add(missing.counts(batch, splits))

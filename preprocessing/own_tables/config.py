@@ -73,6 +73,13 @@ class HashConfig(StrictModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
+class ManagedConfig(StrictModel):
+    """Ids by key: values earn and lose the slots of a table in training."""
+
+    slots: int = Field(ge=1, le=2**40, description="Rows of the table, without row 0.")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
 class IdFeature(StrictModel):
     """A feature with one id a row."""
 
@@ -82,14 +89,17 @@ class IdFeature(StrictModel):
     table: str | None = Field(default=None, description="Another feature, whose embedding table this one shares.")
     min_count: int | None = Field(default=None, ge=1, description="Values seen less often in train get id 0; 1 when absent.")
     hash: HashConfig | None = None
+    managed: ManagedConfig | None = None
     allow_label_feature: AllowLabel = False
 
     @model_validator(mode="after")
     def _one_mapping(self) -> IdFeature:
-        given = [name for name in ("table", "min_count", "hash") if getattr(self, name) is not None]
+        given = [name for name in ("table", "min_count", "hash", "managed") if getattr(self, name) is not None]
         if len(given) > 1:
             why = "a shared table has the mapping of the feature that it is named after" if given[0] == "table" else ""
-            raise ValueError(f"{' and '.join(given)} exclude each other: {why or 'hashed ids are not counted'}")
+            if not why:
+                why = "ids of a managed table are counted in training" if "managed" in given else "hashed ids are not counted"
+            raise ValueError(f"{' and '.join(given)} exclude each other: {why}")
         return self
 
 

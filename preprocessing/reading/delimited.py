@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from mmlrec.encoding.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
+from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
@@ -349,6 +350,8 @@ def _cell_remedy(name: str, cell: str, kind: pa.DataType, form: DelimitedText) -
         return VECTORS
     if form.cells is not None and pa.types.is_floating(kind) and cell.isalpha():
         return f"{_OWN_REMEDY} A label of words is a condition, such as {name} == '{cell[:20]}'."
+    if pa.types.is_integer(kind) and form.cells is not None and cell.removeprefix("-").isdecimal():
+        return UNSIGNED
     return _remedy(form)
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.encoding.cells import VECTORS, Cells
-from mmlrec.encoding.conversions import FOUND
+from mmlrec.encoding.conversions import FOUND, UNSIGNED, whole
 from mmlrec.errors import DataError, did_you_mean
 from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
@@ -27,7 +27,7 @@ class ParquetRows(Source):
     """The wanted columns of a Parquet file. In complaints a row is a line; the first is line 1.
 
     Null stays null. Bad rows are those with an integer beyond 64 bits or with a fraction (pandas stores integers with gaps as
-    float), or with a number that is nan, infinite or too large for the wanted type.
+    float, which must be less than 2^53 then), or with a number that is nan, infinite or too large for the wanted type.
 
     Attributes:
         columns: name -> int64, float32, float64, bool or string, or a list of one of these. As strings, times and dates are
@@ -84,7 +84,12 @@ class ParquetRows(Source):
         for name, kind in self.columns.items():
             good = _fits(table[name].combine_chunks(), kind)
             if good is not None:
-                complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. Mend the row, or leave it null."
+                remedy = "Mend the row, or leave it null."
+                if pa.types.is_integer(_element(kind)) and pa.types.is_floating(_element(table[name].type)):
+                    remedy = f"{remedy} Floats are rounded from 2^53 on: write integers."
+                elif pa.types.is_integer(_element(kind)) and self.cells is not None:
+                    remedy = f"{remedy} {UNSIGNED}"
+                complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. {remedy}"
                 here = good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line]
                 block = block.require(here, complaint, shown=name)
         columns = {name: cells.take(name, _as(block.table[name].combine_chunks(), kind)) for name, kind in self.columns.items()}
@@ -187,11 +192,7 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
         return pa.array(good)
     values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
     if pa.types.is_floating(values.type):
-        values = values.cast(pa.float64())
-        if pa.types.is_integer(kind):
-            fits = pc.and_(pc.equal(pc.floor(values), values), pc.less(pc.abs(values), 2.0**63))
-        else:
-            fits = pc.is_finite(values.cast(kind))
+        fits = whole(values) if pa.types.is_integer(kind) else pc.is_finite(values.cast(pa.float64()).cast(kind))
         return fits.fill_null(True)
     if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
         return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)

@@ -22,8 +22,7 @@ def mixed(value):
     return z ^ (z >> 31)
 
 
-def buckets(value, num_buckets, num_hashes=1, seed=0):
-    """Ids of a value by hash: a list of them."""
+def hash_of(value, seed):
     if isinstance(value, int):
         first = mixed((value & MASK) ^ mixed(seed))
     else:
@@ -31,6 +30,18 @@ def buckets(value, num_buckets, num_hashes=1, seed=0):
         for at in range(0, len(text), 8):
             first = mixed(first ^ int.from_bytes(text[at : at + 8], "little"))
         first = mixed(first ^ len(text))
+    return first
+
+
+def key(value, seed=0):
+    """Of a managed table: the hash as an integer with sign, but not 0."""
+    found = hash_of(value, seed) or 1
+    return found if found < 2**63 else found - 2**64
+
+
+def buckets(value, num_buckets, num_hashes=1, seed=0):
+    """Ids of a value by hash: a list of them."""
+    first = hash_of(value, seed)
     hashes = [first, *(mixed((first + j * GOLDEN) & MASK) for j in range(1, num_hashes))]
     return [each % num_buckets + 1 for each in hashes]
 
@@ -44,7 +55,7 @@ class Reference:
             if feature["kind"] == "number":
                 self._fit_number(name, feature, train)
         for name, feature in self.names.items():
-            if feature["kind"] != "number" and "table" not in feature and "hash" not in feature:
+            if feature["kind"] != "number" and "table" not in feature and not {"hash", "managed"} & feature.keys():
                 sharing = [name, *(other for other, of in self.names.items() if of.get("table") == name)]
                 counts = Counter(value for row in train for other in sharing for value in self.ids(other, row))
                 kept = [value for value, count in counts.items() if count >= feature.get("min_count", 1)]
@@ -124,6 +135,8 @@ class Reference:
                 if hashing:
                     ids = [each for value in self.ids(name, row) for each in buckets(value, **hashing)]
                     missing = [0] * hashing.get("num_hashes", 1)
+                elif managed := self.names[owner].get("managed"):
+                    ids, missing = [key(value, managed.get("seed", 0)) for value in self.ids(name, row)], [0]
                 else:
                     ids = [self.vocabularies[owner].get(value, 0) for value in self.ids(name, row)]
                     missing = [0]

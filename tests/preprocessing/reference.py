@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from tests.test_hashing import plain_buckets
+from tests.test_hashing import plain_buckets, plain_key
 
 
 def several(column, value):
@@ -77,6 +77,8 @@ class Reference:
             if value is None:
                 return [0] * hashing.num_hashes
             return plain_buckets(value, hashing.seed, hashing.num_buckets, hashing.num_hashes)
+        if column.managed:
+            return [plain_key(value, column.managed.seed)]
         if column.num_ids is not None:
             return [value or 0]
         return [self.vocabularies[column.table].get(value, 0)]

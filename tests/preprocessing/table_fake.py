@@ -16,6 +16,8 @@ CONFIG = {
         "tags": {"kind": "ids", "type": "int"},
         "page": {"kind": "id", "column": "url", "hash": {"num_buckets": 50, "num_hashes": 2, "seed": 7}},
         "seller": {"kind": "id", "type": "int", "hash": {"num_buckets": 20, "seed": 3}},
+        "visitor": {"kind": "id", "type": "int", "managed": {"slots": 40, "seed": 5}},
+        "seen": {"kind": "ids", "separator": " ", "managed": {"slots": 30}},
         "price": {"kind": "number"},
         "sold": {"kind": "number", "scale": "log"},
         "rank": {"kind": "number", "scale": "none"},
@@ -32,9 +34,13 @@ CONFIG = {
 }
 
 
+#: The same for methods that take no managed tables.
+UNMANAGED = CONFIG | {"features": {name: of for name, of in CONFIG["features"].items() if "managed" not in of}}
+
+
 def records(num_rows=2000, seed=0):
     """Rows as Python sees them; None = missing."""
-    draw = random.Random(seed)
+    draw, of_keys = random.Random(seed), random.Random(-1 - seed)
     rows = []
     for row in range(num_rows):
         price = draw.lognormvariate(2, 1)
@@ -57,6 +63,8 @@ def records(num_rows=2000, seed=0):
                 "device": draw.choice(["phone", "phone", "desktop", "tablet", "watch"]),
                 "time": f"2024-0{draw.randrange(1, 6)}-1{draw.randrange(10)}T0{draw.randrange(10)}:00:00",
                 "not wanted": draw.random(),
+                "visitor": of_keys.choice([None, -(2**63), 0, 2**63 - 1, of_keys.randrange(50), -of_keys.randrange(2**62)]),
+                "seen": " ".join(f"/straße/{of_keys.randrange(60)}" for _ in range(of_keys.choice([0, 1, 3]))),
             }
         )
     for row in rows:
@@ -67,10 +75,11 @@ def records(num_rows=2000, seed=0):
 
 def as_text(rows):
     """The frame that a CSV file of these rows has: lists joined, or as JSON."""
+    integers = [name for name in ("seller", "sold", "age", "clicked", "visitor") if name in rows[0]]
     return pd.DataFrame(rows).assign(
         bought=["|".join(row["bought"]) for row in rows],
         tags=[json.dumps(row["tags"]) for row in rows],
-        **{name: pd.array([row[name] for row in rows], "Int64") for name in ("seller", "sold", "age", "clicked")},
+        **{name: pd.array([row[name] for row in rows], "Int64") for name in integers},
     )
 
 
@@ -88,11 +97,13 @@ def write_json(path, rows):
 
 
 def write_parquet(path, rows, **options):
-    """As pandas does: integers with gaps become float."""
+    """As pandas does: integers with gaps become float, unless they are told to stay what they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     frame = pd.DataFrame(rows).assign(bought=["|".join(row["bought"]) for row in rows])
     frame["time"] = pd.to_datetime(frame["time"])
     frame["device"] = frame["device"].astype("category")
+    if "visitor" in frame:
+        frame["visitor"] = pd.array([row["visitor"] for row in rows], "Int64")
     frame.to_parquet(path, **options)
 
 

@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
+from mmlrec.hashing import mix64
 from mmlrec.schema import DatasetManifest, Task
 from preprocessing.command_line import main
 from preprocessing.dataset import Dataset, Hashing, sparse
 from preprocessing.describing import description
-from preprocessing.describing.description import Distinct, IdCounts, describe
+from preprocessing.describing.description import Distinct, IdCounts, KeyCounts, describe
 from preprocessing.describing.report import sections
 from preprocessing.engines.local import build
 from preprocessing.reading.raw_files import RawFolder
@@ -174,6 +175,66 @@ def test_of_a_large_table_a_sample_of_the_ids_is_counted():
     truth = np.sort(exact.counts)[::-1]
     middle = (ranks > 1000) & (ranks < 100_000)
     np.testing.assert_allclose(counts[middle], truth[ranks[middle].astype(int)], rtol=0.25, atol=1.5)
+
+
+def test_keys_of_managed_tables(tmp_path, capsys):
+    """Against pandas; in scenario 1 of a log that drifts."""
+    options = ("--rows", "6000", "--managed", "50", "--num-ids", "900", "--sparse-features", "1", "--multi-features", "1")
+    for day in (1, 2):
+        more = ("--day", str(day), "--drift", "0.5", "--scenarios", "2", "--multi-length", "1")
+        assert main(["synthetic", *options, *more, "--out", str(tmp_path / f"{day}")]) == 0
+    rows, found = frames(tmp_path / "1"), describe(tmp_path / "1", 3)
+    for name, ids in found.ids.items():
+        flat = {split: frame[name].explode().dropna().astype("int64") for split, frame in rows.items()}
+        counts = flat["train"].value_counts()
+        assert (ids.every, ids.num_seen) == (1, len(counts))
+        assert sorted(ids.counts) == sorted(counts)
+        assert ids.by_rank()[1][0] == counts.max()
+        for split in ("valid", "test"):
+            known = flat[split].isin(counts.index).mean()
+            assert 0.5 < known < 1
+            assert ids.coverage(split) == pytest.approx(known)
+            assert ids.unseen(split, None) == pytest.approx(1 - known)
+        seen = [set(rows["train"][name][rows["train"]["sample.scenario"] == s].explode().dropna()) for s in (0, 1)]
+        assert ids.overlap(0, 1) == pytest.approx(len(seen[0] & seen[1]) / len(seen[0]))
+        assert ids.missing == pytest.approx(rows["train"][name].map(lambda v: len(np.atleast_1d(v)) == 0).mean())
+        assert found.manifest.statistics["managed_ids"][name] == {"values": len(counts)}
+    first = rows["train"].iloc[0]
+    assert found.examples[0]["sparse_0"] == f"key {np.uint64(first['sparse_0'].astype(np.uint64)):016x}"
+    capsys.readouterr()
+    assert main(["describe", str(tmp_path / "1")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    num_users = rows["train"]["sparse_0"].nunique()
+    assert f"sparse_0 {num_users} 50 {num_users / 50:.2f}" in shown
+    # The day after has half of its ids in common with this one, frequent and rare ones.
+    both = set(frames(tmp_path / "2")["train"]["sparse_0"]) & set(rows["train"]["sparse_0"])
+    assert 0.3 < len(both) / num_users < 0.6
+
+
+def test_of_many_keys_a_sample_is_counted():
+    random = np.random.default_rng(0)
+    keys = random.integers(-(2**63), 2**63, 40_000)
+    keys = keys[np.minimum((40_000 ** random.random(400_000)).astype(np.int64), 39_999)]
+    train, test = np.where(random.random(400_000) < 0.1, 0, keys)[:300_000], keys[300_000:]
+    scenario = (train % 3 == 0).astype(np.int64)
+    exact, sampled = (KeyCounts(2, size) for size in (1 << 30, 18 * 2000))
+    for counts in (exact, sampled):
+        for part in np.split(np.arange(300_000), 6):
+            counts.add("train", train[part], None, scenario[part])
+        counts.add("test", test, None, None)
+    assert exact.every == 1
+    assert sampled.every in (16, 32)
+    assert len(sampled.counts) <= 2000
+    assert exact.num_seen == len(np.unique(train)) - 1
+    assert sampled.num_seen == pytest.approx(exact.num_seen, rel=0.06)
+    assert exact.coverage("test") == pytest.approx(np.isin(test, train).mean())
+    assert sampled.coverage("test") == pytest.approx(exact.coverage("test"), abs=0.06)
+    assert exact.missing == sampled.missing == np.mean(train == 0)
+    # Each that is counted has its own count.
+    values, counts = np.unique(train[train != 0], return_counts=True)
+    assert sorted(exact.counts) == sorted(counts)
+    own = dict(zip(mix64(values.view(np.uint64)).tolist(), counts.tolist(), strict=True))
+    assert [own[key] for key in sampled._hashes.tolist()] == sampled.counts.tolist()
 
 
 def test_distinct_values_beyond_the_limit_are_estimated(monkeypatch):

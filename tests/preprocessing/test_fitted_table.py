@@ -12,7 +12,7 @@ import pytest
 from mmlrec.identity import encoding_differences
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
-from preprocessing.dataset import Hashing, bucketed, dense, multi, sparse
+from preprocessing.dataset import Hashing, Managed, bucketed, dense, multi, sparse
 from tests.preprocessing.reference import Reference, in_order
 from tests.preprocessing.table_fake import WRITERS, as_text, write_config
 
@@ -25,6 +25,8 @@ FEATURES = {
     "page": {"kind": "id", "column": "url", "hash": {"num_buckets": 50, "num_hashes": 2, "seed": 7}},
     "seller": {"kind": "id", "type": "int", "hash": {"num_buckets": 20, "seed": 3}},
     "seen": {"kind": "ids", "column": "bought", "separator": "|", "hash": {"num_buckets": 30, "num_hashes": 2}},
+    "seller_key": {"kind": "id", "column": "seller", "type": "int", "managed": {"slots": 7, "seed": 3}},
+    "keys": {"kind": "ids", "column": "bought", "separator": "|", "managed": {"slots": 9}},
     "price": {"kind": "number", "indicator": True},
     "cost": {"kind": "number", "column": "price", "scale": "log", "fill": 5},
     "sold": {"kind": "number", "scale": "log"},
@@ -40,6 +42,8 @@ COLUMNS = (
     multi("page", hashing=Hashing(50, 2, 7)),
     sparse("seller", INT, hashing=Hashing(20, 1, 3)),
     multi("seen", hashing=Hashing(30, 2, 0)),
+    sparse("seller_key", INT, managed=Managed(7, 3)),
+    multi("keys", managed=Managed(9)),
     replace(dense("price"), fill="mean"),
     dense("price_missing", scaled=False),
     replace(dense("cost"), fill=math.log1p(5)),
@@ -140,6 +144,8 @@ def canonical(row):
         "page": [text(row["url"])],
         "seller": row["seller"],
         "seen": bought,
+        "seller_key": row["seller"],
+        "keys": bought,
         "price": price,
         "price_missing": float(price is None),
         "cost": signed_log(price),

@@ -34,6 +34,7 @@ from tests.preprocessing.table_fake import (
     write_csv,
     write_table,
 )
+from tests.test_hashing import plain_key
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = {"phone": 0, "tablet": 0, "desktop": 1}
@@ -101,6 +102,8 @@ def assert_equals_records(out, rows):
         assert got["tags"] == [tag_ids.get(tag, 0) for tag in row["tags"]]
         assert got["page"] == hashed(row["url"], pa.string(), 50, 2, 7)
         assert got["seller"] == hashed(row["seller"], pa.int64(), 20, 1, 3)[0]
+        assert got["visitor"] == plain_key(row["visitor"], 5)
+        assert got["seen"] == [plain_key(page, 0) for page in row["seen"].split()]
         for name, function in (("price", float), ("sold", signed_log)):
             low, high = ranges[name]
             value = means[name] if row[name] is None else function(row[name])
@@ -127,7 +130,7 @@ def test_every_row_of_each_format(form, tmp_path, capsys):
     assert manifest.group_key == "user"
     dropped = sum(count["other scenarios"] for count in manifest.statistics["passed_over"].values())
     assert dropped == sum(row["device"] == "watch" for row in rows)
-    train = {row["key.row"] for row in read(tmp_path / "out") if row["split"] == "train"}
+    train, shown = {row["key.row"] for row in read(tmp_path / "out") if row["split"] == "train"}, ""
     for table, column, kind, rule in (("page", "url", pa.string(), (50, 2, 7)), ("seller", "seller", pa.int64(), (20, 1, 3))):
         values = {row[column] for row in rows if row["row"] in train} - {None}
         ids = {value: tuple(sorted(hashed(value, kind, *rule))) for value in values}
@@ -136,7 +139,15 @@ def test_every_row_of_each_format(form, tmp_path, capsys):
         found = manifest.statistics["hash_collisions"][table]
         assert found == {"values": len(values), "collisions": shared, "rate": shared / len(values)}
         text = f"hashed ids of {table}: {len(values)} values in train, {shared / len(values):.2%} share their ids"
-        assert text in " ".join(capsys.readouterr().out.split()) or table == "seller"
+        shown = shown or " ".join(capsys.readouterr().out.split())
+        assert text in shown
+    visitors = {row["visitor"] for row in rows if row["row"] in train} - {None}
+    pages = {page for row in rows if row["row"] in train for page in row["seen"].split()}
+    assert manifest.statistics["managed_ids"] == {"visitor": {"values": len(visitors)}, "seen": {"values": len(pages)}}
+    assert f"managed ids of visitor: {len(visitors):,} values in train, 40 slots" in shown
+    managed = {table.name: table.num_rows for table in manifest.tables if table.managed}
+    assert managed == {"visitor": 41, "seen": 31}
+    assert manifest.schema_version == 2
 
 
 def test_the_same_again_and_another_configuration(tmp_path, capsys):

@@ -9,13 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.encoding.cells import Cells
+from mmlrec.encoding.encoder import Encoder
+from mmlrec.errors import DataError
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.raw_files import RawFile, RawFolder
 from tests.preprocessing.decoded import content
 from tests.preprocessing.table_fake import SMALL, run, small
 from tests.preprocessing.test_table import make, read, vocabulary
+from tests.test_hashing import plain_buckets, plain_key
 
 FORMS = ["csv", "json", "parquet"]
+WHOLE = {"rule": "group", "key": "row"}
 
 
 def write(folder, form, columns, **config):
@@ -319,3 +323,78 @@ def test_whole_numbers_of_the_command_line_may_be_1e3(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(config, tmp_path / "none", option, "1.5")
         assert f"{option}: a whole number of 0 or more is needed, such as 1000 or 1e6, found '1.5'" in capsys.readouterr().err
+
+
+# Raw ids of 64 bits.
+
+
+BORDERS = [-(2**63), -1, 0, 2**53 + 1, 2**63 - 1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "mapping", [{"managed": {"slots": 3}}, {"hash": {"num_buckets": 2**40}}, {}], ids=["managed", "hash", "vocabulary"]
+)
+def test_every_integer_of_64_bits_is_an_id(form, mapping, tmp_path):
+    values = [value for value in (*BORDERS, None) for _ in range(6)]
+    columns = {"u": values, "x": list(range(36)), "y": [row % 2 for row in range(36)], "row": list(range(36))}
+    features = {"u": {"kind": "id", "type": "int", **mapping}, "x": {"kind": "number"}}
+    config = write(tmp_path, form, columns, features=features, keys={"row": {"type": "int"}}, split=WHOLE)
+    make(config.parent, tmp_path / "out")
+    found = {row["key.row"]: row["u"] for row in read(tmp_path / "out")}
+    if "managed" in mapping:
+        expected = [plain_key(value, 0) for value in values]
+    elif "hash" in mapping:
+        expected = [0 if value is None else plain_buckets(value, 0, 2**40, 1)[0] for value in values]
+    else:
+        ids, _ = vocabulary(tmp_path / "out", "u")
+        assert set(ids) == set(BORDERS)
+        expected = [ids.get(value, 0) for value in values]
+    assert [found[row] for row in range(36)] == expected
+    raw = pa.table({"u": pa.array(values, pa.int64()), "x": pa.array([1.0] * 36)})
+    encoder = Encoder.load(tmp_path / "out")
+    assert encoder.inputs(raw).ids["u"][0].tolist() == expected
+    assert encoder.encode(encoder.canonical(raw)).column("u").to_pylist() == expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", [2**63, 2**64 - 1])
+def test_an_unsigned_integer_beyond_is_refused_as_int_and_taken_as_text(form, value, tmp_path, capsys):
+    column = pa.array([*range(30), value], pa.uint64()) if form == "parquet" else [*range(30), value]
+    columns = {"u": column, "y": [row % 2 for row in range(31)], "row": list(range(31))}
+    keys = {"keys": {"row": {"type": "int"}}, "split": WHOLE}
+    config = write(tmp_path, form, columns, features={"u": {"kind": "id", "type": "int", "managed": {"slots": 3}}}, **keys)
+    message = told(capsys, config, tmp_path / "out")
+    assert f"line {32 if form == 'csv' else 31}:" in message
+    assert str(value) in message
+    assert form == "json" or "Integers have a sign; as text, type: string, it can be an id." in message
+    config = write(tmp_path, form, columns, features={"u": {"kind": "id", "managed": {"slots": 3}}}, **keys)
+    make(config.parent, tmp_path / "out")
+    found = {row["key.row"]: row["u"] for row in read(tmp_path / "out")}
+    assert found[30] == plain_key(str(value), 0)
+    rows = pa.table({"u": pa.array([value], pa.uint64())})
+    assert Encoder.load(tmp_path / "out").inputs(rows).ids["u"][0].tolist() == [plain_key(str(value), 0)]
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(pa.float64(), 2**53), (pa.float32(), 2**24)])
+def test_floats_that_may_have_been_rounded_are_no_integers(kind, exact, tmp_path, capsys):
+    """2^53 + 1 is written as 2^53: two ids would be one, and none would tell."""
+    features = {"u": {"kind": "id", "type": "int", "managed": {"slots": 3}}}
+    for value, code in ((exact - 1, 0), (exact, 2), (-exact, 2)):
+        columns = {"u": pa.array([*map(float, range(30)), float(value)], kind), "y": [row % 2 for row in range(31)]}
+        config = write(tmp_path, "parquet", columns, features=features)
+        assert run(config, tmp_path / f"{value}") == code
+        if code:
+            assert "Floats are rounded from 2^53 on: write integers." in capsys.readouterr().err
+        rows, encoder = pa.table({"u": pa.array([float(value)], kind)}), Encoder.load(tmp_path / f"{exact - 1}")
+        if code:
+            with pytest.raises(DataError, match=r"u must be an integer of 64 bits, found .* Floats are rounded"):
+                encoder.inputs(rows)
+        else:
+            assert encoder.inputs(rows).ids["u"][0].tolist() == [plain_key(value, 0)]
+
+
+def test_a_list_of_json_with_a_float_that_may_have_been_rounded_is_refused(tmp_path, capsys):
+    text = "u,y\n" + "".join(f'"[{row}]",{row % 2}\n' for row in range(30)) + '"[1.0, 9007199254740993.0]",1\n'
+    config = small(tmp_path, text, features={"u": {"kind": "ids", "type": "int", "managed": {"slots": 3}}})
+    assert "line 32: u must be a JSON list of integers of 64 bits" in told(capsys, config, tmp_path / "out")

@@ -94,7 +94,7 @@ def begin(action: dict, run_dir: Path, world) -> None:
     if config.init_from is not None:
         take(session, open_source(config, run_dir, world), folder)
     tensors = checkpoint.training_tensors(session.model, session.optimizer, world.rank)
-    checkpoint.save(run_dir / "begun", tensors, {}, world)
+    checkpoint.save(run_dir / "begun", tensors | session.managed.tensors(history=True), session.state, world)
 
 
 def steps(action: dict, folder: Path, world) -> None:

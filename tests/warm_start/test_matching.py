@@ -49,7 +49,7 @@ def test_where_one_begins_with_the_other_no_value_is_looked_for(tmp_path, monkey
     short, long = ["a", "b", "c"], ["a", "b", "c", "d", "e"]
     both = encoded(tmp_path / "short", short), encoded(tmp_path / "long", long)
     assert matching("t0", *both) == matching("t0", *both[::-1]) == Matching("by value", 4)
-    monkeypatch.setattr(rows, "_vocabulary", None)
+    monkeypatch.setattr(rows, "values_of", None)
     assert found(*both)[1] == [0, 1, 2, 3]
     assert found(*both[::-1], pieces=2)[1] == [0, 1, 2, 3, -1, -1]
 
