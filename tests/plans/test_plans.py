@@ -226,6 +226,18 @@ def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_a
     assert {table.name: table.lengths for table in plan.tables}["tm0"] == (2.5,)
 
 
+def test_what_maps_of_managed_tables_take_is_told_where_it_is_much():
+    request = small({"users": (10**8 + 1, 1.0)}, Hardware(4, 4, "cuda", 16 * GIB, GPU))
+    assert not any("managed" in text for text in plan_training(request).warnings())
+    tables = [table.model_copy(update={"managed": True, "hash_seed": 1}) for table in request.manifest.tables]
+    managed = replace(request, manifest=request.manifest.model_copy(update={"tables": tables}))
+    # 12 bytes a slot, and 4 for each of 2^27 places of the directory.
+    told = f"each rank keeps {(12 * 10**8 + 4 * 2**27) / GIB:.2f} GiB in its host's memory"
+    assert any(told in text for text in plan_training(managed).warnings())
+    plenty = replace(managed, hardware=Hardware(4, 4, "cuda", 1000 * GIB, GPU))
+    assert not any("managed" in text for text in plan_training(plenty).warnings())
+
+
 @pytest.mark.parametrize("name", ["single_task", "star", "snr"])
 def test_networks_of_all_kinds_have_a_cost(tmp_path, name):
     data = write_dataset(tmp_path / "data")
