@@ -122,7 +122,7 @@ def main() -> None:
     dataset, config = folder / "dataset", folder / "config.yaml"
     rows = int(arguments.gib * _GIB / _ROW_BYTES)
     if not dataset.exists():
-        generate(dataset, Shape(2, 0, _DIM, f"100,{rows}", 0, 0, 0), 20_000, 2, 1)
+        generate(dataset, Shape(2, 0, _DIM, f"100,{rows}", 0, 0), 20_000, 2, 1)
     config.write_text(
         f"dataset: {{path: {dataset}, setting: mtl}}\nembeddings: {{dim: {_DIM}, sharding: row_wise}}\n"
         f"training: {{batch_size: 512, max_steps: {_SAVES * _EVERY}, checkpoint_every_steps: {_EVERY}, patience: null}}\n",

@@ -41,7 +41,7 @@ from mmlrec.session.session import build_session
 from mmlrec.training.reporting import Reporter
 from mmlrec.training.trainer import Trainer
 
-_TINY = Shape(4, 0, 4, "2,20,200,2000", 0, 0, 0.0)
+_TINY = Shape(4, 0, 4, "2,20,200,2000", 0, 0)
 #: Shape, global batch, steps of a window.
 _CASES = {"tiny": (_TINY, 64, 200), "a": (SHAPES["a"], 4096, 100), "b": (SHAPES["b"], 4096, 50)}
 _PLAIN_WAIT = Work.wait

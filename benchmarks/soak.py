@@ -27,7 +27,7 @@ from tabulate import tabulate
 from benchmarks.throughput import Shape, generate
 from mmlrec.paths import local_path
 
-_SHAPE = Shape(2, 0, 4, "50,500", 0, 0, 0.0)
+_SHAPE = Shape(2, 0, 4, "50,500", 0, 0)
 _ROWS = 80_000
 _COLUMNS = ("seconds", "step", "rank", "resident_mib", "anonymous_mib", "handles", "threads")
 _PROGRESS_S = 30.0
