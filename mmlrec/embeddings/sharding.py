@@ -11,7 +11,6 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
@@ -43,8 +42,10 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
         optimizer = torch.optim.Adagrad if config.name == "adagrad" else RowWiseAdagrad
         arguments["eps"] = config.eps
     for parameter in tables.parameters():
+        # What torchrec reads, and all that its apply_optimizer_in_backward would leave here for it: that imports
+        # torch.distributed.optim, which compiles seven optimizers that nobody uses, a tenth of the time of all imports.
         # TorchRec changes the dict that it is given, so each parameter gets a fresh one.
-        apply_optimizer_in_backward(optimizer, [parameter], dict(arguments))
+        vars(parameter).update(_optimizer_classes=[optimizer], _optimizer_kwargs=[dict(arguments)])
 
 
 def make_plan(
