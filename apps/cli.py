@@ -120,7 +120,7 @@ def _share_cores() -> None:
     GNU's OpenMP, which torch uses on CPU, turns in a loop for milliseconds at the end of every operation before it sleeps.
     Where another program needs the core, threads wait like that for one that is not running, at each of thousands of
     operations: a training took ten times its processor time on a machine that was shared. A loop of this length costs no
-    speed on a machine of its own (docs/benchmarks.md). What the user has set stays.
+    speed on a machine of its own. What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -11,15 +11,8 @@ from tests.processes import ROOT, environment
 #: Modules that take long to import, and that no training needs. What torch and torchrec import themselves cannot be left out.
 NEEDLESS = {
     "torch.distributed.optim",  # compiles seven optimizers
-    *("torch._inductor.compile_fx", "torch._inductor.graph", "triton", "torch.testing", "torch.onnx._internal.exporter"),
-    *(
-        "torchrec.inference",
-        "torchrec.models",
-        "torchrec.metrics",
-        "torchx",
-        "torch.distributed.run",
-        "torch.distributed.elastic",
-    ),
+    *("torch._inductor.compile_fx", "torch._inductor.graph", "triton"),
+    *("torchrec.inference", "torchrec.models", "torchrec.metrics", "torchx", "torch.distributed.run"),
     *("sklearn", "scipy", "matplotlib", "IPython", "onnx", "onnxruntime", "safetensors.torch"),
     *("s3fs", "aiobotocore", "aiohttp", "pyspark", "kubernetes", "fastapi", "uvicorn"),
     *("preprocessing", "mmlrec.api", "mmlrec.export", "mmlrec.serving", "mmlrec.launch", "mmlrec.testing"),

@@ -25,6 +25,11 @@ def dense_dispatch() -> Iterator[None]:
         _DENSE.reset(before)
 
 
+def _exporting() -> bool:
+    """Whether torch.export reads this. Asked by `torch.compiler.is_exporting()`, torch.compile of torch 2.11 says yes, too."""
+    return torch.compiler._is_exporting_flag
+
+
 class Dispatch:
     """The rows of one batch by scenario; made once per step and used by every scenario-specific layer.
 
@@ -41,7 +46,7 @@ class Dispatch:
     """
 
     def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
-        dense = torch.compiler.is_exporting() and _DENSE.get()
+        dense = _exporting() and _DENSE.get()
         self.num_scenarios, self.grouped = num_scenarios, grouped and not dense
         self.scenario = scenario
         if self.grouped:
@@ -80,7 +85,7 @@ class Dispatch:
         """
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x = x.to(kind)
-        if self.grouped and torch.compiler.is_exporting():
+        if self.grouped and _exporting():
             own: Tensor = torch.ops.mmlrec.scenario_linear(x, self.ends, weight, bias, shared)
             return own
         if self.grouped and x.device.type == "cpu" and not torch.compiler.is_compiling():
