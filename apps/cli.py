@@ -43,6 +43,7 @@ def run(main: Callable[[], None]) -> None:
     Of several ranks that fail together one speaks. Garbage is collected from `all_imported()` on, if main calls it.
     """
     _end_with_agent()
+    _share_cores()
     gc.disable()
     try:
         with plain_output():
@@ -111,6 +112,18 @@ def _end_with_agent() -> None:
     if os.getppid() == 1 and not _is_agent(Path("/proc/1/cmdline")):
         print("error: the torchrun that started this rank has ended already.", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _share_cores() -> None:
+    """Have threads that wait for each other let go of their core soon; to be called before torch is imported.
+
+    GNU's OpenMP, which torch uses on CPU, turns in a loop for milliseconds at the end of every operation before it sleeps.
+    Where another program needs the core, threads wait like that for one that is not running, at each of thousands of
+    operations: a training took ten times its processor time on a machine that was shared. A loop of this length costs no
+    speed on a machine of its own. What the user has set stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _is_agent(command: Path) -> bool:

@@ -163,7 +163,9 @@ def _public(version: str) -> str:
 
 def _reinstall(found: Installed) -> str:
     option = " --cuda" if found.torch_cuda else ""
-    return f"python3.11 requirements/install.py{option}   (in a clone of the project)"
+    torch = ".".join(found.versions.get("torch", "").split(".")[:2])
+    older = f" --torch {torch}" if torch in list(PAIRS)[1:] else ""
+    return f"python3.11 requirements/install.py{option}{older}   (in a clone of the project)"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make the environment: `python3.11 requirements/install.py` creates .venv from the lock, installs this project and checks it.
 
 Needs Python 3.11 or newer and a pip that reaches a package index, nothing else. Running it again is quick.
-`--cuda` takes the GPU lock, `--venv DIR` another folder. `--lock-only` leaves the test tools and the project out, for images.
+`--cuda` takes the GPU lock, `--torch 2.11` those of the older pair of torch and torchrec, `--venv DIR` another folder. `--lock-only` leaves the test tools and the project out, for images.
 """
 
 # ruff: noqa: T201
@@ -22,6 +22,8 @@ REQUIREMENTS = Path(__file__).resolve().parent
 PROJECT = REQUIREMENTS.parent
 # Linux wheels of torch on the public index are the CUDA build; its CPU build has an index of its own.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+#: What the locks of a torch are called behind `cpu` and `cuda`.
+LOCKS = {"2.13": "", "2.11": "-2.11"}
 PROBE_SECONDS = 8.0
 PROBE = f"import urllib.request; urllib.request.urlopen('{TORCH_CPU_INDEX}/torch/', timeout=4)"
 
@@ -31,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Create the environment, install mmlrec into it, and check it.")
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv", help="folder of the environment (default: .venv)")
     parser.add_argument("--cuda", action="store_true", help="the GPU build of torch and fbgemm (default: CPU)")
+    parser.add_argument("--torch", choices=list(LOCKS), default="2.13", help="release of torch, with the torchrec of its time")
     parser.add_argument("--lock-only", action="store_true", help="neither test tools nor the project itself, and no check")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  users may start it with any Python
@@ -40,10 +43,10 @@ def main() -> int:
     python = arguments.venv / "bin" / "python"
     if not (arguments.venv / "bin" / "pip").exists():
         create(arguments.venv)
+    lock = REQUIREMENTS / f"{'cuda' if arguments.cuda else 'cpu'}{LOCKS[arguments.torch]}.txt"
     if arguments.cuda:
-        pip(python, "torch, torchrec, fbgemm (CUDA)", "-r", str(REQUIREMENTS / "cuda.txt"))
+        pip(python, "torch, torchrec, fbgemm (CUDA)", "-r", str(lock))
     else:
-        lock = REQUIREMENTS / "cpu.txt"
         torch = re.search(r"^torch==\S+", lock.read_text(encoding="utf-8"), re.MULTILINE)
         assert torch is not None
         # On its own, so that no other package is looked for on that index.

@@ -154,3 +154,8 @@ def test_runs_where_nothing_is_installed(tmp_path):
     assert result.returncode == 1
     assert "PROBLEM torch is not installed." in result.stdout
     assert result.stderr == ""
+
+
+def test_an_older_pair_is_mended_by_its_own_lock():
+    older = changed(GPU, torch="2.11.0", torchrec="1.6.1", fbgemm_gpu="1.6.0", tensordict=None)
+    assert only(Installed(older, "13.0")).fix.startswith("python3.11 requirements/install.py --cuda --torch 2.11 ")

@@ -15,6 +15,7 @@ for long, also where the network to the other nodes is gone.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -97,6 +98,8 @@ class Agent(LocalElasticAgent):
     reason: ClassVar[str] = ""
     #: Host and port where the nodes meet.
     first: ClassVar[str] = ""
+    #: Seconds that ranks have for their end, `--shutdown-timeout`.
+    grace: ClassVar[int] = 30
 
     def __init__(self, spec: WorkerSpec, **options: Any) -> None:
         super().__init__(spec, **options)
@@ -164,7 +167,7 @@ class Agent(LocalElasticAgent):
         self._asks_at = now + 1
         with contextlib.suppress(RuntimeError):  # the store is gone, and who hosts it
             self._over_since = (self._over_since or now) if store.check([_OVER]) else None
-        if self._over_since is not None and now - self._over_since > self._shutdown_timeout + _STUCK_AFTER:
+        if self._over_since is not None and now - self._over_since > self.grace + _STUCK_AFTER:
             self._kill_ranks()
 
     def _kill_ranks(self) -> None:
@@ -183,9 +186,11 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts += 1  # Another node goes, or comes; all ranks have saved.
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
-        """As the base class; ranks have the time of `--shutdown-timeout`, which it gives after a signal only."""
-        self._takes(2 * self._shutdown_timeout)
-        super()._shutdown(death_sig, self._shutdown_timeout)
+        """As the base class; ranks have the time of `--shutdown-timeout`, which it gives after a signal only, or never."""
+        self._takes(2 * self.grace)
+        if context := self._context():
+            context.close(death_sig, self.grace)
+        super()._shutdown(death_sig)
 
     def _exit_barrier(self) -> None:
         """Wait for the other nodes when the ranks of this one are done; to the base class's barrier none comes that fails."""
@@ -271,8 +276,9 @@ def main() -> None:
     # The agents' store is shared with the ranks by default, and outlives them: those of a new start in place read the addresses
     # of dead ones there, and hang (pytorch issue 135712). Without it rank 0 opens one, new for each start.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    arguments = torchrun.parse_args(sys.argv[1:])
+    arguments = _options().parse_args(sys.argv[1:])
     Agent.first = torchrun.get_rdzv_endpoint(arguments)
+    Agent.grace = int(arguments.shutdown_timeout or os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", Agent.grace))
     launcher.LocalElasticAgent = Agent  # type: ignore[assignment,misc]
     processes._terminate_process_handler = _stop  # type: ignore[assignment]
     for name in arguments.signals_to_handle.split(","):
@@ -292,6 +298,14 @@ def main() -> None:
     if Agent.reason:
         _tell(f"error: {Agent.reason}")
     _end(LOST if Agent.code is None else Agent.code)
+
+
+def _options() -> argparse.ArgumentParser:
+    """The options of torchrun, and `--shutdown-timeout`, which that of torch 2.11 has not."""
+    parser = torchrun.get_args_parser()
+    with contextlib.suppress(argparse.ArgumentError):
+        parser.add_argument("--shutdown-timeout", "--shutdown_timeout", type=int, help="Seconds that ranks have for their end.")
+    return parser
 
 
 def _why(error: Exception) -> str:

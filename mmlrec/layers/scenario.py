@@ -25,11 +25,17 @@ def dense_dispatch() -> Iterator[None]:
         _DENSE.reset(before)
 
 
+def _exporting() -> bool:
+    """Whether torch.export reads this. Asked by `torch.compiler.is_exporting()`, torch.compile of torch 2.11 says yes, too."""
+    return torch.compiler._is_exporting_flag
+
+
 class Dispatch:
     """The rows of one batch by scenario; made once per step and used by every scenario-specific layer.
 
     Two strategies give the same numbers. `dense` computes all S outputs and picks one: B*S*i*o multiply-adds, no
-    sorting. `grouped` sorts the rows by scenario and multiplies each group by its own weight: B*i*o. Layers between
+    sorting. `grouped` sorts the rows by scenario and multiplies each group by its own weight: B*i*o, and where the device has
+    no kernel for that (CUDA in float32) at most twice as many. Layers between
     `arrange` and `restore` see rows in the strategy's order. Padding rows travel with scenario 0: their logits have no
     loss, hence no gradient.
 
@@ -40,7 +46,7 @@ class Dispatch:
     """
 
     def __init__(self, scenario: Tensor, num_scenarios: int, *, grouped: bool) -> None:
-        dense = torch.compiler.is_exporting() and _DENSE.get()
+        dense = _exporting() and _DENSE.get()
         self.num_scenarios, self.grouped = num_scenarios, grouped and not dense
         self.scenario = scenario
         if self.grouped:
@@ -79,17 +85,17 @@ class Dispatch:
         """
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x = x.to(kind)
-        if self.grouped and torch.compiler.is_exporting():
+        if self.grouped and _exporting():
             own: Tensor = torch.ops.mmlrec.scenario_linear(x, self.ends, weight, bias, shared)
             return own
         if self.grouped and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _Grouped.apply(x, self.ends, weight, bias, shared)
         weight = (weight if shared is None else weight * shared).to(kind)
         bias = None if bias is None else bias.to(kind)
-        # torch.compile knows grouped_mm's result in bfloat16 only.
-        kinds = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.float32, torch.bfloat16)
-        if self.grouped and x.dtype in kinds:
+        if self.grouped and x.dtype == torch.bfloat16 and _has_grouped_kernel(x.device):
             return self._grouped(x, weight, bias)
+        if self.grouped and x.device.type != "cpu" and self.num_scenarios > 2:  # of two, blocks are as many rows as `dense`
+            return self._in_blocks(x, weight, bias)
         return self._dense(x, weight, bias)
 
     def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,6 +121,31 @@ class Dispatch:
             return y
         members = torch.arange(stack, device=x.device).view(-1, 1) * self.num_scenarios + self.scenario
         return y + F.embedding(members, bias)
+
+    def _in_blocks(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Each scenario's rows in blocks of B / S, padded with zeros, and each block with a copy of its weight.
+
+        S scenarios fill at most 2 S such blocks, however the rows are spread, so that no size depends on what is in the batch
+        and the device is never waited for; it multiplies at most 2 B rows.
+        """
+        (stack, rows, _), scenarios = x.shape, self.num_scenarios
+        size, count = -(-rows // scenarios), 2 * scenarios
+        starts = F.pad(self.ends, (1, 0))[:-1]
+        blocks = (self.ends - starts + size - 1) // size  # of each scenario
+        ends = blocks.cumsum(0)
+        places = torch.arange(rows, device=x.device) + ((ends - blocks) * size - starts)[self.scenario]
+        owners = torch.searchsorted(ends, torch.arange(count, device=x.device), right=True).clamp(max=scenarios - 1)
+        members = (torch.arange(stack, device=x.device).view(-1, 1) * scenarios + owners).flatten()
+        filled = x.new_zeros(stack, count * size, x.shape[2]).index_copy(1, places, x).view(stack * count, size, x.shape[2])
+        # By `embedding`, whose backward adds the copies' gradients in a fixed order.
+        own = F.embedding(members, weight.flatten(1)).view(-1, *weight.shape[1:])
+        y = torch.bmm(filled, own) if bias is None else torch.baddbmm(F.embedding(members, bias).unsqueeze(1), filled, own)
+        return y.view(stack, count * size, weight.shape[2]).index_select(1, places)
+
+
+def _has_grouped_kernel(device: torch.device) -> bool:
+    """Whether grouped_mm has a kernel there for bfloat16; else, as for other types, it waits for the device and loops."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 #: Numbers of weights that are made and used together by `_Grouped`, so that they are still in the cache: 1 MiB in float32.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmlrec.layers.scenario import Dispatch, prefers_grouped, scenario_linear
 
@@ -50,8 +52,9 @@ def test_a_stack_uses_the_weights_of_member_and_scenario(grouped):
 @pytest.mark.parametrize("width", [1, 3, 5, 7, 8, 16, 130])
 @pytest.mark.parametrize("stack", [1, 3])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_grouped_mm_equals_a_loop(dtype, tolerance, width, stack, has_bias):
-    """The path of CUDA, called directly; bf16 has steps of 2^-7, so that the bound is under three of the largest value."""
+@pytest.mark.parametrize("way", ["_grouped", "_in_blocks"])
+def test_the_ways_of_cuda_equal_a_loop(way, dtype, tolerance, width, stack, has_bias):
+    """Called directly; bf16 has steps of 2^-7, so that the bound is under three of the largest value."""
     g = torch.Generator().manual_seed(width)
     scenarios, fan_in = 4, 6
     scenario = torch.tensor([3, 0, 3, 3, 1, 0, 3, 1, 0])  # No row of scenario 2.
@@ -61,7 +64,7 @@ def test_grouped_mm_equals_a_loop(dtype, tolerance, width, stack, has_bias):
         for shape in ((stack, 9, fan_in), (stack * scenarios, fan_in, width), (stack * scenarios, width))
     )
     pull = torch.randn(stack, 9, width, generator=g).to(dtype)
-    y = dispatch.restore(dispatch._grouped(dispatch.arrange(x), weight, bias if has_bias else None))
+    y = dispatch.restore(getattr(dispatch, way)(dispatch.arrange(x), weight, bias if has_bias else None))
     leaves = [x, weight, bias] if has_bias else [x, weight]
     got = [y, *torch.autograd.grad(y, leaves, pull)]
     xs, ws, bs = (t.detach().double().requires_grad_() for t in (x, weight, bias))
@@ -77,6 +80,16 @@ def test_grouped_mm_equals_a_loop(dtype, tolerance, width, stack, has_bias):
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * max(1.0, theirs.abs().max().item()))
     for gradient in got[2:]:
         assert (gradient.unflatten(0, (stack, scenarios))[:, 2] == 0).all()
+
+
+@given(scenario=st.lists(st.integers(0, 6), min_size=1, max_size=40), scenarios=st.integers(7, 12))
+@settings(max_examples=60, deadline=None)
+def test_blocks_hold_all_rows_however_they_are_spread(scenario, scenarios):
+    rows = torch.tensor(scenario)
+    x, weight = torch.randn(1, len(rows), 3), torch.randn(scenarios, 3, 2)
+    dispatch = Dispatch(rows, scenarios, grouped=True)
+    found = dispatch.restore(dispatch._in_blocks(dispatch.arrange(x), weight, None))[0]
+    torch.testing.assert_close(found, torch.stack([x[0, b] @ weight[s] for b, s in enumerate(scenario)]))
 
 
 @pytest.mark.parametrize("cached_numbers", [1, 60, 1 << 18])
