@@ -1,7 +1,8 @@
 """Make the environment: `python3.11 requirements/install.py` creates .venv from the lock, installs this project and checks it.
 
 Needs Python 3.11 or newer and a pip that reaches a package index, nothing else. Running it again is quick.
-`--cuda` takes the GPU lock, `--torch 2.11` those of the older pair of torch and torchrec, `--venv DIR` another folder. `--lock-only` leaves the test tools and the project out, for images.
+`--cuda` takes the GPU lock, `--torch 2.11` those of the older pair of torch and torchrec, `--venv DIR` another folder.
+`--lock-only` leaves the test tools and the project out, for images.
 """
 
 # ruff: noqa: T201
