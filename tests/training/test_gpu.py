@@ -36,7 +36,7 @@ def train(tmp_path):
     return call
 
 
-# Without normalisation the rows of the three scenarios are dispatched, on CUDA by grouped_mm.
+# Without normalisation the rows of the three scenarios are dispatched, on CUDA in blocks of rows.
 @pytest.mark.parametrize("use_bn", ["true", "false"])
 def test_trains_as_on_a_cpu(train, monkeypatch, use_bn):
     found = train("cuda", f"model.use_bn={use_bn}")

@@ -175,3 +175,26 @@ def test_dispatch_equals_a_loop(dtype, tolerance, width, grouped):
         )
     for gradient in got[2:]:
         assert (gradient.unflatten(0, (stack, scenarios))[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dispatch_waits_for_no_result_of_the_device(dtype):
+    """In fp32 grouped_mm would ask for the sizes of the groups in each call."""
+    stack, scenarios, rows, fan_in, width = 3, 5, 257, 13, 16
+    scenario = torch.randint(scenarios, (rows,), device=DEVICE)
+    x = torch.randn(stack, rows, fan_in, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight = torch.randn(stack * scenarios, fan_in, width, device=DEVICE, dtype=dtype, requires_grad=True)
+    bias = torch.randn(stack * scenarios, width, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    def step():
+        dispatch = Dispatch(scenario, scenarios, grouped=True)
+        y = dispatch.restore(dispatch.linear(dispatch.arrange(x), weight, bias))
+        return torch.autograd.grad(y, [x, weight, bias], torch.ones_like(y))
+
+    step()  # the first call may wait while it makes handles and workspaces
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(gradient.isfinite().all() for gradient in found)
