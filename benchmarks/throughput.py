@@ -114,7 +114,8 @@ def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1)
 
 
 def _run(command: list[str], threads: int, checkout: Path | None = None, device: str | None = None) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    # Threads wait as those of apps.train do, on both sides.
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
