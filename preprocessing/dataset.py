@@ -79,9 +79,12 @@ class Hashing:
 
 @dataclass(frozen=True)
 class Managed:
-    """Ids by key: values earn and lose the slots of a table in training. See mmlrec.hashing."""
+    """Ids by key: values earn and lose the slots of a table in training. See mmlrec.hashing.
 
-    slots: int
+    Equal ones make equal keys: how many slots there are says nothing about a key.
+    """
+
+    slots: int = field(compare=False)
     seed: int = 0
 
 

@@ -54,6 +54,7 @@ def test_an_export_knows_who_holds_which_slot_and_an_unseen_id_is_as_a_missing_o
     rows = frame(1, users=10**6).assign(user=lambda rows: rows["user"].astype("Int64"))
     rows.loc[:20, "user"] = [-(2**63), 2**63 - 1, 0, *range(18)]  # which nobody has seen
     rows.loc[21:40, "user"] = pd.NA
+    assert model.card["form"] == 2  # of which a release that knows no managed tables says that it cannot read it
     found = Encoder.load(tmp_path / "model/encoder").inputs(mmlrec.api.frames.arrow_table(rows, {"user": "", "x": ""}))
     expected = [held.get(plain_key(None if user is pd.NA else int(user), 0), 0) for user in rows["user"]]
     assert found.ids["user"][0].tolist() == expected
@@ -77,6 +78,34 @@ def test_a_dataset_with_other_slots_is_encoded_alike_and_one_with_another_seed_i
     assert like.manifest.table("user") == same.manifest.table("user")
     assert like.manifest.schema_version == DatasetManifest.load(trained.path / "encoder").schema_version == 2
     assert not any((like.path / "vocab").iterdir())
+
+
+@pytest.mark.parametrize("option", ["--like", "--extend"])
+def test_rows_that_are_encoded_like_others_may_have_other_slots_and_no_other_seed(tmp_path, capsys, option):
+    from preprocessing.command_line import main
+
+    rows = frame(0, rows=200)
+    rows.to_csv(tmp_path / "log.csv", index=False)
+    configs = {}
+    for name, managed in {"made": [30, 0], "more": [77, 0], "seed": [30, 1]}.items():
+        features = {"user": {"kind": "id", "type": "int", "managed": dict(zip(("slots", "seed"), managed, strict=True))}}
+        features["x"] = {"kind": "number"}
+        content = {"files": ["log.csv"], "features": features, "tasks": [{"name": "y", "label": "y"}]}
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(json.dumps(content))
+    assert main(["table", "--config", str(configs["made"]), "--out", str(tmp_path / "made")]) == 0
+    like = ("table", option, str(tmp_path / "made"), "--split", "train", "--out")
+    assert main([*like, str(tmp_path / "more"), "--config", str(configs["more"])]) == 0
+    made, more = (DatasetManifest.load(tmp_path / name) for name in ("made", "more"))
+    assert more.table("user").num_rows == 78
+    assert more.encoding == made.encoding
+    assert main([*like, str(tmp_path / "seed"), "--config", str(configs["seed"])]) == 2
+    assert "seed.yaml encodes otherwise than" in capsys.readouterr().err
+    synthetic = ("synthetic", "--rows", "50", "--num-ids", "40", "--sparse-features", "1", "--managed")
+    assert main([*synthetic, "9", "--day", "1", "--out", str(tmp_path / "day-1")]) == 0
+    extend = ("--day", "2", "--extend", str(tmp_path / "day-1"), "--out", str(tmp_path / "day-2"))
+    assert main([*synthetic, "12", *extend]) == 0
+    assert DatasetManifest.load(tmp_path / "day-2").tables[0].num_rows == 13
 
 
 def test_a_run_goes_on_with_its_slots_only(trained, tmp_path):

@@ -189,7 +189,6 @@ def begin_anew(
         for value in of_state:
             for piece, offsets in local_shards(value):
                 piece[torch.from_numpy(_within(of_table, piece, offsets) - offsets[0])] = 0
-    forget_cached_rows(tables)
 
 
 def _within(rows: NDArray[np.int64], piece: Tensor, offsets: tuple[int, ...]) -> NDArray[np.int64]:

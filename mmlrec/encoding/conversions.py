@@ -22,6 +22,8 @@ Converted = tuple[pa.Array, Faults]
 
 #: What can be done with integers beyond 64 bits, as those without a sign may be.
 UNSIGNED = "Integers have a sign; as text, type: string, it can be an id."
+#: Why floats that are integers may be none.
+ROUNDED = "Floats are rounded from 2^53 on, in float32 from 2^24 on: give integers, or text."
 #: Stands in a complaint where the value that was found is told.
 FOUND = "\0"
 REMEDY = "Mend the line."

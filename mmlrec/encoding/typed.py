@@ -13,7 +13,18 @@ import pyarrow.compute as pc
 
 from mmlrec.encoding.cells import BLANKS, Cells
 from mmlrec.encoding.columns import valid
-from mmlrec.encoding.conversions import FOUND, REMEDY, UNSIGNED, Converted, integers, json_lists, present, separated, whole
+from mmlrec.encoding.conversions import (
+    FOUND,
+    REMEDY,
+    ROUNDED,
+    UNSIGNED,
+    Converted,
+    integers,
+    json_lists,
+    present,
+    separated,
+    whole,
+)
 from mmlrec.errors import DataError
 
 _WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
@@ -104,7 +115,7 @@ def _from_numbers(numbers: pa.Array, exact: pa.BooleanArray, kind: pa.DataType, 
         complaint = f"{column} must be text, or an integer{FOUND}. Give it as text: its id hangs on how it is written."
         return pa.nulls(len(numbers), kind), [(~valid(numbers), complaint, column)]
     good = pc.or_(exact.fill_null(True), numbers.is_null())
-    complaint = f"{column} must be an integer of 64 bits{FOUND}. Floats are rounded from 2^53 on: give integers, or text."
+    complaint = f"{column} must be an integer of 64 bits{FOUND}. {ROUNDED}"
     return pc.if_else(good, numbers, None).cast(kind), [(_bools(good), complaint, column)]
 
 

@@ -17,7 +17,7 @@ from mmlrec.encoding.specs import FeatureSpec
 from mmlrec.export.network import Format, Scorer
 from mmlrec.export.parity import parity_text
 from mmlrec.export.tables import Precision
-from mmlrec.serving.card import CARD, FORM
+from mmlrec.serving.card import CARD
 from mmlrec.session.session import Session
 from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
@@ -55,7 +55,7 @@ def make_card(
     manifest, config = session.manifest, session.config
     branches = [name for name, _, _ in session.branches()]
     return {
-        "form": FORM,
+        "form": 2 if session.managed else 1,
         "mmlrec": mmlrec.__version__,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

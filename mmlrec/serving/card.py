@@ -10,8 +10,8 @@ from mmlrec.encoding.mapped import check_mark
 from mmlrec.errors import DataError
 
 CARD = "model.json"
-#: Of the folder that this release writes and reads: raised when a reader of the form before would read something wrong.
-FORM = 1
+#: Forms of the folder that this release reads; it writes the lowest one whose readers read it right. 2: tables are managed.
+READABLE_FORMS = (1, 2)
 AGAIN = "Export the model again: python -m apps.export --run-dir RUN --out MODEL."
 
 #: What serving reads of a card: key -> what it is; of the objects in a list the same again.
@@ -45,8 +45,9 @@ def read_card(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is damaged: no JSON ({error}). {AGAIN}") from error
     form = card.get("form") if isinstance(card, dict) else None
-    if form != FORM:
-        raise DataError(f"{path}: an exported model of form {form!r}, this release reads {FORM}. {AGAIN}")
+    if form not in READABLE_FORMS:
+        read = ", ".join(map(str, READABLE_FORMS))
+        raise DataError(f"{path}: an exported model of form {form!r}, this release reads {read}. {AGAIN}")
     if wrong := _mismatch(card, _WANTED, ""):
         raise DataError(f"{path} is damaged: {wrong}. {AGAIN}")
     if not card["lookups"]:

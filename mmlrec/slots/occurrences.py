@@ -58,9 +58,10 @@ class Gathered:
         self._num_fed = 0
 
     def add(self, keys: UInt64Array, step: int) -> None:
-        """Keys of a batch, [n], 0 for a missing one; they are kept as they are, not copied."""
-        self._fed.append((keys, step))
-        self._num_fed += len(keys)
+        """Keys of a batch, [n], 0 for a missing one. The others are copied: the array may be a part of the whole batch."""
+        there = keys[keys != 0]
+        self._fed.append((there, step))
+        self._num_fed += len(there)
         if self._num_fed >= max(_GATHERED, len(self._counted.keys)):
             self._count()
 
@@ -73,8 +74,7 @@ class Gathered:
     def _count(self) -> None:
         parts = [self._counted]
         for keys, step in self._fed:
-            there = keys[keys != 0]
-            parts.append(Occurrences(there, np.ones(len(there), np.int64), np.full(len(there), step)))
+            parts.append(Occurrences(keys, np.ones(len(keys), np.int64), np.full(len(keys), step)))
         self._counted = Occurrences.joined(parts)
         self._fed, self._num_fed = [], 0
 

@@ -10,8 +10,8 @@ from mmlrec.schema import DatasetManifest
 from mmlrec.yaml_config import validate_section
 from preprocessing.own_tables.config import FileRule, RandomRule, TableConfig
 
-#: Options that say how the files are written, not what is made of them.
-_OF_FILES = {"column", "separator", "allow_label_feature"}
+#: Options that say how the files are written, or how large a managed table is, not what is made of them.
+_NO_ENCODING: Any = {"column": True, "separator": True, "allow_label_feature": True, "managed": {"slots"}}
 
 
 def recorded_table_config(manifest: DatasetManifest) -> TableConfig:
@@ -64,7 +64,7 @@ def encoded_parts(config: TableConfig) -> dict[str, Any]:
     """What the configuration makes of the cells, part by part: equal parts encode alike."""
     cells = config.cells
     parts: dict[str, Any] = {
-        f"feature {name}": feature.model_dump(mode="json", exclude=_OF_FILES) | cells.facts(feature.column or name)
+        f"feature {name}": feature.model_dump(mode="json", exclude=_NO_ENCODING) | cells.facts(feature.column or name)
         for name, feature in config.features.items()
     }
     parts["order of features"] = list(config.features)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmlrec.encoding.cells import VECTORS, Cells
-from mmlrec.encoding.conversions import FOUND, UNSIGNED, whole
+from mmlrec.encoding.conversions import FOUND, ROUNDED, UNSIGNED, whole
 from mmlrec.errors import DataError, did_you_mean
 from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
@@ -86,7 +86,7 @@ class ParquetRows(Source):
             if good is not None:
                 remedy = "Mend the row, or leave it null."
                 if pa.types.is_integer(_element(kind)) and pa.types.is_floating(_element(table[name].type)):
-                    remedy = f"{remedy} Floats are rounded from 2^53 on: write integers."
+                    remedy = f"{remedy} {ROUNDED}"
                 elif pa.types.is_integer(_element(kind)) and self.cells is not None:
                     remedy = f"{remedy} {UNSIGNED}"
                 complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. {remedy}"

@@ -91,7 +91,7 @@ DAMAGES = {
     "no encoder": (lambda folder: shutil.rmtree(folder / "encoder"), "encoder"),
     "no card": (lambda folder: (folder / "model.json").unlink(), "is not an exported model: it has no model.json"),
     "half a card": (_cut("model.json"), "model.json is damaged: no JSON"),
-    "later form": (_edit(lambda card: card.update(form=2)), "an exported model of form 2, this release reads 1"),
+    "later form": (_edit(lambda card: card.update(form=3)), "an exported model of form 3, this release reads 1, 2"),
     "no lookups": (_edit(lambda card: card.pop("lookups")), "model.json is damaged: lookups is missing"),
     "empty lookups": (_edit(lambda card: card.update(lookups=[])), "model.json is damaged: lookups is empty"),
     "bad rows": (_edit(lambda card: card["tables"][0].update(rows="9")), r"tables\[0\].rows is '9', not of type int"),
