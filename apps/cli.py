@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,7 +43,7 @@ def run(main: Callable[[], None]) -> None:
     Of several ranks that fail together one speaks. Garbage is collected from `all_imported()` on, if main calls it.
     """
     _end_with_agent()
-    _share_cores()
+    share_cores(os.environ)
     gc.disable()
     try:
         with plain_output():
@@ -114,16 +114,16 @@ def _end_with_agent() -> None:
         os._exit(1)
 
 
-def _share_cores() -> None:
-    """Have threads that wait for each other let go of their core soon; to be called before torch is imported.
+def share_cores(environment: MutableMapping[str, str]) -> None:
+    """Have threads that wait for each other let go of their core soon, in processes that import torch in this environment.
 
     GNU's OpenMP, which torch uses on CPU, turns in a loop for milliseconds at the end of every operation before it sleeps.
     Where another program needs the core, threads wait like that for one that is not running, at each of thousands of
     operations: a training took ten times its processor time on a machine that was shared. A loop of this length costs no
     speed on a machine of its own. What the user has set stays.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in environment:
+        environment.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _is_agent(command: Path) -> bool:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
+from apps.cli import share_cores
 from mmlrec.layers.products import at_input
 from mmlrec.paths import local_path
 
@@ -114,8 +115,8 @@ def seconds_of(work: Callable[[], object], device: torch.device, calls: int = 1)
 
 
 def _run(command: list[str], threads: int, checkout: Path | None = None, device: str | None = None) -> str:
-    # Threads wait as those of apps.train do, on both sides.
-    environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    share_cores(environment)  # as a training does for itself, so that all that is compared waits alike
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
@@ -271,6 +272,8 @@ def main() -> None:
     apart = tuple(filter(None, arguments.apart.split(",")))
     if not {*apart} <= {"bf16", "compiled"}:
         parser.error(f"--apart {arguments.apart}: choose of bf16,compiled")
+    if "compiled" in apart and device == "cuda":
+        parser.error("--apart compiled: the baseline is code for CPUs, not for --device cuda")
     machine = rates(arguments.threads, device)
     print(
         f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, {arguments.threads} threads, batch {batch:,}"

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mmlrec.config import load_config
 from mmlrec.run_folder import checkpoint, saver
@@ -68,8 +69,10 @@ def train(app, tmp_path):
     return call
 
 
-def test_the_good_case_passes(data, train):
+def test_the_good_case_passes(data, train, tmp_path):
     assert train()[0] == 0
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())["cpu_capability"]
+    assert told == torch.backends.cpu.get_cpu_capability()
 
 
 def test_a_machine_without_git_trains(data, train, monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ runpy.run_module("apps.train", run_name="__main__", alter_sys=True)
 """
 
 
-def trained(tmp_path, **variables):
+def trained(tmp_path):
     write_dataset(tmp_path / "data", rows=64, table_rows=40)
     config = f"""
 dataset: {{path: {tmp_path / "data"}, setting: mtl}}
@@ -44,9 +44,10 @@ training: {{batch_size: 16, max_steps: 2}}
 """
     (tmp_path / "config.yaml").write_text(config)
     command = [sys.executable, "-c", CODE, "--config", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300, check=False
-    )
+    variables = environment()
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):  # an entry point may have run in this process
+        variables.pop(name, None)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     spin, modules = json.loads(done.stdout.splitlines()[-1])
     return spin, modules

@@ -278,7 +278,7 @@ def main() -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     arguments = _options().parse_args(sys.argv[1:])
     Agent.first = torchrun.get_rdzv_endpoint(arguments)
-    Agent.grace = int(arguments.shutdown_timeout or os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", Agent.grace))
+    Agent.grace = _grace(arguments)
     launcher.LocalElasticAgent = Agent  # type: ignore[assignment,misc]
     processes._terminate_process_handler = _stop  # type: ignore[assignment]
     for name in arguments.signals_to_handle.split(","):
@@ -306,6 +306,12 @@ def _options() -> argparse.ArgumentParser:
     with contextlib.suppress(argparse.ArgumentError):
         parser.add_argument("--shutdown-timeout", "--shutdown_timeout", type=int, help="Seconds that ranks have for their end.")
     return parser
+
+
+def _grace(arguments: argparse.Namespace) -> int:
+    """What torchrun takes for its own time-out; 0 is one, too."""
+    given: int | None = arguments.shutdown_timeout
+    return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", Agent.grace)) if given is None else given
 
 
 def _why(error: Exception) -> str:

@@ -1,9 +1,10 @@
 """Products of matrices of hidden layers on a CPU, [B, i] by [i, o], forward and backward, outside of autograd.
 
 torch gives float32 products to MKL, which has no AVX-512 kernels for processors of AMD; those of oneDNN take half the time
-there, and add the bias and take relu before a result leaves the cache. torch has no public function for them, only the
-operator that its compiler uses, which makes its result anew, from rows that lie one after the other. In bfloat16 its own
-products are oneDNN's.
+there, and add the bias before a result leaves the cache. torch has no public function for them, only the operator that its
+compiler uses, which makes its result anew, from rows that lie one after the other. In bfloat16 its own products are oneDNN's.
+
+Relu is torch's: that of oneDNN makes 0 of what is not a number, and a network that has diverged would train on unseen.
 
 oneDNN compiles a kernel for each shape that it meets: this is for layers whose number of rows stays the same.
 """
@@ -31,10 +32,10 @@ def _has_onednn() -> bool:
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """relu(x @ weight + bias), [B, o], written to `out` if there is one; `bias` [o]."""
+    """relu(x @ weight + bias), [B, o], written to `out` if there is one; `bias` [o]. Numbers that are none stay none."""
     if by_onednn(x):
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "relu", [], "")
-        return y if out is None else out.copy_(y)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
+        return y.relu_() if out is None else torch.clamp_min(y, 0, out=out)
     # Copied: the layout that MKL reads fastest.
     return torch.addmm(bias, x, weight.t().contiguous().t(), out=out).relu_()
 

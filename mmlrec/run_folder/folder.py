@@ -345,6 +345,7 @@ def _environment(world: World) -> dict[str, Any]:
         "world_size": world.world_size,
         "device": world.device.type,
         "device_name": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # which library multiplies matrices, hence the last bits
         "threads_per_rank": torch.get_num_threads(),
         "torchx_job_id": os.environ.get("TORCHX_JOB_ID"),
     }

@@ -1,4 +1,7 @@
-"""Resident batches: the steps are the trainer's, the floors those of the shape, and a device that is not there is refused."""
+"""Resident batches: the steps are the trainer's, the floors those of the shape, and a device that is not there is refused.
+
+And what `benchmarks.throughput` makes of the figures of a run.
+"""
 
 import json
 import os
@@ -79,7 +82,7 @@ def test_a_device_that_is_not_there_is_refused(config):
 
 def test_floors_by_hand():
     """One feature of width 4 and no numbers: experts 2 * 4 (4 * 256 + 256 * 128), two gates, two towers; 96 bytes a row."""
-    shape = Shape(1, 0, 4, "10", 1, 1, 1.0)
+    shape = Shape(1, 0, 4, "10", 1, 1)
     forward = 2 * (4 * (4 * 256 + 256 * 128) + 2 * (4 * 64 + 64 * 4 + 4 * 128) + 2 * (128 * 64 + 64))
     found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None}
     row = resident_row("x", "bf16", found, shape, 1000, {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6})
@@ -87,7 +90,7 @@ def test_floors_by_hand():
 
 
 def test_windows_have_the_rows_of_the_usual_batch():
-    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [160, 40, 2, 2]
+    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [60, 15, 2, 2]
 
 
 @pytest.mark.long
@@ -119,3 +122,49 @@ def test_scaling_measures_on_a_gpu(tmp_path):
     assert row.lookup_update_ms
     assert row.bare_ms
     assert row.resident
+
+
+def test_start_up_is_what_comes_before_the_first_step_and_what_the_first_window_takes_longer():
+    # Windows of 100 rows: 10 s, then 5 s each; the first step began 4 s after the process.
+    assert throughput._speed(started=5.0, first_step=9.0, windows=[10.0, 20.0, 20.0, 25.0], rows=100) == (20.0, 9.0)
+    # A first window that is no slower takes nothing away.
+    assert throughput._speed(started=5.0, first_step=9.0, windows=[40.0, 20.0, 20.0], rows=100) == (20.0, 4.0)
+
+
+def test_the_floor_counts_the_fastest_product_at_hand(monkeypatch):
+    def seconds_of(work, device, calls=1):
+        return 0.001 if work.func is throughput.at_input else 0.004
+
+    monkeypatch.setattr(throughput, "seconds_of", seconds_of)
+    threads = torch.get_num_threads()
+    try:
+        assert throughput.rates(1)["fp32"] == pytest.approx(2 * throughput.BATCH * 512 * 1024 / 0.001)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_other_forms_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for given, message in (
+        (["bf16,fp8"], "--apart bf16,fp8: choose of bf16,compiled"),
+        (["compiled", "--device", "cuda"], "--apart compiled: the baseline is code for CPUs"),
+    ):
+        monkeypatch.setattr("sys.argv", ["throughput", "--apart", *given])
+        with pytest.raises(SystemExit):
+            throughput.main()
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_compared_waits_for_cores_alike(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    seen = []
+
+    def run(command, **options):
+        seen.append(options["env"].get("GOMP_SPINCOUNT"))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    throughput._run(["benchmarks.baseline"], 1)
+    throughput._run(["apps.train"], 1)
+    assert seen == ["10000"] * 2

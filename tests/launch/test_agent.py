@@ -296,3 +296,12 @@ def test_a_killed_rank_is_started_again_in_place_and_sigterm_saves(tmp_path):
     assert [how for how, _ in starts] == ["new run", "resumed"]
     assert killed_at - 10 <= int(starts[1][1]) <= killed_at + 10
     assert (run / f"checkpoints/step_{max(losses(run)):09d}/COMPLETE.json").is_file()
+
+
+@pytest.mark.parametrize(("given", "set_before", "seconds"), [([], None, 30), ([], "7", 7), (["0"], "7", 0), (["9"], "7", 9)])
+def test_ranks_have_the_time_that_is_given_or_set_for_their_end(monkeypatch, given, set_before, seconds):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    if set_before:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", set_before)
+    options = ["--shutdown-timeout", *given] if given else []
+    assert agent._grace(agent._options().parse_args([*options, "train.py"])) == seconds

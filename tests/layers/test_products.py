@@ -55,6 +55,20 @@ def test_every_product_is_that_of_its_matrices(kind, fan_in, width):
     assert_close(products.at_weight(x.t(), grad), at_weight, kind)
 
 
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+def test_what_is_not_a_number_is_not_made_zero(where, kind):
+    """Else a network that has diverged would go on with dead units, and a finite loss."""
+    operands = {"x": draw(ROWS, 21), "weight": draw(21, 17), "bias": draw(17)}
+    operands[where].view(-1)[3] = torch.nan
+    x, weight, bias = (operand.to(kind) for operand in operands.values())
+    expected = (x.double() @ weight.double() + bias.double()).isnan()
+    assert expected.any()
+    assert products.linear_relu(x, weight, bias).isnan().equal(expected)
+    assert products.linear_relu(x, weight, bias, out=torch.empty(ROWS, 17, dtype=kind)).isnan().equal(expected)
+
+
 def test_few_rows_and_other_types_are_torchs_own():
     assert not products.by_onednn(draw(products.LEAST_ROWS - 1, 8))
     assert not products.by_onednn(draw(ROWS, 8).double())
