@@ -140,8 +140,8 @@ def main() -> None:
         beside = {"alternatives": [other.as_dict() for other in others], "recommendations": advice, "would_fit": helps}
         arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
     print(text(plan, others, advice, helps))
-    if plan.missing:
-        raise UserError(f"this does not fit: {plan.missing / _GIB:.2f} GiB too many on rank {plan.fullest.rank}. See above.")
+    if short := plan.short:
+        raise UserError(f"this does not fit: {short.missing / _GIB:.2f} GiB too many on {short.where}. See above.")
 
 
 def _data(config: RunConfig, arguments: argparse.Namespace) -> tuple[RunConfig, DatasetManifest]:

@@ -113,9 +113,13 @@ class EmbeddingsConfig(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _replicas_lie_on_gpus(self) -> EmbeddingsConfig:
+    def _replicas_can_be_averaged(self) -> EmbeddingsConfig:
         if self.replicas > 1 and self.host_cache is not None:
             raise ValueError("replicas are not averaged in the memory of hosts: leave host_cache out, or replicas")
+        if self.replicas > 1 and self.optimizer.name == "adam":
+            raise ValueError(
+                "the state of 'adam' is not averaged over replicas: use adagrad, rowwise_adagrad or sgd, or no replicas"
+            )
         return self
 
 

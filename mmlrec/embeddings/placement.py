@@ -251,9 +251,10 @@ def place_tables(
     except PlannerError as error:
         tight = placed(flattest, dict.fromkeys(wanted, "needs least memory on the fullest rank"))
         fullest = max(bytes_of_ranks(tight, config.optimizer.name, world_size)) + reserved
-        if fullest <= hardware.usable and max(on_hosts(tight, config.optimizer.name, world_size)) <= hardware.usable_on_host:
+        on_host = max(on_hosts(tight, config.optimizer.name, world_size))
+        if fullest <= hardware.usable and on_host <= hardware.usable_on_host:
             return tight
-        raise TablesDoNotFit(_shortage(fullest, config.optimizer.name, hardware), tight) from error
+        raise TablesDoNotFit(_shortage(fullest, on_host, config.optimizer.name, hardware), tight) from error
     chosen = {name: Where(found[name].sharding_type, list(found[name].ranks), found[name].compute_kernel) for name in wanted}
     reasons = {
         name: why if len(options[name]) == 1 else _comparison(options[name], chosen[name]) for name, (_, why) in asked.items()
@@ -380,8 +381,15 @@ def _comparison(options: Mapping[tuple[str, str], ShardingOption], chosen: Where
     return ", ".join(words)
 
 
-def _shortage(fullest: int, optimizer: str, hardware: Hardware) -> str:
+def _shortage(fullest: int, on_host: int, optimizer: str, hardware: Hardware) -> str:
     gib = 2**30
+    if on_host > hardware.usable_on_host:
+        return (
+            f"embeddings.host_cache: the memory of the hosts is {hardware.host_memory / gib:.2f} GiB for each of"
+            f" {hardware.world_size} ranks, of which {hardware.usable_on_host / gib:.2f} can be planned with. Tables with the"
+            f" state of '{optimizer}', split as evenly as possible, take {on_host / gib:.2f} GiB of it on the fullest rank,"
+            f" {(on_host - hardware.usable_on_host) / gib:.2f} too many. python -m apps.plan shows what would fit."
+        )
     return (
         f"embeddings.sharding: no plan fits {hardware.world_size} ranks of {hardware.memory / gib:.2f} GiB, of which"
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"

@@ -21,15 +21,13 @@ def check_replicas(config: EmbeddingsConfig, device: torch.device) -> None:
     """Refuse replicas where nothing can average them.
 
     Raises:
-        ConfigError: on a CPU, and with Adam, of whose state torchrec averages nothing.
+        ConfigError: on a CPU.
     """
     if config.replicas > 1 and device.type == "cpu":
         raise ConfigError(
             f"embeddings.replicas: {config.replicas} copies of the tables need GPUs; torchrec averages them there only. Leave"
             " it out on CPUs. python -m apps.plan plans it anywhere."
         )
-    if config.replicas > 1 and config.optimizer.name == "adam":
-        raise ConfigError("embeddings.replicas: the state of 'adam' is not averaged. Use adagrad, rowwise_adagrad or sgd.")
 
 
 def shard(

@@ -6,6 +6,7 @@ Placement and times of tables are torchrec's planner's, memory and placement tho
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -103,6 +104,26 @@ class Rank:
 
 
 @dataclass(frozen=True)
+class Short:
+    """Memory that is too small.
+
+    Attributes:
+        where: in words.
+        needed, usable, memory: bytes.
+    """
+
+    where: str
+    needed: int
+    usable: int
+    memory: int
+
+    @property
+    def missing(self) -> int:
+        """Bytes that it is too small by."""
+        return self.needed - self.usable
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     """A placement and what it costs. Where none fits, it is the one that needs least on the fullest rank.
 
@@ -172,11 +193,20 @@ class TrainingPlan:
         return max(self.ranks, key=lambda rank: rank.total)
 
     @property
+    def short(self) -> Short | None:
+        """What most bytes are missing of; None where all fits."""
+        hardware, on_host = self.request.hardware, max(self.ranks, key=lambda rank: rank.on_host)
+        found = [Short(f"rank {self.fullest.rank}", self.fullest.total, hardware.usable, hardware.memory)]
+        if on_host.on_host:
+            share = f"rank {on_host.rank} in the memory of its host"
+            found.append(Short(share, on_host.on_host, hardware.usable_on_host, hardware.host_memory))
+        most = max(found, key=lambda short: short.missing)
+        return most if most.missing > 0 else None
+
+    @property
     def missing(self) -> int:
         """Bytes that the fullest rank has too few, of its own or of its host's memory; 0 when all fits."""
-        hardware = self.request.hardware
-        on_host = max(rank.on_host for rank in self.ranks)
-        return max(self.fullest.total - hardware.usable, on_host - hardware.usable_on_host if on_host else 0, 0)
+        return self.short.missing if self.short else 0
 
     @property
     def imbalance(self) -> dict[str, float]:
@@ -201,11 +231,11 @@ class TrainingPlan:
 
     def _warnings(self) -> Iterator[str]:
         hardware = self.request.hardware
-        if self.missing:
+        if short := self.short:
             yield (
-                f"does not fit: rank {self.fullest.rank} needs {self.fullest.total / _GIB:.2f} GiB,"
-                f" {hardware.usable / _GIB:.2f} of its {hardware.memory / _GIB:.2f} GiB can be planned with:"
-                f" {self.missing / _GIB:.2f} GiB too many"
+                f"does not fit: {short.where} needs {short.needed / _GIB:.2f} GiB,"
+                f" {short.usable / _GIB:.2f} of its {short.memory / _GIB:.2f} GiB can be planned with:"
+                f" {short.missing / _GIB:.2f} GiB too many"
             )
         elif self.fullest.total > _TIGHT * hardware.usable:
             yield (
@@ -237,7 +267,7 @@ class TrainingPlan:
         small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
         if small and sharing > 1:
             yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"
-        empty = sum(not rank.weights for rank in self.ranks)
+        empty = sum(not (rank.weights or rank.on_host) for rank in self.ranks)
         if empty and self.tables:
             yield f"{empty} of {hardware.world_size} ranks hold no table"
         if self.map_bytes >= _NOTABLE * hardware.memory:
@@ -390,21 +420,31 @@ class Alternative:
 
 
 def alternatives(plan: TrainingPlan) -> list[Alternative]:
-    """What a change of hosts, optimizer, width or sharding would bring, each planned anew."""
+    """What a change of hosts, optimizer, width or sharding would bring, each planned anew; none that a training refuses."""
     changes = list(_changes(plan.request))
     embeddings = plan.request.config.embeddings
     if plan.missing and plan.request.hardware.device == "cuda" and embeddings.host_cache is None and embeddings.replicas == 1:
         changes.append(("embeddings.host_cache=0.1", plan.request.with_embeddings(plan=None, host_cache=0.1)))
-    return [Alternative(change, plan_training(other, plan)) for change, other in changes]
+    found = []
+    for change, other in changes:
+        # Refused: too few rows for a split that is asked for by name, ranks that replicas do not divide, sums in fp8.
+        with contextlib.suppress(ConfigError):
+            found.append(Alternative(change, plan_training(other, plan)))
+    return found
 
 
 def _changes(given: Request) -> Iterator[tuple[str, Request]]:
     request = given.with_embeddings(plan=None)
     hardware, embeddings = request.hardware, request.config.embeddings
     for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
-        if hosts and _divides(_on_hosts(request, hosts)):
+        if hosts:
             yield _hosts(hosts), _on_hosts(request, hosts)
-    for name in ("adagrad", "rowwise_adagrad", "sgd", *(["adam"] if hardware.device == "cuda" else [])):
+    for name in (
+        "adagrad",
+        "rowwise_adagrad",
+        "sgd",
+        *(["adam"] if hardware.device == "cuda" and embeddings.replicas == 1 else []),
+    ):
         if name != embeddings.optimizer.name:
             optimizer = embeddings.optimizer.model_copy(update={"name": name})
             yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
@@ -427,18 +467,9 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         if embeddings.communication == "fp32":
             shorter = "bf16" if hardware.device == "cuda" else "fp16"
             yield f"embeddings.communication={shorter}", request.with_embeddings(communication=shorter)
-    copied = request.with_embeddings(replicas=2)
-    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and _divides(copied):
-        yield "embeddings.replicas=2", copied
-
-
-def _divides(request: Request) -> bool:
-    """Whether the ranks can be shared out to the replicas."""
-    try:
-        request.hardware.of_replica(request.config.embeddings.replicas)
-    except ConfigError:
-        return False
-    return True
+    averaged = embeddings.optimizer.name != "adam" and embeddings.host_cache is None
+    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and averaged:
+        yield "embeddings.replicas=2", request.with_embeddings(replicas=2)
 
 
 def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
@@ -485,12 +516,15 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
         while hosts <= _MOST_HOSTS and not _may_fit(plan, name, hosts):
             hosts *= 2
         while hosts <= _MOST_HOSTS:
-            larger = plan_training(_on_hosts(other, hosts), plan)
+            try:
+                larger = plan_training(_on_hosts(other, hosts), plan)
+            except ConfigError:
+                break  # A table has too few rows for the split over so many ranks that is asked for by name.
             if not larger.missing:
                 changes = [_hosts(hosts), *([f"embeddings.optimizer.name={name}"] if name != optimizers[0] else [])]
                 found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
                 break
-            if larger.fullest.weights + larger.fullest.state and not any(
+            if larger.fullest.weights + larger.fullest.state + larger.fullest.on_host and not any(
                 table.sharding == "row_wise" for table in larger.tables if larger.fullest.rank in table.ranks
             ):
                 break  # A table that lies whole on one rank or host is too large: more hosts do not help.
@@ -500,9 +534,10 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
 
 def _may_fit(plan: TrainingPlan, optimizer: str, hosts: int) -> bool:
     """Whether the tables, split evenly, fit at all."""
-    hardware = plan.request.hardware
+    hardware, embeddings = plan.request.hardware, plan.request.config.embeddings
     bytes_of_tables = sum(t.weight_bytes + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
-    return bytes_of_tables <= hosts * hardware.ranks_per_host * hardware.usable
+    room = hardware.usable + (0 if embeddings.host_cache is None else hardware.usable_on_host)
+    return embeddings.replicas * bytes_of_tables <= hosts * hardware.ranks_per_host * room
 
 
 def _hosts(hosts: int) -> str:

@@ -1,14 +1,18 @@
 """Plans without processes: sums worked by hand, what fits and what does not, and the memory that real ranks take."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmlrec.config import load_config
 from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
+from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest
@@ -181,8 +185,57 @@ def test_tables_beyond_the_gpus_go_to_the_hosts_where_a_cache_is_allowed():
     # Neither on the GPUs nor on the hosts.
     crowded = plan_training(small(tables, replace(hardware, host_memory=GIB), dim=64, embeddings={"host_cache": 0.05}))
     assert crowded.missing > 2 * GIB
+    (first, second, *rest) = crowded.warnings()
+    assert re.match(
+        r"does not fit: rank \d in the memory of its host needs 4.00 GiB, 0.85 of its 1.00 GiB .*: 3.15 GiB too", first
+    )
+    assert "8.00 GiB on the fullest" in second
+    assert not [line for line in rest if "no table" in line]
+    with pytest.raises(
+        ConfigError, match=r"host_cache: the memory of the hosts is 1.00 GiB for each of 2 ranks, .* 3.15 too many"
+    ):
+        make_plan_of(crowded)
     with pytest.raises(ConfigError, match=r"embeddings.host_cache needs GPUs"):
         plan_training(small(tables, Hardware(2, 2, "cpu", 2 * GIB, CPU), dim=64, embeddings={"host_cache": 0.05}))
+
+
+def make_plan_of(plan):
+    """As a training of it would place the tables."""
+    request = plan.request
+    tables = build_tables(table_configs(request.manifest, request.config.embeddings))
+    apply_table_optimizer(tables, request.config.embeddings.optimizer, torch.device("cuda"))
+    return make_plan("tables", tables, request.config.embeddings, request.hardware, batch_size=8)
+
+
+SPLIT = {"a": (10**5, 1), "b": (5, 1)}
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "tables", "refused"),
+    [
+        ({"communication": "fp8"}, SPLIT, ["embeddings.sharding=row_wise", "embeddings.sharding=table_row_wise"]),
+        (
+            {"table_sharding": {"b": "row_wise"}},
+            {"a": (10**5, 1), "b": (7, 1)},
+            ["4 hosts"],
+        ),  # over 8 ranks one would have none
+        ({"optimizer": {"name": "adam"}}, SPLIT, ["embeddings.replicas=2"]),
+        ({"replicas": 2}, SPLIT, ["embeddings.optimizer.name=adam", "embeddings.replicas=2"]),
+        ({"host_cache": 0.1}, SPLIT, ["embeddings.replicas=2"]),
+    ],
+)
+def test_no_alternative_is_shown_that_a_training_refuses(embeddings, tables, refused):
+    hardware = Hardware(4, 2, "cuda", 4 * GIB, GPU, host_memory=GIB)
+    shown = [other.change for other in alternatives(plan_training(small(tables, hardware, embeddings=embeddings)))]
+    assert "embeddings.dtype=bf16" in shown
+    assert not {*refused} & {*shown}
+
+
+def test_more_hosts_end_where_a_split_that_is_asked_for_does():
+    request = small({"a": (2**26, 1), "b": (5, 1)}, Hardware(2, 2, "cuda", GIB // 4, GPU))
+    plan = plan_training(request.with_embeddings(table_sharding={"b": "row_wise"}))
+    assert plan.missing
+    assert not [line for line in remedies(plan, alternatives(plan)) if "hosts" in line]
 
 
 def test_times_follow_bandwidths_by_hand():

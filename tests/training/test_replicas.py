@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
+from mmlrec.config import EmbeddingsConfig, load_config
 from mmlrec.embeddings.hardware import GPU, Hardware
 from mmlrec.embeddings.replicas import check_replicas
 from mmlrec.errors import ConfigError
@@ -88,9 +88,9 @@ def test_refused_where_nothing_averages_them():
     check_replicas(EmbeddingsConfig(), torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"embeddings.replicas: 2 copies of the tables need GPUs"):
         check_replicas(EmbeddingsConfig(replicas=2), torch.device("cpu"))
-    adam = EmbeddingsConfig(replicas=2, optimizer=TableOptimizerConfig(name="adam"))
-    with pytest.raises(ConfigError, match=r"embeddings.replicas: the state of 'adam' is not averaged"):
-        check_replicas(adam, torch.device("cuda"))
+    content = {"dataset": {"path": "x"}, "embeddings": {"replicas": 2, "optimizer": {"name": "adam"}}}
+    with pytest.raises(ConfigError, match=r"embeddings: the state of 'adam' is not averaged over replicas"):
+        load_config(content)  # for a plan, too
 
 
 @pytest.mark.parametrize(
