@@ -60,7 +60,7 @@ def test_batches_are_those_of_point_and_rank():
 
 def measured(point):
     return Row(
-        *(MEASURED, 2.5, 1000 * point.batch / 2.5, {"lookup": 1.0, "network": 1.5}, 0.75, 0.5, 4096),
+        *(MEASURED, 2.5, 1000 * point.batch / 2.5, {"lookup": 1.0, "network": 1.5}, 0.75, 0.6, 0.5, 4096),
         *([1234567891] * point.ranks, [0.5 * GIB] * point.ranks, [1e6] * point.ranks, [1.01e6] * point.ranks),
     )
 

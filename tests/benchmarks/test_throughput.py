@@ -79,7 +79,7 @@ def test_a_device_that_is_not_there_is_refused(config):
 
 def test_floors_by_hand():
     """One feature of width 4 and no numbers: experts 2 * 4 (4 * 256 + 256 * 128), two gates, two towers; 96 bytes a row."""
-    shape = Shape(1, 0, 4, "10", 1, 1, 1.0)
+    shape = Shape(1, 0, 4, "10", 1, 1)
     forward = 2 * (4 * (4 * 256 + 256 * 128) + 2 * (4 * 64 + 64 * 4 + 4 * 128) + 2 * (128 * 64 + 64))
     found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None}
     row = resident_row("x", "bf16", found, shape, 1000, {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6})
@@ -87,7 +87,7 @@ def test_floors_by_hand():
 
 
 def test_windows_have_the_rows_of_the_usual_batch():
-    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [160, 40, 2, 2]
+    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [60, 15, 2, 2]
 
 
 @pytest.mark.long
