@@ -153,6 +153,18 @@ def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
         assert ours[name] == told[name]
 
 
+@pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
+def test_operations_of_a_plan_are_those_of_the_matrices(model):
+    """Whatever multiplies them here: forward, at inputs and at weights, two for each number of a matrix."""
+    planner = Planner("scaling/synthetic", [f"model.name={model}"], "cpu", 24 * GIB, 1)
+    plan = planner.plan(Point(scenarios=1))
+    matrices = sum(weight.numel() for weight in plan.network.parameters() if weight.dim() > 1)
+    assert plan.cost.operations == pytest.approx(6 * matrices, rel=0.05)
+    many = planner.plan(Point(scenarios=64))
+    two = planner.plan(Point(scenarios=2))
+    assert many.cost.operations == pytest.approx(two.cost.operations, rel=0.05), "a row meets one scenario"
+
+
 @pytest.mark.long
 def test_a_run_that_is_killed_goes_on_behind_what_it_has_measured(tmp_path):
     command = [sys.executable, "-m", "benchmarks.scaling", *SMALL, "--ids=800,1600,2400", "--ranks=2", f"--out={tmp_path}"]
