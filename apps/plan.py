@@ -138,6 +138,7 @@ def main() -> None:
     advice = recommendations(plan, others)
     if arguments.json:
         beside = {"alternatives": [other.as_dict() for other in others], "recommendations": advice, "would_fit": helps}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
     print(text(plan, others, advice, helps))
     if short := plan.short:

@@ -47,11 +47,11 @@ def _same_but(point: Point, base: Point, axis: str) -> bool:
 
 
 def explained(rows: Sequence[tuple[int, Row]]) -> dict[int, float]:
-    """Milliseconds of lookup and update that memory explains, by ids.
+    """Milliseconds of lookup and update by the kernels that memory explains, by ids.
 
     Those on the smallest tables, which lie in caches, and what the bare gather and scatter takes more than there.
     """
-    timed = [(ids, row.lookup_update_ms, row.bare_ms) for ids, row in rows]
+    timed = [(ids, row.kernel_ms, row.bare_ms) for ids, row in rows]
     known = [(ids, ours, bare) for ids, ours, bare in timed if ours is not None and bare is not None]
     return {ids: known[0][1] + bare - known[0][2] for ids, _, bare in known}
 
@@ -124,7 +124,7 @@ def _ids(results: Results) -> str:
     memory = explained(rows)
     table = []
     for ids, row in rows:
-        ours, bare, told = row.lookup_update_ms, row.bare_ms, memory.get(ids)
+        ours, bare, told = row.kernel_ms, row.bare_ms, memory.get(ids)
         if ours is None or bare is None or told is None or row.bare_bytes is None:
             continue
         rate = row.bare_bytes / bare / 1e6
@@ -132,6 +132,7 @@ def _ids(results: Results) -> str:
             [
                 f"{ids:.0e}",
                 _ms(row.step_ms),
+                _ms(row.lookup_update_ms),
                 _ms(ours),
                 _ms(bare),
                 f"{rate:.1f}",
@@ -141,12 +142,23 @@ def _ids(results: Results) -> str:
             ]
         )
     lines += [
-        "One rank: lookup and update of the tables alone, in turn with a bare gather and scatter of the same rows, state and"
-        " ids by torch's `index_select` and `index_copy_`, without kernel, sorting, sums over equal ids or optimizer."
-        " *Explained*: the time on the smallest tables, which is what the kernel computes, and what the bare accesses take more"
-        " than there.",
+        "One rank: lookup and update of the tables alone, as a step does it and by the *kernels* without what torchrec does"
+        " around them, in turn with a *bare* gather and scatter of rows and state by torch's `index_select` and `index_copy_`,"
+        " which neither sorts ids nor adds gradients of equal ones. *Of bare*, *of explained*: the time of the kernels over"
+        " these. *Explained*: the kernels' time on the smallest tables, which is what they compute, and what the bare accesses"
+        " take more than there.",
         _table(
-            ["ids", "step, ms", "lookup + update, ms", "bare, ms", "bare, GB/s", "of bare", "explained, ms", "of explained"],
+            [
+                "ids",
+                "step, ms",
+                "lookup + update, ms",
+                "kernels, ms",
+                "bare, ms",
+                "bare, GB/s",
+                "of bare",
+                "explained, ms",
+                "of explained",
+            ],
             table,
         ),
     ]
@@ -309,6 +321,7 @@ def _draw_ids(axes: list[Axes], results: Results) -> None:
     _set(steps, "a step", "ids", "ms")
     rows = results.along("ids", 1)
     _curve(alone, rows, lambda row: row.lookup_update_ms, "lookup + update", "o-")
+    _curve(alone, rows, lambda row: row.kernel_ms, "by the kernels alone", "v-")
     _curve(alone, rows, lambda row: row.bare_ms, "bare gather + scatter", "s--")
     told = explained(rows)
     if told:

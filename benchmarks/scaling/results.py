@@ -45,7 +45,8 @@ class Row:
         kind: `MEASURED` or `PLANNED`.
         step_ms: median of three windows of steps.
         parts_ms: of a step by part, mean over the ranks.
-        lookup_update_ms: of the tables alone; on several ranks with what they exchange.
+        lookup_update_ms: of the tables alone, as a step does it; on several ranks with what they exchange.
+        kernel_ms: of the kernels alone, on one rank.
         bare_ms: of the bare gather and scatter on the same tables, on one rank.
         bare_bytes: that such a call reads or writes.
         resident: bytes of each rank at the end.
@@ -63,6 +64,7 @@ class Row:
     samples_per_second: float | None = None
     parts_ms: dict[str, float] | None = None
     lookup_update_ms: float | None = None
+    kernel_ms: float | None = None
     bare_ms: float | None = None
     bare_bytes: int | None = None
     resident: list[float] | None = None

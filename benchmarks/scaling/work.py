@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -17,9 +18,9 @@ import torch
 
 from apps.cli import all_imported, run
 from benchmarks.resident import ResidentSteps, TablesAlone
-from benchmarks.scaling.bare import BareTables
+from benchmarks.scaling.bare import BareTables, KernelsAlone
 from benchmarks.scaling.data import batches_of, config_of, manifest_of
-from benchmarks.scaling.points import Point
+from benchmarks.scaling.points import FEATURES, Point
 from benchmarks.scaling.wire import bytes_sent, formula, placements_of
 from benchmarks.throughput import seconds_of
 from mmlrec.distributed.step_parts import CHECKPOINT, DATA, PARTS
@@ -27,10 +28,12 @@ from mmlrec.distributed.world import World, process_group
 from mmlrec.errors import UserError
 from mmlrec.session.session import Session, build_session
 
-_BATCHES = 8
+_FEWEST, _MOST = 8, 512  # batches, and in between as many as make:
+_IDS = 1 << 22  # ids in all of them, whose rows no cache holds; or each row of the tables some times
+_TIMES = 4
 _WARM_UP = 4
 _WINDOWS = 3
-_ALONE = 24  # calls of the tables alone, and of the bare gather and scatter, in turn
+_ALONE = 24  # calls of the tables alone, of the kernels alone, and of the bare gather and scatter, in turn
 
 
 def resident(world: World) -> int:
@@ -38,6 +41,12 @@ def resident(world: World) -> int:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def num_batches(point: Point) -> int:
+    """Batches of a rank: so many that rows of large tables have left the caches when their batch comes again."""
+    rows = -(-point.batch // point.ranks)
+    return min(_MOST, max(_FEWEST, -(-min(_IDS, _TIMES * point.ids) // (FEATURES * rows))))
 
 
 def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
@@ -52,10 +61,11 @@ def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
     point = Point(**task["point"])
     with TemporaryDirectory() as folder:
         manifest_of(point).save(Path(folder))
+        batches = batches_of(point, world.rank, num_batches(point), task["zipf"])
         config = config_of(point, task["config"], task["overrides"], Path(folder))
         before = resident(world)
         session = build_session(config, world, for_training=True, source=task["config"])
-    steps = ResidentSteps(session, batches_of(point, world.rank, _BATCHES, task["zipf"]))
+    steps = ResidentSteps(session, batches)
     steps.train(_WARM_UP)
     per_window = world.highest(min(500, max(2, math.ceil(task["seconds"] / _WINDOWS / steps.seconds(2)))))
     own_parts, sent = dict(world.parts.seconds), bytes_sent()
@@ -117,20 +127,25 @@ def formula_of(session: Session, steps: ResidentSteps) -> dict[str, float]:
 
 
 def _alone(session: Session, steps: ResidentSteps) -> dict[str, Any]:
-    """Lookup with update, and on one rank the bare gather and scatter, in turn so that both see the same machine."""
-    device, tables = session.world.device, TablesAlone(session, steps.batches)
-    bare = BareTables(session, steps.batches) if session.world.world_size == 1 else None
+    """Lookup with update, and on one rank that of the kernels alone and the bare gather and scatter.
+
+    In turn, so that all see the same machine, each with batches of its own at a time: none finds rows in the cache because
+    another has just read them.
+    """
+    device, batches, third = session.world.device, steps.batches, len(steps.batches) // 3
+    works: dict[str, Callable[[], None]] = {"lookup_update_ms": TablesAlone(session, batches)}
+    found: dict[str, Any] = {}
+    if session.world.world_size == 1:
+        bare = BareTables(session, batches[-third:] + batches[:-third])
+        works |= {"kernel_ms": KernelsAlone(session, batches[third:] + batches[:third]), "bare_ms": bare}
+        found["bare_bytes"] = bare.num_bytes
     calls = 3 if device.type == "cuda" else 1
-    of_tables, of_bare = [], []
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     session.world.barrier()
     for _ in range(_ALONE):
-        of_tables.append(seconds_of(tables, device, calls))
-        if bare is not None:
-            of_bare.append(seconds_of(bare, device, calls))
-    found: dict[str, Any] = {"lookup_update_ms": 1000 * median(of_tables[2:])}
-    if bare is not None:
-        found |= {"bare_ms": 1000 * median(of_bare[2:]), "bare_bytes": bare.num_bytes}
-    return found
+        for name, work in works.items():
+            seconds[name].append(seconds_of(work, device, calls))
+    return found | {name: 1000 * median(values[2:]) for name, values in seconds.items()}
 
 
 def main() -> None:

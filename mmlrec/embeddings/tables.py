@@ -210,7 +210,7 @@ def count_steps(tables: nn.Module, steps: int) -> None:
     Args:
         tables: sharded.
     """
-    for kernel in _kernels(tables):
+    for kernel in kernels(tables):
         kernel.iter_cpu.fill_(steps)
         kernel.iter.fill_(steps)
 
@@ -225,13 +225,18 @@ def forget_cached_rows(tables: nn.Module) -> None:
     """
 
     def forget(module: nn.Module, *_: Any) -> None:
-        for kernel in _kernels(module):
+        for kernel in kernels(module):
             kernel.reset_cache_states()
 
     tables.register_state_dict_post_hook(forget)
 
 
-def _kernels(tables: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+def kernels(tables: nn.Module) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The lookup kernels of this rank, one for each group of its tables.
+
+    Args:
+        tables: sharded.
+    """
     for lookup in [lookup for module in tables.modules() for lookup in getattr(module, "_lookups", ())]:
         yield from (module for module in lookup.modules() if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen))
 

@@ -60,7 +60,7 @@ def test_batches_are_those_of_point_and_rank():
 
 def measured(point):
     return Row(
-        *(MEASURED, 2.5, 1000 * point.batch / 2.5, {"lookup": 1.0, "network": 1.5}, 0.75, 0.5, 4096),
+        *(MEASURED, 2.5, 1000 * point.batch / 2.5, {"lookup": 1.0, "network": 1.5}, 0.75, 0.6, 0.5, 4096),
         *([1234567891] * point.ranks, [0.5 * GIB] * point.ranks, [1e6] * point.ranks, [1.01e6] * point.ranks),
     )
 
@@ -151,6 +151,18 @@ def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
     ours = json.loads(json.dumps(plan.as_dict()))
     for name in ("hardware", "tables", "ranks", "step", "step_ms", "missing_bytes", "warnings"):
         assert ours[name] == told[name]
+
+
+@pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
+def test_operations_of_a_plan_are_those_of_the_matrices(model):
+    """Whatever multiplies them here: forward, at inputs and at weights, two for each number of a matrix."""
+    planner = Planner("scaling/synthetic", [f"model.name={model}"], "cpu", 24 * GIB, 1)
+    plan = planner.plan(Point(scenarios=1))
+    matrices = sum(weight.numel() for weight in plan.network.parameters() if weight.dim() > 1)
+    assert plan.cost.operations == pytest.approx(6 * matrices, rel=0.05)
+    many = planner.plan(Point(scenarios=64))
+    two = planner.plan(Point(scenarios=2))
+    assert many.cost.operations == pytest.approx(two.cost.operations, rel=0.05), "a row meets one scenario"
 
 
 @pytest.mark.long
