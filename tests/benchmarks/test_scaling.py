@@ -153,16 +153,17 @@ def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
         assert ours[name] == told[name]
 
 
-@pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
-def test_operations_of_a_plan_are_those_of_the_matrices(model):
+def test_operations_of_a_plan_are_those_of_the_matrices():
     """Whatever multiplies them here: forward, at inputs and at weights, two for each number of a matrix."""
-    planner = Planner("scaling/synthetic", [f"model.name={model}"], "cpu", 24 * GIB, 1)
-    plan = planner.plan(Point(scenarios=1))
+    plan = Planner("scaling/synthetic", ["model.name=shared_bottom"], "cpu", 24 * GIB, 1).plan(Point(scenarios=1))
     matrices = sum(weight.numel() for weight in plan.network.parameters() if weight.dim() > 1)
-    assert plan.cost.operations == pytest.approx(6 * matrices, rel=0.05)
-    many = planner.plan(Point(scenarios=64))
-    two = planner.plan(Point(scenarios=2))
-    assert many.cost.operations == pytest.approx(two.cost.operations, rel=0.05), "a row meets one scenario"
+    assert plan.cost.operations == pytest.approx(6 * matrices, rel=0.01)
+
+
+def test_a_row_meets_one_scenario_in_a_plan():
+    planner = Planner("scaling/synthetic", [], "cpu", 24 * GIB, 1)
+    few, many = (planner.plan(Point(scenarios=scenarios)).cost.operations for scenarios in (2, 64))
+    assert 0 < few <= many < 1.1 * few
 
 
 @pytest.mark.long
