@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,15 @@ LONGEST = ("test_world_sizes.py", "test_balancing.py", "test_method_parity.py", 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of the CPU, several ranks on one machine too, unless those of a GPU are asked for: `-m gpu`."""
-    if config.option.markexpr != "gpu":
+    """Tests are of the CPU, several ranks on one machine too, unless those of a GPU are asked for: `-m gpu`, or by their files."""
+    if not asks_for_gpu(config.option.markexpr, config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def asks_for_gpu(marks: str, arguments: list[str]) -> bool:
+    """Whether only tests of a GPU were asked for, by mark or by files `test_gpu*.py`."""
+    files = [Path(argument.split("::")[0]).name for argument in arguments]
+    return marks == "gpu" or (bool(files) and all(name.startswith("test_gpu") for name in files))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
