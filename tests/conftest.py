@@ -20,7 +20,7 @@ LONGEST = ("test_world_sizes.py", "test_balancing.py", "test_method_parity.py", 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of the CPU, several ranks on one machine too, unless those of a GPU are asked for: `-m gpu`, or by their files."""
+    """Tests are of the CPU, several ranks on one machine too, unless only those of a GPU are asked for."""
     if not asks_for_gpu(config.option.markexpr, config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
