@@ -200,8 +200,15 @@ class _Sorted:
 def _directory(hashes: UInt64Array) -> tuple[int, IntArray]:
     """By how many bits ascending hashes are shifted to their places, and where the entries of each place begin, and end."""
     bits = max(len(hashes).bit_length(), 1)
-    counts = np.bincount((hashes >> np.uint64(64 - bits)).astype(np.int64), minlength=1 << bits)
-    return 64 - bits, np.append(0, np.cumsum(counts))
+    return 64 - bits, directory_of(hashes, bits, np.int64)
+
+
+def directory_of(hashes: UInt64Array, bits: int, kind: type[np.integer[Any]]) -> NDArray[Any]:
+    """Where the entries of each value of the leading bits of ascending hashes begin, and end, [2^bits + 1] of a type."""
+    directory = np.zeros((1 << bits) + 1, kind)
+    places = (hashes >> np.uint64(64 - bits)).view(np.int64)
+    np.cumsum(np.bincount(places, minlength=1 << bits), out=directory[1:])
+    return directory
 
 
 def _joined(texts: list[Text]) -> Text:

@@ -97,7 +97,7 @@ class KeyCounts:
         totals = counts.copy()
         unknown = np.ones(len(keys), np.bool_)
         for known, numbers in self._parts:
-            rows, at = _places(known, keys)
+            rows, at = places_among(known, keys)
             unknown[rows] = False
             totals[rows] = np.minimum(numbers[at].astype(np.int64) + counts[rows], MOST)
             numbers[at] = totals[rows]
@@ -112,7 +112,7 @@ class KeyCounts:
     def remove(self, keys: UInt64Array) -> None:
         """Forget some keys, [n], sorted and distinct."""
         for known, numbers in self._parts:
-            numbers[_places(known, keys)[1]] = 0
+            numbers[places_among(known, keys)[1]] = 0
 
     def entries(self) -> tuple[UInt64Array, CountArray]:
         """All keys, sorted, and their counts."""
@@ -130,8 +130,8 @@ def _nothing() -> tuple[UInt64Array, CountArray]:
     return np.zeros(0, np.uint64), np.zeros(0, np.uint32)
 
 
-def _places(known: UInt64Array, keys: UInt64Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Which of some keys are among known ones, and where; both sorted."""
+def places_among(known: UInt64Array, keys: UInt64Array) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Which of some keys are among known ones, which are sorted, and where there."""
     at = np.searchsorted(known, keys)
     rows = np.flatnonzero(at < len(known))
     rows = rows[known[at[rows]] == keys[rows]]

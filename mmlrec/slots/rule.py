@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mmlrec.config import ManagedConfig
 from mmlrec.hashing import UInt64Array
 from mmlrec.slots.buckets import Buckets
-from mmlrec.slots.occurrences import MOST, CountArray, KeyCounts, Occurrences
+from mmlrec.slots.occurrences import MOST, CountArray, KeyCounts, Occurrences, places_among
 from mmlrec.slots.slot_map import SlotArray
 
 
@@ -88,13 +88,12 @@ class OwnBuckets:
 
     def _counted(self, seen: Occurrences) -> Occurrences:
         """The candidates, with their occurrences over the run."""
-        at = np.searchsorted(self.holders.keys, seen.keys)
-        known = at < len(self.holders.keys)
-        known[known] = self.holders.keys[at[known]] == seen.keys[known]
-        at = at[known]
+        known, at = places_among(self.holders.keys, seen.keys)
         self.holders.counts[at] = np.minimum(self.holders.counts[at] + seen.counts[known], MOST)
         self.holders.last[at] = seen.last[known]
-        candidates = seen.where(~known)
+        unknown = np.ones(len(seen.keys), np.bool_)
+        unknown[known] = False
+        candidates = seen.where(unknown)
         if self.others is None:
             return candidates
         counts = self.others.add(candidates.keys, candidates.counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mmlrec.encoding.vocabularies import IntArray, Text, Vocabularies
+from mmlrec.encoding.vocabularies import IntArray, Text, Vocabularies, directory_of
 from mmlrec.hashing import UInt64Array
 
 SlotArray = NDArray[np.int32]
@@ -33,9 +33,7 @@ class SlotMap:
         """Take these entries in place of all; keys are sorted."""
         self.keys, self.slots = keys, slots
         shift = 64 - self._bits
-        directory = np.zeros((1 << self._bits) + 1, np.uint32)
-        places = (keys >> np.uint64(shift)).view(np.int64)
-        np.cumsum(np.bincount(places, minlength=1 << self._bits), out=directory[1:])
+        directory = directory_of(keys, self._bits, np.uint32)
         self._entries = Vocabularies({"": (0, shift)}, directory, keys, slots, _NO_TEXT)
         self._shift = np.uint64(shift)
 

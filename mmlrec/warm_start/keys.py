@@ -11,7 +11,7 @@ from mmlrec.hashing import UInt64Array, key_ids
 from mmlrec.run_folder import checkpoint
 from mmlrec.slots import stored
 from mmlrec.slots.managed import ManagedTables
-from mmlrec.slots.occurrences import Occurrences
+from mmlrec.slots.occurrences import Occurrences, places_among
 from mmlrec.storage.places import Place
 from mmlrec.warm_start.rows import Encoded, values_of
 
@@ -135,7 +135,7 @@ def _divided(every: Occurrences, keys: UInt64Array) -> tuple[Occurrences, Occurr
 
 def _looked_up(keys: UInt64Array, values: IntArray, wanted: UInt64Array) -> IntArray:
     """The values of wanted keys, -1 of those that are not among the keys, which are sorted."""
-    if not len(keys):
-        return np.full(len(wanted), -1)
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], -1)
+    found = np.full(len(wanted), -1)
+    rows, at = places_among(keys, wanted)
+    found[rows] = values[at]
+    return found
