@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tabulate import tabulate
+from torchrec import EmbeddingBagCollection
 
+from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.embeddings.placement import FUSED, SHARDING_TYPES, Where, too_small
 from mmlrec.errors import ConfigError, DataError
@@ -53,6 +55,14 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
         return [TableOfPlan.model_validate(row) for row in rows], beside
     except (ValueError, TypeError, KeyError, ValidationError) as error:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
+
+
+def placement_of_plan(tables: EmbeddingBagCollection, config: EmbeddingsConfig, hardware: Hardware) -> dict[str, Where] | None:
+    """Where `embeddings.plan` says that each table lies; None where there is no plan. Raises as `given_placement`."""
+    if config.plan is None:
+        return None
+    sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
+    return given_placement(config.plan, sizes, hardware, config.host_cache)
 
 
 def given_placement(

@@ -25,7 +25,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
 from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes, weight_bytes
-from mmlrec.embeddings.plan_file import given_placement
+from mmlrec.embeddings.plan_file import placement_of_plan
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.errors import ConfigError, UserAdvice
 
@@ -123,10 +123,7 @@ def make_plan(
         raise ConfigError("embeddings.table_sharding: the dataset has no tables, all its features are numbers. Leave it out.")
     if isinstance(tables, NoTables):
         return ShardingPlan({})
-    given = None
-    if config.plan is not None:
-        sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(config.plan, sizes, hardware, config.host_cache)
+    given = placement_of_plan(tables, config, hardware)
     placed = place_tables(tables, config, hardware, batch_size=batch_size, lengths=lengths, reserved=reserved, given=given)
     plan = construct_module_sharding_plan(
         tables,

@@ -29,7 +29,7 @@ from mmlrec.embeddings.placement import (
     too_small,
     weight_bytes,
 )
-from mmlrec.embeddings.plan_file import given_placement
+from mmlrec.embeddings.plan_file import placement_of_plan
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.errors import ConfigError
@@ -206,7 +206,8 @@ class TrainingPlan:
     @property
     def missing(self) -> int:
         """Bytes that the fullest rank has too few, of its own or of its host's memory; 0 when all fits."""
-        return self.short.missing if self.short else 0
+        short = self.short
+        return short.missing if short else 0
 
     @property
     def imbalance(self) -> dict[str, float]:
@@ -375,10 +376,6 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     if isinstance(tables, NoTables):
         return TrainingPlan(request, [], network, cost, without)
     apply_table_optimizer(tables, embeddings.optimizer, torch.device(hardware.device))
-    given = None
-    if embeddings.plan is not None:
-        sizes = {c.name: (c.num_embeddings, c.embedding_dim) for c in tables.embedding_bag_configs()}
-        given = given_placement(embeddings.plan, sizes, replica, embeddings.host_cache)
     rows = -(-config.training.batch_size // hardware.world_size)
     reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
@@ -389,7 +386,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
             batch_size=rows,
             lengths=lengths,
             reserved=reserved,
-            given=given,
+            given=placement_of_plan(tables, embeddings, replica),
         )
     except TablesDoNotFit as error:
         placed = error.flattest
