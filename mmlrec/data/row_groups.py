@@ -105,7 +105,7 @@ class RowGroups:
 
     Attributes:
         single: the F1 single-valued features, in the order of the manifest.
-        narrow, wide: [F4], [F8] int64: which of them have less than 2^31 rows in their table, and which have more.
+        narrow, wide: [F4], [F8] int64: which of them have at most 2^31 rows in their table, and which have more, or keys.
         fetched: they come from an object store, so that several are waited for together.
 
     Raises:

@@ -393,8 +393,8 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
         stored = getattr(getattr(saved.get(key), "properties", None), "dtype", value.dtype)
         if error is None and torch.promote_types(stored, value.dtype) != value.dtype:
             error = CheckpointError(
-                f"{folder}: tensor '{key}' is {_name(stored)}, this model holds {_name(value.dtype)}, which would round it: the"
-                " checkpoint is of another embeddings.dtype. Use its own configuration, or another run_dir."
+                f"{folder}: tensor '{key}' is {dtype_name(stored)}, this model holds {dtype_name(value.dtype)}, which would"
+                " round it: the checkpoint is of another embeddings.dtype. Use its own configuration, or another run_dir."
             )
     world.raise_together(error)
     try:
@@ -406,7 +406,8 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
         counter.fill_(torch.iinfo(torch.int32).max)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, without the library's name."""
     return str(dtype).removeprefix("torch.")
 
 

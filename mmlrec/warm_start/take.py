@@ -158,8 +158,7 @@ def _rounding(here: torch.dtype, there: torch.dtype) -> str:
     """What is to be said of rows that are taken into another number format; nothing where that holds all their numbers."""
     if torch.promote_types(here, there) == here:
         return ""
-    names = [str(dtype).removeprefix("torch.") for dtype in (here, there)]
-    return f"rounded to {names[0]}, {names[1]} there"
+    return f"rounded to {checkpoint.dtype_name(here)}, {checkpoint.dtype_name(there)} there"
 
 
 def _take_table(
@@ -257,7 +256,7 @@ def _copy_rows(name: str, shard: Tensor, rows: NDArray[np.int64], saved: SavedTe
         if rounded.dtype != values.dtype and not bool(rounded.isfinite().all()):
             raise CheckpointError(
                 f"init_from: table '{name}' has {float(values.abs().max()):g}, which is beyond"
-                f" {str(shard.dtype).removeprefix('torch.')}: choose another embeddings.dtype, or leave init_from out."
+                f" {checkpoint.dtype_name(shard.dtype)}: choose another embeddings.dtype, or leave init_from out."
             )
         shard[torch.from_numpy(into[first:last]).to(shard.device)] = rounded.to(shard.device)
         first = last
