@@ -209,14 +209,11 @@ class _Book:
 
 
 def _with_plan(row: Row, plan: TrainingPlan) -> Row:
-    kinds: dict[str, int] = {}
-    for table in plan.tables:
-        kinds[table.sharding] = kinds.get(table.sharding, 0) + 1
     update: dict[str, Any] = {
         "planned": plan.fullest.total,
         "planned_step_ms": plan.step_ms,
         "missing": plan.missing,
-        "placed": row.placed or ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())),
+        "placed": row.placed or results.placed_as(table.sharding for table in plan.tables),
     }
     return replace(row, **update)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +15,11 @@ from mmlrec.errors import ConfigError
 
 MEASURED, PLANNED = "measured", "planned"
 GIB = 2**30
+
+
+def placed_as(shardings: Iterable[str]) -> str:
+    """How many tables lie how, in words."""
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(Counter(shardings).items()))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ from benchmarks.resident import ResidentSteps, TablesAlone
 from benchmarks.scaling.bare import BareTables, KernelsAlone
 from benchmarks.scaling.data import batches_of, config_of, manifest_of
 from benchmarks.scaling.points import FEATURES, Point
+from benchmarks.scaling.results import placed_as
 from benchmarks.scaling.wire import bytes_sent, formula, placements_of
 from benchmarks.throughput import seconds_of
 from mmlrec.distributed.step_parts import CHECKPOINT, DATA, PARTS
@@ -86,7 +87,6 @@ def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
     ranks = world.gather(own)
     step_ms = 1000 * median(windows)
     names = [part for part in PARTS if part not in (CHECKPOINT, DATA)]
-    kinds = Counter(table["sharding"] for table in session.plan)
     return {
         "step_ms": step_ms,
         "samples_per_second": 1000 * point.batch / step_ms,
@@ -96,7 +96,7 @@ def measure(task: dict[str, Any], world: World) -> dict[str, Any] | None:
             key: None if ranks[0][key] is None else [rank[key] for rank in ranks]
             for key in ("resident", "grown", "sent", "formula")
         },
-        "placed": ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items())),
+        "placed": placed_as(table["sharding"] for table in session.plan),
         "torch": str(torch.__version__),
     }
 
