@@ -13,6 +13,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.hardware import Hardware
+from mmlrec.embeddings.network_gradients import SameBuckets
 from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.errors import ConfigError
 
@@ -44,8 +45,14 @@ def shard(
     try:
         if replicas > 1:
             return _collection(module, plan, sharder, device, hardware)
-        joined = dist.get_world_size() > 1
-        return DistributedModelParallel(module, device=device, plan=plan, sharders=[sharder], init_data_parallel=joined)
+        return DistributedModelParallel(
+            module,
+            device=device,
+            plan=plan,
+            sharders=[sharder],
+            init_data_parallel=dist.get_world_size() > 1,
+            data_parallel_wrapper=SameBuckets(),
+        )
     finally:
         logging.disable(logging.NOTSET)
 
@@ -64,6 +71,7 @@ def _collection(
         world,
         node_group_size=hardware.ranks_per_host,
         sharders=[sharder],
+        data_parallel_wrapper=SameBuckets(),
         # Ranks of a replica follow each other, so that looked-up vectors stay in few hosts; averages cross them.
         use_inter_host_allreduce=True,
     )

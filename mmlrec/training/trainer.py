@@ -123,9 +123,13 @@ class Trainer:
         self.session.managed.load(path, state, history=True)
         self.selection.load_state(state["selection"])
         self.saver.newest = path
-        if self.world.is_main:  # the window of losses that was open: the mean over ranks, kept on one
-            self._losses.copy_(torch.tensor(state["window"]["losses"]) * self.world.world_size)
-        self._loss_steps = state["window"]["steps"]
+        window = state["window"]  # of losses, which was open
+        of_ranks = window.get("of_ranks", [])  # not of earlier versions
+        if len(of_ranks) == self.world.world_size:
+            self._losses.copy_(torch.tensor(of_ranks[self.world.rank]))
+        elif self.world.is_main:  # the mean over ranks, kept on one
+            self._losses.copy_(torch.tensor(window["losses"]) * self.world.world_size)
+        self._loss_steps = window["steps"]
         # Keys that checkpoints of earlier versions lack. These were saved after the validation.
         self.validation_due = state.get("validation_due", False)
         self._first_losses = state.get("first_losses")
@@ -403,12 +407,18 @@ class Trainer:
             if self.session.managed:
                 self.session.managed.tell()
                 tensors = tensors | self.session.managed.tensors(history=True)
-            window = self._losses.clone()
+            # The sums of each rank, since those of the next report are added up in the order of steps first, then of ranks.
+            of_ranks = self._losses.new_zeros(self.world.world_size, len(self._losses))
+            of_ranks[self.world.rank] = self._losses
             if self.world.world_size > 1:
-                dist.all_reduce(window)
+                dist.all_reduce(of_ranks)
             state: dict[str, Any] = {
                 "progress": asdict(self.progress),
-                "window": {"losses": (window / self.world.world_size).tolist(), "steps": self._loss_steps},
+                "window": {
+                    "losses": of_ranks.mean(dim=0).tolist(),
+                    "of_ranks": of_ranks.tolist(),
+                    "steps": self._loss_steps,
+                },
                 "first_losses": self._first_losses,
                 "went_back_to": self._went_back_to,
                 **self._validated(),
