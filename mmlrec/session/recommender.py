@@ -17,6 +17,7 @@ from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
 from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
+from mmlrec.layers.host import to_device
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import Setting
@@ -137,7 +138,7 @@ class Head(nn.Module):
         if not self.network.num_noise:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        return torch.rand(self.network.num_noise, generator=generator).to(device)
+        return to_device(torch.rand(self.network.num_noise, generator=generator), device)
 
     def inputs(self, pooled: KeyedTensor, dense: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Model input x, [B, d_in] or [B, U, d_in] with tables for each branch, and the fields as views of it.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmlrec.balancing.base import LossBalancing, step_generator
+from mmlrec.layers.host import to_device
 
 
 class RLW(LossBalancing):
@@ -22,4 +23,4 @@ class RLW(LossBalancing):
     def coefficients(self, losses: Tensor, step: int) -> Tensor:
         """See the base class."""
         draws = torch.randn(len(losses), dtype=torch.float64, generator=step_generator(self.spec.seed, step))
-        return len(losses) * torch.softmax(draws, 0)
+        return to_device(len(losses) * torch.softmax(draws, 0), losses.device)
