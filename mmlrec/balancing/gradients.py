@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.balancing.base import Balancing, BalancingConfig, BalancingSpec, by_name, mean_over_ranks
+from mmlrec.balancing.base import Balancing, BalancingConfig, BalancingSpec, by_name, mean_over_ranks, to_device, to_host
 from mmlrec.errors import ConfigError
-from mmlrec.layers.host import to_device, to_host
 
 Array = NDArray[np.float64]
 #: A tensor, and which of its numbers are meant; None: all.
@@ -46,7 +45,7 @@ class GradientBalancingConfig(BalancingConfig):
 class GradientBalancing(Balancing):
     """Coefficients from the Gram matrix of the gradients of shared parameters, of x, or of both.
 
-    A subclass implements `rule`, on the host; or `coefficients`, where it needs no solver or objectives without a gradient count.
+    A subclass implements `rule`, on the host; or `coefficients`, where it needs no solver, or objectives without rows count.
 
     Raises:
         ConfigError: fewer than two objectives, or nothing that they share.

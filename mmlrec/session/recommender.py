@@ -10,14 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedTensor
 
-from mmlrec.balancing.base import Balancing
+from mmlrec.balancing.base import Balancing, to_device
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
 from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.tables import NoTables
 from mmlrec.layers.decay import decay_targets
-from mmlrec.layers.host import to_device
 from mmlrec.losses import Loss
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import Setting

@@ -11,6 +11,8 @@ from mmlrec.registry import strategy, strategy_names
 from mmlrec.schema import Task
 
 GRADIENT_LEVEL = tuple(name for name in strategy_names() if "scope" in strategy(name).Config.model_fields)
+#: Those that wait for the device once in each step with new coefficients, as their pages say with the reason; no other does.
+WAITING_ONCE = ("mgda", "cagrad", "imtl_g", "nash", "aligned")
 
 
 def make(

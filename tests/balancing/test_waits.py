@@ -7,11 +7,9 @@ import torch
 
 from mmlrec.balancing import gradients
 from mmlrec.registry import strategy_names
-from tests.balancing.support import make
+from tests.balancing.support import WAITING_ONCE, make
 from tests.waits import Waits
 
-#: Strategies that wait once a step for the Gram matrix, as their pages say with the reason; all others never do.
-WAITING_ONCE = {"mgda", "cagrad", "imtl_g", "nash", "aligned"}
 COUNT = 3
 
 
@@ -85,9 +83,8 @@ def test_what_reads_a_number_is_seen():
         lambda: torch.linalg.solve(x, x),
         lambda: torch.linalg.lstsq(x, x),
     ):
-        with Waits() as found:
-            with contextlib.suppress(RuntimeError):
-                reads()
+        with Waits() as found, contextlib.suppress(RuntimeError):
+            reads()
         assert found.found, reads.__code__.co_firstlineno
     with Waits() as found:
         places.to("meta", non_blocking=True)

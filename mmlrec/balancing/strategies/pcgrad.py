@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmlrec.balancing.base import step_generator
+from mmlrec.balancing.base import step_generator, to_device
 from mmlrec.balancing.gradients import GradientBalancing
-from mmlrec.layers.host import to_device
 
 
 class PCGrad(GradientBalancing):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmlrec.balancing.base import LossBalancing, step_generator
-from mmlrec.layers.host import to_device
+from mmlrec.balancing.base import LossBalancing, step_generator, to_device
 
 
 class RLW(LossBalancing):
