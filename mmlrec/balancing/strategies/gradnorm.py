@@ -8,7 +8,8 @@ Networks", ICML 2018.
     target_t = mean(w |g|) r_t^alpha, a constant
     w        <- w - lr d/dw sum_t |w_t |g_t| - target_t|, scaled to sum K
 
-The weights act on what is shared; what an objective owns trains on the plain loss, as under all strategies here.
+The weights act on what is shared; what an objective owns trains on the plain loss, as under all strategies here. On a GPU the
+host waits for nothing.
 """
 
 from __future__ import annotations

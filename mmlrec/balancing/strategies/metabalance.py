@@ -6,7 +6,8 @@ Auxiliary Tasks", WWW 2022.
     n_t <- beta n_t + (1 - beta) |g_t|, in the batches in which the objective has rows
     c_t = r n_main / n_t + 1 - r, and 1 for the main objective
 
-There is one norm for all shared parameters, where the paper has one for each block of them.
+There is one norm for all shared parameters, where the paper has one for each block of them. On a GPU the host waits for
+nothing.
 """
 
 from __future__ import annotations
