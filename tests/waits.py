@@ -54,19 +54,16 @@ class Waits(TorchDispatchMode):
         """Let the operator run, once it is looked at."""
         kwargs = kwargs or {}
         name = operator.overloadpacket.__name__
-        places = {"meta" if leaf.is_meta else "cpu" for leaf in tree_leaves((args, kwargs)) if _counts(leaf)}
         if name in COPIES:
-            places.add("meta" if torch.device(kwargs.get("device") or "cpu").type == "meta" else "cpu")
-            told = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
-            if name == "_to_copy" and kwargs.get("device") is None:
-                told = True  # another type or layout, where it is
-            if name == "copy_":
-                places = {"meta" if tensor.is_meta else "cpu" for tensor in args[:2]}
-            if len(places) > 1 and not told:
+            source, target = (args[1], args[0].device) if name == "copy_" else (args[0], kwargs.get("device") or args[0].device)
+            told = kwargs.get("non_blocking") or (name == "copy_" and any(args[2:]))
+            if torch.device(target).type != source.device.type and not told:
                 self.found.append(name)
-        masked = name.startswith("index") and any(_is_mask(leaf) for leaf in tree_leaves(args[1:2]))
-        if name not in COPIES and "meta" in places and (name in WAITING or masked or len(places) > 1):
-            self.found.append(name)
+        else:
+            places = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if _counts(leaf)}
+            masked = name.startswith("index") and any(_is_mask(leaf) for leaf in tree_leaves(args[1:2]))
+            if "meta" in places and (name in WAITING or masked or len(places) > 1):
+                self.found.append(name)
         return operator(*args, **kwargs)
 
 

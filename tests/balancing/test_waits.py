@@ -69,6 +69,7 @@ def test_what_reads_a_number_is_seen():
         lambda: torch.tensor([1.0, 2.0], device="meta"),
         lambda: x.new_tensor([1.0]),
         lambda: places.to("meta"),
+        lambda: places.sum().to("meta"),
         lambda: x.copy_(torch.ones(3, 3)),
         lambda: x[places],
         lambda: x[[0, 2]],
