@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from mmlrec.balancing.base import Balancing, BalancingConfig, BalancingSpec, by_name, mean_over_ranks
+from mmlrec.balancing.base import Balancing, BalancingConfig, BalancingSpec, by_name, mean_over_ranks, to_device, to_host
 from mmlrec.errors import ConfigError
 
 Array = NDArray[np.float64]
@@ -45,7 +45,7 @@ class GradientBalancingConfig(BalancingConfig):
 class GradientBalancing(Balancing):
     """Coefficients from the Gram matrix of the gradients of shared parameters, of x, or of both.
 
-    A subclass implements `rule`, or `coefficients` where objectives without a gradient count, too.
+    A subclass implements `rule`, on the host; or `coefficients`, where it needs no solver, or objectives without rows count.
 
     Raises:
         ConfigError: fewer than two objectives, or nothing that they share.
@@ -77,6 +77,8 @@ class GradientBalancing(Balancing):
             )
         self.register_buffer("coefficient", torch.ones(count, dtype=torch.float64))
         self.register_buffer("gram", torch.zeros(count, count, dtype=torch.float64))
+        #: Of parameters of which parts are owned: made in the first step, as a copy to the device waits for it.
+        self._owned_numbers: dict[str, Tensor] = {}
 
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
@@ -85,10 +87,13 @@ class GradientBalancing(Balancing):
         if (step - 1) % self.config.refresh_every == 0:
             # What is owned comes along: in layers that hold all heads at once, to leave it out saves nothing.
             of_each = [gradients(objective, shared + owned) for objective in objectives.unbind()]
-            self._refresh([own[: len(shared)] for own in of_each], objectives.detach(), step)
-            found = weighted_sum([own[: len(shared)] for own in of_each], self.coefficient.tolist())
+            of_x, dense = side_by_side([own[: len(shared)] for own in of_each])
+            self._refresh(of_x, dense, objectives.detach(), step)
+            found = [weighted_sum(of_x, self.coefficient)]
+            parts = weighted_sum(dense.unbind(), self.coefficient).split([tensor.numel() for tensor, _ in shared[1:]])
+            found += [part.view_as(tensor) for part, (tensor, _) in zip(parts, shared[1:], strict=True)]
             if owned:
-                found += weighted_sum([own[len(shared) :] for own in of_each], [1.0] * len(of_each))
+                found += plain_sum([own[len(shared) :] for own in of_each])
         else:
             found = gradients(torch.sum(objectives * self.coefficient.to(objectives.dtype)), shared)
             found += gradients(loss, owned) if owned else []
@@ -103,21 +108,35 @@ class GradientBalancing(Balancing):
             if len(set(parts)) == 1:
                 (owned if parts[0] else shared).append((parameter, None))
                 continue
-            mask = torch.tensor(parts, device=parameter.device).repeat_interleave(parameter.numel() // len(parts))
-            owned.append((parameter, mask.view_as(parameter)))
-            shared.append((parameter, ~mask.view_as(parameter)))
+            if name not in self._owned_numbers:
+                mask = torch.tensor(parts).repeat_interleave(parameter.numel() // len(parts)).view_as(parameter)
+                self._owned_numbers[name] = mask.to(parameter.device)
+            mask = self._owned_numbers[name]
+            owned.append((parameter, mask))
+            shared.append((parameter, ~mask))
         return shared, owned
 
-    def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
-        """The c [K] of the objectives whose gradient is not zero; 1 for the others, which have no rows in this batch."""
-        present = np.diag(gram) > 0
-        c = np.ones(len(gram))
+    def coefficients(self, gram: Tensor, losses: Tensor, step: int) -> Tensor:
+        """The c [K] of a step, float64, on the device of its arguments; 1 for objectives that have no rows in this batch.
+
+        Here by `rule`, on the host, which waits once until the device has computed the Gram matrix. A strategy that needs
+        no solver does without: it overrides this with few operations on tensors that read no number.
+
+        Args:
+            gram: Q [K, K], float64, with Q_ij = g_i . g_j, equal on all ranks; a row of zeros where there are no rows.
+            losses: [K], of the global batch, float64.
+            step: number of this training step, from 1.
+        """
+        numbers = to_host(torch.cat([gram.flatten(), losses])).numpy()
+        matrix, values = numbers[: gram.numel()].reshape(gram.shape), numbers[gram.numel() :]
+        present = np.diag(matrix) > 0
+        c = np.ones(len(matrix))
         if present.any():
-            c[present] = self.rule(gram[np.ix_(present, present)], losses[present], step)
-        return c
+            c[present] = self.rule(matrix[np.ix_(present, present)], values[present], step)
+        return to_device(torch.from_numpy(c), gram.device)
 
     def rule(self, gram: Array, losses: Array, step: int) -> Array:
-        """The c of objectives whose gradient is not zero.
+        """The c of objectives whose gradient is not zero, on the host.
 
         Args:
             gram: Q, float64, with Q_ij = g_i . g_j of their gradients. No rule needs the gradients themselves, so that its
@@ -127,26 +146,30 @@ class GradientBalancing(Balancing):
         """
         raise NotImplementedError
 
-    def _refresh(self, of_each: list[list[Tensor]], objectives: Tensor, step: int) -> None:
-        gram, losses = self._global_gram(of_each, objectives)
+    def _refresh(self, of_x: Sequence[Tensor], dense: Tensor, objectives: Tensor, step: int) -> None:
+        gram, losses = self._global_gram(of_x, dense, objectives)
         self.gram.copy_(gram)
-        if gram.isfinite().all() and losses.isfinite().all():
-            c = self.coefficients(gram.cpu().numpy(), losses.cpu().numpy(), step)
-            self.coefficient.copy_(torch.from_numpy(c))
-        else:  # The plain sum is no more finite; the trainer ends the run and says so.
-            self.coefficient.fill_(1.0)
+        # Else (0 times what is not finite is NaN) the plain sum is not, either: the trainer ends the run and says so.
+        finite = (gram * 0.0).sum() + (losses * 0.0).sum() == 0
+        c = self.coefficients(torch.where(finite, gram, 0.0), torch.where(finite, losses, 0.0), step)
+        self.coefficient.copy_(torch.where(finite, c, 1.0))
 
-    def _global_gram(self, of_each: list[list[Tensor]], objectives: Tensor) -> tuple[Tensor, Tensor]:
-        """Gram matrix [K, K] of the whole batch's gradients, and the losses [K]: float64, equal on all ranks."""
-        count, world_size = len(of_each), dist.get_world_size() if dist.is_initialized() else 1
+    def _global_gram(self, of_x: Sequence[Tensor], dense: Tensor, objectives: Tensor) -> tuple[Tensor, Tensor]:
+        """Gram matrix [K, K] of the whole batch's gradients, and the losses [K]: float64, equal on all ranks.
+
+        Args:
+            of_x: gradient of each objective by x.
+            dense: [K, P], those by shared parameters.
+            objectives: [K].
+        """
+        count, world_size = len(of_x), dist.get_world_size() if dist.is_initialized() else 1
         gram = objectives.new_zeros(count, count, dtype=torch.float64)
-        if self.config.scope != "embedding" and len(of_each[0]) > 1:
-            dense = torch.stack([torch.cat([g.flatten() for g in own[1:]]) for own in of_each])
+        if self.config.scope != "embedding" and dense.numel():
             gram += inner_products(dense if self.config.gram == "local" else mean_over_ranks(dense))
         if self.config.scope != "shared_dense":
             # Each rank has other rows of x, so the inner products add up; a rank's loss is W times its rows' share of the
             # global loss, hence W^2; the mean over ranks below takes one W.
-            rows = torch.stack([own[0][:, : self.spec.num_looked_up].flatten() for own in of_each])
+            rows = torch.stack([own[:, : self.spec.num_looked_up].flatten() for own in of_x])
             gram += inner_products(rows) / world_size
         joint = mean_over_ranks(torch.cat([gram.flatten(), objectives.double()]))
         return joint[:-count].view(count, count), joint[-count:]
@@ -183,11 +206,27 @@ def gradients(loss: Tensor, parts: Sequence[Part]) -> list[Tensor]:
     return [own if mask is None else own * mask for own, (_, mask) in zip(found, parts, strict=True)]
 
 
-def weighted_sum(of_each: list[list[Tensor]], c: Sequence[float]) -> list[Tensor]:
-    """sum_k c_k of_each[k], tensor by tensor."""
-    total = list(torch._foreach_mul(of_each[0], c[0]))
-    for factor, own in zip(c[1:], of_each[1:], strict=True):
-        torch._foreach_add_(total, own, alpha=factor)
+def side_by_side(of_each: list[list[Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """Gradients of each objective, that by x first: those by x, and the others as rows of one matrix [K, P]."""
+    of_x = [own[0] for own in of_each]
+    flat = [gradient.flatten() for own in of_each for gradient in own[1:]]
+    return of_x, torch.cat(flat).view(len(of_each), -1) if flat else of_x[0].new_zeros(len(of_each), 0)
+
+
+def weighted_sum(of_each: Sequence[Tensor], c: Tensor) -> Tensor:
+    """sum_k c_k of_each[k], c [K] being on the same device: its numbers are not read."""
+    first, *others = c.to(of_each[0].dtype).unbind()
+    total = of_each[0] * first
+    for factor, own in zip(others, of_each[1:], strict=True):
+        total.addcmul_(own, factor)
+    return total
+
+
+def plain_sum(of_each: list[list[Tensor]]) -> list[Tensor]:
+    """sum_k of_each[k], tensor by tensor."""
+    total = list(torch._foreach_add(of_each[0], of_each[1]))
+    for own in of_each[2:]:
+        torch._foreach_add_(total, own)
     return total
 
 

@@ -62,6 +62,7 @@ class SingleTask(MultiTaskModel):
         )
 
     config: Config
+    heads: Tensor
 
     def __init__(self, spec: ModelSpec, config: Config) -> None:
         super().__init__(spec, config)
@@ -71,6 +72,7 @@ class SingleTask(MultiTaskModel):
                 f"model.branches: {list(self.branches)} must be different heads in"
                 f" 0..{spec.num_heads - 1} (task * S + scenario)."
             )
+        self.register_buffer("heads", torch.tensor(self.branches), persistent=False)
         self.networks, self.towers = self._build(len(self.branches), config, self.generator)
         for index, branch in enumerate(self.branches):
             generator = torch.Generator().manual_seed(spec.seed * 1_000_003 + branch)
@@ -111,10 +113,9 @@ class SingleTask(MultiTaskModel):
             return Output(dispatch.restore(self.towers.own(hidden, dispatch)))
         rows = self.head_rows(scenario, valid)
         if rows is not None and rows.dim() == 2:
-            rows = rows[list(self.branches)]
+            rows = rows[self.heads]
         logits = self.towers(self.networks(x.transpose(0, 1), rows), rows)
         if not in_order:
             spread = logits.new_zeros(logits.shape[0], spec.num_heads)
-            index = torch.tensor(self.branches, device=x.device).expand(logits.shape[0], -1)
-            logits = spread.scatter(1, index, logits)
+            logits = spread.scatter(1, self.heads.expand(logits.shape[0], -1), logits)
         return self.select(logits, scenario, return_all_heads)

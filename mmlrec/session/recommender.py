@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, KeyedTensor
 
-from mmlrec.balancing.base import Balancing
+from mmlrec.balancing.base import Balancing, to_device
 from mmlrec.config import RunConfig
 from mmlrec.data.batch import Batch
 from mmlrec.distributed.step_parts import LOOKUP, LOSS, NETWORK, StepParts
@@ -137,7 +137,7 @@ class Head(nn.Module):
         if not self.network.num_noise:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        return torch.rand(self.network.num_noise, generator=generator).to(device)
+        return to_device(torch.rand(self.network.num_noise, generator=generator), device)
 
     def inputs(self, pooled: KeyedTensor, dense: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Model input x, [B, d_in] or [B, U, d_in] with tables for each branch, and the fields as views of it.

@@ -125,8 +125,8 @@ def test_gradients_equal_the_explicit_form(name, shape, unit):
         value, found = case.backward(lambda x, s=strategy: s(case.objectives(x), x, dict(case.net.named_parameters()), 1))
         gram = case.gram(of_each, scope)
         np.testing.assert_allclose(strategy.gram.numpy(), gram, rtol=1e-9, atol=1e-15)
-        c = case.strategy(rule, scope=scope).coefficients(gram, case.objectives(case.data.x).detach().numpy(), 1)
-        np.testing.assert_allclose(strategy.coefficient.numpy(), c, rtol=1e-6, atol=1e-9)
+        c = case.strategy(rule, scope=scope).coefficients(torch.from_numpy(gram), case.objectives(case.data.x).detach(), 1)
+        torch.testing.assert_close(strategy.coefficient, c, rtol=1e-6, atol=1e-9)
         for key, gradient in found.items():
             owned = case.owned()[key]
             factors = [owned + (1 - owned) * f for f in strategy.coefficient.tolist()]
@@ -143,7 +143,7 @@ def test_cached_coefficients_give_the_same_gradients(name):
     cached.load_state_dict(every.state_dict())
     with torch.no_grad():
         cached.coefficient.copy_(torch.tensor([0.7, -0.2], dtype=torch.float64))
-    every.coefficients = lambda gram, losses, step: np.array([0.7, -0.2])
+    every.coefficients = lambda gram, losses, step: torch.tensor([0.7, -0.2], dtype=torch.float64)
     results = [
         case.backward(lambda x, s=s: s(case.objectives(x), x, dict(case.net.named_parameters()), 2)) for s in (every, cached)
     ]
@@ -164,7 +164,7 @@ def test_coefficients_are_computed_every_n_steps_only():
 def test_an_objective_with_coefficient_zero_still_trains_its_head():
     case = Case("mmoe", "mtl", "task")
     strategy = case.strategy("mgda")
-    strategy.coefficients = lambda gram, losses, step: np.array([1.0, 0.0])
+    strategy.coefficients = lambda gram, losses, step: torch.tensor([1.0, 0.0], dtype=torch.float64)
     _, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
     first, second = case.of_each()
     torch.testing.assert_close(found["experts.weights.0"], first["experts.weights.0"])
@@ -185,7 +185,7 @@ def test_a_chain_step_that_only_its_own_loss_trains_is_left_alone(name, own, uni
     """c = (1, 0): the last step's part gets the whole gradient of its loss, the first step's only that of the first loss."""
     case = Case(name, "mtl", unit)
     strategy = case.strategy("mgda")
-    strategy.coefficients = lambda gram, losses, step: np.array([1.0, 0.0])
+    strategy.coefficients = lambda gram, losses, step: torch.tensor([1.0, 0.0], dtype=torch.float64)
     _, found = case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
     first, second = case.of_each()
     for key in own:
@@ -250,7 +250,9 @@ def test_gradnorm_weights_descend_and_keep_their_sum():
 def coefficients_of(strategy, losses, matrices):
     """Step by step, [steps, K]."""
     steps = enumerate(zip(matrices, losses, strict=True), 1)
-    return np.array([strategy.coefficients(gram, own, step) for step, (gram, own) in steps])
+    return np.array(
+        [strategy.coefficients(torch.from_numpy(gram), torch.from_numpy(own), step).numpy() for step, (gram, own) in steps]
+    )
 
 
 def random_grams(steps, count, seed):

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import minimize
 
+from mmlrec.balancing.base import step_generator
 from tests.balancing.hostile import ABSENT, DEPENDENT, HOSTILE, ORDINARY, SCALED, UNEVEN
 from tests.balancing.support import GRADIENT_LEVEL, make
 
@@ -16,8 +18,8 @@ def coefficients(name, gram, steps=1):
     """Of the last of some steps on the same gradients, with losses of 1."""
     strategy = make(name, len(gram))
     for step in range(1, steps + 1):
-        found = strategy.coefficients(gram.copy(), np.ones(len(gram)), step)
-    return found
+        found = strategy.coefficients(torch.from_numpy(gram.copy()), torch.ones(len(gram), dtype=torch.float64), step)
+    return found.numpy()
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -62,6 +64,76 @@ def test_the_order_of_objectives_does_not_matter(name, case):
     # What counts is the update: a coefficient of a gradient that is nothing beside the others is anybody's.
     lengths = np.sqrt(np.diag(gram))
     np.testing.assert_allclose(moved * lengths[order], (found * lengths)[order], rtol=1e-5, atol=1e-5 * (found * lengths).max())
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+def steps_on(strategy, gram, losses):
+    """Coefficients of steps on the same gradients, [steps, K]."""
+    steps = enumerate(torch.from_numpy(losses), 1)
+    return np.array([strategy.coefficients(torch.from_numpy(gram), own, step).numpy() for step, own in steps])
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_pcgrad_equals_a_loop(case):
+    """Each gradient as coefficients of the given ones, projected on one after the other, in the order drawn for the step."""
+    gram = HOSTILE[case]
+    for step in (1, 2, 3):
+        generator, rows = step_generator(5, step), np.eye(len(gram))
+        for i in range(len(gram)):
+            for j in torch.randperm(len(gram), generator=generator).tolist():
+                inner = rows[i] @ gram[:, j]
+                if j != i and inner < 0:
+                    rows[i, j] -= inner / gram[j, j]
+        ones = torch.ones(len(gram), dtype=torch.float64)
+        found = make("pcgrad", len(gram), seed=5).coefficients(torch.from_numpy(gram), ones, step)
+        assert_close(found.numpy(), rows.sum(0))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_gradnorm_equals_a_loop(case):
+    gram = HOSTILE[case]
+    count, norms = len(gram), np.sqrt(np.diag(gram))
+    losses = np.random.default_rng(1).uniform(0.1, 1.0, (8, count)) * (norms > 0)
+    found = steps_on(make("gradnorm", count), gram, losses)
+    weights, some = np.ones(count), [t for t in range(count) if norms[t]]
+    for step in range(8):
+        assert_close(found[step], weights)
+        rates = {t: losses[step, t] / losses[0, t] for t in some}
+        moved = weights.copy()
+        for t in some:
+            mean = sum(weights[j] * norms[j] for j in some) / len(some)
+            target = mean * (rates[t] / (sum(rates.values()) / len(some))) ** 1.5
+            moved[t] -= 0.025 * np.sign(weights[t] * norms[t] - target) * norms[t]
+        moved = np.maximum(moved, 1e-4)
+        weights = moved * count / moved.sum()
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_metabalance_equals_a_loop(case):
+    """On the same gradients each step the moving averages are the norms."""
+    gram = HOSTILE[case]
+    norms = np.sqrt(np.diag(gram))
+    for main in range(len(gram)):
+        found = steps_on(make("metabalance", len(gram), main=f"t{main}"), gram, np.ones((3, len(gram))))
+        expected = [0.7 * norms[main] / norm + 0.3 if norm and norms[main] else 1.0 for norm in norms]
+        for step in range(3):
+            assert_close(found[step], np.array(expected))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", RULES)
+def test_what_is_not_finite_counts_once_and_leaves_no_trace(name, bad):
+    """The trainer ends such a run; until then the plain sum is trained, and what the strategy remembers stays finite."""
+    strategy, x = make(name, 3), torch.ones(4, 2, requires_grad=True)
+    shared = torch.nn.Parameter(torch.ones(2, 3))
+    for step, factor in enumerate((1.0, bad), 1):
+        objectives = (x @ shared * torch.tensor([1.0, -0.5, factor])).square().mean(0)
+        strategy(objectives, x, {"shared": shared}, step)
+    assert strategy.coefficient.tolist() == [1, 1, 1]
+    assert all(value.isfinite().all() for key, value in strategy.state_dict().items() if key != "gram")
 
 
 @pytest.mark.parametrize("case", SCALED)

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from mmlrec.balancing.hull import shortest_in_hull
-from mmlrec.balancing.strategies.pcgrad import pcgrad
 from mmlrec.config import load_config
 from mmlrec.distributed.world import process_group
 from mmlrec.losses import LossOptions
 from mmlrec.registry import strategy_names
 from mmlrec.run_folder.checkpoint import model_tensors
 from mmlrec.session.session import build_session
-from tests.balancing.support import GRADIENT_LEVEL
+from tests.balancing.support import GRADIENT_LEVEL, pcgrad_of
 from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, tensors
 from tests.training.worker import whole
@@ -230,7 +229,7 @@ def weights_after_one_step(network, before, batch, setting, strategy):
     shared = [key for key in named if network.owner(key.removeprefix("model.head.network.")) not in ("head", "task")]
     vectors = np.array([torch.cat([of_each[name][key].flatten() for key in shared]).numpy() for name in loss.objectives])
     gram = vectors @ vectors.T
-    c = {"static": np.ones(2), "pcgrad": pcgrad(gram, [[1], [0]]), "mgda": 2 * shortest_in_hull(gram)}[strategy]
+    c = {"static": np.ones(2), "pcgrad": pcgrad_of(gram, [[1], [0]]), "mgda": 2 * shortest_in_hull(gram)}[strategy]
     factors = dict(zip(loss.objectives, c, strict=True))
     return {
         key: before[key].double()

@@ -3,15 +3,22 @@
 import itertools
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 
+from mmlrec.balancing import gradients
+from mmlrec.balancing.base import to_host
+from mmlrec.distributed.world import process_group
 from mmlrec.layers.scenario import Dispatch
-from mmlrec.registry import method, method_names
+from mmlrec.registry import method, method_names, strategy_names
 from mmlrec.schema import Setting
+from tests.balancing.hostile import HOSTILE
+from tests.balancing.support import GRADIENT_LEVEL, WAITING_ONCE, make
 from tests.datasets import write_dataset
 from tests.models.support import TINY
+from tests.training.head_steps import training_step
 from tests.training.launch import launch, losses, tensors
 
 pytestmark = [
@@ -31,6 +38,7 @@ training: {{batch_size: 64, max_steps: 20, log_every_steps: 1, checkpoint_every_
 # Each method in its widest setting; settings come in the order of their width.
 PAIRS = list({name: setting for setting in Setting for name in method_names() if setting in method(name).settings}.items())
 STRATEGIES = ["uw", "dwa", "pcgrad", "mgda", "cagrad", "gradnorm", "metabalance"]
+SYNCHRONISING = "synchronizing CUDA operation"
 OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
 
 
@@ -198,3 +206,38 @@ def test_dispatch_waits_for_no_result_of_the_device(dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(gradient.isfinite().all() for gradient in found)
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_a_step_with_a_strategy_waits_once_for_a_solver_and_else_never(name, monkeypatch):
+    """Behind the lookup. The one wait is for an event, which torch does not count; all that it counts is too much."""
+    waited = []
+    monkeypatch.setattr(gradients, "to_host", lambda values: waited.append(name) or to_host(values))
+    with process_group():
+        step = training_step("ple", "mtmsl", DEVICE, balancing=name, unit="head")
+        for _ in range(3):  # the first ones may wait while they make handles, workspaces and pinned memory
+            step()
+        waited.clear()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                for _ in range(4):
+                    step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waited) == 4 * (name in WAITING_ONCE)
+    assert [str(warning.message) for warning in seen if SYNCHRONISING in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in GRADIENT_LEVEL if name != "monitor"])
+def test_coefficients_are_those_of_a_cpu(name):
+    """Under Gram matrices as training hardly gives them, three steps with what the strategy remembers."""
+    for case, gram in HOSTILE.items():
+        here, there = make(name, len(gram)), make(name, len(gram)).to(DEVICE)
+        matrix = torch.from_numpy(gram)
+        for step, values in enumerate(torch.rand(3, len(gram), dtype=torch.float64), 1):
+            expected = here.coefficients(matrix, values, step)
+            found = there.coefficients(matrix.to(DEVICE), values.to(DEVICE), step)
+            assert found.is_cuda
+            torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-12 * expected.abs().max().item(), msg=case)

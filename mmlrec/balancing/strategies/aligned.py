@@ -4,6 +4,8 @@ Senushkin, Patakin, Kuznetsov, Konushin, "Independent Component Alignment for Mu
 
     Q = V diag(l) V^T
     c = sqrt(l_min) V diag(l^-1/2) V^T 1, over the eigenvalues that are not zero
+
+On a GPU the host waits for the Gram matrix, once a step, and solves there: torch's `eigh` on CUDA waits, too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ Liu, Liu, Jin, Stone, Liu, "Conflict-Averse Gradient Descent for Multi-task Lear
     c   = K (1/K + c_a |g_0| / |G^T w| w) / (1 + c_a^2)
 
 The direction stays within `c_a` times the norm of the mean gradient around it; `c_a: 0` is the plain sum. K times, because the
-weights of a sum of K losses add up to K. The problem is solved exactly instead of by a fixed number of descent steps.
+weights of a sum of K losses add up to K. The problem is solved exactly instead of by a fixed number of descent steps: by a
+search, each trial of which is a problem like MGDA's. On a GPU the host waits for the Gram matrix, once a step, and solves
+there.
 """
 
 from __future__ import annotations

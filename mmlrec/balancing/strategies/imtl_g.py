@@ -8,6 +8,9 @@ Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-task Lear
 
 K times, because the weights of a sum of K losses add up to K; coefficients may be negative. Gradients of one direction have
 equal projections whatever c is: then c = 1. Of several solutions the one whose shares c_t |g_t| are least is taken.
+
+How many solutions there are, singular values tell; where there are several, a system solved blindly has none. On a GPU the host
+waits for the Gram matrix, once a step, and solves there: torch's `svd` on CUDA waits, too.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ Auxiliary Tasks", WWW 2022.
     n_t <- beta n_t + (1 - beta) |g_t|, in the batches in which the objective has rows
     c_t = r n_main / n_t + 1 - r, and 1 for the main objective
 
-There is one norm for all shared parameters, where the paper has one for each block of them.
+There is one norm for all shared parameters, where the paper has one for each block of them. On a GPU the host waits for
+nothing.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmlrec.balancing.base import BalancingSpec
-from mmlrec.balancing.gradients import Array, GradientBalancing, GradientBalancingConfig
+from mmlrec.balancing.gradients import GradientBalancing, GradientBalancingConfig
 
 
 class MetaBalance(GradientBalancing):
@@ -39,18 +39,18 @@ class MetaBalance(GradientBalancing):
         self.main = spec.objectives.index(main)
         self.register_buffer("norms", torch.zeros(len(spec.objectives), dtype=torch.float64))
 
-    def coefficients(self, gram: Array, losses: Array, step: int) -> Array:
+    def coefficients(self, gram: Tensor, losses: Tensor, step: int) -> Tensor:
         """See the base class."""
-        before, now = self.norms.cpu().numpy(), np.sqrt(np.diag(gram))
-        norms = np.where(before > 0, self.config.beta * before + (1 - self.config.beta) * now, now)
-        norms = np.where(now > 0, norms, before)
-        self.norms.copy_(torch.from_numpy(norms))
-        known = norms > 0
-        if not known[self.main]:
-            return np.ones(len(norms))
-        return np.where(known, metabalance(np.where(known, norms, 1.0), self.main, self.config.r), 1.0)
+        before, now = self.norms, gram.diagonal().sqrt()
+        norms = torch.where(before > 0, self.config.beta * before + (1 - self.config.beta) * now, now)
+        self.norms.copy_(torch.where(now > 0, norms, before))
+        return metabalance(self.norms, self.main, self.config.r)
 
 
-def metabalance(norms: Array, main: int, r: float) -> Array:
-    """Factors that bring the norms of auxiliary gradients near the main one's: r n_main / n_t + 1 - r, and 1 for it."""
-    return np.asarray(r * norms[main] / norms + 1.0 - r)
+def metabalance(norms: Tensor, main: int, r: float) -> Tensor:
+    """Factors that bring the norms of auxiliary gradients near the main one's: r n_main / n_t + 1 - r, and 1 for it.
+
+    Of norms that are 0, not yet known, 1; without that of the main one all.
+    """
+    known = norms > 0
+    return torch.where(known & known[main], r * norms[main] / norms + 1.0 - r, 1.0)

@@ -6,7 +6,8 @@ Désidéri 2012; Sener, Koltun, "Multi-Task Learning as Multi-Objective Optimiza
     c_t = K w_t / s_t, s = 1, the norm of g_t (`l2`), L_t (`loss`), or both (`loss+`)
 
 K times, because the weights of a sum of K losses add up to K. The problem is solved exactly, by Wolfe's algorithm, where the
-paper takes a fixed number of Frank-Wolfe steps.
+paper takes a fixed number of Frank-Wolfe steps. Which gradients take part is found one after the other, each by a question
+about numbers: on a GPU the host waits for the Gram matrix, once a step, and solves there.
 """
 
 from __future__ import annotations

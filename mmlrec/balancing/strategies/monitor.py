@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mmlrec.balancing.gradients import GradientBalancing, gradients
+from mmlrec.balancing.gradients import GradientBalancing, gradients, side_by_side
 
 
 class Monitor(GradientBalancing):
@@ -26,5 +26,5 @@ class Monitor(GradientBalancing):
         if (step - 1) % self.config.refresh_every == 0:
             shared, _ = self._split(x, parameters)
             of_each = [gradients(objective, shared) for objective in objectives.unbind()]
-            self.gram.copy_(self._global_gram(of_each, objectives.detach())[0])
+            self.gram.copy_(self._global_gram(*side_by_side(of_each), objectives.detach())[0])
         return torch.sum(objectives)

@@ -9,6 +9,9 @@ Without the ridge this is Q / |Q| c = 1 / c, the published rule, and gradients t
 the cosines, so that an objective's share a_t of the update does not depend on the scale of its loss: on Q / |Q| it would
 outweigh the diagonal of short gradients and silence them. The paper's clipping of the gradient's norm to 1 is
 `dense.clip_norm: 1`, off by default.
+
+It takes 6 to 15 Newton steps, each with a system of K equations. On a GPU the host waits for the Gram matrix, once a step, and
+solves there: that many steps would be more than a hundred small kernels, which take longer than one wait.
 """
 
 from __future__ import annotations

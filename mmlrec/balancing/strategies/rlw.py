@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmlrec.balancing.base import LossBalancing, step_generator
+from mmlrec.balancing.base import LossBalancing, step_generator, to_device
 
 
 class RLW(LossBalancing):
@@ -22,4 +22,4 @@ class RLW(LossBalancing):
     def coefficients(self, losses: Tensor, step: int) -> Tensor:
         """See the base class."""
         draws = torch.randn(len(losses), dtype=torch.float64, generator=step_generator(self.spec.seed, step))
-        return len(losses) * torch.softmax(draws, 0)
+        return to_device(len(losses) * torch.softmax(draws, 0), losses.device)
