@@ -333,6 +333,7 @@ import os, signal, sys, threading, time
 import mmlrec
 data, folder = mmlrec.Dataset(sys.argv[1]), sys.argv[2]
 before = signal.getsignal(signal.SIGTERM)
+signal.signal(signal.SIGINT, signal.{before})
 
 def interrupt():
     while not os.path.isdir(os.path.join(folder, "checkpoints", "best")):
@@ -342,15 +343,17 @@ def interrupt():
 
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    mmlrec.train({}, dataset=data, run_dir=folder, training={"epochs": 5000, "batch_size": 200, "patience": None})
+    mmlrec.train({{}}, dataset=data, run_dir=folder, training={{"epochs": 5000, "batch_size": 200, "patience": None}})
 except mmlrec.errors.UserError as error:
     print("told:", type(error).__name__)
-assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) == signal.{before}
 """
 
 
-def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path):
-    (tmp_path / "script.py").write_text(INTERRUPTED)
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path, before):
+    """Also in a process that was started with interrupts ignored, as those in the background of a script are."""
+    (tmp_path / "script.py").write_text(INTERRUPTED.format(before=before))
     command = [sys.executable, str(tmp_path / "script.py"), str(data.path), str(tmp_path / "run")]
     result = processes.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
