@@ -140,7 +140,7 @@ def _exit_code(main: Callable[[], None]) -> int:
             trace = "".join(traceback.format_exception(error.__cause__)) if isinstance(error, RankError) else ""
             if not _leave_to_agent(trace or str(error)) and error.__cause__:
                 sys.stderr.write(trace)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}" if error.is_error else error, file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:
         discard_output()

@@ -13,6 +13,8 @@ class UserError(Exception):
     """Something the user can mend: the message names the file, key or row, and the remedy."""
 
     exit_code = 2
+    #: Whether something is wrong: an end that was asked for is none, and its message is printed as it is.
+    is_error = True
     #: Of several ranks: True when another one prints it, None when it was raised before the ranks met.
     told: bool | None = None
 

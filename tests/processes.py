@@ -114,6 +114,7 @@ def spawn(function: Callable, arguments: tuple, nprocs: int) -> None:
 def _run(arguments: list[str], env: dict[str, str], cwd: Path, outputs: list[Path], prepare: Callable | None) -> None:
     """In the new process: become what Python started with these arguments would be."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a script has it ignored
     for number, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)

@@ -168,6 +168,8 @@ WRONG = [
     ({"features": {"user": {"kind": "id", "mincount": 2}}}, "features.user.mincount: unknown key. Did you mean"),
     ({"features": ["holes"]}, "features.holes: column 'holes' is of type double, but holds whole numbers only"),
     ({"features": ["mixed"]}, "features.mixed: column 'mixed' holds cells of several types (int, str)"),
+    ({"features": ["large"]}, "features.large: column 'large', row 1 (counted from 0): an integer does not fit into 64 bits."),
+    ({"features": ["half"]}, "features.half: column 'half', row 1 (counted from 0): half of a surrogate pair is no text."),
     ({"features": ["click"]}, "features.click is made of column 'click', and so is the label"),
     ({"tasks": ["klick"]}, "tasks.klick: the frame has no column 'klick'. Did you mean 'click'?"),
     ({"tasks": "click"}, "tasks: give a list"),
@@ -190,10 +192,12 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
 def test_a_wrong_argument_is_named(frame, change, message):
     frame = frame.assign(holes=np.where(np.arange(len(frame)) % 2, 3.0, np.nan), mixed=["x", 1] * (len(frame) // 2))
+    for name, cells in {"large": [1, 2**64], "half": ["x", "\ud800"]}.items():
+        frame[name] = pd.Series(cells * (len(frame) // 2), frame.index, object)
     if message is None:
         assert mmlrec.prepare(frame, **COLUMNS | change).manifest.scenario.values[:3] == ["0", "1", "2"]
         return
-    with pytest.raises(ConfigError if "mixed" not in message else DataError) as error:
+    with pytest.raises(ConfigError if not any(name in message for name in ("mixed", "large", "half")) else DataError) as error:
         mmlrec.prepare(frame, **COLUMNS | change)
     assert message in str(error.value)
 
@@ -329,6 +333,7 @@ import os, signal, sys, threading, time
 import mmlrec
 data, folder = mmlrec.Dataset(sys.argv[1]), sys.argv[2]
 before = signal.getsignal(signal.SIGTERM)
+signal.signal(signal.SIGINT, signal.{before})
 
 def interrupt():
     while not os.path.isdir(os.path.join(folder, "checkpoints", "best")):
@@ -338,15 +343,17 @@ def interrupt():
 
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    mmlrec.train({}, dataset=data, run_dir=folder, training={"epochs": 5000, "batch_size": 200, "patience": None})
+    mmlrec.train({{}}, dataset=data, run_dir=folder, training={{"epochs": 5000, "batch_size": 200, "patience": None}})
 except mmlrec.errors.UserError as error:
     print("told:", type(error).__name__)
-assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+assert signal.getsignal(signal.SIGINT) == signal.{before}
 """
 
 
-def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path):
-    (tmp_path / "script.py").write_text(INTERRUPTED)
+@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
+def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path, before):
+    """Also in a process that was started with interrupts ignored, as those in the background of a script are."""
+    (tmp_path / "script.py").write_text(INTERRUPTED.format(before=before))
     command = [sys.executable, str(tmp_path / "script.py"), str(data.path), str(tmp_path / "run")]
     result = processes.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -20,6 +18,7 @@ from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.storage.places import Place, place
+from mmlrec.storage.scratch import ScratchFolder
 from mmlrec.yaml_config import validate_section
 from preprocessing.command_line import make
 from preprocessing.describing.notes import block, look_at_this
@@ -162,12 +161,12 @@ def prepare(
         arguments += more
     held = None if out is not None else TemporaryFolder("dataset")
     there = held.path / "data" if held is not None else place(str(out))
-    with tempfile.TemporaryDirectory(prefix="mmlrec-frame-") as folder:
-        raw = Path(folder)
+    with ScratchFolder("frame") as scratch:
+        raw = scratch.path
         pq.write_table(table, raw / _FILE)
         (raw / "table.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         try:
-            made = make(["table", "--config", str(raw / "table.yaml"), "--raw", folder, "--out", str(there), *arguments])
+            made = make(["table", "--config", str(raw / "table.yaml"), "--raw", str(raw), "--out", str(there), *arguments])
         except UserError as error:
             told = str(error).replace(f"{raw / _FILE}", "frame").replace(f"{raw / 'table.yaml'}", _SOURCE)
             raise type(error)(_OPTIONS.sub(r"\1", told)) from error

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import pandas as pd
 import pyarrow as pa
 
+from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 
 #: Raw rows: a pandas DataFrame or an Arrow table.
@@ -57,9 +58,25 @@ def arrow_table(frame: Frame, columns: Mapping[str, str]) -> pa.Table:
 def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:
     try:
         return pa.Array.from_pandas(series)
+    except (OverflowError, UnicodeEncodeError) as error:
+        where = f"{argument}: column '{column}', row {next(row for row, cell in enumerate(series) if not _is_value(cell))}"
+        if isinstance(error, OverflowError):
+            why = f"an integer does not fit into 64 bits. {UNSIGNED} Convert it: frame['{column}'].astype('string')."
+        else:
+            why = "half of a surrogate pair is no text. Drop it."
+        raise DataError(f"{where} (counted from 0): {why}") from error
     except (pa.ArrowException, TypeError) as error:
         kinds = sorted({type(cell).__name__ for cell in series.dropna()})
         holds = f"cells of several types ({', '.join(kinds[:5])})" if len(kinds) > 1 else f"cells that cannot be read: {error}"
         raise DataError(
             f"{argument}: column '{column}' holds {holds}. Give it one, for example frame['{column}'].astype('string')."
         ) from error
+
+
+def _is_value(cell: object) -> bool:
+    """Whether Arrow can hold what stands in a cell."""
+    try:
+        pa.array([cell], from_pandas=True)
+    except (OverflowError, UnicodeEncodeError):
+        return False
+    return True

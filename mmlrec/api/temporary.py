@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import weakref
-from pathlib import Path
+
+from mmlrec.storage.scratch import ScratchFolder
 
 
 class TemporaryFolder:
     """A new folder below the machine's folder for temporary files (TMPDIR); deleted with this object, or when Python ends."""
 
     def __init__(self, name: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=f"mmlrec-{name}-"))
-        weakref.finalize(self, _delete, self.path, os.getpid())
+        scratch = ScratchFolder(name)
+        self.path = scratch.path
+        weakref.finalize(self, _delete, scratch, os.getpid())
 
 
-def _delete(path: Path, maker: int) -> None:
+def _delete(scratch: ScratchFolder, maker: int) -> None:
     """Not in a process that was forked from the one that made it, and ends before it."""
     if os.getpid() == maker:
-        shutil.rmtree(path, ignore_errors=True)
+        scratch.delete()

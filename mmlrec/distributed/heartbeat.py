@@ -246,6 +246,13 @@ def _within(seconds: float, call: Callable[[], T], otherwise: T) -> T:
     return found[0]
 
 
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until something of which other processes decide is so, or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def reachable(address: str) -> bool:
     """Whether the host of `host:port` answers, if only to say that nobody listens there. True where no port is known."""
     host, _, port = address.rpartition(":")

@@ -29,6 +29,8 @@ class Asked(enum.IntEnum):
 class Interrupted(UserError):
     """The process was asked to stop by a signal; nothing is half-written."""
 
+    is_error = False
+
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code

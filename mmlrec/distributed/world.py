@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
-from mmlrec.distributed.heartbeat import Heartbeat
+from mmlrec.distributed.heartbeat import Heartbeat, wait_for
 from mmlrec.distributed.sign_of_life import QUIET, signs_of_life
 from mmlrec.distributed.step_parts import StepParts
 from mmlrec.errors import RankError, UserAdvice, UserError
@@ -265,13 +265,13 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
             told = _said_before(store)
         store.set(f"{_NOTICED}{rank}", "")
         _hang_up()
-        _wait(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
+        wait_for(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = _said_before(store)
         store.add(_DONE, 1)
         if rank == 0:  # which may hold the store
-            _wait(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)
+            wait_for(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)
     except RuntimeError:
         gone = [0]
         if lost_another:
@@ -315,12 +315,6 @@ def _hang_up() -> None:
                 ports = (connection.getsockname()[1], connection.getpeername()[1])
                 if int(os.environ["MASTER_PORT"]) not in ports:
                     connection.shutdown(socket.SHUT_RDWR)
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,6 @@ faulty row may hold anything in the new column. A complaint may hold FOUND, whic
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pyarrow as pa
@@ -59,11 +58,12 @@ def separated(values: pa.Array, column: str, separator: str, kind: pa.DataType, 
     ids, parents = ids.filter(filled), parents[_bools(filled)]
     faults: Faults = []
     if pa.types.is_integer(kind):
-        ids, whole = integers(ids)
-        good = np.ones(len(values), bool)
-        good[parents[~whole]] = False
         complaint = f"{column} must hold integers of 64 bits, divided by {separator!r}{FOUND}. {REMEDY}"
-        faults.append((good, complaint, column))
+        ids, of_ids = integers(ids, complaint, column)
+        for good_ids, why, _ in of_ids:
+            good = np.ones(len(values), bool)
+            good[parents[~good_ids]] = False
+            faults.append((good, why, column))
     return _lists(ids, parents, len(values)), faults
 
 
@@ -89,10 +89,11 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -
     except pa.ArrowInvalid:
         one_by_one = [_json_list(text, column, kind, cells) for text in filled.to_pylist()]
     good = np.array([ids is not None for ids in one_by_one], bool)
+    fits = np.array([all(isinstance(each, str) or _fits(each) for each in ids or []) for ids in one_by_one], bool)
     what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
     complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
-    lists = pa.array([ids or [] for ids in one_by_one], pa.list_(kind))
-    return listed(lists, column, cells), [(good, complaint, column)]
+    lists = pa.array([ids if ids and fit else [] for ids, fit in zip(one_by_one, fits, strict=True)], pa.list_(kind))
+    return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column), column)]
 
 
 def singles(values: pa.Array) -> pa.ListArray:
@@ -114,22 +115,40 @@ def _lists(ids: pa.Array, parents: NDArray[np.int64], num_rows: int) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets), ids)
 
 
-def integers(texts: pa.Array) -> tuple[pa.Array, NDArray[np.bool_]]:
-    """int64, and which of the texts are such; 7.0 is 7."""
+def integers(texts: pa.Array, complaint: str, column: str) -> Converted:
+    """int64 from texts without nulls; 7.0 is 7.
+
+    Args:
+        complaint: of texts that are no integers. Those that are integers beyond 64 bits have one of their own.
+    """
     try:
         if not pc.all(pc.match_substring_regex(texts, INTEGER)).as_py() and len(texts):
             raise pa.ArrowInvalid("no integers")
-        return texts.cast(pa.int64()), np.ones(len(texts), bool)
+        return texts.cast(pa.int64()), []
     except pa.ArrowInvalid:
         texts = pc.replace_substring_regex(texts, pattern=WHOLE, replacement=r"\1")
+        good = pc.match_substring_regex(texts, INTEGER).to_numpy(zero_copy_only=False)
         # 20 characters hold any integer of 64 bits, and Python refuses to read very long ones.
-        values = [int(text) if re.match(INTEGER, text) and len(text) <= 20 else None for text in texts.to_pylist()]
-        good = np.array([value is not None and -(2**63) <= value < 2**63 for value in values], bool)
-        return pa.array([value if fits else 0 for value, fits in zip(values, good, strict=True)], pa.int64()), good
+        values = [int(text) if ok and len(text) <= 20 else None for text, ok in zip(texts.to_pylist(), good, strict=True)]
+        fit = np.array([value is not None and _fits(value) for value in values], bool)
+        found = pa.array([value if fits else 0 for value, fits in zip(values, fit, strict=True)], pa.int64())
+        return found, [(good, complaint, column), (fit | ~good, beyond(column), column)]
+
+
+def beyond(column: str) -> str:
+    """The complaint of an integer that is none of 64 bits."""
+    return f"{column} does not fit into 64 bits{FOUND}. {UNSIGNED}"
+
+
+def _fits(value: int) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[int] | list[str] | None:
-    """The ids, or None where the text is no list of them; JSON's null is an empty list, or a missing id, and 7.0 is 7."""
+    """The ids, integers of any size; None where the text is no list of them.
+
+    JSON's null is an empty list, or a missing id, and 7.0 is 7.
+    """
     try:
         ids = json.loads(text)
         text.encode(), json.dumps(ids, ensure_ascii=False).encode()  # half a surrogate pair is no text
@@ -143,5 +162,5 @@ def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[
     if pa.types.is_integer(kind):
         ids = [each for each in ids if not (isinstance(each, str) and each in cells.marks(column))]
         ids = [int(each) if isinstance(each, float) and each.is_integer() and abs(each) < 2**53 else each for each in ids]
-        return ids if all(type(each) is int and -(2**63) <= each < 2**63 for each in ids) else None
+        return ids if all(type(each) is int for each in ids) else None
     return ids if all(isinstance(each, str) for each in ids) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from mmlrec.encoding import conversions
 from mmlrec.encoding.features import feature_values, refuse, scenario_ids
 from mmlrec.encoding.folders import encoder_folder
 from mmlrec.encoding.inputs import Inputs, joined
-from mmlrec.encoding.mapped import read_arrays, write_arrays
+from mmlrec.encoding.mapped import RESTORE, read_arrays, write_arrays
 from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawColumn, ScenarioSpec, Specs
 from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.typed import plain
@@ -28,6 +29,8 @@ from mmlrec.storage.places import Place, place
 IntArray = NDArray[np.int64]
 
 ENCODER_FILE = "encoder.json"
+#: Key of its file, whose value is over all the others.
+_CHECKSUM = "checksum"
 _ROWS = 4096  # that go through together: what is made of them on the way stays in the caches
 
 
@@ -87,6 +90,7 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = write_arrays(folder, self._vocabularies.arrays())
         facts = self.facts | {"directories": self._vocabularies.tables, "arrays": arrays}
+        facts = {_CHECKSUM: _checksum(facts)} | facts
         (folder / ENCODER_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def with_slots(self, slots: Mapping[str, tuple[UInt64Array, IntArray]]) -> Encoder:
@@ -257,4 +261,12 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged: {error}. Export the model again.") from error
     if form != FACTS_FORM:
         raise DataError(f"{path}: an encoder of form {form}; this release reads {FACTS_FORM}. Export the model again.")
+    recorded = facts.pop(_CHECKSUM, None)  # folders from before there was one have none
+    if recorded not in (None, _checksum(facts)):
+        raise DataError(f"{path} is damaged: its checksum is not that of what was written. {RESTORE}")
     return dict(facts)
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    """sha256 of the facts as compact JSON, in the order in which the file has them."""
+    return hashlib.sha256(json.dumps(facts, separators=(",", ":")).encode()).hexdigest()

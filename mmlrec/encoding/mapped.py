@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mmlrec.errors import DataError
 
 _END_BYTES = 1 << 16  # at both ends of a file, of which the checksum is taken
-_RESTORE = "Copy the folder again, or export the model again."
+#: What to do with a folder that is damaged.
+RESTORE = "Copy the folder again, or export the model again."
 
 
 def write_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> dict[str, dict[str, Any]]:
@@ -38,7 +39,7 @@ def read_arrays(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> dict[st
             cast(mmap.mmap, mapped.base).madvise(mmap.MADV_RANDOM)  # else the kernel reads and maps what lies around
             arrays[name] = mapped.view(np.ndarray)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. {_RESTORE}") from error
+            raise DataError(f"{path} cannot be read: {error}. {RESTORE}") from error
     return arrays
 
 
@@ -51,9 +52,9 @@ def check_mark(path: Path, of: Mapping[str, Any]) -> None:
     """Raise DataError, or OSError, where a file is not the one that `mark_of` has seen."""
     size = path.stat().st_size
     if size != of["bytes"]:
-        raise DataError(f"{path} is damaged: it has {size:,} bytes, {of['bytes']:,} were written. {_RESTORE}")
+        raise DataError(f"{path} is damaged: it has {size:,} bytes, {of['bytes']:,} were written. {RESTORE}")
     if _ends_digest(path) != of["sha256"]:
-        raise DataError(f"{path} is damaged: its checksum is not that of the file that was written. {_RESTORE}")
+        raise DataError(f"{path} is damaged: its checksum is not that of the file that was written. {RESTORE}")
 
 
 def _ends_digest(path: Path) -> str:

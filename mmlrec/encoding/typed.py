@@ -17,8 +17,8 @@ from mmlrec.encoding.conversions import (
     FOUND,
     REMEDY,
     ROUNDED,
-    UNSIGNED,
     Converted,
+    beyond,
     integers,
     json_lists,
     present,
@@ -66,8 +66,7 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
         return _from_numbers(numbers, whole(values), kind, column)
     if pa.types.is_uint64(found) and pa.types.is_integer(kind):
         good = pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
-        complaint = f"{column} does not fit into 64 bits{FOUND}. {UNSIGNED}"
-        return pc.if_else(good, values, None).cast(kind), [(_bools(good), complaint, column)]
+        return pc.if_else(good, values, None).cast(kind), [(_bools(good), beyond(column), column)]
     if pa.types.is_floating(kind) and (pa.types.is_integer(found) or pa.types.is_boolean(found) or pa.types.is_decimal(found)):
         numbers = values.cast(pa.int8()) if pa.types.is_boolean(found) else values
         return cells.take(column, numbers.cast(kind, safe=False)), []  # a mark such as 7.0, or 1 for true
@@ -125,9 +124,8 @@ def _from_text(texts: pa.Array, kind: pa.DataType, column: str, cells: Cells) ->
     texts = pc.utf8_trim(present(texts), characters=BLANKS)
     if pa.types.is_integer(kind):
         known = texts.is_valid()
-        found, good = integers(texts.fill_null("0"))
-        found = pc.if_else(pc.and_(known, pa.array(good)), found, None)
-        complaint = f"{column} must be an integer of 64 bits{FOUND}. {REMEDY}"
+        found, faults = integers(texts.fill_null("0"), f"{column} must be an integer of 64 bits{FOUND}. {REMEDY}", column)
+        found = pc.if_else(known, found, None)
     else:
         words = pc.index_in(texts, value_set=pa.array(list(_WORDS)))
         texts = pc.if_else(words.is_valid(), pa.array(list(_WORDS.values())).take(words), texts)
@@ -138,8 +136,8 @@ def _from_text(texts: pa.Array, kind: pa.DataType, column: str, cells: Cells) ->
             good = np.array([text is None or _is_number(text) for text in texts.to_pylist()], bool)
             found = pc.if_else(pa.array(good), texts, None).cast(kind)
         good = good & ~_bools(pc.is_nan(found).fill_null(False))
-        complaint = f"{column} must be a number{FOUND}. {REMEDY}"
-    return cells.take(column, found), [(good, complaint, column)]
+        faults = [(good, f"{column} must be a number{FOUND}. {REMEDY}", column)]
+    return cells.take(column, found), faults
 
 
 def _is_number(text: str) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
@@ -44,7 +45,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 from torch.distributed.launcher import api as launcher
 
-from mmlrec.distributed.heartbeat import reachable
+from mmlrec.distributed.heartbeat import reachable, wait_for
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.errors import MISTAKES
 
@@ -56,9 +57,9 @@ _MEANING = {
     PREEMPTED: "stopped, state saved; starting again continues from there",
     INTERRUPTED: "interrupted",
 }
-#: Seconds: for other nodes to tell their outcome; for them to read it.
+#: Seconds: for other nodes to tell their outcome; for them to read it; and for the last of them to have the answer.
 _AGREE_WITHIN, _READ_WITHIN = 10.0, 2.0
-_ASK_EVERY = 0.1
+_LAST_READ = 0.3
 #: Longest wait for other nodes whose ranks have not ended when those of this one are done, as of torchrun.
 _EXIT_BARRIER = 300.0
 #: How long torchrun waits for the other ranks of a node, when one has ended, before it kills them; and then once more.
@@ -230,14 +231,14 @@ class Agent(LocalElasticAgent):
             if wait:
                 # Nodes that want to start again in place must not wait for this one.
                 group.spec.rdzv_handler.set_closed()
-                _wait(told_by_all, wait)
+                wait_for(told_by_all, wait)
             told = [int(store.get(key)) for key in keys if store.check([key])]
             # One of the agents hosts the store, and should not take it away before all have read, and know that all have.
             store.add("mmlrec/read", 1)
-            _wait(lambda: store.add("mmlrec/read", 0) >= len(told), min(wait, _READ_WITHIN))
+            wait_for(lambda: store.add("mmlrec/read", 0) >= len(told), min(wait, _READ_WITHIN))
             if wait:
                 group.spec.rdzv_handler.shutdown = lambda: True  # Closed; nobody asks any more.
-                time.sleep(3 * _ASK_EVERY)
+                time.sleep(_LAST_READ)
         return outcome([own, *told])
 
     def _takes(self, seconds: float) -> None:
@@ -280,6 +281,7 @@ def main() -> None:
     Agent.first = torchrun.get_rdzv_endpoint(arguments)
     Agent.grace = _grace(arguments)
     launcher.LocalElasticAgent = Agent  # type: ignore[assignment,misc]
+    processes.logger.addFilter(_tells_a_failure)
     processes._terminate_process_handler = _stop  # type: ignore[assignment]
     for name in arguments.signals_to_handle.split(","):
         signal.signal(getattr(signal, name.strip()), _stop)  # which torchrun does when it has ranks
@@ -362,10 +364,10 @@ def _tell(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def _wait(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(_ASK_EVERY)
+def _tells_a_failure(record: logging.LogRecord) -> bool:
+    """Whether to print what torchrun logs: a rank that has saved, as all do when nodes come or go, has not `failed`."""
+    given = record.args if isinstance(record.args, tuple) else ()
+    return not (str(record.msg).startswith("failed (exitcode: %s)") and given[:1] == (PREEMPTED,))
 
 
 if __name__ == "__main__":

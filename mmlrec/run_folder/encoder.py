@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 from mmlrec.distributed.world import logger
@@ -19,6 +18,7 @@ from mmlrec.identity import data_facts, encoding_differences, rows_alone_differ
 from mmlrec.run_folder import whole
 from mmlrec.schema import MANIFEST, DatasetManifest, Encoding
 from mmlrec.storage.places import Place, get_file, put_file, read
+from mmlrec.storage.scratch import ScratchFolder
 
 
 def write_encoder(there: Place, dataset: Place, manifest: DatasetManifest, start: str) -> None:
@@ -101,9 +101,9 @@ def _copy(source: Place, target: Place) -> None:
         get_file(source, target)
         whole.sync(target)
     else:
-        with tempfile.TemporaryDirectory(prefix="mmlrec-vocabulary-") as folder:
-            get_file(source, Path(folder) / "copy")
-            put_file(Path(folder) / "copy", target)
+        with ScratchFolder("vocabulary") as scratch:
+            get_file(source, scratch.path / "copy")
+            put_file(scratch.path / "copy", target)
 
 
 def is_encoded_alike(there: Place, manifest: DatasetManifest, state: dict[str, object]) -> bool:

@@ -8,8 +8,6 @@ gets its marker, so that a resume loses none. Training never ends for that, and 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import StorageError, UserError
 from mmlrec.storage.places import Place, read
+from mmlrec.storage.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -62,8 +61,9 @@ class Reports:
         self._folder, self._lost = folder, lost
         self._put: dict[Path, tuple[int, int]] = {}
         try:
+            self._scratch = ScratchFolder("reports")
             #: Where they are written; what a run has appended to so far lies there.
-            self.written = Path(tempfile.mkdtemp(prefix="mmlrec-reports-"))
+            self.written = self._scratch.path
             # TensorBoard begins a new file at each start.
             for name in [log_name(rank), *(["metrics.jsonl"] if rank == 0 else [])]:
                 path = self.written / name
@@ -72,7 +72,7 @@ class Reports:
                     path.write_bytes(read(folder / name))
                     self._put[path] = _state(path)
         except StorageError:
-            shutil.rmtree(self.written, ignore_errors=True)
+            self._scratch.delete()
             raise
         except OSError as error:
             raise UserError(
@@ -92,8 +92,10 @@ class Reports:
         self._thread.join()
         # Where the store has not been reached of late, nobody has to wait for another refusal.
         if not self._out_of_reach and self.put():
-            shutil.rmtree(self.written, ignore_errors=True)
+            self._scratch.delete()
         else:
+            self._scratch.keep()
+            self.written = self._scratch.path
             logger.warning(
                 "note: %s lacks the last reports of this run; they are in %s on this machine.", self._folder, self.written
             )

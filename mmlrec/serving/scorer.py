@@ -46,6 +46,10 @@ class _Waiting:
     body: bytes
     answer: Future[Scored] = field(default_factory=Future)
 
+    def forget(self) -> None:
+        """Let go of the body, which may be long."""
+        self.body = b""
+
 
 class Scorer:
     """JSON text `{"rows": [...]}` to `{"scores": [...]}`.
@@ -68,6 +72,7 @@ class Scorer:
         The future's exception is a RequestError, or one that nobody foresaw.
         """
         waiting = _Waiting(body)
+        waiting.answer.add_done_callback(lambda _: waiting.forget())  # one that nobody waits for stays in the row, empty
         self._waiting.append(waiting)
         self._thread.submit(self._score_waiting)
         return waiting.answer

@@ -23,6 +23,8 @@ _LOG = logging.getLogger(__name__)
 _SCORE = "/score"
 #: Requests to score that are read, wait or are scored at a time; others are told to come again.
 _MOST_AT_ONCE = 256
+#: What their bodies may fill together, in bodies of the longest kind: 256 of these would be gigabytes.
+_LONGEST_AT_ONCE = 16
 _CLOSE = (b"connection", b"close")
 
 
@@ -53,7 +55,7 @@ class Service:
         self._model, self._limits = model, limits
         self._scorer = Scorer(model, max_rows=limits.rows, max_bytes=limits.bytes)
         self._metrics = Metrics()
-        self._at_once = 0
+        self._held: dict[Request, int] = {}  # requests to score that are worked on -> bytes that their bodies may fill
         self._app = self._routes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,9 +95,9 @@ class Service:
 
     async def _score(self, request: Request) -> Response:
         """Score rows: `{"rows": [{"column": value, ...}, ...]}` gives `{"scores": [{"score.task": 0.5, ...}, ...]}`."""
-        if self._at_once >= _MOST_AT_ONCE:
+        if len(self._held) >= _MOST_AT_ONCE:
             return _error(503, f"{_MOST_AT_ONCE} requests are worked on already: try again.")
-        self._at_once += 1
+        self._held[request] = 0
         try:
             scored = await self._scored(await self._body(request))
         except RequestError as error:
@@ -106,17 +108,19 @@ class Service:
             _LOG.exception("a request could not be scored")
             return _error(500, "the rows could not be scored; the log of the service says why.")
         finally:
-            self._at_once -= 1
+            del self._held[request]
         self._metrics.scored(scored.num_rows)
         return Response(scored.body, media_type="application/json")
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request; a longer one than is allowed is not read."""
+        """The body of a request; one for which there is no room, or a longer one than is allowed, is not read."""
         too_long = RequestError(
             413, f"the body is longer than {self._limits.bytes:,} bytes, the most of a request: send several."
         )
-        if int(request.headers.get("content-length", 0)) > self._limits.bytes:
+        length = int(request.headers.get("content-length", 0))
+        if length > self._limits.bytes:
             raise too_long
+        self._hold(request, length)
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.seconds):
@@ -124,11 +128,19 @@ class Service:
                     body += chunk
                     if len(body) > self._limits.bytes:
                         raise too_long
+                    self._hold(request, len(body))
         except TimeoutError:
             raise RequestError(
                 408, f"the body did not arrive within {self._limits.seconds:g} seconds: send it faster."
             ) from None
         return bytes(body)
+
+    def _hold(self, request: Request, num_bytes: int) -> None:
+        """Count the bytes that a body fills, or is going to; fewer than before change nothing."""
+        more, room = num_bytes - self._held[request], _LONGEST_AT_ONCE * self._limits.bytes
+        if more > 0 and sum(self._held.values()) + more > room:
+            raise RequestError(503, f"requests that are worked on fill the {room:,} bytes that they may: try again.")
+        self._held[request] += max(more, 0)
 
     async def _scored(self, body: bytes) -> Any:
         """Its scores, when it is their turn in time; what has begun goes on unseen."""

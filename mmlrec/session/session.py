@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ _MEASURED = (
     " dataset.path (rows encoded alike), training.precision, training.eval_batch_size, training.timeout and"
     " embeddings.sharding."
 )
+#: How many hosts torchrec takes for one, where somebody has set it.
+_POD_SIZE = "TORCHREC_RESOLVED_POD_SIZE"
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
@@ -347,7 +350,16 @@ def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple
 
 
 def hardware_of(world: World) -> Hardware:
-    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names."""
+    """What the ranks run on: equal ones, with the least memory that one of them has, on the hosts that the launcher names.
+
+    Raises:
+        ConfigError: torchrec is told to take several hosts for one, which the plan here knows nothing of.
+    """
+    if world.world_size > 1 and (pod := os.environ.get(_POD_SIZE, "1")) != "1":
+        raise ConfigError(
+            f"the environment variable {_POD_SIZE} is {pod}: torchrec would take that many hosts for one, and look rows up on"
+            " other ranks than the plan of the tables says. Unset it: hosts are those that the launcher names."
+        )
     least = -world.highest(-memory_of(world.device, world.local_world_size))
     of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type

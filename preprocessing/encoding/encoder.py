@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.encoding import columns as frozen
+from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError
 from mmlrec.exact_sums import exact_sum
 from mmlrec.hashing import bucket_ids, hash_ids, key_ids
@@ -85,9 +86,7 @@ class Vocabulary:
         kept = kept.sort_by(order)
         self._entries = (kept if known is None else pa.concat_tables([known, kept])).combine_chunks()
         self._values = self._entries["value"].combine_chunks()
-        if pa.types.is_integer(self._values.type):
-            self._order = np.argsort(self._values.to_numpy())
-            self._sorted = self._values.to_numpy()[self._order]
+        self._ids = Vocabularies.of({"": [self._values]})
 
     @property
     def num_rows(self) -> int:
@@ -96,14 +95,7 @@ class Vocabulary:
 
     def encode(self, values: pa.Array) -> pa.Array:
         """Ids of raw values, int64, without nulls."""
-        if pa.types.is_integer(values.type) and len(self._values):
-            # a search costs less than index_in, which hashes the whole vocabulary anew at each call
-            wanted = values.fill_null(0).to_numpy()
-            at = np.minimum(np.searchsorted(self._sorted, wanted), len(self._sorted) - 1)
-            known = (self._sorted[at] == wanted) & values.is_valid().to_numpy(zero_copy_only=False)
-            return pa.array(np.where(known, self._order[at] + 1, 0))
-        found = pc.index_in(values, value_set=self._values).cast(pa.int64())
-        return pc.add(found, 1).fill_null(0)
+        return pa.array(self._ids.look_up("", values))
 
     def save(self, path: Path) -> None:
         """Write columns `value`, `id` (int64) and `count` (int64), in the order of ids."""

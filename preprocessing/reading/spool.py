@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from mmlrec.errors import DataError, UserError
 from mmlrec.storage.places import Place, get_file, objects_below
+from mmlrec.storage.scratch import ScratchFolder
 from preprocessing.progress import progress
 
 if TYPE_CHECKING:
@@ -62,28 +60,6 @@ class Spool:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[str]:
-    """A folder that goes with this process; those that killed ones left behind go at once."""
-    prefix = f"mmlrec-raw-{os.geteuid()}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError), _held(left):
-            shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
-        yield folder
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder for as long as this process lives. Raises BlockingIOError when another one does."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def spooled(raw: Place) -> Iterator[Spool]:
     """The raw files of a folder or an address. Complaints about a copy name the object.
 
@@ -97,12 +73,12 @@ def spooled(raw: Place) -> Iterator[Spool]:
     sizes = {name: size for name, size in objects_below(raw).items() if ".." not in PurePosixPath(name).parts}
     if not sizes:
         raise DataError(f"{raw}: there is nothing, so no raw files. Give the address of their folder as --raw.")
-    with _temporary_folder() as folder:
+    with ScratchFolder("raw") as scratch:
         for name in sizes:
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).touch()
+            (scratch.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (scratch.path / name).touch()
         try:
-            yield Spool(Path(folder), raw, sizes)
+            yield Spool(scratch.path, raw, sizes)
         except UserError as error:
-            error.args = (str(error).replace(folder, str(raw)),)
+            error.args = (str(error).replace(str(scratch.path), str(raw)),)
             raise

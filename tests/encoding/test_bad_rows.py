@@ -10,17 +10,18 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import DataError
 from tests.preprocessing.table_fake import run, small
 
-LINES = "user,item,tags,words,x,place\n" + "".join(
-    f'{i % 5},i{i % 7},{i % 3}|{i % 4},"[""a{i % 3}""]",{i}.5,{"north" if i % 2 else "south"}\n' for i in range(60)
+LINES = "user,item,tags,words,codes,x,place\n" + "".join(
+    f'{i % 5},i{i % 7},{i % 3}|{i % 4},"[""a{i % 3}""]",[{i % 3}],{i}.5,{"north" if i % 2 else "south"}\n' for i in range(60)
 )
 FEATURES = {
     "user": {"kind": "id", "type": "int"},
     "item": {"kind": "id"},
     "tags": {"kind": "ids", "type": "int", "separator": "|"},
     "words": {"kind": "ids"},
+    "codes": {"kind": "ids", "type": "int"},
     "x": {"kind": "number", "allow_label_feature": True},
 }
-GOOD = {"user": 1, "item": "i1", "tags": "1|2", "words": ["a1"], "x": 1.5, "place": "north"}
+GOOD = {"user": 1, "item": "i1", "tags": "1|2", "words": ["a1"], "codes": [1], "x": 1.5, "place": "north"}
 
 
 def made(folder, others="error", values=("north", "south"), lines=LINES, **config):
@@ -45,15 +46,32 @@ def table(**columns):
     )
 
 
+def large(column, found):
+    """What is said of an integer beyond 64 bits in row 1, whatever it came as."""
+    hint = "Integers have a sign; as text, type: string, it can be an id."
+    return f"row 1 (counted from 0): {column} does not fit into 64 bits, found {found}. {hint}"
+
+
 BAD_CELLS = {
     "fraction": ({"user": [1.0, 2.0, 2.5]}, "row 2 (counted from 0): user must be an integer of 64 bits, found 2.5."),
     "infinite id": ({"user": [1.0, float("inf")]}, "row 1 (counted from 0): user must be an integer of 64 bits, found inf."),
     "large": (
         {"user": pa.array([1, 2**63], pa.uint64())},
-        f"row 1 (counted from 0): user does not fit into 64 bits, found {2**63}.",
+        large("user", 2**63),
     ),
     "word": ({"user": ["1", "two"]}, "row 1 (counted from 0): user must be an integer of 64 bits, found two."),
-    "large text": ({"user": ["1", str(2**63)]}, f"row 1 (counted from 0): user must be an integer of 64 bits, found {2**63}."),
+    "large text": ({"user": ["1", str(2**63)]}, large("user", 2**63)),
+    "very large text": ({"user": ["1", "9" * 30]}, large("user", "9" * 30)),
+    "large text below 0": ({"user": ["1", str(-(2**63) - 1)]}, large("user", -(2**63) - 1)),
+    "large text with a point": ({"user": ["1", f"{2**64}.0"]}, large("user", f"{2**64}.0")),
+    "large decimal": ({"user": pa.array(["1", str(2**64 - 1)]).cast(pa.decimal128(20, 0))}, large("user", 2**64 - 1)),
+    "large element": ({"tags": pa.array([[1], [2, 2**63]], pa.list_(pa.uint64()))}, large("tags", [2, 2**63])),
+    "large one among several": ({"tags": ["1", f"1|{2**63}"]}, large("tags", f"1|{2**63}")),
+    "large one in a JSON list": ({"codes": ["[1]", f"[2, {2**63}]"]}, large("codes", f"[2, {2**63}]")),
+    "large float": (
+        {"user": [1.0, 2.0**63]},
+        "row 1 (counted from 0): user must be an integer of 64 bits, found 9.223372036854776e+18. Floats are rounded",
+    ),
     "hexadecimal": ({"user": ["0x1"]}, "row 0 (counted from 0): user must be an integer of 64 bits, found 0x1."),
     "decimal": ({"user": [decimal.Decimal("2.5")]}, "row 0 (counted from 0): user must be an integer of 64 bits, found 2.5."),
     "number as text id": ({"item": [1.5]}, "row 0 (counted from 0): item must be text, or an integer, found 1.5."),
@@ -145,6 +163,7 @@ def test_columns_say_what_is_read(encoder):
         "item": ("string", False, ("feature item",)),
         "tags": ("string", False, ("feature tags",)),
         "words": ("list<item: string>", True, ("feature words",)),
+        "codes": ("list<item: int64>", True, ("feature codes",)),
         "x": ("double", False, ("feature x",)),
         "place": ("string", False, ("scenario",)),
     }

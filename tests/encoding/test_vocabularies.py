@@ -88,6 +88,24 @@ def test_texts_with_equal_hashes_are_told_apart(values, bits, monkeypatch):
     assert encoder.encode_column("few", pa.array(["a", "b", "c"])).to_pylist() == [2, 1, 0]
 
 
+def test_a_fact_that_was_changed_is_told_wherever_it_stands(values, tmp_path):
+    """Also one with which the file can still be read, and without the export's card. A file without a checksum is taken."""
+    encoder_of(values).save(tmp_path)
+    path = tmp_path / "encoder.json"
+    text = path.read_text(encoding="utf-8")
+    facts = json.loads(text)
+    for change in ({"dataset": "another"}, {"features": dict(reversed(facts["features"].items()))}, {"checksum": "0" * 64}):
+        path.write_text(json.dumps(facts | change), encoding="utf-8")
+        with pytest.raises(DataError, match=r"encoder\.json is damaged: its checksum is not that .* Copy the folder again"):
+            Encoder.load(tmp_path)
+    path.write_text(text.replace(facts["checksum"], ""), encoding="utf-8")
+    with pytest.raises(DataError, match="its checksum"):
+        Encoder.load(tmp_path)
+    del facts["checksum"]
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    assert Encoder.load(tmp_path).facts == encoder_of(values).facts
+
+
 def test_a_file_that_is_cut_off_changed_or_gone_is_named(values, tmp_path):
     encoder_of(values).save(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())

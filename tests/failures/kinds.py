@@ -24,7 +24,7 @@ class Kind:
         failures: how many in the training.
         moment: a random step; a random time after the start, before the first step; while a checkpoint is being written; or
             during a validation.
-        errors: least and most lines beginning with `error:` that a failure may leave in all logs.
+        errors: least and most lines of all logs that say why a rank ended (`error:`, `stopped at step`) after a failure.
         goes_on: the same processes train on.
         same_bits: all weights equal those of a run without failures; otherwise its losses are equal to 1e-5.
         first_hosts: hosts that are there at the beginning.

@@ -25,6 +25,8 @@ training: {{batch_size: {batch_size}, epochs: {epochs}, patience: null, eval_bat
 """
 #: Longest wait for training to go on, and for a start: a busy machine takes a minute for one.
 _GOES_ON_WITHIN_S = 400.0
+#: Lines that say why a rank ended.
+_WHY = "error: |stopped at step "
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Trial:
     Attributes:
         moment: of the failure, in words.
         ended: the commands that ended until training went on: host, exit code, seconds after the failure.
-        errors: lines beginning with `error:` until training went on.
+        errors: lines that say why a rank ended, `error: ...` or `stopped at step ...`, until training went on.
         seconds: from the failure to the next trained step; None where another failure came before, by intention.
         lost_steps: trained before the failure, and again after it.
         starts: of the job's command until training went on (of a host's command, in an elastic job).
@@ -117,8 +119,8 @@ def run_training(
         job.wait(lambda: job.finished, _GOES_ON_WITHIN_S)
         faults = [] if job.finished else ["the training did not come to its end"]
         faults = faults or differences(job, unbroken, kind)
-        if len(job.said("error: ")) != sum(len(trial.errors) for trial in trials):
-            faults.append("lines beginning with error: at other times")
+        if len(job.said(_WHY)) != sum(len(trial.errors) for trial in trials):
+            faults.append("lines that say why a rank ended, at other times")
         if job.said(r"Traceback \(most recent call last\)"):
             faults.append("a traceback")
     except Fault as fault:
@@ -157,7 +159,7 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
     went_on = job.wait(over, _GOES_ON_WITHIN_S)
     job.pace(kind.step_seconds)
     trial.ended = [(job.hosts.names[end.host], end.code, round(end.time - failed_at, 1)) for end in job.ends[ends:]]
-    trial.errors, trial.starts = job.said("error: ", marks), job.starts - starts
+    trial.errors, trial.starts = job.said(_WHY, marks), job.starts - starts
     # All steps may have been trained by then; the start after the failure finds nothing left but the test.
     if not went_on and not (job.finished and world_size is None):
         raise Fault("training did not go on")
@@ -168,7 +170,7 @@ def _fail_once(kind: Kind, job: Job, trial: Trial, random: Random) -> None:
         raise Fault("training went on during the failure: it was none")
     least, most = kind.errors
     if not least <= len(trial.errors) <= most:
-        trial.fault = f"{len(trial.errors)} lines beginning with error:"
+        trial.fault = f"{len(trial.errors)} lines that say why a rank ended"
 
 
 def _wait_for_moment(kind: Kind, job: Job, number: int, random: Random) -> str:

@@ -74,7 +74,9 @@ def test_all_tasks_of_a_shipped_configuration_meet_at_one_endpoint(config, stand
         assert host == ("localhost" if nodes == 1 else f"{name}-{tasks[0]['name']}-0.{name}")
         assert 29500 <= int(port) < 30500 or nodes == 1
         if nodes > 1:  # One of them opens the store, whether its name resolves by then or not.
-            assert [words[words.index("--rdzv-conf") + 1] for words in given] == ["is_host=1", *["is_host=0"] * (nodes - 1)]
+            assert [words[words.index("--rdzv-conf") + 1] for words in given] == [
+                f"is_host={int(node == 0)},read_timeout=600" for node in range(nodes)
+            ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmlrec.embeddings.plan_file import compare_plans, given_placement, read_pla
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables
 from mmlrec.errors import ConfigError, DataError
+from mmlrec.session.session import hardware_of
 
 SIZES = {"a": (1000, 8), "b": (3, 8)}
 
@@ -42,6 +44,26 @@ def written(folder, content):
     path = folder / "plan.json"
     path.write_text(json.dumps(content))
     return str(path)
+
+
+def test_hosts_that_torchrec_would_take_for_one_are_refused(monkeypatch):
+    """Ranks would look for rows in other groups than those of the plan."""
+    world = SimpleNamespace(
+        world_size=4,
+        local_world_size=2,
+        device=torch.device("cpu"),
+        highest=lambda value: value,
+        gather=lambda value: [value] * 4,
+    )
+    monkeypatch.delenv("TORCHREC_RESOLVED_POD_SIZE", raising=False)
+    assert (found := hardware_of(world)).ranks_per_host == 2
+    monkeypatch.setenv("TORCHREC_RESOLVED_POD_SIZE", "1")
+    assert hardware_of(world) == found
+    monkeypatch.setenv("TORCHREC_RESOLVED_POD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match=r"TORCHREC_RESOLVED_POD_SIZE is 2: torchrec would take that many hosts for one.* Unset it"
+    ):
+        hardware_of(world)
 
 
 def test_both_kinds_of_file_are_read(tmp_path):

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.schema import DatasetManifest
+from mmlrec.storage.places import place
 from preprocessing.command_line import main
 from preprocessing.dataset import dataset_class
 from preprocessing.engines import spark_pieces
@@ -119,6 +120,23 @@ def test_later_rows_with_fitted_parts_given(options, spark, small, tmp_path):
         min(sum(split["unseen"] for split in against["item"].values()), sum(s["outside"] for s in against["price"].values()))
         > 50
     )
+
+
+@pytest.mark.parametrize("option", ["--like", pytest.param("--extend", marks=pytest.mark.long)])
+def test_fitted_parts_that_lie_on_an_object_store(option, spark, small, tmp_path, store):
+    """Rows and result lie in folders, as Spark wants; the dataset that they are encoded like need not."""
+    write_table(tmp_path / "raw", num_rows=600)
+    for name in ("a", "b"):
+        write_csv(tmp_path / "new" / f"{name}-rows.csv", records(250, seed=ord(name)))
+    assert make("table", ["--config", str(tmp_path / "raw/my_table.yaml")], tmp_path / "one", "local") == 0
+    there = place(store.address) / "one"
+    for path in (tmp_path / "one").rglob("*"):
+        if path.is_file():
+            there.joinpath(*path.relative_to(tmp_path / "one").parts).write_bytes(path.read_bytes())
+    new = [option, str(there), "--raw", str(tmp_path / "new"), "--split", "later"]
+    local, on_spark = both("table", new if option == "--like" else new[:-2], tmp_path)
+    assert local.keys() == on_spark.keys()
+    assert [name for name in local if local[name] != on_spark[name]] == []
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The HTTP service as a process, and real clients: right answers, right refusals, and an end that drops nothing."""
 
+import contextlib
 import json
 import re
+import select
 import signal
 import socket
 import sys
@@ -98,6 +100,7 @@ REFUSED = {
     "no column": (422, json.dumps({"rows": [{"user": "u1"}]}), r"there is no column 'price', which feature price is made of"),
     "wrong type": (422, rows_with(price="cheap"), r"row 1 .*: price must be a number, found cheap"),
     "wrong object": (422, rows_with(user={}), r"row 1 .*: user must be text or an integer"),
+    "beyond 64 bits": (422, rows_with(tags=[1, 2**63]), r"row 1 .*: tags does not fit into 64 bits, found .* type: string"),
     "scenario": (422, rows_with(place="street"), r"row 1 .*: place .*found street.* Known are: home, search, cart"),
     "surrogate": (422, rows_with(user="\ud800"), r"row 1 .*: user is no text"),
     "rows": (413, json.dumps({"rows": [ROW] * 501}), r"501 rows are more than 500, the most of a request: send several"),
@@ -137,6 +140,39 @@ def test_bodies_of_a_gigabyte_are_not_read_into_memory(service):
         assert answer(connection)[0] == 413
     assert pieces < 100
     assert service.peak_bytes() - before < 100 * MIB
+
+
+def test_bodies_that_fill_the_memory_together_are_refused(client, service):
+    """Of many clients at once, none of whose bodies is too long: one that was sent at once, and those that never are."""
+    body = json.dumps({"rows": [ROW]}).encode().ljust(2 * MIB)
+    before = metrics(client)
+    for _ in range(2):  # what was held is given back by clients that went away
+        with contextlib.ExitStack() as clients:
+            unfinished = [clients.enter_context(service.connected()) for _ in range(17)]
+            for connection in unfinished:
+                connection.sendall(head(2 * MIB) + body[:-1])
+            refused, _, _ = select.select(unfinished, [], [], 60)
+            assert len(refused) == 1  # all but the one that came last have room
+            assert refused[0].recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+            for content in (body, b" "):
+                answered = client.post("/score", content=content)  # is sent to its end, and the answer is read after that
+                assert (answered.status_code, answered.headers["retry-after"]) == (503, "1")
+                assert (
+                    answered.json()["error"]
+                    == "requests that are worked on fill the 33,554,432 bytes that they may: try again."
+                )
+            refused[0].sendall(b" ")
+            unfinished.remove(refused[0])
+            unfinished[0].sendall(b" ")
+            assert b"score.click" in unfinished[0].recv(1 << 16)
+            assert len(array(client.post("/score", content=body))) == 1  # has the room of the one that was answered
+        deadline = time.monotonic() + 60
+        while (gone := metrics(client)).get('requests_total{status="499"}', 0) < before.get(
+            'requests_total{status="499"}', 0
+        ) + 15:
+            assert time.monotonic() < deadline, gone
+        before = gone
+    assert len(array(client.post("/score", content=body))) == 1
 
 
 def test_clients_that_are_too_slow(impatient):
