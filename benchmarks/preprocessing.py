@@ -146,15 +146,19 @@ def decode(shape: str, raw: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start}
 
 
-def measure(command: list[str], log: Path, checkout: Path | None = None) -> dict[str, Any]:
+def measure(command: list[str], log: Path, checkout: Path | None = None, threads: int | None = None) -> dict[str, Any]:
     """Run `python -m ...`: wall seconds, CPU seconds, peak memory of the process. Raises SystemExit when it fails.
 
     Args:
         checkout: where the code that runs lies, when it is not this one's.
+        threads: of OpenMP, in each process.
     """
+    environment = {**os.environ} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, cwd=checkout)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, cwd=checkout, env=environment
+        )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")

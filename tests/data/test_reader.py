@@ -13,7 +13,7 @@ import torch
 from mmlrec.data import reader as reader_module
 from mmlrec.data.order import EpochOrder
 from mmlrec.data.reader import Reader
-from mmlrec.data.row_groups import RowGroups
+from mmlrec.data.row_groups import RowGroups, numbers
 from mmlrec.errors import ConfigError, DataError
 from tests.datasets import rewrite_part, write_dataset
 
@@ -342,6 +342,21 @@ def test_position_between_batches_is_refused(dataset):
 def test_unknown_task_is_refused_with_a_suggestion(dataset):
     with pytest.raises(ConfigError, match=r"'clik' is not a task .* Did you mean 'click'\? Tasks: click, buy"):
         make(dataset, tasks=["clik"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.chunked_array([pa.array([1.5, None, -0.0, None], pa.float32())[1:], pa.array([2.5], pa.float32())]),
+        pa.chunked_array([pa.array([None, None, 3.5], pa.float32())[1:]]),
+        pa.chunked_array([pa.array(range(20), pa.int64())[3:17]]),
+        pa.chunked_array([[1], [], [2**62]], pa.int64()),
+        pa.chunked_array([], pa.int64()),
+    ],
+)
+def test_numbers_of_a_column_are_those_that_arrow_gives(column):
+    expected, found = column.to_numpy(), numbers(column)
+    assert (found.dtype, found.tobytes()) == (expected.dtype, expected.tobytes())
 
 
 def replace(table, name, values, kind=None):

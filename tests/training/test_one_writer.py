@@ -30,7 +30,7 @@ from mmlrec.session.session import load_session
 from mmlrec.training import run as run_module
 from mmlrec.training.trainer import Trainer
 from tests.datasets import write_dataset
-from tests.processes import ROOT, Command, environment, run
+from tests.processes import ROOT, Command, alive, environment, run
 from tests.training.launch import free_port, launch, losses, tensors
 
 CONFIG = """
@@ -73,14 +73,6 @@ def holder(run_dir: Path) -> dict:
 
 def has_checkpoint(run_dir: Path) -> bool:
     return any(not path.suffix for path in (run_dir / "checkpoints").glob("step_*"))
-
-
-def alive(process: int) -> bool:
-    """False for what has ended, whether or not its parent has asked for its exit code."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def content(folder: Path) -> dict[str, str]:
