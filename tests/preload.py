@@ -1,7 +1,7 @@
 """What the server of `processes.py` imports before it forks: all that any command or rank imports later, too.
 
 Some of it is loaded by others when they are first used, at two seconds of a core in each process: pandas by pyarrow when it
-meets an array, the optimizers that `torch.distributed.optim` compiles by torchrec when it is given one.
+meets an array, the optimizers that `torch.distributed.optim` compiles by torchrec when it is given one, the TensorBoard writer.
 """
 
 # ruff: noqa: E402
@@ -13,7 +13,8 @@ import importlib
 import pkgutil
 
 import pandas  # noqa: F401
-import torch.distributed.optim  # noqa: F401
+import torch.distributed.optim
+import torch.utils.tensorboard  # noqa: F401
 
 import apps.cli  # noqa: F401
 import mmlrec.balancing.strategies

@@ -14,7 +14,7 @@ NEEDLESS = {
     *("torch._inductor.compile_fx", "torch._inductor.graph", "triton"),
     *("torchrec.inference", "torchrec.models", "torchrec.metrics", "torchx", "torch.distributed.run"),
     *("sklearn", "scipy", "matplotlib", "IPython", "onnx", "onnxruntime", "safetensors.torch"),
-    *("pandas", "boto3", "fsspec", "torch.utils.tensorboard", "tensorboard.summary"),
+    "pandas",
     *("s3fs", "aiobotocore", "aiohttp", "pyspark", "kubernetes", "fastapi", "uvicorn"),
     *("preprocessing", "mmlrec.api", "mmlrec.export", "mmlrec.serving", "mmlrec.launch", "mmlrec.testing"),
 }

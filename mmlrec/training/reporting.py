@@ -9,12 +9,14 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,7 +24,6 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.metrics.notes import too_good
 from mmlrec.metrics.report import entries_of
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.training.curves import Curves, append_whole
 from mmlrec.training.slowest import REPORTED, RankTimes
 
 #: Scenarios of a task that have curves in TensorBoard; a page of more than these cannot be read.
@@ -43,7 +44,7 @@ class Reporter:
         self._batch_size = batch_size
         self._first_step, self._total_steps = first_step, total_steps
         self._stack = contextlib.ExitStack()
-        self._curves: Curves | None = None
+        self._tensorboard: SummaryWriter | None = None
         #: What could not be written: file or folder -> why.
         self._lost: dict[Path, str] = {}
         self._warned: set[str] = set()  # tasks
@@ -54,8 +55,9 @@ class Reporter:
         if not self._main:
             return self
         self._metrics = self._stack.enter_context(self._folder.metrics.open("ab", buffering=0))
+        self._stack.enter_context(_quiet_writer_threads())
         with self._told(self._folder.tensorboard):
-            self._curves = self._stack.enter_context(contextlib.closing(Curves(self._folder.tensorboard, self._first_step)))
+            self._tensorboard = SummaryWriter(str(self._folder.tensorboard), purge_step=self._first_step)
         self._bar = self._stack.enter_context(
             tqdm(
                 total=self._total_steps,
@@ -71,6 +73,9 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._tensorboard is not None:
+            with self._told(self._folder.tensorboard):
+                self._tensorboard.close()
         self._stack.close()
         for path, reason in self._lost.items():
             logger.warning("note: %s lacks reports of this run: %s.", path, reason)
@@ -129,9 +134,12 @@ class Reporter:
         if diagnostics:
             record["diagnostics"] = diagnostics
         self._write(record)
-        curves = {f"train/{name}": value for name, value in diagnostics.items()}
-        curves |= {f"train/loss/{name}": value for name, value in losses.items()}
-        self._plot(curves | {"train/samples_per_second": speed, "train/data_wait_share": share}, step)
+        for name, value in diagnostics.items():
+            self._plot(f"train/{name}", value, step)
+        for name, value in losses.items():
+            self._plot(f"train/loss/{name}", value, step)
+        self._plot("train/samples_per_second", speed, step)
+        self._plot("train/data_wait_share", share, step)
 
     def validation(self, step: int, epoch: int, report: dict[str, Any], monitor: dict[str, float], note: str) -> None:
         """Report a validation.
@@ -154,12 +162,14 @@ class Reporter:
                 self._warned.add(task_name)
                 logger.warning(warning)
         self._write({"step": step, "epoch": epoch, "split": "valid", "monitor": monitor, "report": report})
-        curves = {f"valid/monitor/{name}": value for name, value in monitor.items()}
+        for name, value in monitor.items():
+            self._plot(f"valid/monitor/{name}", value, step)
         for name, task in entries_of(report):
-            curves |= _of_metrics("valid", name, task) | self._of_scenarios(name, task)
-        self._plot(curves | _of_metrics("valid", "mean_over_tasks", report.get("mean", {})), step)
+            self._plot_metrics("valid", name, task, step)
+            self._plot_scenarios(name, task, step)
+        self._plot_metrics("valid", "mean_over_tasks", report.get("mean", {}), step)
 
-    def _of_scenarios(self, name: str, task: dict[str, Any]) -> dict[str, float]:
+    def _plot_scenarios(self, name: str, task: dict[str, Any], step: int) -> None:
         """Curves of a task in each of its scenarios, those with most rows where there are many, and their means."""
         scenarios = task.get("scenarios", {})
         shown = sorted(scenarios, key=lambda value: -scenarios[value]["rows"])[:_MOST_SCENARIOS]
@@ -167,13 +177,16 @@ class Reporter:
             self._told_of_scenarios = True
             told = "TensorBoard has curves of the %d scenarios with most rows; %s has those of all %d."
             logger.info(told, len(shown), self._folder.path / self._folder.metrics.name, len(scenarios))
-        entries = {value: scenarios[value] for value in shown}
+        for value in shown:
+            self._plot_metrics("valid_scenarios", f"{name}/{value}", scenarios[value], step)
         if scenarios:
-            entries |= {mean: task[mean] for mean in ("scenario_mean", "scenario_weighted_mean")}
-        curves: dict[str, float] = {}
-        for value, entry in entries.items():
-            curves |= _of_metrics("valid_scenarios", f"{name}/{value}", entry)
-        return curves
+            for mean in ("scenario_mean", "scenario_weighted_mean"):
+                self._plot_metrics("valid_scenarios", f"{name}/{mean}", task[mean], step)
+
+    def _plot_metrics(self, group: str, name: str, entry: dict[str, Any], step: int) -> None:
+        for metric, value in entry.items():
+            if isinstance(value, float):
+                self._plot(f"{group}/{metric}/{name}", value, step)
 
     def stop_clock(self) -> None:
         """Count the time since the last restart (or stop) as training."""
@@ -187,13 +200,21 @@ class Reporter:
     def _write(self, record: dict[str, Any]) -> None:
         line = (json.dumps(record) + "\n").encode()
         with self._told(self._folder.metrics):
-            append_whole(self._metrics, line)
+            written = self._metrics.write(line)
+            try:
+                while written < len(line):
+                    written += self._metrics.write(line[written:])
+            except OSError:
+                # Room for a part of it only: no line at all is better than a broken one.
+                self._metrics.truncate(self._metrics.tell() - written)
+                raise
 
-    def _plot(self, values: Mapping[str, float], step: int) -> None:
-        """Points of TensorBoard's curves, by tag."""
-        if self._curves is not None:
+    def _plot(self, name: str, value: float, step: int) -> None:
+        if self._tensorboard is not None:
             with self._told(self._folder.tensorboard):
-                self._curves.add(values, step)
+                self._tensorboard.add_scalar(name, value, step)
+            if self._folder.tensorboard in self._lost:
+                self._tensorboard = None  # its thread has ended: it takes nothing more
 
     @contextlib.contextmanager
     def _told(self, path: Path) -> Iterator[None]:
@@ -206,6 +227,17 @@ class Reporter:
                 logger.warning("note: %s: %s; the run goes on without it.", path, self._lost[path])
 
 
-def _of_metrics(group: str, name: str, entry: Mapping[str, Any]) -> dict[str, float]:
-    """Tags and values of an entry of a report."""
-    return {f"{group}/{metric}/{name}": value for metric, value in entry.items() if isinstance(value, float)}
+@contextlib.contextmanager
+def _quiet_writer_threads() -> Iterator[None]:
+    """Keep the traceback of TensorBoard's thread off the screen when its disk is full: its next call raises the same."""
+    shown = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__module__.startswith("tensorboard.")):
+            shown(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = shown

@@ -300,7 +300,7 @@ def test_metrics_and_tensorboard_on_a_full_disk_do_not_end_a_run(stopped, tmp_pa
 
 @pytest.mark.long
 def test_a_limit_that_only_reports_reach_does_not_end_a_run(stopped, tmp_path):
-    """No file may grow beyond what the checkpoints take: reports of many steps do."""
+    """No file may grow beyond what the checkpoints take: reports of many steps do, TensorBoard's in a thread of its own."""
     sizes = [path.stat().st_size for path in (stopped / "whole/checkpoints").rglob("*") if path.is_file()]
     limit = max(sizes) + 4096
     run_dir = tmp_path / "run"
