@@ -30,7 +30,7 @@ examples:
   torchrun ... -m apps.train --config ... embeddings.plan=plan.json
   python -m apps.plan --compare plan.json runs/NAME
 
-Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of bandwidths, to compare plans by.
+Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of such rates, to compare plans by.
 """
 _UNITS = {
     "": 1,
@@ -65,6 +65,18 @@ def count(text: str) -> int:
     return int(text)
 
 
+def microseconds(text: str) -> float:
+    """Seconds of a time such as 25us.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?us", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no time: microseconds such as 25us")
+    return float(found[1]) / 1e6
+
+
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = Parser(
@@ -89,7 +101,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
     parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
-    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in matrix products (GPU 20, CPU 0.1)")
+    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in wide matrix products (GPU 20, CPU 0.19)")
+    parser.add_argument("--round", type=microseconds, help="of a message that carries nothing, such as 25us (GPU 25us, CPU 100us)")
+    parser.add_argument("--launch", type=microseconds, help="that a host takes to start an operator (GPU 5us, CPU 4.5us)")
     parser.add_argument("--no-alternatives", action="store_true", help="plan what is given only")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
     add_import(parser)
@@ -122,6 +136,8 @@ def main() -> None:
         between_hosts=arguments.bandwidth or known.between_hosts,
         in_host=arguments.bandwidth_in_host or known.in_host,
         memory=arguments.memory_bandwidth or known.memory,
+        round=known.round if arguments.round is None else arguments.round,
+        launch=known.launch if arguments.launch is None else arguments.launch,
     )
     of_host = (arguments.ram or (2**36 if on_cpu else 2**40)) // each
     if on_cpu:
@@ -178,7 +194,8 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
         f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s),"
         f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
         f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts,"
-        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
+        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s"
+        f" | us: {1e6 * rates.round:g} a message, {1e6 * rates.launch:g} an operator",
         f"global batch {config.training.batch_size:,}, tables in {config.embeddings.dtype} with"
         f" {config.embeddings.optimizer.name},"
         f" network {config.model['name']} with {config.dense.optimizer.name},"

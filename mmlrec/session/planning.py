@@ -48,13 +48,21 @@ STEP = {
     "gradients": "gradients of the vectors back to the tables",
     "update": "update of the tables",
     "all_reduce": "gradients of the network to all ranks",
+    "optimizer": "update of the network",
     "average": "averages of the replicas of the tables",
+    "rounds": "exchanges between ranks, however little they carry",
+    "host": "starting operators, and what of it a GPU does not hide",
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
 _NOTABLE = 0.01  # of the memory of a rank, from which on what maps take is told
 _TIGHT = 0.9  # of the memory that can be planned with
 _MOST_HOSTS = 4096  # that are tried to make a plan fit
+#: Operators of a step beside those of the network: of one rank, and of several.
+BESIDE_NETWORK = (93, 150)
+_PYTHON = 4  # times what it takes to start one of these is what passes for it: torchrec and we do much around few operators
+#: In bytes, as DistributedDataParallel joins gradients before they are exchanged: first, and others.
+_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -171,16 +179,57 @@ class TrainingPlan:
         """Milliseconds of each phase of `STEP` on the slowest rank, for which the others wait."""
         hardware = self.request.hardware
         found = {phase: max(rank.times[phase] for rank in self.ranks) for phase in PHASES}
-        found["network"] = 1000 * self.cost.operations * self.rows_per_rank / self.request.operations
-        parameters = sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
-        bandwidths = hardware.bandwidths
+        bandwidths, cost = hardware.bandwidths, self.cost
+        of_row = cost.occupied / self.request.operations + cost.traffic / bandwidths.memory
+        found["network"] = 1000 * of_row * self.rows_per_rank
+        parameters = self._parameter_bytes
+        # Each number is read and written once, and so is its state; its gradient is read.
+        touched = parameters * (3 + 2 * {"adam": 2, "adagrad": 1, "sgd": 0}[self.request.config.dense.optimizer.name])
+        found["optimizer"] = 1000 * touched / bandwidths.memory
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
         if (replicas := self.request.config.embeddings.replicas) > 1:
             held = max(rank.weights + rank.state + rank.on_host for rank in self.ranks)
             of_step = held / self.request.config.embeddings.average_every
             found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
+        found["rounds"] = 1000 * self.rounds * bandwidths.round
+        several = hardware.world_size > 1
+        if hardware.device == "cpu":
+            network = cost.launches + cost.launches_of_scenario * (self.network.spec.num_scenarios - 1)
+            found["host"] = 1000 * (network + _PYTHON * BESIDE_NETWORK[several]) * bandwidths.launch
+        else:
+            hidden = sum(found[phase] for phase in ("lookup", "network", "update", "optimizer"))
+            found["host"] = max(0.0, 1000 * (cost.launches + _PYTHON * BESIDE_NETWORK[several]) * bandwidths.launch - hidden)
         return {phase: found[phase] for phase in STEP if phase in found}
+
+    @property
+    def _parameter_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """How often ranks meet in a step: by all-to-alls, by halves of all-reduces (reduce-scatter, all-gather), by all-reduces.
+
+        Once for the sizes of messages, twice for ids and their lengths and once each way for vectors, for each kind of
+        placement; with table_row_wise once more each way, within a host. Once for the sums of the loss, and for each bucket of
+        gradients of the network.
+        """
+        if self.request.hardware.world_size == 1:
+            return {"all_to_all": 0, "half": 0, "all_reduce": 0}
+        kinds = {table.sharding for table in self.tables}
+        vectors = {"table_wise": (2, 0), "table_row_wise": (2, 2), "row_wise": (0, 2)}
+        buckets = 1 + max(0, -(-(self._parameter_bytes - _FIRST_BUCKET) // _BUCKET))
+        return {
+            "all_to_all": bool(kinds) + sum(2 + vectors[kind][0] for kind in kinds),
+            "half": sum(vectors[kind][1] for kind in kinds),
+            "all_reduce": 1 + buckets,
+        }
+
+    @property
+    def rounds(self) -> int:
+        """Messages one after the other in the collectives of a step: one of an all-to-all, log2 of the ranks of half an all-reduce."""
+        found, of_half = self.collectives, (self.request.hardware.world_size - 1).bit_length()
+        return found["all_to_all"] + of_half * (found["half"] + 2 * found["all_reduce"])
 
     @property
     def step_ms(self) -> float:
@@ -301,6 +350,7 @@ class TrainingPlan:
                     "between_hosts": hardware.bandwidths.between_hosts,
                     "memory": hardware.bandwidths.memory,
                 },
+                "seconds": {"round": hardware.bandwidths.round, "launch": hardware.bandwidths.launch},
                 "operations_per_second": self.request.operations,
             },
             "batch_size": config.training.batch_size,
