@@ -38,6 +38,7 @@ _UNITS = {
 }
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
+_PARTS = ("rank", "weights", "state", "network", "activations", "buffers", "sum", "tables in its host")
 
 
 def size(text: str) -> int:
@@ -101,8 +102,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
     parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
-    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in wide matrix products (GPU 20, CPU 0.19)")
-    parser.add_argument("--round", type=microseconds, help="of a message that carries nothing, such as 25us (GPU 25us, CPU 100us)")
+    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in wide products (GPU 20, CPU 0.19)")
+    parser.add_argument(
+        "--round", type=microseconds, help="of a message that carries nothing, such as 30us (GPU 25us, CPU 100us)"
+    )
     parser.add_argument("--launch", type=microseconds, help="that a host takes to start an operator (GPU 5us, CPU 4.5us)")
     parser.add_argument("--no-alternatives", action="store_true", help="plan what is given only")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
@@ -213,7 +216,7 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
         ),
         "",
         f"Memory of each rank, GiB (tables: largest / mean = {plan.imbalance['table_memory']:.2f})",
-        _table(["rank", "weights", "state", "network", "activations", "buffers", "sum", "table work, ms"], _rank_rows(plan)),
+        _table([*_PARTS, "table work, ms"], _rank_rows(plan)),
         "",
         f"A step, predicted (time of the tables: largest / mean of the ranks = {plan.imbalance['table_time']:.2f})",
         _table(["phase", "ms, slowest rank"], [[STEP[phase], f"{ms:.3f}"] for phase, ms in plan.step.items()]),
@@ -226,7 +229,9 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
             "",
             "Alternatives",
             tabulate(
-                rows, headers=["change", "ranks", "fits", "fullest rank, GiB", "step, ms", "samples/s"], disable_numparse=True
+                rows,
+                headers=["change", "ranks", "fits", "fullest rank, GiB", "in its host, GiB", "step, ms", "samples/s"],
+                disable_numparse=True,
             ),
         ]
     if warnings := plan.warnings():
@@ -245,7 +250,8 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
 def _figures(plan: TrainingPlan) -> list[str]:
     fits = f"no, {_gib(plan.missing)} GiB too many" if plan.missing else "yes"
     rate = f"{1000 * plan.request.config.training.batch_size / plan.step_ms:,.0f}"
-    return [str(plan.request.hardware.world_size), fits, _gib(plan.fullest.total), f"{plan.step_ms:.3f}", rate]
+    memory = [_gib(plan.fullest.total), _gib(plan.fullest_on_host.on_host)]
+    return [str(plan.request.hardware.world_size), fits, *memory, f"{plan.step_ms:.3f}", rate]
 
 
 def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
@@ -263,14 +269,14 @@ def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
     rows = [
         [
             name,
-            *(_gib(part) for part in (r.weights, r.state, r.network, r.activations, r.buffers, r.total)),
+            *(_gib(part) for part in (r.weights, r.state, r.network, r.activations, r.buffers, r.total, r.on_host)),
             f"{r.table_ms:.3f}",
         ]
         for name, r in named
     ]
     sums = [
         sum(getattr(rank, part) for rank in ranks)
-        for part in ("weights", "state", "network", "activations", "buffers", "total")
+        for part in ("weights", "state", "network", "activations", "buffers", "total", "on_host")
     ]
     return [*rows, ["all together", *map(_gib, sums), ""]]
 

@@ -32,8 +32,8 @@ class Bandwidths:
     launch: float
 
 
-#: What torchrec's planner takes for a GPU: NVLink, a network card of 100 Gb/s for each, and its memory. Seconds: as NCCL and CUDA
-#: are said to take; not measured.
+#: What torchrec's planner takes for a GPU: NVLink, a network card of 100 Gb/s for each, and its memory. Seconds: what NCCL
+#: and CUDA are said to take; not measured.
 GPU = Bandwidths(600.0 * _GIB, 12.5 * _GIB, 897.0 * _GIB, 25e-6, 5e-6)
 #: Processes on CPUs: gloo in a host, 10 Gb/s between hosts, and a share of the host's memory channels. Seconds: measured.
 CPU = Bandwidths(3.0 * _GIB, 1.25 * _GIB, 51.0 * _GIB, 100e-6, 4.5e-6)

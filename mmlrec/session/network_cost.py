@@ -81,7 +81,8 @@ def network_cost(network: MultiTaskModel, *, bf16: bool) -> NetworkCost:
         network: on the CPU; it stays as it is.
         bf16: with autocast, as `training.precision` bf16 trains.
     """
-    scenarios = min(network.spec.num_scenarios, _ROWS)  # the same in both steps, so that their weights are not counted as of rows
+    # The same in both steps, so that their weights are not counted as of rows.
+    scenarios = min(network.spec.num_scenarios, _ROWS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         few, many = (_step(copy.deepcopy(network), rows, scenarios, bf16) for rows in (_ROWS, 2 * _ROWS))

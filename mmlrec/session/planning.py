@@ -23,11 +23,10 @@ from mmlrec.embeddings.placement import (
     SHARDING_TYPES,
     PlacedTable,
     TablesDoNotFit,
-    on_hosts,
+    bytes_of_shard,
     place_tables,
     state_bytes,
     too_small,
-    weight_bytes,
 )
 from mmlrec.embeddings.plan_file import placement_of_plan
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
@@ -58,11 +57,7 @@ _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
 _NOTABLE = 0.01  # of the memory of a rank, from which on what maps take is told
 _TIGHT = 0.9  # of the memory that can be planned with
 _MOST_HOSTS = 4096  # that are tried to make a plan fit
-#: Operators of a step beside those of the network: of one rank, and of several.
-BESIDE_NETWORK = (93, 150)
-_PYTHON = 4  # times what it takes to start one of these is what passes for it: torchrec and we do much around few operators
-#: In bytes, as DistributedDataParallel joins gradients before they are exchanged: first, and others.
-_FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20
+_PYTHON = 4  # times what it takes to start an operator beside the network: torchrec and we do much around few of them
 
 
 @dataclass(frozen=True)
@@ -97,13 +92,19 @@ class Rank:
     activations: int
     buffers: int
     times: dict[str, float]
-    #: Bytes of tables in the memory of the host.
-    on_host: int = 0
+    #: Bytes of tables in the memory of the host: their weights, and the optimizer's state.
+    host_weights: int = 0
+    host_state: int = 0
 
     @property
     def total(self) -> int:
         """All bytes, but those on the host."""
         return self.weights + self.state + self.network + self.activations + self.buffers
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of tables in the memory of the host."""
+        return self.host_weights + self.host_state
 
     @property
     def table_ms(self) -> float:
@@ -155,23 +156,22 @@ class TrainingPlan:
         """All ranks, in their order."""
         optimizer = self.request.config.embeddings.optimizer.name
         world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
-        sums = [[0, 0, 0] for _ in range(world_size // replicas)]
-        of_hosts = on_hosts(self.tables, optimizer, len(sums))
+        sums = [[0, 0, 0, 0, 0] for _ in range(world_size // replicas)]
         times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
-                own = sums[shard.rank]
-                if table.kernel == FUSED:
-                    own[0] += weight_bytes(table.dtype, shard.rows, table.dim)
-                    own[1] += state_bytes(optimizer, shard.rows, table.dim)
-                own[2] += shard.buffers
+                own, first = sums[shard.rank], 0 if table.kernel == FUSED else 2
+                weights, state = bytes_of_shard(table, shard, optimizer)
+                own[first] += weights
+                own[first + 1] += state
+                own[4] += shard.buffers
                 for phase, milliseconds in shard.times.items():
                     times[shard.rank][phase] += milliseconds
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], of_hosts[rank % len(sums)])
-            for rank, (weights, state, buffers) in enumerate(sums * replicas)
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], *of_host)
+            for rank, (weights, state, *of_host, buffers) in enumerate(sums * replicas)
         ]
 
     @cached_property
@@ -182,7 +182,7 @@ class TrainingPlan:
         bandwidths, cost = hardware.bandwidths, self.cost
         of_row = cost.occupied / self.request.operations + cost.traffic / bandwidths.memory
         found["network"] = 1000 * of_row * self.rows_per_rank
-        parameters = self._parameter_bytes
+        parameters = sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
         # Each number is read and written once, and so is its state; its gradient is read.
         touched = parameters * (3 + 2 * {"adam": 2, "adagrad": 1, "sgd": 0}[self.request.config.dense.optimizer.name])
         found["optimizer"] = 1000 * touched / bandwidths.memory
@@ -193,41 +193,39 @@ class TrainingPlan:
             of_step = held / self.request.config.embeddings.average_every
             found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
         found["rounds"] = 1000 * self.rounds * bandwidths.round
-        several = hardware.world_size > 1
-        if hardware.device == "cpu":
-            network = cost.launches + cost.launches_of_scenario * (self.network.spec.num_scenarios - 1)
-            found["host"] = 1000 * (network + _PYTHON * BESIDE_NETWORK[several]) * bandwidths.launch
-        else:
-            hidden = sum(found[phase] for phase in ("lookup", "network", "update", "optimizer"))
-            found["host"] = max(0.0, 1000 * (cost.launches + _PYTHON * BESIDE_NETWORK[several]) * bandwidths.launch - hidden)
+        on_gpu = hardware.device == "cuda"
+        of_scenarios = 0.0 if on_gpu else cost.launches_of_scenario * (self.network.spec.num_scenarios - 1)
+        launches = cost.launches + of_scenarios + _PYTHON * self.launches_beside_network
+        hidden = sum(found[phase] for phase in ("lookup", "network", "update", "optimizer")) if on_gpu else 0.0
+        found["host"] = max(0.0, 1000 * launches * bandwidths.launch - hidden)
         return {phase: found[phase] for phase in STEP if phase in found}
 
     @property
-    def _parameter_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
+    def launches_beside_network(self) -> int:
+        """Operators of a step for ids, tables, loss and optimizers, counted in steps; each way to place tables has its own."""
+        return 93 if self.request.hardware.world_size == 1 else 100 + 50 * len({table.sharding for table in self.tables})
 
     @property
     def collectives(self) -> dict[str, int]:
-        """How often ranks meet in a step: by all-to-alls, by halves of all-reduces (reduce-scatter, all-gather), by all-reduces.
+        """How often ranks meet in a step: in all-to-alls, halves of all-reduces (reduce-scatter, all-gather), all-reduces.
 
         Once for the sizes of messages, twice for ids and their lengths and once each way for vectors, for each kind of
-        placement; with table_row_wise once more each way, within a host. Once for the sums of the loss, and for each bucket of
-        gradients of the network.
+        placement; with table_row_wise once more each way, within a host. Once for the sums of the loss, and for the gradients
+        of the network, which DistributedDataParallel joins.
         """
         if self.request.hardware.world_size == 1:
             return {"all_to_all": 0, "half": 0, "all_reduce": 0}
         kinds = {table.sharding for table in self.tables}
         vectors = {"table_wise": (2, 0), "table_row_wise": (2, 2), "row_wise": (0, 2)}
-        buckets = 1 + max(0, -(-(self._parameter_bytes - _FIRST_BUCKET) // _BUCKET))
         return {
             "all_to_all": bool(kinds) + sum(2 + vectors[kind][0] for kind in kinds),
             "half": sum(vectors[kind][1] for kind in kinds),
-            "all_reduce": 1 + buckets,
+            "all_reduce": 2,
         }
 
     @property
     def rounds(self) -> int:
-        """Messages one after the other in the collectives of a step: one of an all-to-all, log2 of the ranks of half an all-reduce."""
+        """Messages of a step that wait for each other: one for an all-to-all, log2 of the ranks for half of an all-reduce."""
         found, of_half = self.collectives, (self.request.hardware.world_size - 1).bit_length()
         return found["all_to_all"] + of_half * (found["half"] + 2 * found["all_reduce"])
 
@@ -242,9 +240,21 @@ class TrainingPlan:
         return max(self.ranks, key=lambda rank: rank.total)
 
     @property
+    def fullest_on_host(self) -> Rank:
+        """The rank whose tables take most of the memory of its host."""
+        return max(self.ranks, key=lambda rank: rank.on_host)
+
+    @property
+    def fullest_words(self) -> str:
+        """What the fullest ranks need, of their own memory and of that of their hosts, where they use it."""
+        of_host = self.fullest_on_host.on_host
+        beside = f" and {of_host / _GIB:.2f} GiB in the memory of its host" if of_host else ""
+        return f"{self.fullest.total / _GIB:.2f} GiB on the fullest rank{beside}"
+
+    @property
     def short(self) -> Short | None:
         """What most bytes are missing of; None where all fits."""
-        hardware, on_host = self.request.hardware, max(self.ranks, key=lambda rank: rank.on_host)
+        hardware, on_host = self.request.hardware, self.fullest_on_host
         found = [Short(f"rank {self.fullest.rank}", self.fullest.total, hardware.usable, hardware.memory)]
         if on_host.on_host:
             share = f"rank {on_host.rank} in the memory of its host"
@@ -260,10 +270,10 @@ class TrainingPlan:
 
     @property
     def imbalance(self) -> dict[str, float]:
-        """Largest over mean of the ranks: memory of the tables, and their time in a step."""
+        """Largest over mean of the ranks: memory of the tables, wherever it is, and their time in a step."""
         found = {}
         for name, values in (
-            ("table_memory", [rank.weights + rank.state for rank in self.ranks]),
+            ("table_memory", [rank.weights + rank.state + rank.on_host for rank in self.ranks]),
             ("table_time", [rank.table_ms for rank in self.ranks]),
         ):
             mean = sum(values) / len(values)
@@ -367,6 +377,7 @@ class TrainingPlan:
                     "sharding": table.sharding,
                     "kernel": table.kernel,
                     "ranks": table.ranks,
+                    "replicas": config.embeddings.replicas,
                     "weight_bytes": table.weight_bytes,
                     "state_bytes": state_bytes(optimizer, table.rows, table.dim),
                     "why": table.why,
@@ -462,6 +473,7 @@ class Alternative:
             "fits": not self.plan.missing,
             "missing_bytes": self.plan.missing,
             "fullest_rank_bytes": self.plan.fullest.total,
+            "fullest_rank_host_bytes": self.plan.fullest_on_host.on_host,
             "step_ms": self.plan.step_ms,
         }
 
@@ -522,16 +534,20 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
 def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
     """Row-wise Adagrad, where the state of Adagrad or Adam is what does not fit, or as large as any other part of the memory.
 
-    A training takes what its configuration says, whatever the sizes: this is advice.
+    Of a rank's own memory or of that of its host, where tables lie there. A training takes what its configuration says,
+    whatever the sizes: this is advice.
 
     Args:
         others: alternatives that are planned already.
     """
     optimizer = plan.request.config.embeddings.optimizer
-    rank, state = plan.fullest, sum(rank.state for rank in plan.ranks)
-    largest = max(rank.weights, rank.network, rank.activations, rank.buffers)
-    too_large = 0 < plan.missing <= rank.state
-    if optimizer.name not in ("adagrad", "adam") or not (too_large or (state >= _GIB and rank.state >= largest)):
+    rank, of_host, state = plan.fullest, plan.fullest_on_host, _all_state(plan)
+    hardware = plan.request.hardware
+    too_large = 0 < rank.total - hardware.usable <= rank.state
+    too_large |= 0 < of_host.on_host - hardware.usable_on_host <= of_host.host_state
+    largest = rank.state >= max(rank.weights, rank.network, rank.activations, rank.buffers)
+    largest |= 0 < of_host.host_state >= of_host.host_weights
+    if optimizer.name not in ("adagrad", "adam") or not (too_large or (state >= _GIB and largest)):
         return []
     change = "embeddings.optimizer.name=rowwise_adagrad"
     found = next((other.plan for other in others if other.change == change), None)
@@ -540,16 +556,21 @@ def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
         found = plan_training(plan.request.with_embeddings(plan=None, optimizer=rowwise), plan)
     fits = "" if not plan.missing else ", which fits" if not found.missing else ", which does not fit either"
     return [
-        f"{change}: {sum(rank.state for rank in found.ranks) / _GIB:.2f} GiB of state in place of {state / _GIB:.2f},"
-        f" {found.fullest.total / _GIB:.2f} GiB on the fullest rank in place of {rank.total / _GIB:.2f}{fits}. It is another"
+        f"{change}: {_all_state(found) / _GIB:.2f} GiB of state in place of {state / _GIB:.2f},"
+        f" {found.fullest_words} in place of {plan.fullest_words.replace(' on the fullest rank', '')}{fits}. It is another"
         " algorithm: one rate for each row in place of one for each number"
     ]
+
+
+def _all_state(plan: TrainingPlan) -> int:
+    """Bytes of the optimizer's state of all tables, on all ranks and hosts."""
+    return sum(rank.state + rank.host_state for rank in plan.ranks)
 
 
 def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
     """What would make a plan fit that does not: single changes among `others`, and the least number of hosts, by doubling."""
     found = [
-        f"{other.change}: {other.plan.fullest.total / _GIB:.2f} GiB on the fullest rank, {other.plan.step_ms:.2f} ms a step"
+        f"{other.change}: {other.plan.fullest_words}, {other.plan.step_ms:.2f} ms a step"
         for other in others
         if not other.plan.missing
     ]
@@ -569,7 +590,7 @@ def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
                 break  # A table has too few rows for the split over so many ranks that is asked for by name.
             if not larger.missing:
                 changes = [_hosts(hosts), *([f"embeddings.optimizer.name={name}"] if name != optimizers[0] else [])]
-                found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
+                found.append(f"{' and '.join(changes)}: {larger.fullest_words}")
                 break
             if larger.fullest.weights + larger.fullest.state + larger.fullest.on_host and not any(
                 table.sharding == "row_wise" for table in larger.tables if larger.fullest.rank in table.ranks

@@ -4,12 +4,15 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlrec.distributed.world import process_group
+from mmlrec.embeddings import hardware, sharding
+from mmlrec.errors import ConfigError
 from mmlrec.registry import load
-from mmlrec.session.session import build_session
+from mmlrec.session.session import build_session, check_memory, hardware_of
 
 
 def resident() -> int:
@@ -17,9 +20,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def rank_of(rank, world_size, port):
+def rank_of(rank, world_size, port, on_host=None):
     """Be this rank."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(on_host or world_size)}
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return process_group()
 
@@ -33,6 +36,29 @@ def grow(rank, world_size, port, config, small, folder):
         growth = resident() - before
         Path(folder, f"rank-{rank}.json").write_text(json.dumps({"growth": growth, "plan": second.plan}))
         del first, second
+
+
+def fit(rank, hosts, port, report, gib, folder):
+    """Write what a rank of unequal hosts sees: the memory that a plan takes, and what it is told where tables do not fit.
+
+    Args:
+        hosts: ranks of each.
+        gib: free memory of each host.
+    """
+    host = [number for number, ranks in enumerate(hosts) for _ in range(ranks)][rank]
+    with rank_of(rank, sum(hosts), port, hosts[host]) as world:
+        with (
+            mock.patch.object(sharding, "host_memory", return_value=gib[host] * 2**30),
+            mock.patch.object(hardware, "host_memory", return_value=gib[host] * 2**30),
+        ):
+            found = hardware_of(world)
+            told = ""
+            try:
+                check_memory(report, "adagrad", world, replica=world.world_size)
+            except ConfigError as error:
+                told = str(error)
+        said = {"memory": found.memory, "ranks_per_host": found.ranks_per_host, "equal": found.equal_hosts, "told": told}
+        Path(folder, f"rank-{rank}.json").write_text(json.dumps(said))
 
 
 class Operators(TorchDispatchMode):

@@ -12,7 +12,7 @@ from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import load, method, method_names
 from mmlrec.schema import Setting, Task
 from mmlrec.session.network_cost import _Operators, network_cost
-from mmlrec.session.planning import BESIDE_NETWORK, Request, plan_training
+from mmlrec.session.planning import Request, plan_training
 from tests import processes
 from tests.datasets import write_dataset
 from tests.plans.growth import count
@@ -53,7 +53,9 @@ def test_all_methods_have_a_formula():
 
 def test_narrow_weights_occupy_as_much_as_wide_ones():
     kind, spec = method("mlp"), spec_of(1, 1)
-    narrow, wide = (network_cost(kind(spec, kind.Config(dnn_hidden_units=units)), bf16=False) for units in ([32, 8], [256, 256]))
+    narrow, wide = (
+        network_cost(kind(spec, kind.Config(dnn_hidden_units=units)), bf16=False) for units in ([32, 8], [256, 256])
+    )
     width = FIELDS * DIM + 4
     # The logit is a product and a sum by itself; 132 x 32 counts as 132 x 128, 32 x 8 as if 8 were 128.
     assert narrow.operations == pytest.approx(6 * (width * 32 + 32 * 8), rel=0.02)
@@ -79,7 +81,7 @@ def test_each_further_scenario_starts_operators_of_its_own():
     found = [network_cost(kind(spec_of(2, scenarios), kind.Config()), bf16=False) for scenarios in (3, 64)]
     assert found[0].launches == found[1].launches
     assert found[0].launches_of_scenario == pytest.approx(found[1].launches_of_scenario, rel=0.1)
-    # A product forward and two backward, and a sum, of the four layers of gates and towers with a bias or without, for each task.
+    # A product forward and two backward, and a sum for a bias, of the layers of gates and towers, for each task.
     assert 2 * 3 * 3 <= found[0].launches_of_scenario <= 2 * 4 * 4
     assert network_cost(kind(spec_of(2, 1), kind.Config()), bf16=False).launches_of_scenario == 0
 
@@ -100,7 +102,8 @@ def test_operators_and_collectives_of_a_step_are_those_of_a_real_one(tmp_path, w
         f"dataset: {{path: {data.folder}, setting: mtl}}\nmodel: {{name: mmoe}}\ntraining: {{batch_size: {64 * world_size}}}\n"
     )
     cases = [[f"embeddings.sharding={kind}"] for kind in ("table_wise", "row_wise")[:world_size]]
-    cases += [["embeddings.table_sharding={t0: row_wise, t1: table_wise}", "model.expert_hidden_units=[512,512]"]]
+    if world_size > 1:
+        cases += [["embeddings.table_sharding={t0: row_wise, t1: table_wise}", "model.expert_hidden_units=[512,512]"]]
     processes.spawn(count, (world_size, str(free_port()), config, cases, tmp_path), world_size)
     hardware = Hardware(world_size, world_size, "cpu", 2**30, CPU)
     for overrides, names in zip(cases, json.loads((tmp_path / "operators.json").read_text()), strict=True):
@@ -111,4 +114,4 @@ def test_operators_and_collectives_of_a_step_are_those_of_a_real_one(tmp_path, w
         if world_size > 1:  # one rank alone still asks itself for sizes, and does not wait
             assert {kind: met[kind] for kind in plan.collectives} == plan.collectives
         beside = sum(names.values()) - plan.cost.launches
-        assert beside == pytest.approx(BESIDE_NETWORK[world_size > 1], rel=0.25), names
+        assert beside == pytest.approx(plan.launches_beside_network, rel=0.1), names
