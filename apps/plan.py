@@ -21,7 +21,8 @@ from mmlrec.storage.places import place
 if TYPE_CHECKING:
     from mmlrec.config import RunConfig
     from mmlrec.schema import DatasetManifest
-    from mmlrec.session.planning import Alternative, TrainingPlan
+    from mmlrec.session.alternatives import Alternative
+    from mmlrec.session.planning import TrainingPlan
 
 _EPILOG = """\
 examples:
@@ -126,7 +127,8 @@ def main() -> None:
     from mmlrec.distributed.world import quiet_libraries
     from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
-    from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
+    from mmlrec.session.alternatives import alternatives, recommendations, remedies
+    from mmlrec.session.planning import Request, plan_training
 
     quiet_libraries()
     config = load(arguments.config, arguments.overrides)

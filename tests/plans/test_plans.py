@@ -3,12 +3,14 @@
 import json
 import re
 import time
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from apps.plan import microseconds
 from mmlrec.config import load_config
 from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
@@ -16,7 +18,8 @@ from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest
-from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
+from mmlrec.session.alternatives import alternatives, recommendations, remedies
+from mmlrec.session.planning import Request, plan_training
 from mmlrec.session.table_list import TableList, read_table_list
 from mmlrec.storage.places import place
 from tests import processes
@@ -305,6 +308,13 @@ def test_what_passes_however_little_there_is_to_do_by_hand():
     assert many.step["host"] == 0
     hidden = sum(few.step[phase] for phase in ("lookup", "network", "update", "optimizer"))
     assert few.step["host"] == pytest.approx(1000 * (few.cost.launches + 4 * 150) * GPU.launch - hidden)
+
+
+def test_times_of_the_command_line_are_microseconds():
+    assert (microseconds("25us"), microseconds("4.5 us"), microseconds("0us")) == (25e-6, 4.5e-6, 0.0)
+    for text in ("25", "25ms", "-1us", "us", "1e3us"):
+        with pytest.raises(ArgumentTypeError, match="is no time: microseconds such as 25us"):
+            microseconds(text)
 
 
 def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
