@@ -154,7 +154,7 @@ def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
 
 
 def test_steps_of_one_rank_are_planned_within_a_quarter_of_what_was_measured():
-    """The published results, of 1 to 16 tasks, 2 to 64 scenarios and 1k to 64k rows; rates are the same for all, some read from these results."""
+    """Of 1 to 16 tasks, 2 to 64 scenarios, 1k to 64k rows. Rates are the same for all; some were read from these results."""
     _, rows = results.read(ROOT / "docs/scaling/cpu", 1)
     measured_ms = {point: row.step_ms for point, row in rows.items() if row.kind == MEASURED}
     assert {point.tasks for point in measured_ms} >= {1, 16}
