@@ -21,7 +21,8 @@ from mmlrec.storage.places import place
 if TYPE_CHECKING:
     from mmlrec.config import RunConfig
     from mmlrec.schema import DatasetManifest
-    from mmlrec.session.planning import Alternative, TrainingPlan
+    from mmlrec.session.alternatives import Alternative
+    from mmlrec.session.planning import TrainingPlan
 
 _EPILOG = """\
 examples:
@@ -30,7 +31,7 @@ examples:
   torchrun ... -m apps.train --config ... embeddings.plan=plan.json
   python -m apps.plan --compare plan.json runs/NAME
 
-Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of bandwidths, to compare plans by.
+Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of such rates, to compare plans by.
 """
 _UNITS = {
     "": 1,
@@ -38,6 +39,7 @@ _UNITS = {
 }
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
+_PARTS = ("rank", "weights", "state", "network", "activations", "buffers", "sum", "tables in its host")
 
 
 def size(text: str) -> int:
@@ -65,6 +67,18 @@ def count(text: str) -> int:
     return int(text)
 
 
+def microseconds(text: str) -> float:
+    """Seconds of a time such as 25us.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?us", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no time: microseconds such as 25us")
+    return float(found[1]) / 1e6
+
+
 def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = Parser(
@@ -89,7 +103,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
     parser.add_argument("--memory-bandwidth", type=size, help="of a rank's memory, likewise (GPU 897GiB, CPU 51GiB)")
-    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in matrix products (GPU 20, CPU 0.1)")
+    parser.add_argument("--tflops", type=float, help="1e12 operations a second of a rank in wide products (GPU 20, CPU 0.19)")
+    parser.add_argument(
+        "--round", type=microseconds, help="of a message that carries nothing, such as 30us (GPU 25us, CPU 100us)"
+    )
+    parser.add_argument("--launch", type=microseconds, help="that a host takes to start an operator (GPU 5us, CPU 4.5us)")
     parser.add_argument("--no-alternatives", action="store_true", help="plan what is given only")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
     add_import(parser)
@@ -109,7 +127,8 @@ def main() -> None:
     from mmlrec.distributed.world import quiet_libraries
     from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
-    from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
+    from mmlrec.session.alternatives import alternatives, recommendations, remedies
+    from mmlrec.session.planning import Request, plan_training
 
     quiet_libraries()
     config = load(arguments.config, arguments.overrides)
@@ -122,6 +141,8 @@ def main() -> None:
         between_hosts=arguments.bandwidth or known.between_hosts,
         in_host=arguments.bandwidth_in_host or known.in_host,
         memory=arguments.memory_bandwidth or known.memory,
+        round=known.round if arguments.round is None else arguments.round,
+        launch=known.launch if arguments.launch is None else arguments.launch,
     )
     of_host = (arguments.ram or (2**36 if on_cpu else 2**40)) // each
     if on_cpu:
@@ -178,7 +199,8 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
         f"{hardware.num_hosts} host(s) x {hardware.ranks_per_host} = {hardware.world_size} rank(s),"
         f" {_gib(hardware.memory)} GiB a {unit}, of which {_gib(hardware.usable)} are planned with"
         f" | GiB/s a rank: {_gib(rates.in_host)} in a host, {_gib(rates.between_hosts)} between hosts,"
-        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s",
+        f" {_gib(rates.memory)} memory | {plan.request.operations / 1e12:g} TFLOP/s"
+        f" | us: {1e6 * rates.round:g} a message, {1e6 * rates.launch:g} an operator",
         f"global batch {config.training.batch_size:,}, tables in {config.embeddings.dtype} with"
         f" {config.embeddings.optimizer.name},"
         f" network {config.model['name']} with {config.dense.optimizer.name},"
@@ -196,7 +218,7 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
         ),
         "",
         f"Memory of each rank, GiB (tables: largest / mean = {plan.imbalance['table_memory']:.2f})",
-        _table(["rank", "weights", "state", "network", "activations", "buffers", "sum", "table work, ms"], _rank_rows(plan)),
+        _table([*_PARTS, "table work, ms"], _rank_rows(plan)),
         "",
         f"A step, predicted (time of the tables: largest / mean of the ranks = {plan.imbalance['table_time']:.2f})",
         _table(["phase", "ms, slowest rank"], [[STEP[phase], f"{ms:.3f}"] for phase, ms in plan.step.items()]),
@@ -209,7 +231,9 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
             "",
             "Alternatives",
             tabulate(
-                rows, headers=["change", "ranks", "fits", "fullest rank, GiB", "step, ms", "samples/s"], disable_numparse=True
+                rows,
+                headers=["change", "ranks", "fits", "fullest rank, GiB", "in its host, GiB", "step, ms", "samples/s"],
+                disable_numparse=True,
             ),
         ]
     if warnings := plan.warnings():
@@ -228,7 +252,8 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
 def _figures(plan: TrainingPlan) -> list[str]:
     fits = f"no, {_gib(plan.missing)} GiB too many" if plan.missing else "yes"
     rate = f"{1000 * plan.request.config.training.batch_size / plan.step_ms:,.0f}"
-    return [str(plan.request.hardware.world_size), fits, _gib(plan.fullest.total), f"{plan.step_ms:.3f}", rate]
+    memory = [_gib(plan.fullest.total), _gib(plan.fullest_on_host.on_host)]
+    return [str(plan.request.hardware.world_size), fits, *memory, f"{plan.step_ms:.3f}", rate]
 
 
 def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
@@ -246,14 +271,14 @@ def _rank_rows(plan: TrainingPlan) -> list[list[str]]:
     rows = [
         [
             name,
-            *(_gib(part) for part in (r.weights, r.state, r.network, r.activations, r.buffers, r.total)),
+            *(_gib(part) for part in (r.weights, r.state, r.network, r.activations, r.buffers, r.total, r.on_host)),
             f"{r.table_ms:.3f}",
         ]
         for name, r in named
     ]
     sums = [
         sum(getattr(rank, part) for rank in ranks)
-        for part in ("weights", "state", "network", "activations", "buffers", "total")
+        for part in ("weights", "state", "network", "activations", "buffers", "total", "on_host")
     ]
     return [*rows, ["all together", *map(_gib, sums), ""]]
 

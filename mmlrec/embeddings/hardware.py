@@ -17,19 +17,29 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second, of each rank."""
+    """Bytes per second, of each rank; and seconds that pass however few bytes there are.
+
+    Attributes:
+        round: seconds of a message from rank to rank that carries nothing, between ranks that have worked in between: a
+            collective takes one or several.
+        launch: seconds that the host takes to start an operator.
+    """
 
     in_host: float
     between_hosts: float
     memory: float
+    round: float
+    launch: float
 
 
-#: What torchrec's planner takes for a GPU: NVLink, a network card of 100 Gb/s for each, and its memory.
-GPU = Bandwidths(600.0 * _GIB, 12.5 * _GIB, 897.0 * _GIB)
-#: Processes on CPUs: gloo in a host, 10 Gb/s between hosts, and a share of the host's memory channels.
-CPU = Bandwidths(3.0 * _GIB, 1.25 * _GIB, 51.0 * _GIB)
-#: Operations per second of a rank in matrix products, by device, where they are not told.
-OPERATIONS = {"cuda": 2e13, "cpu": 1e11}
+#: What torchrec's planner takes for a GPU: NVLink, a network card of 100 Gb/s for each, and its memory. Seconds: what NCCL
+#: and CUDA are said to take; not measured.
+GPU = Bandwidths(600.0 * _GIB, 12.5 * _GIB, 897.0 * _GIB, 25e-6, 5e-6)
+#: Processes on CPUs: gloo in a host, 10 Gb/s between hosts, and a share of the host's memory channels. Seconds: measured.
+CPU = Bandwidths(3.0 * _GIB, 1.25 * _GIB, 51.0 * _GIB, 100e-6, 4.5e-6)
+#: Operations per second of a rank in matrix products, by device, where they are not told. Of a CPU: measured, one core with
+#: AVX-512 in products of 256 columns.
+OPERATIONS = {"cuda": 2e13, "cpu": 1.9e11}
 
 
 @dataclass(frozen=True)

@@ -404,8 +404,8 @@ def bytes_of_ranks(placed: Sequence[PlacedTable], optimizer: str, world_size: in
     found = [0] * world_size
     for table in placed:
         for shard in table.shards:
-            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
-            found[shard.rank] += shard.buffers + (0 if table.kernel == CACHED else own)
+            found[shard.rank] += shard.buffers
+            found[shard.rank] += 0 if table.kernel == CACHED else sum(bytes_of_shard(table, shard, optimizer))
     return found
 
 
@@ -414,6 +414,10 @@ def on_hosts(placed: Sequence[PlacedTable], optimizer: str, world_size: int) -> 
     found = [0] * world_size
     for table in placed:
         for shard in table.shards if table.kernel == CACHED else ():
-            own = weight_bytes(table.dtype, shard.rows, table.dim) + state_bytes(optimizer, shard.rows, table.dim)
-            found[shard.rank] += own
+            found[shard.rank] += sum(bytes_of_shard(table, shard, optimizer))
     return found
+
+
+def bytes_of_shard(table: PlacedTable, shard: Shard, optimizer: str) -> tuple[int, int]:
+    """Weights and state of some rows of a table."""
+    return weight_bytes(table.dtype, shard.rows, table.dim), state_bytes(optimizer, shard.rows, table.dim)

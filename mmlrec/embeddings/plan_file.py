@@ -34,6 +34,8 @@ class TableOfPlan(BaseModel):
     weight_bytes: int
     #: Releases before wrote none into `plan.json`.
     state_bytes: int | None = None
+    #: Copies of the table, of which `ranks` are those of the first. Releases before did not write it.
+    replicas: int = Field(default=1, ge=1)
 
 
 def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
@@ -145,28 +147,37 @@ def compare_plans(first: str | Place, second: str | Place) -> str:
 
 
 _TOTALS = (
-    *("tables", "ranks with tables", "table_wise / table_row_wise / row_wise", "weights, GiB", "state, GiB"),
-    *("fullest rank, tables, GiB", "emptiest rank, tables, GiB", "step, ms (predicted)", "fits"),
+    *("tables", "copies of them", "ranks with tables", "table_wise / table_row_wise / row_wise"),
+    *("weights of a copy, GiB", "state of a copy, GiB"),
+    *("fullest rank, tables, GiB", "emptiest rank, tables, GiB", "fullest rank, tables in host memory, GiB"),
+    *("step, ms (predicted)", "fits"),
 )
 
 
 def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
     kinds: Counter[str] = Counter(row.sharding for row in rows)
-    load: Counter[int] = Counter()
+    # Of one copy: the ranks of the others hold as much.
+    on_device: Counter[int] = Counter()
+    on_host: Counter[int] = Counter()
     for row in rows:
         for rank in row.ranks:
+            load = on_device if row.kernel == FUSED else on_host
             load[rank] += (row.weight_bytes + (row.state_bytes or 0)) // len(row.ranks)
     known = all(row.state_bytes is not None for row in rows)
-    num_ranks = beside.get("hardware", {}).get("ranks", max(load, default=-1) + 1)
-    loads = [load[rank] / _GIB for rank in range(num_ranks)] or [0.0]
+    replicas = max((row.replicas for row in rows), default=1)
+    holding = on_device.keys() | on_host.keys()
+    of_copy = beside.get("hardware", {}).get("ranks", (max(holding, default=-1) + 1) * replicas) // replicas
+    loads = [on_device[rank] / _GIB for rank in range(of_copy)] or [0.0]
     return [
         str(len(rows)),
-        f"{len(load)} of {num_ranks}",
+        str(replicas),
+        f"{replicas * len(holding)} of {replicas * of_copy}",
         " / ".join(str(kinds[kind]) for kind in SHARDING_TYPES),
         f"{sum(row.weight_bytes for row in rows) / _GIB:.2f}",
         f"{sum(row.state_bytes or 0 for row in rows) / _GIB:.2f}" if known else "not recorded",
         f"{max(loads):.2f}",
         f"{min(loads):.2f}",
+        f"{max(on_host.values(), default=0) / _GIB:.2f}",
         f"{beside['step_ms']:.3f}" if "step_ms" in beside else "not in this file",
         ("yes" if beside["fits"] else "no") if "fits" in beside else "not in this file",
     ]
@@ -176,7 +187,8 @@ def _cell(row: TableOfPlan | None) -> str:
     if row is None:
         return "-"
     host = "" if row.kernel == FUSED else ", in host memory"
-    return f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}{host}"
+    copies = "" if row.replicas == 1 else f", {row.replicas} copies of it"
+    return f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}{host}{copies}"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,9 +163,13 @@ def forget_former_groups() -> None:
 
 
 def plan_report(
-    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str
+    plan: ShardingPlan, path: str, tables: EmbeddingBagCollection | NoTables, optimizer: str, replicas: int = 1
 ) -> list[dict[str, Any]]:
-    """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights and state."""
+    """The plan as plain data, a dict for each table: name, rows, dim, sharding, kernel, ranks, bytes of weights and state.
+
+    Args:
+        replicas: copies of the tables, of which ranks are those of the first, and bytes those of one.
+    """
     if isinstance(tables, NoTables):
         return []
     module_plan = plan.plan[path]
@@ -178,6 +182,7 @@ def plan_report(
             "sharding": module_plan[config.name].sharding_type,
             "kernel": module_plan[config.name].compute_kernel,
             "ranks": module_plan[config.name].ranks,
+            "replicas": replicas,
             "weight_bytes": weight_bytes(config.data_type, config.num_embeddings, config.embedding_dim),
             "state_bytes": state_bytes(optimizer, config.num_embeddings, config.embedding_dim),
         }
@@ -185,39 +190,55 @@ def plan_report(
     ]
 
 
-def check_memory(
+def short_of_memory(
     report: list[dict[str, Any]],
     optimizer: str,
     *,
     rank: int,
-    local_world_size: int,
+    sizes: Sequence[int],
+    replica: int,
     device: torch.device,
     host_bytes: int = 0,
-) -> None:
-    """Refuse tables that do not fit where this rank's shards go: the memory of its GPU, or of its node.
+) -> ConfigError | None:
+    """What to tell where tables do not fit into what is free on this rank's GPU or on its host, in GiB; None where they do.
 
     Args:
-        host_bytes: what each rank takes of its node beside them, for maps of managed tables.
-
-    Raises:
-        ConfigError: with what is needed and what is free, in GiB.
+        sizes: what each rank knows as the number of ranks on its host.
+        replica: ranks of one copy of the tables, which follow each other.
+        host_bytes: what each rank takes of its host beside them, for maps of managed tables.
     """
     on_gpu = device.type == "cuda"
-    first = rank // local_world_size * local_world_size
-    sharing = [rank] if on_gpu else range(first, first + local_world_size)
-    need = 0.0 if on_gpu else float(host_bytes * local_world_size)
-    for table in report:
-        if on_gpu and table["kernel"] == CACHED:
-            continue
-        need += (table["weight_bytes"] + table["state_bytes"]) * sum(r in sharing for r in table["ranks"]) / len(table["ranks"])
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else host_memory("MemAvailable")
-    if need > free:
-        raise ConfigError(
-            f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on this {'GPU' if on_gpu else 'node'},"
-            f" {free / 2**30:.2f} GiB are free: train on more GPUs or nodes, or choose"
-            " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer ids"
-            " in preprocessing."
-        )
+    of_host = [_need(report, other % replica, in_host=True, on_gpu=on_gpu) for other in ranks_of_host(sizes, rank)]
+    checks = [("host", sum(of_host) + host_bytes * len(of_host), host_memory("MemAvailable"))]
+    if on_gpu:
+        own = _need(report, rank % replica, in_host=False, on_gpu=on_gpu)
+        checks.append(("GPU", own, torch.cuda.mem_get_info(device)[0]))
+    for kind, need, free in checks:
+        if need > free:
+            return ConfigError(
+                f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on the {kind} of rank {rank},"
+                f" {free / 2**30:.2f} GiB are free: train on more GPUs or hosts, or choose"
+                " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer"
+                " ids in preprocessing."
+            )
+    return None
+
+
+def ranks_of_host(sizes: Sequence[int], rank: int) -> range:
+    """The ranks of a rank's host, from what each rank knows as the number of these; hosts may differ in it."""
+    first = 0
+    while first + sizes[first] <= rank:
+        first += sizes[first]
+    return range(first, first + sizes[first])
+
+
+def _need(report: Sequence[dict[str, Any]], rank: int, *, in_host: bool, on_gpu: bool) -> float:
+    """Bytes of the shards of a rank that lie in the memory of its host, or on its GPU."""
+    return sum(
+        (table["weight_bytes"] + table["state_bytes"]) * table["ranks"].count(rank) / len(table["ranks"])
+        for table in report
+        if in_host == (not on_gpu or table["kernel"] == CACHED)
+    )
 
 
 def plan_table(report: list[dict[str, Any]]) -> str:

@@ -1,12 +1,11 @@
 """What a training would take on ranks that need not exist: memory of each, time of a step by phase, and what else there is.
 
 Placement and times of tables are torchrec's planner's, memory and placement those that a training on such ranks has
-(`make_plan`). Times are of bandwidths: they compare plans, and are no measurement.
+(`make_plan`). Times are of a few rates of a rank: they compare plans, and are no measurement.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,19 +19,16 @@ from mmlrec.embeddings.hardware import Hardware
 from mmlrec.embeddings.placement import (
     FUSED,
     PHASES,
-    SHARDING_TYPES,
     PlacedTable,
     TablesDoNotFit,
-    on_hosts,
+    bytes_of_shard,
     place_tables,
     state_bytes,
     too_small,
-    weight_bytes,
 )
 from mmlrec.embeddings.plan_file import placement_of_plan
 from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
-from mmlrec.errors import ConfigError
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.network_cost import NetworkCost, network_cost
@@ -48,13 +44,16 @@ STEP = {
     "gradients": "gradients of the vectors back to the tables",
     "update": "update of the tables",
     "all_reduce": "gradients of the network to all ranks",
+    "optimizer": "update of the network",
     "average": "averages of the replicas of the tables",
+    "rounds": "exchanges between ranks, however little they carry",
+    "host": "starting operators, and what of it a GPU does not hide",
 }
 _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
 _NOTABLE = 0.01  # of the memory of a rank, from which on what maps take is told
 _TIGHT = 0.9  # of the memory that can be planned with
-_MOST_HOSTS = 4096  # that are tried to make a plan fit
+_PYTHON = 4  # times what it takes to start an operator beside the network: torchrec and we do much around few of them
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Request:
     """What is to be planned.
 
     Attributes:
-        operations: floating-point operations per second that a rank does in matrix products.
+        operations: floating-point operations per second that a rank does in wide matrix products.
         source: config file, for messages.
     """
 
@@ -89,13 +88,19 @@ class Rank:
     activations: int
     buffers: int
     times: dict[str, float]
-    #: Bytes of tables in the memory of the host.
-    on_host: int = 0
+    #: Bytes of tables in the memory of the host: their weights, and the optimizer's state.
+    host_weights: int = 0
+    host_state: int = 0
 
     @property
     def total(self) -> int:
         """All bytes, but those on the host."""
         return self.weights + self.state + self.network + self.activations + self.buffers
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of tables in the memory of the host."""
+        return self.host_weights + self.host_state
 
     @property
     def table_ms(self) -> float:
@@ -147,23 +152,22 @@ class TrainingPlan:
         """All ranks, in their order."""
         optimizer = self.request.config.embeddings.optimizer.name
         world_size, replicas = self.request.hardware.world_size, self.request.config.embeddings.replicas
-        sums = [[0, 0, 0] for _ in range(world_size // replicas)]
-        of_hosts = on_hosts(self.tables, optimizer, len(sums))
+        sums = [[0, 0, 0, 0, 0] for _ in range(world_size // replicas)]
         times = [dict.fromkeys(PHASES, 0.0) for _ in sums]
         for table in self.tables:
             for shard in table.shards:
-                own = sums[shard.rank]
-                if table.kernel == FUSED:
-                    own[0] += weight_bytes(table.dtype, shard.rows, table.dim)
-                    own[1] += state_bytes(optimizer, shard.rows, table.dim)
-                own[2] += shard.buffers
+                own, first = sums[shard.rank], 0 if table.kernel == FUSED else 2
+                weights, state = bytes_of_shard(table, shard, optimizer)
+                own[first] += weights
+                own[first + 1] += state
+                own[4] += shard.buffers
                 for phase, milliseconds in shard.times.items():
                     times[shard.rank][phase] += milliseconds
         network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
         activations = int(self.cost.activations * self.rows_per_rank)
         return [
-            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], of_hosts[rank % len(sums)])
-            for rank, (weights, state, buffers) in enumerate(sums * replicas)
+            Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], *of_host)
+            for rank, (weights, state, *of_host, buffers) in enumerate(sums * replicas)
         ]
 
     @cached_property
@@ -171,16 +175,55 @@ class TrainingPlan:
         """Milliseconds of each phase of `STEP` on the slowest rank, for which the others wait."""
         hardware = self.request.hardware
         found = {phase: max(rank.times[phase] for rank in self.ranks) for phase in PHASES}
-        found["network"] = 1000 * self.cost.operations * self.rows_per_rank / self.request.operations
+        bandwidths, cost = hardware.bandwidths, self.cost
+        of_row = cost.occupied / self.request.operations + cost.traffic / bandwidths.memory
+        found["network"] = 1000 * of_row * self.rows_per_rank
         parameters = sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
-        bandwidths = hardware.bandwidths
+        # Each number is read and written once, and so is its state; its gradient is read.
+        touched = parameters * (3 + 2 * {"adam": 2, "adagrad": 1, "sgd": 0}[self.request.config.dense.optimizer.name])
+        found["optimizer"] = 1000 * touched / bandwidths.memory
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth
         if (replicas := self.request.config.embeddings.replicas) > 1:
             held = max(rank.weights + rank.state + rank.on_host for rank in self.ranks)
             of_step = held / self.request.config.embeddings.average_every
             found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
+        found["rounds"] = 1000 * self.rounds * bandwidths.round
+        on_gpu = hardware.device == "cuda"
+        of_scenarios = 0.0 if on_gpu else cost.launches_of_scenario * (self.network.spec.num_scenarios - 1)
+        launches = cost.launches + of_scenarios + _PYTHON * self.launches_beside_network
+        hidden = sum(found[phase] for phase in ("lookup", "network", "update", "optimizer")) if on_gpu else 0.0
+        found["host"] = max(0.0, 1000 * launches * bandwidths.launch - hidden)
         return {phase: found[phase] for phase in STEP if phase in found}
+
+    @property
+    def launches_beside_network(self) -> int:
+        """Operators of a step for ids, tables, loss and optimizers, counted in steps; each way to place tables has its own."""
+        return 93 if self.request.hardware.world_size == 1 else 100 + 50 * len({table.sharding for table in self.tables})
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """How often ranks meet in a step: in all-to-alls, halves of all-reduces (reduce-scatter, all-gather), all-reduces.
+
+        Once for the sizes of messages, twice for ids and their lengths and once each way for vectors, for each kind of
+        placement; with table_row_wise once more each way, within a host. Once for the sums of the loss, and for the gradients
+        of the network, which DistributedDataParallel joins.
+        """
+        if self.request.hardware.world_size == 1:
+            return {"all_to_all": 0, "half": 0, "all_reduce": 0}
+        kinds = {table.sharding for table in self.tables}
+        vectors = {"table_wise": (2, 0), "table_row_wise": (2, 2), "row_wise": (0, 2)}
+        return {
+            "all_to_all": bool(kinds) + sum(2 + vectors[kind][0] for kind in kinds),
+            "half": sum(vectors[kind][1] for kind in kinds),
+            "all_reduce": 2,
+        }
+
+    @property
+    def rounds(self) -> int:
+        """Messages of a step that wait for each other: one for an all-to-all, log2 of the ranks for half of an all-reduce."""
+        found, of_half = self.collectives, (self.request.hardware.world_size - 1).bit_length()
+        return found["all_to_all"] + of_half * (found["half"] + 2 * found["all_reduce"])
 
     @property
     def step_ms(self) -> float:
@@ -193,9 +236,21 @@ class TrainingPlan:
         return max(self.ranks, key=lambda rank: rank.total)
 
     @property
+    def fullest_on_host(self) -> Rank:
+        """The rank whose tables take most of the memory of its host."""
+        return max(self.ranks, key=lambda rank: rank.on_host)
+
+    @property
+    def fullest_words(self) -> str:
+        """What the fullest ranks need, of their own memory and of that of their hosts, where they use it."""
+        of_host = self.fullest_on_host.on_host
+        beside = f" and {of_host / _GIB:.2f} GiB in the memory of its host" if of_host else ""
+        return f"{self.fullest.total / _GIB:.2f} GiB on the fullest rank{beside}"
+
+    @property
     def short(self) -> Short | None:
         """What most bytes are missing of; None where all fits."""
-        hardware, on_host = self.request.hardware, max(self.ranks, key=lambda rank: rank.on_host)
+        hardware, on_host = self.request.hardware, self.fullest_on_host
         found = [Short(f"rank {self.fullest.rank}", self.fullest.total, hardware.usable, hardware.memory)]
         if on_host.on_host:
             share = f"rank {on_host.rank} in the memory of its host"
@@ -211,10 +266,10 @@ class TrainingPlan:
 
     @property
     def imbalance(self) -> dict[str, float]:
-        """Largest over mean of the ranks: memory of the tables, and their time in a step."""
+        """Largest over mean of the ranks: memory of the tables, wherever it is, and their time in a step."""
         found = {}
         for name, values in (
-            ("table_memory", [rank.weights + rank.state for rank in self.ranks]),
+            ("table_memory", [rank.weights + rank.state + rank.on_host for rank in self.ranks]),
             ("table_time", [rank.table_ms for rank in self.ranks]),
         ):
             mean = sum(values) / len(values)
@@ -301,6 +356,7 @@ class TrainingPlan:
                     "between_hosts": hardware.bandwidths.between_hosts,
                     "memory": hardware.bandwidths.memory,
                 },
+                "seconds": {"round": hardware.bandwidths.round, "launch": hardware.bandwidths.launch},
                 "operations_per_second": self.request.operations,
             },
             "batch_size": config.training.batch_size,
@@ -317,6 +373,7 @@ class TrainingPlan:
                     "sharding": table.sharding,
                     "kernel": table.kernel,
                     "ranks": table.ranks,
+                    "replicas": config.embeddings.replicas,
                     "weight_bytes": table.weight_bytes,
                     "state_bytes": state_bytes(optimizer, table.rows, table.dim),
                     "why": table.why,
@@ -391,156 +448,3 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     except TablesDoNotFit as error:
         placed = error.flattest
     return TrainingPlan(request, placed, network, cost, without)
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another way to train the same data.
-
-    Attributes:
-        change: what differs, in words or as keys of the configuration.
-    """
-
-    change: str
-    plan: TrainingPlan
-
-    def as_dict(self) -> dict[str, Any]:
-        """The figures that are compared, as plain data."""
-        return {
-            "change": self.change,
-            "ranks": self.plan.request.hardware.world_size,
-            "fits": not self.plan.missing,
-            "missing_bytes": self.plan.missing,
-            "fullest_rank_bytes": self.plan.fullest.total,
-            "step_ms": self.plan.step_ms,
-        }
-
-
-def alternatives(plan: TrainingPlan) -> list[Alternative]:
-    """What a change of hosts, optimizer, width or sharding would bring, each planned anew; none that a training refuses."""
-    changes = list(_changes(plan.request))
-    embeddings = plan.request.config.embeddings
-    if plan.missing and plan.request.hardware.device == "cuda" and embeddings.host_cache is None and embeddings.replicas == 1:
-        changes.append(("embeddings.host_cache=0.1", plan.request.with_embeddings(plan=None, host_cache=0.1)))
-    found = []
-    for change, other in changes:
-        # Refused: too few rows for a split that is asked for by name, ranks that replicas do not divide, sums in fp8.
-        with contextlib.suppress(ConfigError):
-            found.append(Alternative(change, plan_training(other, plan)))
-    return found
-
-
-def _changes(given: Request) -> Iterator[tuple[str, Request]]:
-    request = given.with_embeddings(plan=None)
-    hardware, embeddings = request.hardware, request.config.embeddings
-    for hosts in (hardware.num_hosts * 2, hardware.num_hosts // 2):
-        if hosts:
-            yield _hosts(hosts), _on_hosts(request, hosts)
-    for name in (
-        "adagrad",
-        "rowwise_adagrad",
-        "sgd",
-        *(["adam"] if hardware.device == "cuda" and embeddings.replicas == 1 else []),
-    ):
-        if name != embeddings.optimizer.name:
-            optimizer = embeddings.optimizer.model_copy(update={"name": name})
-            yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
-    for dtype in ("fp32", "fp16", "bf16") if hardware.device == "cuda" else ("fp32", "fp16"):
-        if dtype != embeddings.dtype:
-            yield f"embeddings.dtype={dtype}", request.with_embeddings(dtype=dtype)
-    widths = {"": embeddings.dim, **embeddings.table_dim}
-    for words, changed in (
-        ("twice", {name: 2 * dim for name, dim in widths.items()}),
-        ("half of", {name: dim // 2 for name, dim in widths.items()}),
-    ):
-        if all(dim and dim % 4 == 0 for dim in changed.values()):
-            dim = changed.pop("")
-            change = f"embeddings.dim={dim}" + (f", {words} each table_dim" if changed else "")
-            yield change, request.with_embeddings(dim=dim, table_dim=changed)
-    if hardware.world_size > 1:
-        for sharding in ("auto", *(kind for kind in SHARDING_TYPES if hardware.host_of_several or kind != "table_row_wise")):
-            if sharding != embeddings.sharding or given.config.embeddings.plan or embeddings.table_sharding:
-                yield f"embeddings.sharding={sharding}", request.with_embeddings(sharding=sharding, table_sharding={})
-        if embeddings.communication == "fp32":
-            shorter = "bf16" if hardware.device == "cuda" else "fp16"
-            yield f"embeddings.communication={shorter}", request.with_embeddings(communication=shorter)
-    averaged = embeddings.optimizer.name != "adam" and embeddings.host_cache is None
-    if hardware.device == "cuda" and hardware.num_hosts > 1 and embeddings.replicas == 1 and averaged:
-        yield "embeddings.replicas=2", request.with_embeddings(replicas=2)
-
-
-def recommendations(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
-    """Row-wise Adagrad, where the state of Adagrad or Adam is what does not fit, or as large as any other part of the memory.
-
-    A training takes what its configuration says, whatever the sizes: this is advice.
-
-    Args:
-        others: alternatives that are planned already.
-    """
-    optimizer = plan.request.config.embeddings.optimizer
-    rank, state = plan.fullest, sum(rank.state for rank in plan.ranks)
-    largest = max(rank.weights, rank.network, rank.activations, rank.buffers)
-    too_large = 0 < plan.missing <= rank.state
-    if optimizer.name not in ("adagrad", "adam") or not (too_large or (state >= _GIB and rank.state >= largest)):
-        return []
-    change = "embeddings.optimizer.name=rowwise_adagrad"
-    found = next((other.plan for other in others if other.change == change), None)
-    if found is None:
-        rowwise = optimizer.model_copy(update={"name": "rowwise_adagrad"})
-        found = plan_training(plan.request.with_embeddings(plan=None, optimizer=rowwise), plan)
-    fits = "" if not plan.missing else ", which fits" if not found.missing else ", which does not fit either"
-    return [
-        f"{change}: {sum(rank.state for rank in found.ranks) / _GIB:.2f} GiB of state in place of {state / _GIB:.2f},"
-        f" {found.fullest.total / _GIB:.2f} GiB on the fullest rank in place of {rank.total / _GIB:.2f}{fits}. It is another"
-        " algorithm: one rate for each row in place of one for each number"
-    ]
-
-
-def remedies(plan: TrainingPlan, others: list[Alternative]) -> list[str]:
-    """What would make a plan fit that does not: single changes among `others`, and the least number of hosts, by doubling."""
-    found = [
-        f"{other.change}: {other.plan.fullest.total / _GIB:.2f} GiB on the fullest rank, {other.plan.step_ms:.2f} ms a step"
-        for other in others
-        if not other.plan.missing
-    ]
-    request = plan.request.with_embeddings(plan=None)
-    if any(other.plan.request.hardware.num_hosts > request.hardware.num_hosts and not other.plan.missing for other in others):
-        return found
-    optimizers = [request.config.embeddings.optimizer.name, "rowwise_adagrad"]
-    for name in dict.fromkeys(optimizers):
-        other = request.with_embeddings(optimizer=request.config.embeddings.optimizer.model_copy(update={"name": name}))
-        hosts = request.hardware.num_hosts * 4
-        while hosts <= _MOST_HOSTS and not _may_fit(plan, name, hosts):
-            hosts *= 2
-        while hosts <= _MOST_HOSTS:
-            try:
-                larger = plan_training(_on_hosts(other, hosts), plan)
-            except ConfigError:
-                break  # A table has too few rows for the split over so many ranks that is asked for by name.
-            if not larger.missing:
-                changes = [_hosts(hosts), *([f"embeddings.optimizer.name={name}"] if name != optimizers[0] else [])]
-                found.append(f"{' and '.join(changes)}: {larger.fullest.total / _GIB:.2f} GiB on the fullest rank")
-                break
-            if larger.fullest.weights + larger.fullest.state + larger.fullest.on_host and not any(
-                table.sharding == "row_wise" for table in larger.tables if larger.fullest.rank in table.ranks
-            ):
-                break  # A table that lies whole on one rank or host is too large: more hosts do not help.
-            hosts *= 2
-    return found
-
-
-def _may_fit(plan: TrainingPlan, optimizer: str, hosts: int) -> bool:
-    """Whether the tables, split evenly, fit at all."""
-    hardware, embeddings = plan.request.hardware, plan.request.config.embeddings
-    bytes_of_tables = sum(t.weight_bytes + state_bytes(optimizer, t.rows, t.dim) for t in plan.tables)
-    room = hardware.usable + (0 if embeddings.host_cache is None else hardware.usable_on_host)
-    return embeddings.replicas * bytes_of_tables <= hosts * hardware.ranks_per_host * room
-
-
-def _hosts(hosts: int) -> str:
-    return f"{hosts} host{'s' if hosts > 1 else ''}"
-
-
-def _on_hosts(request: Request, hosts: int) -> Request:
-    hardware = replace(request.hardware, world_size=hosts * request.hardware.ranks_per_host)
-    return replace(request, hardware=hardware)

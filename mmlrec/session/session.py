@@ -27,11 +27,11 @@ from mmlrec.embeddings.placement import PortableSharder
 from mmlrec.embeddings.replicas import average, check_replicas, shard
 from mmlrec.embeddings.sharding import (
     apply_table_optimizer,
-    check_memory,
     forget_former_groups,
     held,
     make_plan,
     plan_report,
+    short_of_memory,
 )
 from mmlrec.embeddings.tables import (
     begin_anew,
@@ -370,6 +370,23 @@ def hardware_of(world: World) -> Hardware:
     return Hardware(world.world_size, max(of_hosts), kind, least, bandwidths, len(of_hosts) == 1, of_host)
 
 
+def check_memory(report: list[dict[str, Any]], optimizer: str, world: World, *, replica: int, host_bytes: int = 0) -> None:
+    """Refuse tables that do not fit where they go, by what each rank finds free on its own GPU and host. All ranks call it.
+
+    Args:
+        replica: ranks of one copy of the tables.
+        host_bytes: what each rank takes of its host beside them, for maps of managed tables.
+
+    Raises:
+        ConfigError: on every rank, when one has too little.
+    """
+    sizes = world.gather(world.local_world_size)
+    short = short_of_memory(
+        report, optimizer, rank=world.rank, sizes=sizes, replica=replica, device=world.device, host_bytes=host_bytes
+    )
+    world.raise_together(short)
+
+
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
     """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
     copies = 2 + {"adam": 2, "adagrad": 1, "sgd": 0}[optimizer] + (world_size > 1)
@@ -437,16 +454,9 @@ def build_session(
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
-    report = plan_report(plan, TABLES, tables, optimizer_config.name)
+    report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
     managed = _managed(config, manifest, world, branches)
-    check_memory(
-        report,
-        optimizer_config.name,
-        rank=world.rank % hardware.world_size,
-        local_world_size=world.local_world_size,
-        device=world.device,
-        host_bytes=managed.num_bytes,
-    )
+    check_memory(report, optimizer_config.name, world, replica=hardware.world_size, host_bytes=managed.num_bytes)
     forget_former_groups()
     model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
     sharded = get_unwrapped_module(model)

@@ -153,6 +153,17 @@ def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
         assert ours[name] == told[name]
 
 
+def test_steps_of_one_rank_are_planned_within_a_quarter_of_what_was_measured():
+    """Of 1 to 16 tasks, 2 to 64 scenarios, 1k to 64k rows. Rates are the same for all; some were read from these results."""
+    _, rows = results.read(ROOT / "docs/scaling/cpu", 1)
+    measured_ms = {point: row.step_ms for point, row in rows.items() if row.kind == MEASURED}
+    assert {point.tasks for point in measured_ms} >= {1, 16}
+    assert {point.scenarios for point in measured_ms} >= {2, 64}
+    planner = Planner("scaling/synthetic", [], "cpu", 24 * GIB, 2)
+    planned_ms = {point: planner.plan(point).step_ms for point in measured_ms}
+    assert planned_ms == {point: pytest.approx(ms, rel=0.25) for point, ms in measured_ms.items()}
+
+
 def test_operations_of_a_plan_are_those_of_the_matrices():
     """Whatever multiplies them here: forward, at inputs and at weights, two for each number of a matrix."""
     plan = Planner("scaling/synthetic", ["model.name=shared_bottom"], "cpu", 24 * GIB, 1).plan(Point(scenarios=1))

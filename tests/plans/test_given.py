@@ -1,6 +1,7 @@
 """`embeddings.plan`: a plan of other tables or ranks is refused by name; what fits no rank is told with amounts."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,14 +10,19 @@ import torch
 from torchrec import EmbeddingBagConfig
 
 from mmlrec.config import EmbeddingsConfig, load_config
+from mmlrec.embeddings import sharding
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, memory_of
 from mmlrec.embeddings.placement import TablesDoNotFit
 from mmlrec.embeddings.plan_file import compare_plans, given_placement, read_plan
-from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
+from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan, plan_report, ranks_of_host, short_of_memory
 from mmlrec.embeddings.tables import build_tables
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.session.session import hardware_of
+from tests import processes
+from tests.plans.growth import fit
+from tests.training.launch import free_port
 
+GIB = 2**30
 SIZES = {"a": (1000, 8), "b": (3, 8)}
 
 
@@ -41,6 +47,7 @@ def rows(**changes):
 
 
 def written(folder, content):
+    folder.mkdir(exist_ok=True)
     path = folder / "plan.json"
     path.write_text(json.dumps(content))
     return str(path)
@@ -145,6 +152,90 @@ def test_plan_and_sharding_contradict_each_other():
     for other in ({"sharding": "row_wise"}, {"table_sharding": {"a": "row_wise"}}):
         with pytest.raises(ConfigError, match="plan says where every table lies"):
             load_config({"dataset": {"path": "x"}, "embeddings": {"plan": "p.json", **other}})
+
+
+def totals(text):
+    """Name -> the two cells, of the first table of a comparison."""
+    lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) == 3}
+
+
+def test_device_and_host_memory_are_told_apart_and_all_copies_counted(tmp_path):
+    """Copies of four tables of 3 GiB with their state, two on GPUs and two on hosts, on two of four ranks each."""
+    sizes = {"weight_bytes": 2 * GIB, "state_bytes": GIB, "rows": 1000, "dim": 8, "replicas": 2}
+    tables = [
+        {"table": "a", "sharding": "row_wise", "ranks": [0, 1], "kernel": "fused", **sizes},
+        {"table": "b", "sharding": "table_wise", "ranks": [0], "kernel": "fused", **sizes},
+        {"table": "c", "sharding": "row_wise", "ranks": [0, 1], "kernel": "fused_uvm_caching", **sizes},
+        {"table": "d", "sharding": "table_wise", "ranks": [1], "kernel": "fused_uvm_caching", **sizes},
+    ]
+    one = [{**table, "replicas": 1, "kernel": "fused"} for table in tables]
+    first = written(tmp_path / "first", {"tables": tables, "hardware": {"ranks": 4}, "step_ms": 1.0, "fits": True})
+    told = compare_plans(first, written(tmp_path / "second", one))
+    found = totals(told)
+    assert found["copies of them"] == ["2", "1"]
+    assert found["ranks with tables"] == ["4 of 4", "2 of 2"]
+    assert found["weights of a copy, GiB"] == ["8.00", "8.00"]
+    assert found["state of a copy, GiB"] == ["4.00", "4.00"]
+    assert found["fullest rank, tables, GiB"] == ["4.50", "6.00"]  # on its device: half of a, and b
+    assert found["emptiest rank, tables, GiB"] == ["1.50", "6.00"]
+    assert found["fullest rank, tables in host memory, GiB"] == ["4.50", "0.00"]  # half of c, and d
+    assert "1,000 x 8 row_wise on ranks 0-1, in host memory, 2 copies of it" in told
+
+
+def test_the_plan_of_a_run_and_of_apps_plan_say_as_many_copies(tmp_path):
+    tables = build_tables([EmbeddingBagConfig(name="a", num_embeddings=1000, embedding_dim=8, feature_names=["f"])])
+    config = EmbeddingsConfig(replicas=2)
+    apply_table_optimizer(tables, config.optimizer, torch.device("cpu"))
+    plan = make_plan("tables", tables, config, ranks(2), batch_size=8)
+    report = plan_report(plan, "tables", tables, "adagrad", config.replicas)
+    assert [(table.ranks, table.replicas) for table in read_plan(written(tmp_path, report))[0]] == [(report[0]["ranks"], 2)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "host"),
+    [([2, 2, 2, 2], 1, [0, 1]), ([2, 2, 2, 2], 2, [2, 3]), ([3, 3, 3, 1], 3, [3]), ([1, 3, 3, 3], 2, [1, 2, 3])],
+)
+def test_ranks_of_a_host(sizes, rank, host):
+    assert list(ranks_of_host(sizes, rank)) == host
+
+
+def test_what_lies_on_a_host_is_of_all_its_ranks_and_copies(monkeypatch):
+    """Two copies of a table of 4 GiB with its state over two ranks each, all on one host: 2 GiB for each of four ranks."""
+    sizes = {"weight_bytes": 3 * GIB, "state_bytes": GIB, "kernel": "fused"}
+    report = [{"table": "a", "ranks": [0, 1], **sizes}]
+    arguments = {"rank": 3, "sizes": [4] * 4, "replica": 2, "device": torch.device("cpu"), "host_bytes": GIB // 4}
+    for free, fits in ((9 * GIB, True), (9 * GIB - 1, False)):
+        monkeypatch.setattr(sharding, "host_memory", lambda key, free=free: free)
+        told = short_of_memory(report, "adagrad", **arguments)
+        assert (told is None) == fits
+    assert "need 9.00 GiB on the host of rank 3" in str(told)
+
+
+def test_tables_behind_a_cache_need_the_memory_of_the_host(monkeypatch):
+    sizes = {"weight_bytes": 3 * GIB, "state_bytes": GIB}
+    report = [
+        {"table": "a", "ranks": [0, 1], "kernel": "fused_uvm_caching", **sizes},
+        {"table": "b", "ranks": [1], "kernel": "fused", **sizes},
+    ]
+    arguments = {"rank": 0, "sizes": [2, 2], "replica": 2, "device": torch.device("cuda")}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
+    monkeypatch.setattr(sharding, "host_memory", lambda key: 4 * GIB)
+    assert short_of_memory(report, "adagrad", **arguments) is None
+    assert "need 4.00 GiB on the GPU of rank 1" in str(short_of_memory(report, "adagrad", **{**arguments, "rank": 1}))
+    monkeypatch.setattr(sharding, "host_memory", lambda key: 4 * GIB - 1)
+    assert "need 4.00 GiB on the host of rank 0" in str(short_of_memory(report, "adagrad", **arguments))
+
+
+def test_hosts_that_differ_count_as_they_are(tmp_path):
+    """Two ranks on a host of 8 GiB, one on a host of 3: a plan takes the least of a rank; what does not fit all are told."""
+    report = [{"table": "a", "ranks": [0, 1, 2], "kernel": "fused", "weight_bytes": 6 * GIB, "state_bytes": 6 * GIB}]
+    processes.spawn(fit, ([2, 1], str(free_port()), report, [8, 3], tmp_path), 3)
+    said = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(3)]
+    assert {(one["memory"], one["ranks_per_host"], one["equal"]) for one in said} == {(3 * GIB, 2, False)}
+    # 4 GiB on each rank: 8 on the first host, which has them, and 4 on the second, which has 3.
+    assert len({one["told"] for one in said}) == 1
+    assert "need 4.00 GiB on the host of rank 2, 3.00 GiB are free" in said[0]["told"]
 
 
 def test_plans_of_runs_before_are_compared(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import re
 import time
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from apps.plan import microseconds
 from mmlrec.config import load_config
 from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
@@ -16,7 +18,8 @@ from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest
-from mmlrec.session.planning import Request, alternatives, plan_training, recommendations, remedies
+from mmlrec.session.alternatives import alternatives, recommendations, remedies
+from mmlrec.session.planning import Request, plan_training
 from mmlrec.session.table_list import TableList, read_table_list
 from mmlrec.storage.places import place
 from tests import processes
@@ -199,6 +202,28 @@ def test_tables_beyond_the_gpus_go_to_the_hosts_where_a_cache_is_allowed():
         plan_training(small(tables, Hardware(2, 2, "cpu", 2 * GIB, CPU), dim=64, embeddings={"host_cache": 0.05}))
 
 
+def test_state_on_hosts_counts_for_the_advice():
+    """4 GiB of weights and as much state in the memory of two hosts' ranks; on the GPUs next to nothing."""
+    hardware = Hardware(2, 2, "cuda", 2 * GIB, GPU, host_memory=16 * GIB)
+    tables = {"a": (2**24, 1), "b": (1000, 1)}
+    plan = plan_training(small(tables, hardware, dim=64, embeddings={"host_cache": 0.05}))
+    assert sum(rank.host_weights for rank in plan.ranks) == sum(rank.host_state for rank in plan.ranks) == 4 * GIB
+    assert plan.imbalance["table_memory"] == pytest.approx(max(rank.on_host for rank in plan.ranks) / (4 * GIB), rel=0.01)
+    (advice,) = recommendations(plan, [])
+    # Row-wise: one number a row. The table of 4 GiB and 64 MiB stays where it is, as it does not fit the GPUs.
+    assert advice.startswith("embeddings.optimizer.name=rowwise_adagrad: 0.06 GiB of state in place of 4.00, ")
+    assert re.search(r"GiB on the fullest rank and 4\.06 GiB in the memory of its host in place of .* and 8\.00 GiB in", advice)
+    # Where the hosts are too small by less than their state, it says that it fits.
+    crowded = plan_training(small(tables, replace(hardware, host_memory=3 * GIB), dim=64, embeddings={"host_cache": 0.05}))
+    assert crowded.missing
+    (advice,) = recommendations(crowded, [])
+    assert ", which fits. It is another algorithm" in advice
+    (remedy,) = [line for line in remedies(crowded, alternatives(crowded)) if line.startswith("embeddings.optimizer.name=row")]
+    assert "2.03 GiB in the memory of its host" in remedy
+    rowwise = {"host_cache": 0.05, "optimizer": {"name": "rowwise_adagrad"}}
+    assert recommendations(plan_training(small(tables, hardware, dim=64, embeddings=rowwise)), []) == []
+
+
 def make_plan_of(plan):
     """As a training of it would place the tables."""
     request = plan.request
@@ -256,6 +281,40 @@ def test_times_follow_bandwidths_by_hand():
     # Ids at 8 bytes and vectors at 4 bytes a number, read at the bandwidth of the memory.
     longer = plan_training(small({"a": (100_000, 16)}, hardware, dim=128, embeddings={"sharding": "row_wise"}))
     assert 1.5 < longer.step["lookup"] / slow.step["lookup"] <= 2
+
+
+def test_what_passes_however_little_there_is_to_do_by_hand():
+    """Messages and operators cost the same for any batch: of the difference of two rates only they remain."""
+    hardware = Hardware(4, 2, "cpu", 8 * GIB, CPU)
+    request = small({"a": (100_000, 1), "b": (1000, 1)}, hardware, embeddings={"table_sharding": {"a": "row_wise"}})
+    plan = plan_training(request.with_embeddings(sharding="table_wise"))
+    # Sizes; ids and lengths of each kind, and vectors there and back; sums of the loss, and gradients of the network.
+    assert plan.collectives == {"all_to_all": 1 + 4 + 2, "half": 2, "all_reduce": 2}
+    assert plan.rounds == 7 + 2 * 2 + 2 * 2 * 2  # log2 of 4 ranks is 2; an all-reduce is two halves
+    assert plan.step["rounds"] == pytest.approx(1000 * 19 * CPU.round)
+    assert plan.step["host"] == pytest.approx(1000 * (plan.cost.launches + 4 * 200) * CPU.launch)
+    slow = replace(CPU, round=1e-3, launch=1e-5)
+    slower = plan_training(replace(plan.request, hardware=replace(hardware, bandwidths=slow)), plan)
+    assert slower.step["rounds"] == pytest.approx(19.0)
+    assert {name for name in plan.step if slower.step[name] != plan.step[name]} == {"rounds", "host"}
+    alone = plan_training(replace(request, hardware=Hardware(1, 1, "cpu", 8 * GIB, CPU)))
+    assert (alone.rounds, alone.step["rounds"]) == (0, 0.0)
+    # A GPU works while its host starts what comes next: of a large batch nothing is seen of it.
+    on_gpus = Hardware(4, 2, "cuda", 8 * GIB, GPU)
+    few, many = (
+        plan_training(small({"a": (100_000, 1)}, on_gpus, batch_size=rows, embeddings={"sharding": "table_wise"}))
+        for rows in (64, 2**22)
+    )
+    assert many.step["host"] == 0
+    hidden = sum(few.step[phase] for phase in ("lookup", "network", "update", "optimizer"))
+    assert few.step["host"] == pytest.approx(1000 * (few.cost.launches + 4 * 150) * GPU.launch - hidden)
+
+
+def test_times_of_the_command_line_are_microseconds():
+    assert (microseconds("25us"), microseconds("4.5 us"), microseconds("0us")) == (25e-6, 4.5e-6, 0.0)
+    for text in ("25", "25ms", "-1us", "us", "1e3us"):
+        with pytest.raises(ArgumentTypeError, match="is no time: microseconds such as 25us"):
+            microseconds(text)
 
 
 def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
