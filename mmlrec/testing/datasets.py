@@ -102,7 +102,17 @@ def _rows(out: Path) -> pa.Table:
 
 def _cells(rows: pa.Table, names: list[str]) -> list[tuple[str, ...]]:
     """The rows, as what can be counted and ordered."""
-    return list(zip(*([repr(cell) for cell in rows[name].to_pylist()] for name in names), strict=True))
+    return list(zip(*(_texts(rows[name]) for name in names), strict=True))
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """A text for each cell, another one for another bit. By columns, without Python's numbers, where that can be."""
+    kind = column.type
+    if pa.types.is_floating(kind):
+        column = pa.chunked_array([chunk.view(f"int{kind.bit_width}") for chunk in column.chunks], f"int{kind.bit_width}")
+    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        return list(column.cast(pa.string()).fill_null("None").to_pylist())
+    return list(map(repr, column.to_pylist()))
 
 
 class DatasetContract(Contract):
@@ -362,9 +372,9 @@ class DatasetContract(Contract):
             assert not groups[one] & groups[other]
 
 
-def _counted(rows: pa.Table) -> Counter[str]:
+def _counted(rows: pa.Table) -> Counter[tuple[str, ...]]:
     """How often each row occurs."""
-    return Counter(repr(tuple(row.values())) for row in rows.to_pylist())
+    return Counter(_cells(rows, rows.column_names))
 
 
 def _as_table(inputs: Inputs, encoder: Encoder, others: pa.Table) -> pa.Table:
