@@ -84,13 +84,17 @@ def test_floors_by_hand():
     """One feature of width 4 and no numbers: experts 2 * 4 (4 * 256 + 256 * 128), two gates, two towers; 96 bytes a row."""
     shape = Shape(1, 0, 4, "10", 1, 1)
     forward = 2 * (4 * (4 * 256 + 256 * 128) + 2 * (4 * 64 + 64 * 4 + 4 * 128) + 2 * (128 * 64 + 64))
-    found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None}
-    row = resident_row("x", "bf16", found, shape, 1000, {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6})
-    assert row == ["x", "bf16", "50,000", "20.00", "10.00", "4.00", "1.00", "25%", "55%", ""]
+    found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None, "distinct_ids": 0.25}
+    rates = {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6}
+    row = resident_row("x", "bf16", found, shape, 1000, rates)
+    assert row == ["x", "bf16", "50,000", "20.00", "10.00", "4.00", "1.00", "25%", "55%", "25%", ""]
+    assert resident_row("x", "bf16", found | {"waits": {"a.py:1": 2.0, "b.py:7": 0.5}}, shape, 1000, rates)[-1] == "2.5"
 
 
 def test_windows_have_the_rows_of_the_usual_batch():
-    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [60, 15, 2, 2]
+    batches = (1024, 4096, 65536, 10**6)
+    assert [throughput._window(SHAPES["b"], batch, "cpu", on_gpu=12) for batch in batches] == [60, 15, 2, 2]
+    assert [throughput._window(SHAPES["b"], batch, "cuda", on_gpu=12) for batch in batches] == [60, 15, 12, 12]
 
 
 @pytest.mark.long
