@@ -248,7 +248,7 @@ def measured(arguments: argparse.Namespace, work: Path) -> list[Stage]:
         config = write_config(work / f"{name}-{batch}-{precision}.yaml", work / name, SHAPES[name], training)
         speed += ["--config", str(config)]
     steps = 60 if device == "cuda" else 10
-    training = f"{{batch_size: {size.batches[-1]}, precision: bf16, patience: null, max_steps: {steps}, log_every_steps: {steps // 5}}}"
+    training = f"{{batch_size: {size.batches[-1]}, precision: bf16, max_steps: {steps}, log_every_steps: {steps // 5}}}"
     config = write_config(work / "end-to-end.yaml", work / "b", SHAPES["b"], training)
     scaling = ["-m", "benchmarks.scaling", "--device", device, "--ranks=1", "--out", str(work / "scaling"), *size.scaling]
     scaling += ["--scenarios=", "--tasks=", "--planned-ranks=", "--limit=60"]

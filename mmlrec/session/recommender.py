@@ -137,7 +137,7 @@ class Head(nn.Module):
         if not self.network.num_noise:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        return torch.rand(self.network.num_noise, generator=generator).to(device)
+        return torch.rand(self.network.num_noise, generator=generator).to(device, non_blocking=True)
 
     def inputs(self, pooled: KeyedTensor, dense: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Model input x, [B, d_in] or [B, U, d_in] with tables for each branch, and the fields as views of it.
