@@ -106,14 +106,10 @@ class Ended:
 
 
 class Stages:
-    """Runs stages, each with a log in a folder, until a time.
+    """Runs stages, each with a log in a folder."""
 
-    Args:
-        until: of `time.monotonic`; no stage goes on then.
-    """
-
-    def __init__(self, logs: Path, device: str, until: float) -> None:
-        self._logs, self._until = logs, until
+    def __init__(self, logs: Path, device: str) -> None:
+        self._logs = logs
         self.ended: list[Ended] = []
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         # All that the processes of a stage have to tell each other stays on this machine, which may have no other network.
@@ -132,19 +128,19 @@ class Stages:
         if device == "cpu":
             self._environment["CUDA_VISIBLE_DEVICES"] = ""
 
-    def run(self, stages: Sequence[Stage]) -> None:
-        """One after the other."""
+    def run(self, stages: Sequence[Stage], until: float) -> None:
+        """One after the other; `until` that time, of `time.monotonic`, none goes on."""
         for stage in stages:
             started = time.monotonic()
-            code = self._run(stage, min(stage.limit, self._until - started))
+            code = self._run(stage, min(stage.limit, until - started))
             ended = Ended(stage.name, code, time.monotonic() - started, self._last_line(stage.name))
             self.ended.append(ended)
             print("  ".join(_row(ended)), flush=True)
 
-    def together(self, *lanes: Sequence[Stage]) -> None:
+    def together(self, lanes: Sequence[Sequence[Stage]], until: float) -> None:
         """Several sequences side by side."""
         with ThreadPoolExecutor(len(lanes)) as threads:
-            list(threads.map(self.run, lanes))
+            list(threads.map(self.run, lanes, [until] * len(lanes)))
 
     def log(self, name: str) -> str:
         """What a stage has written; nothing where it has not run."""
@@ -191,13 +187,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def tests(arguments: argparse.Namespace) -> list[Stage]:
-    """Doctor and tests of a GPU. Only files that hold some are read, which for the whole suite takes longer than they do."""
+def tests() -> list[Stage]:
+    """Doctor, and where there are tests, as in a clone, those of a GPU. Only files that hold some are read: all take longer."""
     files = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in p.read_text("utf-8")]
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "gpu", *files]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
-    return [Stage("doctor", ["-m", "mmlrec.doctor"], 60), Stage("tests", command, 240)]
+    return [Stage("doctor", ["-m", "mmlrec.doctor"], 60), *([Stage("tests", command, 240)] if files else [])]
 
 
 def users_run(arguments: argparse.Namespace, work: Path) -> list[Stage]:
@@ -251,11 +247,11 @@ def measured(arguments: argparse.Namespace, work: Path) -> list[Stage]:
     training = f"{{batch_size: {size.batches[-1]}, precision: bf16, max_steps: {steps}, log_every_steps: {steps // 5}}}"
     config = write_config(work / "end-to-end.yaml", work / "b", SHAPES["b"], training)
     scaling = ["-m", "benchmarks.scaling", "--device", device, "--ranks=1", "--out", str(work / "scaling"), *size.scaling]
-    scaling += ["--scenarios=", "--tasks=", "--planned-ranks=", "--limit=60"]
+    scaling += ["--scenarios=", "--tasks=", "--planned-ranks=", "--limit=40"]
     return [
-        Stage("speed", speed, 200),
+        Stage("speed", speed, 170),
         Stage("end_to_end", ["-m", "apps.train", "--config", str(config), "--run-dir", str(work / "end-to-end")], 60),
-        Stage("scaling", scaling, 100),
+        Stage("scaling", scaling, 70),
     ]
 
 
@@ -346,14 +342,15 @@ def main() -> None:
         work = Path(folder)
         logs = work / "logs"
         logs.mkdir()
-        lanes = [tests(arguments), users_run(arguments, work), shapes_data(arguments, work), measured(arguments, work)]
+        lanes = [tests(), users_run(arguments, work), shapes_data(arguments, work), measured(arguments, work)]
         known = [stage.name for lane in lanes for stage in lane]
         if unknown := set(arguments.skip) - set(known):
             raise UserError(f"--skip: no stage '{min(unknown)}'. Stages: {', '.join(known)}.")
         *together, last = ([stage for stage in lane if stage.name not in arguments.skip] for lane in lanes)
-        stages = Stages(logs, arguments.device, until)
-        stages.together(*together)
-        stages.run(last)
+        stages = Stages(logs, arguments.device)
+        # What is measured gets its time, whatever hangs before.
+        stages.together(together, until - min(sum(stage.limit for stage in last), arguments.seconds / 2))
+        stages.run(last, until)
         found = [json.loads(line) for line in stages.log("speed").splitlines() if line.startswith("{")]
         about, table = speed_table(found, arguments.device)
         waits, rate = waits_of(found[1:]), end_to_end(work / "end-to-end")
