@@ -49,10 +49,10 @@ def runs(tmp_path_factory):
     # Two hosts of two ranks are two replicas; or four ranks of a host.
     four = [action("train", plan, TWO, f"embeddings.sharding={plan}") for plan in PLANS]
     four += [action("train", "rarely", TWO, ADAGRAD, "embeddings.average_every=3", "embeddings.sharding=row_wise")]
+    four += [action("train", "often", TWO, ADAGRAD, "embeddings.sharding=row_wise")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "WORKER", Path(__file__).with_name("replicas_on_cpu.py"))
         launch(4, four, root / "four", hosts=2)
-    four += [action("train", "often", TWO, ADAGRAD, "embeddings.sharding=row_wise")]
     one = [action("train", "one"), action("train", "one-adagrad", ADAGRAD)]
     one += [action("reshard", "rarely", ADAGRAD, output=str(root / "rarely-in-one"))]
     launch(1, one, root / "single")
