@@ -192,7 +192,7 @@ def tests() -> list[Stage]:
     files = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in p.read_text("utf-8")]
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "gpu", *files]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"]
+        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
     return [Stage("doctor", ["-m", "mmlrec.doctor"], 60), *([Stage("tests", command, 240)] if files else [])]
 
 

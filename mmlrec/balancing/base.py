@@ -121,7 +121,7 @@ class LossBalancing(Balancing):
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
         losses = mean_over_ranks(objectives.detach().double())
-        self.coefficient.copy_(self.coefficients(losses, step))
+        self.coefficient.copy_(self.coefficients(losses, step), non_blocking=True)  # some are drawn on the host
         return torch.sum(objectives * self.coefficient.to(objectives.dtype))
 
     def coefficients(self, losses: Tensor, step: int) -> Tensor:

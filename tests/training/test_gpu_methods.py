@@ -17,7 +17,8 @@ from tests.datasets import write_dataset
 from tests.models.support import TINY
 from tests.training.launch import launch, losses, tensors
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+# One worker of pytest-xdist for all, which share their runs.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400), pytest.mark.xdist_group("gpu_methods")]
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
