@@ -62,7 +62,7 @@ def test_what_is_measured_gets_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "users_run", lambda *_: [])
     monkeypatch.setattr(gpu, "shapes_data", lambda *_: [])
     monkeypatch.setattr(gpu, "measured", lambda *_: [Stage("speed", ["-c", "print('measured')"], 60)])
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", f"--out={tmp_path}", "--seconds=10"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", f"--out={tmp_path}", "--seconds=6"])
     with pytest.raises(UserError, match="failed: tests; see above"):
         gpu.main()
     ended = {each["name"]: each["code"] for each in json.loads((tmp_path / "results.json").read_text())["stages"]}
