@@ -69,7 +69,8 @@ class Command:
         paths = [log, log] if log else [Path(file.name) for file in self._outputs]
         target = (arguments[1:], env or environment(), cwd, paths, prepare)
         self._process = FORKS.Process(target=_run, args=target, daemon=True)
-        with mock.patch.dict(os.environ, environment()):  # The first one starts the server, which inherits it.
+        # The first one starts the server, which inherits it; one that begins anew looks for a GPU before it can be told not to.
+        with mock.patch.dict(os.environ, target[1] if START == "spawn" else environment()):
             self._process.start()
 
     def poll(self) -> int | None:
