@@ -187,13 +187,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 continue
 
 
-def tests() -> list[Stage]:
+def tests(device: str) -> list[Stage]:
     """Doctor, and where there are tests, as in a clone, those of a GPU. Only files that hold some are read: all take longer."""
     files = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in p.read_text("utf-8")]
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", "gpu", *files]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
-    return [Stage("doctor", ["-m", "mmlrec.doctor"], 60), *([Stage("tests", command, 240)] if files else [])]
+    return [
+        Stage("doctor", ["-m", "mmlrec.doctor"], 60),
+        *([Stage("tests", command, 240 if device == "cuda" else 800)] if files else []),
+    ]
 
 
 def users_run(arguments: argparse.Namespace, work: Path) -> list[Stage]:
@@ -342,7 +345,7 @@ def main() -> None:
         work = Path(folder)
         logs = work / "logs"
         logs.mkdir()
-        lanes = [tests(), users_run(arguments, work), shapes_data(arguments, work), measured(arguments, work)]
+        lanes = [tests(arguments.device), users_run(arguments, work), shapes_data(arguments, work), measured(arguments, work)]
         known = [stage.name for lane in lanes for stage in lane]
         if unknown := set(arguments.skip) - set(known):
             raise UserError(f"--skip: no stage '{min(unknown)}'. Stages: {', '.join(known)}.")
