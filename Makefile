@@ -14,13 +14,14 @@ CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-all test-cluster lint types tests tests-all clean
+.PHONY: help environment quickstart test test-all test-cluster gpu-check lint types tests tests-all clean
 
 help:
 	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks and exported"
 	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
 	@echo "make test-all    the same with the long tests"
 	@echo "make test-cluster  pretend hosts, containers, a Slurm, an S3 server; installs what it needs where it may, and skips the rest"
+	@echo "make gpu-check   what a machine with a GPU can do: tests, a user's run, speed (nine minutes); results in runs/gpu"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
@@ -84,6 +85,10 @@ test-cluster: $(ENVIRONMENT)
 	@if command -v npm > /dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/s3rver s3rver@3.7.1 > /dev/null \
 		|| echo "npm could not install s3rver; tests that need it are skipped"; fi
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs tests -m cluster
+
+# Not of the environment: with packages of one's own, in a container say, PYTHON names the interpreter that has them.
+gpu-check:
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu --out runs/gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
