@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from apps.cli import run
 from mmlrec import doctor
 from mmlrec.doctor import Installed, Problem, explain, import_problem, installed, problems
 
@@ -191,3 +192,29 @@ def test_versions_alone_can_be_asked_for(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("The versions fit; nothing was imported.\n")
     monkeypatch.setattr(doctor, "installed", lambda: Installed(changed(GPU, torchrec="1.6.1"), "13.0"))
     assert doctor.main() == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError("Could not load this library: /x/fbgemm_gpu_py.so"), 3, ["/x/fbgemm_gpu_py.so", "python -m mmlrec.doctor"]),
+        (OSError("libx.so.1: cannot open shared object file: No such file"), 3, ["libx.so.1", "python -m mmlrec.doctor"]),
+        (
+            OSError("Couldn't deserialize thrift"),
+            2,
+            ["a file: Couldn't deserialize thrift. Free space, or choose another folder."],
+        ),
+    ],
+)
+def test_a_library_that_does_not_load_is_no_full_disk(error, code, words, capsys):
+    """Torch and ctypes tell it as an OSError without a number, which was once told as "a file: None. Free space ..."."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == code
+    told = capsys.readouterr().err
+    assert all(word in told for word in words)
+    assert "None" not in told
