@@ -2,7 +2,10 @@
 # The first that runs: a name on PATH may be a shim without a Python behind it.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-VENV ?= .venv
+# The pair of torch and torchrec, 2.13 or 2.11, and its build, cpu or cuda: another than the usual one has a folder of its own.
+TORCH ?= 2.13
+BUILD ?= cpu
+VENV ?= .venv$(if $(filter-out 2.13,$(TORCH)),-$(TORCH))$(if $(filter-out cpu,$(BUILD)),-$(BUILD))
 RUN := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
 DATASET := data/movielens-100k
@@ -25,13 +28,14 @@ help:
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
+	@echo "make test TORCH=2.11  any of these beside the older torch; BUILD=cuda with the GPU build"
 	@echo "make clean       remove the environment and all that tools have cached; data/, runs/ and models/ stay"
 
 environment: $(ENVIRONMENT)
 
-$(ENVIRONMENT): requirements/cpu.txt requirements/dev.txt requirements/install.py setup.py
+$(ENVIRONMENT): $(wildcard requirements/*.txt) requirements/install.py setup.py
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 on PATH. Install it, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) requirements/install.py --venv $(VENV)
+	@$(PYTHON) requirements/install.py --venv $(VENV) --torch $(TORCH) $(if $(filter-out cpu,$(BUILD)),--$(BUILD))
 	@touch $@
 
 $(DATASET)/manifest.json: | $(ENVIRONMENT)
