@@ -144,7 +144,7 @@ def test_huge_integers_are_ids_of_text_and_no_numbers_of_64_bits(toy):
     model, _ = toy
     scores = model.score(broken(put("user", 2**70)))
     assert scores[2] != scores[1]
-    with pytest.raises(DataError, match=r"row 2 .*tags must"):
+    with pytest.raises(DataError, match=r"row 2 .*tags does not fit into 64 bits"):
         model.score(broken(put("tags", [2**70])))
 
 
