@@ -70,6 +70,14 @@ def test_what_is_kept_for_the_user_stays(there):
         assert (scratch.path / "log").read_text() == "the last lines"
 
 
+def test_a_folder_that_somebody_has_deleted_ends_nothing(there):
+    for end in (ScratchFolder.keep, ScratchFolder.delete):
+        scratch = ScratchFolder("reports")
+        scratch.path.rmdir()
+        end(scratch)
+    assert not list(there.iterdir())
+
+
 def test_without_locks_nothing_is_taken_for_left_behind(there, monkeypatch):
     def refused(descriptor: int, operation: int) -> None:
         raise OSError("no locks")

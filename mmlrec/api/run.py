@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from mmlrec.run_folder.folder import RunFolder
 from mmlrec.schema import MANIFEST, DatasetManifest, Setting
 from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place, read
+from mmlrec.storage.scratch import ScratchFolder
 from mmlrec.training import run as training
 
 
@@ -110,11 +110,11 @@ class Run:
         """
         if not isinstance(data, pd.DataFrame | pa.Table):
             rows = place(_path(data))
-            with one_process(self.config.training.timeout, quiet=True) as world, tempfile.TemporaryDirectory() as folder:
+            with one_process(self.config.training.timeout, quiet=True) as world, ScratchFolder("scores") as scratch:
                 session, *_ = load_session(self._folder, world, [], rows, measured=False)
                 split = choose_split(DatasetManifest.load(rows), rows, split)
-                write_predictions(session, rows, split, Path(folder) / "scores.parquet")
-                return pd.read_parquet(Path(folder) / "scores.parquet")
+                write_predictions(session, rows, split, scratch.path / "scores.parquet")
+                return pd.read_parquet(scratch.path / "scores.parquet")
         # Releases before kept no encoder in the run: the dataset has it.
         kept = self.path if (self._folder.encoder / MANIFEST).is_file() else place(self.config.dataset.path)
         encoder = Encoder.load(encoder_folder(kept))

@@ -21,6 +21,8 @@ Converted = tuple[pa.Array, Faults]
 
 #: What can be done with integers beyond 64 bits, as those without a sign may be.
 UNSIGNED = "Integers have a sign; as text, type: string, it can be an id."
+#: The same of one in a JSON list, where numbers are no text.
+UNSIGNED_IN_LIST = "Integers have a sign; in quotes, with type: string, they can be ids."
 #: Why floats that are integers may be none.
 ROUNDED = "Floats are rounded from 2^53 on, in float32 from 2^24 on: give integers, or text."
 #: Stands in a complaint where the value that was found is told.
@@ -93,7 +95,7 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -
     what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
     complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
     lists = pa.array([ids if ids and fit else [] for ids, fit in zip(one_by_one, fits, strict=True)], pa.list_(kind))
-    return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column), column)]
+    return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column, UNSIGNED_IN_LIST), column)]
 
 
 def singles(values: pa.Array) -> pa.ListArray:
@@ -128,6 +130,7 @@ def integers(texts: pa.Array, complaint: str, column: str) -> Converted:
     except pa.ArrowInvalid:
         texts = pc.replace_substring_regex(texts, pattern=WHOLE, replacement=r"\1")
         good = pc.match_substring_regex(texts, INTEGER).to_numpy(zero_copy_only=False)
+        texts = pc.replace_substring_regex(texts, pattern="^(-?)0+([0-9])", replacement=r"\1\2")
         # 20 characters hold any integer of 64 bits, and Python refuses to read very long ones.
         values = [int(text) if ok and len(text) <= 20 else None for text, ok in zip(texts.to_pylist(), good, strict=True)]
         fit = np.array([value is not None and _fits(value) for value in values], bool)
@@ -135,9 +138,9 @@ def integers(texts: pa.Array, complaint: str, column: str) -> Converted:
         return found, [(good, complaint, column), (fit | ~good, beyond(column), column)]
 
 
-def beyond(column: str) -> str:
+def beyond(column: str, hint: str = UNSIGNED) -> str:
     """The complaint of an integer that is none of 64 bits."""
-    return f"{column} does not fit into 64 bits{FOUND}. {UNSIGNED}"
+    return f"{column} does not fit into 64 bits{FOUND}. {hint}"
 
 
 def _fits(value: int) -> bool:

@@ -56,8 +56,9 @@ class ScratchFolder:
         self._release()
 
     def keep(self) -> None:
-        """Leave the folder to the user, under another name (`path`)."""
-        self.path = self.path.rename(self.path.with_name(self.path.name.replace("mmlrec-", "mmlrec-kept-", 1)))
+        """Leave the folder to the user, under another name (`path`); nothing where it is gone by now."""
+        with suppress(OSError):
+            self.path = self.path.rename(self.path.with_name(self.path.name.replace("mmlrec-", "mmlrec-kept-", 1)))
         self._release()
 
     def _release(self) -> None:

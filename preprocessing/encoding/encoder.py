@@ -95,6 +95,10 @@ class Vocabulary:
 
     def encode(self, values: pa.Array) -> pa.Array:
         """Ids of raw values, int64, without nulls."""
+        # Arrow hashes the whole vocabulary anew at each call: cheaper where it has no more entries than there are values.
+        if len(self._values) <= len(values):
+            found = pc.index_in(values, value_set=self._values).cast(pa.int64())
+            return pc.add(found, 1).fill_null(0)
         return pa.array(self._ids.look_up("", values))
 
     def save(self, path: Path) -> None:

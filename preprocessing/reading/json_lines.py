@@ -17,10 +17,13 @@ import pyarrow.json
 from numpy.typing import NDArray
 
 from mmlrec.encoding.cells import BLANKS, VECTORS, Cells
+from mmlrec.encoding.conversions import REMEDY, UNSIGNED, UNSIGNED_IN_LIST
 from mmlrec.errors import DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
+_BEYOND = "does not fit into 64 bits"
+_HOLDS = "holds a value that"
 _BOM = b"\xef\xbb\xbf"
 #: A value that is an object without lists and objects in it.
 _FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
@@ -75,7 +78,7 @@ class JsonLines(Source):
         else:
             text = text if self.cells is None else _mended(text, self.columns, self.cells)
             stripped = [(number, line.strip(b" \t\r")) for number, line in enumerate(text.split(b"\n"), piece.first_line)]
-            remedy = _REMEDY if self.cells is None else "Mend the line."
+            remedy = _REMEDY if self.cells is None else REMEDY
             filled = [(number, line) for number, line in stripped if line]
             runs = list(_good_runs(filled, self.columns, piece.path, remedy, bad_rows))
             bad_rows.sort(key=lambda row: row.line)
@@ -230,11 +233,20 @@ def _good_runs(
         words = [_complaint(line, columns) for _, line in lines]
         if len(lines) == 1:
             words = [words[0] or f"{error}."]
-    bad_rows += [BadRow(path, number, f"{why} {remedy}") for (number, _), why in zip(lines, words, strict=True) if why]
+    for (number, _), why in zip(lines, words, strict=True):
+        if why:
+            bad_rows.append(BadRow(path, number, f"{why} {_hint(why) if remedy == REMEDY else remedy}"))
     rest = [line for line, why in zip(lines, words, strict=True) if not why]
     middle = len(rest) // 2 if len(rest) == len(lines) else len(rest)
     yield from _good_runs(rest[:middle], columns, path, remedy, bad_rows)
     yield from _good_runs(rest[middle:], columns, path, remedy, bad_rows)
+
+
+def _hint(why: str) -> str:
+    """What to do about a complaint about a table of one's own."""
+    if f" {_BEYOND}, found " not in why:
+        return REMEDY
+    return UNSIGNED_IN_LIST if _HOLDS in why else UNSIGNED
 
 
 class _Object(list[tuple[str, Any]]):
@@ -271,12 +283,12 @@ def _mismatch(value: Any, kind: pa.DataType) -> str:
         if type(value) is not list:
             return f"must be a list, found {shown}"
         wrong = (why for item in value if item is not None and (why := _mismatch(item, kind.value_type)))
-        return next((f"holds a value that {why}" for why in wrong), "")
+        return next((f"{_HOLDS} {why}" for why in wrong), "")
     wanted, what = _PYTHON_TYPES[kind]
     if type(value) not in wanted:
         return f"must be {what}, found {shown}"
     if pa.types.is_integer(kind) and not -(2**63) <= value < 2**63:
-        return f"= {value} does not fit into 64 bits"
+        return f"{_BEYOND}, found {shown}"
     return ""
 
 

@@ -67,7 +67,11 @@ BAD_CELLS = {
     "large decimal": ({"user": pa.array(["1", str(2**64 - 1)]).cast(pa.decimal128(20, 0))}, large("user", 2**64 - 1)),
     "large element": ({"tags": pa.array([[1], [2, 2**63]], pa.list_(pa.uint64()))}, large("tags", [2, 2**63])),
     "large one among several": ({"tags": ["1", f"1|{2**63}"]}, large("tags", f"1|{2**63}")),
-    "large one in a JSON list": ({"codes": ["[1]", f"[2, {2**63}]"]}, large("codes", f"[2, {2**63}]")),
+    "large one in a JSON list": (
+        {"codes": ["[1]", f"[2, {2**63}]"]},
+        f"codes does not fit into 64 bits, found [2, {2**63}]. Integers have a sign; in quotes, with type: string",
+    ),
+    "zeros before a number beside another fault": ({"user": ["0" * 30 + "7", "x"]}, "row 1 (counted from 0): user must be"),
     "large float": (
         {"user": [1.0, 2.0**63]},
         "row 1 (counted from 0): user must be an integer of 64 bits, found 9.223372036854776e+18. Floats are rounded",

@@ -151,7 +151,7 @@ BAD_LINES = {
     b'{"id": 1.0}': "id must be an integer, found 1.0",
     b'{"id": "1"}': "id must be an integer, found '1'",
     b'{"id": true}': "id must be an integer, found True",
-    b'{"id": 9223372036854775808}': "id = 9223372036854775808 does not fit into 64 bits",
+    b'{"id": 9223372036854775808}': "id does not fit into 64 bits, found 9223372036854775808. Mend the line or fetch",
     b'{"id": -9223372036854775809}': "does not fit into 64 bits",
     b'{"id": 1, "id": 2}': "the key id stands twice in the line",
     b'{"price": "2"}': "price must be a number, found '2'",

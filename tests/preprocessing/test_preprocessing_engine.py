@@ -141,6 +141,26 @@ def test_counter_counts_over_many_arrays():
     assert vocabulary.encode(pa.array([None, 1, int(max(truth, key=lambda v: (truth[v], -v)))])).to_pylist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+@pytest.mark.parametrize("size", [0, 1, 300, 5000])
+def test_vocabularies_smaller_and_larger_than_what_is_looked_up(kind, size):
+    """Of 1, 299, 300 and 4000 values at a time, some of which are missing or unknown; sliced, as batches are."""
+    random = np.random.default_rng(size)
+    every = random.permutation(np.unique(random.integers(-(2**62), 2**62, size + 50)))
+    known, unknown = every[:size], every[size:]
+    counts = pa.table({"value": pa.array(known).cast(kind), "count": pa.array(random.integers(1, 4, size))})
+    vocabulary = Vocabulary(counts, 2, parity=False)
+    kept = zip(counts["value"].to_pylist(), counts["count"].to_pylist(), strict=True)
+    ranked = sorted((-count, value) for value, count in kept if count >= 2)
+    ids = {value: number for number, (_, value) in enumerate(ranked, start=1)}
+    for number in (1, 299, 300, 4000):
+        cells = random.choice(np.append(known, unknown), number + 3)
+        values = pa.array(cells, mask=random.random(number + 3) < 0.1).cast(kind)[3:]
+        found = vocabulary.encode(values)
+        assert found.type == pa.int64()
+        assert found.to_pylist() == [ids.get(value, 0) for value in values.to_pylist()]
+
+
 MEMORY = """
 import resource, sys
 from pathlib import Path

@@ -157,7 +157,7 @@ BAD_LINES = {
     "large one in a JSON list": (
         7,
         f'1,1,1,2024-01-01,a,1,"[1, {2**64}]"',
-        f"line 8: list does not fit into 64 bits, found [1, {2**64}]. Integers have a sign; as text, type: string",
+        f"line 8: list does not fit into 64 bits, found [1, {2**64}]. Integers have a sign; in quotes, with type: string",
     ),
     "no JSON list": (7, "1,1,1,2024-01-01,a,1,[1", "line 8: list must be a JSON list of integers of 64 bits, found [1"),
     "JSON list of text": (7, '1,1,1,2024-01-01,a,1,"[""a""]"', "line 8: list must be a JSON list of integers"),
@@ -275,6 +275,34 @@ def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path, capsys, monkeypat
     assert not (tmp_path / "none").exists()
     pq.write_table(pa.table(columns), config.parent / "rows.parquet", use_dictionary=False, compression="none")
     assert run(config, tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ({"user": 2**63}, f"user does not fit into 64 bits, found {2**63}. Integers have a sign; as text, type: string"),
+        ({"user": -(10**400)}, "user does not fit into 64 bits, found -100"),
+        (
+            {"tags": [1, 2**63]},
+            f"tags holds a value that does not fit into 64 bits, found {2**63}. Integers have a sign; in quotes",
+        ),
+    ],
+)
+def test_what_is_said_of_integers_beyond_64_bits_in_json_lines_can_be_done(tmp_path, cells, words, capsys):
+    rows = [{"user": i % 5, "tags": [i % 3], "y": i % 2} for i in range(40)]
+    rows[30] |= cells
+    kinds = {"user": "id", "tags": "ids"}
+
+    def config(kind):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        return small(tmp_path, text, "rows.jsonl", features={name: {"kind": of, "type": kind} for name, of in kinds.items()})
+
+    assert run(config("int"), tmp_path / "out") == 2
+    assert f"rows.jsonl, line 31: {words}" in (message := capsys.readouterr().err)
+    assert len(message) < 500
+    for row in rows:
+        row["tags"] = [str(tag) for tag in row["tags"]]
+    assert run(config("string"), tmp_path / "out") == 0
 
 
 def test_json_lines_without_a_key(tmp_path, capsys):
