@@ -17,7 +17,7 @@ from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
-from mmlrec.schema import DatasetManifest
+from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.session.alternatives import alternatives, recommendations, remedies
 from mmlrec.session.planning import Request, plan_training
 from mmlrec.session.table_list import TableList, read_table_list
@@ -308,6 +308,39 @@ def test_what_passes_however_little_there_is_to_do_by_hand():
     assert many.step["host"] == 0
     hidden = sum(few.step[phase] for phase in ("lookup", "network", "update", "optimizer"))
     assert few.step["host"] == pytest.approx(1000 * (few.cost.launches + 4 * 150) * GPU.launch - hidden)
+
+
+def test_messages_wait_for_the_ranks_that_share_a_table_only():
+    """On 4 hosts of 4: sums over a host take log2 of 4 messages, over all log2 of 16; each copy of the tables is a host."""
+    hardware = Hardware(16, 4, "cuda", 8 * GIB, GPU)
+    beside = 2 * 2 * 4  # sums of the loss, gradients of the network: two all-reduces of 16
+    for embeddings, wanted in (
+        ({"sharding": "table_wise"}, 1 + 4),
+        ({"sharding": "row_wise"}, 1 + 2 + 2 * 4),
+        ({"sharding": "table_row_wise"}, 1 + 4 + 2 * 2),
+        ({"sharding": "row_wise", "replicas": 4}, 1 + 2 + 2 * 2),
+        ({"sharding": "table_wise", "replicas": 16}, 0),  # each rank has all tables
+    ):
+        plan = plan_training(small({"a": (100_000, 1)}, hardware, embeddings=embeddings))
+        assert plan.rounds == wanted + beside, embeddings
+
+
+def test_scenarios_without_a_row_start_no_operators():
+    """A rank of 8 rows has 8 scenarios at most, however many there are."""
+    hardware = Hardware(2, 2, "cpu", 8 * GIB, CPU)
+    described = TableList.model_validate(
+        {"name": "s", "tasks": 2, "scenarios": 40, "tables": [{"name": "a", "rows": 100, "pooling_length": 1.0}]}
+    )
+    request = small({"a": (100, 1)}, hardware)
+    dataset = request.config.dataset.model_copy(update={"setting": Setting.MTMSL})
+    request = replace(request, manifest=described.manifest(), config=request.config.model_copy(update={"dataset": dataset}))
+    plan = None
+    for rows, present in ((16, 8), (2 * 40, 40), (2 * 4000, 40)):
+        training = request.config.training.model_copy(update={"batch_size": rows})
+        plan = plan_training(replace(request, config=request.config.model_copy(update={"training": training})), plan)
+        launches = plan.cost.launches + plan.cost.launches_of_scenario * (present - 1) + 4 * plan.launches_beside_network
+        assert plan.cost.launches_of_scenario > 4
+        assert plan.step["host"] == pytest.approx(1000 * launches * CPU.launch)
 
 
 def test_times_of_the_command_line_are_microseconds():
