@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.plan import microseconds
+from apps.plan import microseconds, size, text
 from mmlrec.config import load_config
-from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, RESERVED_SHARE, Hardware
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
@@ -345,9 +345,25 @@ def test_scenarios_without_a_row_start_no_operators():
 
 def test_times_of_the_command_line_are_microseconds():
     assert (microseconds("25us"), microseconds("4.5 us"), microseconds("0us")) == (25e-6, 4.5e-6, 0.0)
-    for text in ("25", "25ms", "-1us", "us", "1e3us"):
+    for given in ("25", "25ms", "-1us", "nanus", "us", "1e3us", f"{'9' * 400}us"):
         with pytest.raises(ArgumentTypeError, match="is no time: microseconds such as 25us"):
-            microseconds(text)
+            microseconds(given)
+    with pytest.raises(ArgumentTypeError, match="is no size"):
+        size(f"{'9' * 400}GiB")
+
+
+def test_a_plan_for_gpus_says_which_rates_nobody_has_measured():
+    usual = Hardware(2, 2, "cuda", 8 * GIB, GPU)
+    told = replace(usual, bandwidths=replace(GPU, round=1e-5, memory=1e12))
+    request = small({"a": (1000, 1)}, usual)
+    for hardware, operations, wanted in (
+        (usual, OPERATIONS["cuda"], "--bandwidth, --bandwidth-in-host, --memory-bandwidth, --round, --launch, --tflops"),
+        (told, 1e15, "--bandwidth, --bandwidth-in-host, --launch"),
+        (Hardware(2, 2, "cpu", 8 * GIB, CPU), OPERATIONS["cpu"], None),
+    ):
+        said = text(plan_training(replace(request, hardware=hardware, operations=operations)), [], [], [])
+        lines = [line for line in said.splitlines() if line.startswith("Not measured")]
+        assert lines == ([f"Not measured, but usual figures of GPUs: {wanted}. Give those of yours."] if wanted else [])
 
 
 def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
