@@ -2,7 +2,10 @@
 # The first that runs: a name on PATH may be a shim without a Python behind it.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-VENV ?= .venv
+# The pair of torch and torchrec, 2.13 or 2.11, and its build, cpu or cuda: another than the usual one has a folder of its own.
+TORCH ?= 2.13
+BUILD ?= cpu
+VENV ?= .venv$(if $(filter-out 2.13,$(TORCH)),-$(TORCH))$(if $(filter-out cpu,$(BUILD)),-$(BUILD))
 RUN := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
 DATASET := data/movielens-100k
@@ -14,23 +17,25 @@ CODE := mmlrec apps preprocessing benchmarks tests requirements setup.py
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help environment quickstart test test-all test-cluster lint types tests tests-all clean
+.PHONY: help environment quickstart test test-all test-cluster gpu-check lint types tests tests-all clean
 
 help:
 	@echo "make quickstart  environment, MovieLens-100K, MMoE trained on its two tasks and exported"
 	@echo "make test        environment, then ruff, mypy and the tests (under 15 minutes)"
 	@echo "make test-all    the same with the long tests"
 	@echo "make test-cluster  pretend hosts, containers, a Slurm, an S3 server; installs what it needs where it may, and skips the rest"
+	@echo "make gpu-check   what a machine with a GPU can do: tests, a user's run, speed (nine minutes); results in runs/gpu"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       mypy"
 	@echo "make environment only the environment, in $(VENV)"
+	@echo "make test TORCH=2.11  any of these beside the older torch; BUILD=cuda with the GPU build"
 	@echo "make clean       remove the environment and all that tools have cached; data/, runs/ and models/ stay"
 
 environment: $(ENVIRONMENT)
 
-$(ENVIRONMENT): requirements/cpu.txt requirements/dev.txt requirements/install.py setup.py
+$(ENVIRONMENT): $(wildcard requirements/*.txt) requirements/install.py setup.py
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 on PATH. Install it, or name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) requirements/install.py --venv $(VENV)
+	@$(PYTHON) requirements/install.py --venv $(VENV) --torch $(TORCH) $(if $(filter-out cpu,$(BUILD)),--$(BUILD))
 	@touch $@
 
 $(DATASET)/manifest.json: | $(ENVIRONMENT)
@@ -84,6 +89,10 @@ test-cluster: $(ENVIRONMENT)
 	@if command -v npm > /dev/null; then npm install --silent --no-fund --no-audit --prefix $(VENV)/s3rver s3rver@3.7.1 > /dev/null \
 		|| echo "npm could not install s3rver; tests that need it are skipped"; fi
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -rs tests -m cluster
+
+# Not of the environment: with packages of one's own, in a container say, PYTHON names the interpreter that has them.
+gpu-check:
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m benchmarks.gpu --out runs/gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -35,6 +35,8 @@ _MAY_PASS = {
     errno.ECONNRESET,
 }
 _FREE_SPACE = "Free space, or choose another folder."
+#: What an OSError without a number says where a library of a package lacks another one, such as the driver's, or does not fit.
+_NOT_LOADED = re.compile("shared object file|load this library|undefined symbol")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -145,23 +147,30 @@ def _exit_code(main: Callable[[], None]) -> int:
     except BrokenPipeError:
         discard_output()
     except OSError as error:
+        if error.errno is None and _NOT_LOADED.search(str(error)):
+            return _wrong_installation(error)
         passes = error.errno in _MAY_PASS
         if not _told(error, False):
             remedy = "Look after the disk or the server, then run the same command again." if passes else _FREE_SPACE
-            message = f"{error.filename or 'a file'}: {error.strerror}. {remedy}"
+            message = f"{error.filename or 'a file'}: {error.strerror or error}. {remedy}"
             _leave_to_agent(message)
             print(f"error: {message}", file=sys.stderr, flush=True)
         return 1 if passes else 2
     except ImportError as error:
-        if not _told(error, False):
-            from mmlrec.doctor import explain
-
-            print(f"error: {error}\n{explain()}", file=sys.stderr, flush=True)
-        return 3
+        return _wrong_installation(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _wrong_installation(error: Exception) -> int:
+    """Print that a package cannot be imported, and what is known of why; the exit code."""
+    if not _told(error, False):
+        from mmlrec.doctor import explain
+
+        print(f"error: {error}\n{explain()}", file=sys.stderr, flush=True)
+    return 3
 
 
 def _told(error: Exception, before_the_ranks_met: bool) -> bool:

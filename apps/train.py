@@ -103,7 +103,7 @@ def main() -> None:
     config = load(arguments.config, arguments.overrides)
     if arguments.show:
         if place(config.dataset.path).is_dir():
-            from mmlrec.session.session import branches_of, build_parts
+            from mmlrec.session.parts import branches_of, build_parts
             from mmlrec.training.monitor import build_monitor, metrics_of_cvr
 
             manifest, network, *_ = build_parts(config, arguments.config)

@@ -140,13 +140,13 @@ def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -
     _run(["preprocessing", "synthetic", "--out", str(dataset), *named], threads)
 
 
-def _config(folder: Path, dataset: Path, shape: Shape) -> Path:
-    config = folder / "config.yaml"
+def write_config(config: Path, dataset: Path, shape: Shape, training: str = "") -> Path:
+    """Write a configuration of a shape; `training` is its section, as YAML in one line."""
     config.write_text(
         f"dataset: {{path: {dataset}, setting: mtl}}\n"
         "model: {name: mmoe, num_experts: 4, expert_hidden_units: [256, 128],"
         " gate_hidden_units: [64], tower_hidden_units: [64]}\n"
-        f"embeddings: {{dim: {shape.dim}}}\n",
+        f"embeddings: {{dim: {shape.dim}}}\n" + (f"training: {training}\n" if training else ""),
         encoding="utf-8",
     )
     return config
@@ -190,10 +190,10 @@ def ours(
 
     Args:
         checkout: where the code that runs lies, when it is not this one's; then the other paths must be absolute.
-        batch: rows of a step; windows have the rows that they have at `BATCH`.
+        batch: rows of a step.
         device: "cpu" hides what else there is.
     """
-    config, steps = _config(folder, dataset, shape), _window(shape, batch)
+    config, steps = write_config(folder / "config.yaml", dataset, shape), _window(shape, batch, device, on_gpu=12)
     run, started = folder / f"run-{precision}-{time.time_ns()}", time.time()
     _run(
         [
@@ -220,18 +220,27 @@ def ours(
     return _speed(started, first_step, speeds, steps * batch)
 
 
-def _window(shape: Shape, batch: int) -> int:
-    return max(2, round(shape.steps * BATCH / batch))
+def _window(shape: Shape, batch: int, device: str | None, *, on_gpu: int) -> int:
+    """Steps of a window: the rows that it has at `BATCH`; on a GPU, where those are over in milliseconds, at least `on_gpu`."""
+    return max(on_gpu if device == "cuda" else 2, round(shape.steps * BATCH / batch))
 
 
 def resident(
     folder: Path, dataset: Path, shape: Shape, precision: str, threads: int, batch: int, device: str
 ) -> dict[str, Any]:
     """What `benchmarks.resident` measures of a shape, in a process of its own."""
-    command = ["benchmarks.resident", "--config", str(_config(folder, dataset, shape)), "--device", device]
-    command += ["--steps", str(_window(shape, batch)), f"training.precision={precision}", f"training.batch_size={batch}"]
+    command = ["benchmarks.resident", "--config", str(write_config(folder / "config.yaml", dataset, shape)), "--device", device]
+    steps = _window(shape, batch, device, on_gpu=40)  # each window fills the pipeline, and drains it
+    command += ["--steps", str(steps), f"training.precision={precision}", f"training.batch_size={batch}"]
     found: dict[str, Any] = json.loads(_run(command, threads, device=device))
     return found
+
+
+#: Columns of `resident_row`.
+RESIDENT = [
+    *("shape", "code", "samples/s", "step ms", "products' floor ms", "lookup + update ms", "its floor ms"),
+    *("of copy rate", "floors / step", "distinct ids", "waits a step"),
+]
 
 
 def resident_row(
@@ -248,7 +257,8 @@ def resident_row(
     step, tables = found["step_ms"], found["lookup_update_ms"]
     return [
         *(name, precision, f"{1000 * batch / step:,.0f}", f"{step:.2f}", f"{products:.2f}", f"{tables:.2f}", f"{moved:.2f}"),
-        *(f"{moved / tables:.0%}", f"{(products + moved) / step:.0%}", "" if found["waits"] is None else f"{found['waits']:g}"),
+        *(f"{moved / tables:.0%}", f"{(products + moved) / step:.0%}", f"{found['distinct_ids']:.0%}"),
+        "" if found["waits"] is None else f"{sum(found['waits'].values()):g}",
     ]
 
 
@@ -328,9 +338,7 @@ def main() -> None:
         "start-up s",
     ]
     print("End to end", tabulate(rows, headers=headers, disable_numparse=True, stralign="right"), sep="\n")
-    headers = ["shape", "code", "samples/s", "step ms", "products' floor ms", "lookup + update ms", "its floor ms"]
-    headers += ["of copy rate", "floors / step", "waits a step"]
-    print("\nResident batches", tabulate(of_resident, headers=headers, disable_numparse=True, stralign="right"), sep="\n")
+    print("\nResident batches", tabulate(of_resident, headers=RESIDENT, disable_numparse=True, stralign="right"), sep="\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ PAIRED = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
 REQUIRED = ("numpy", "pandas", "pyarrow", "pydantic", "PyYAML", "scikit-learn", "tabulate", "tensorboard", "tqdm")
 TORCHREC_NEEDS = ("tensordict", "torchmetrics", "pyre-extensions")
 TORCHX = ("torchx-nightly", "torchx")
+#: What comes with NVIDIA's driver and with no package. fbgemm-gpu loads on no machine without it, not even for use on the CPU.
+OF_THE_DRIVER = ("libnvidia-ml.so.1", "libcuda.so.1")
 
 _IMPORTS = """
 import warnings; warnings.simplefilter("ignore")
@@ -92,7 +94,11 @@ def problems(found: Installed) -> list[Problem]:
     if wanted in versions and other in versions:
         result.append(Problem("fbgemm-gpu and fbgemm-gpu-cpu are both installed and overwrite each other's files.", replace))
     elif other in versions:
-        result.append(Problem(f"torch {torch} is {build}, but {other} {versions[other]} is for the other one.", replace))
+        what, fix = f"torch {torch} is {build}, but {other} {versions[other]} is for the other one", replace
+        if found.torch_cuda:  # such a pair loads, and one on a machine without a GPU may be meant for its CPU
+            what += ": it trains on no GPU"
+            fix += f"   (without a GPU: {_reinstall(found, gpu=False)})"
+        result.append(Problem(f"{what}.", fix))
     elif wanted not in versions:
         result.append(Problem(f"{wanted} is not installed.", f"{pip} install --no-deps {wanted}=={fbgemm}"))
     elif _public(versions[wanted]) != fbgemm:
@@ -129,15 +135,22 @@ def import_problem(command: tuple[str, ...] = (sys.executable, "-c", _IMPORTS)) 
         return Problem("importing torch, fbgemm_gpu and torchrec did not end within 300 s.", _reinstall(installed())), ""
     if child.returncode == 0:
         return None, child.stdout.strip()
+    absent = re.search(r"(\S+): cannot open shared object file", child.stderr)
+    if absent and absent[1] in OF_THE_DRIVER:
+        fix = f"install the driver of the GPU, or without a GPU the CPU build: {_reinstall(installed(), gpu=False)}"
+        return Problem(f"fbgemm-gpu needs NVIDIA's driver, which is not on this machine: there is no {absent[1]}.", fix), ""
     lines = child.stderr.strip().splitlines()
-    said = lines[-1] if lines else "without a message"
+    # Of a library that another one needs: the first error says which, the last one only who needs it.
+    said = absent[0] if absent else lines[-1] if lines else "without a message"
     died = f"killed by signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
     return Problem(f"torch, fbgemm_gpu and torchrec do not load ({died}): {said}", _reinstall(installed())), ""
 
 
 def main() -> int:
     """Print the installation and its problems; 1 when there are any."""
-    argparse.ArgumentParser(prog="python -m mmlrec.doctor", description=__doc__.partition("\n")[0]).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m mmlrec.doctor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--versions-only", action="store_true", help="import nothing: for an image that is built without a GPU")
+    arguments = parser.parse_args()
     found = installed()
     print(f"mmlrec {__version__}, Python {sys.version.split()[0]}; configs and torchx.yaml in {shipped_folder()}")
     build = f"CUDA {found.torch_cuda}" if found.torch_cuda else "CPU"
@@ -145,7 +158,7 @@ def main() -> int:
         if name in found.versions:
             print(f"  {name} {found.versions[name]}" + (f" ({build} build)" if name == "torch" else ""))
     wrong = problems(found)
-    if not wrong:
+    if not wrong and not arguments.versions_only:
         broken, gpu = import_problem()
         wrong = [broken] if broken else []
         if gpu:
@@ -153,7 +166,7 @@ def main() -> int:
     for problem in wrong:
         print(problem)
     if not wrong:
-        print("All is well.")
+        print("The versions fit; nothing was imported." if arguments.versions_only else "All is well.")
     return 1 if wrong else 0
 
 
@@ -161,8 +174,8 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _reinstall(found: Installed) -> str:
-    option = " --cuda" if found.torch_cuda else ""
+def _reinstall(found: Installed, *, gpu: bool = True) -> str:
+    option = " --cuda" if found.torch_cuda and gpu else ""
     torch = ".".join(found.versions.get("torch", "").split(".")[:2])
     older = f" --torch {torch}" if torch in list(PAIRS)[1:] else ""
     return f"python3.11 requirements/install.py{option}{older}   (in a clone of the project)"

@@ -45,6 +45,8 @@ def main() -> int:
     if not (arguments.venv / "bin" / "pip").exists():
         create(arguments.venv)
     lock = REQUIREMENTS / f"{'cuda' if arguments.cuda else 'cpu'}{LOCKS[arguments.torch]}.txt"
+    if cuda_build(arguments.venv) not in (None, arguments.cuda):
+        remove_builds(python)
     if arguments.cuda:
         pip(python, "torch, torchrec, fbgemm (CUDA)", "-r", str(lock))
     else:
@@ -52,7 +54,7 @@ def main() -> int:
         assert torch is not None
         # On its own, so that no other package is looked for on that index.
         pip(python, f"{torch[0]} (CPU)", "--no-deps", *cpu_index(), torch[0])
-        refuse_cuda_build(arguments.venv)
+        refuse_cuda_build(arguments.venv, arguments.torch)
         pip(python, "the rest of the lock", "--no-deps", "-r", str(lock))
     if arguments.lock_only:
         return 0
@@ -90,14 +92,33 @@ def cpu_index() -> list[str]:
     return ["--extra-index-url", TORCH_CPU_INDEX] if reachable else []
 
 
-def refuse_cuda_build(folder: Path) -> None:
-    """Stop when pip has found the CUDA build only: without its CUDA libraries it does not even import."""
-    (version,) = folder.glob("lib/python3*/site-packages/torch/version.py")
-    if re.search(r"^cuda[^=]*= *['\"]", version.read_text(encoding="utf-8"), re.MULTILINE):
+def cuda_build(folder: Path) -> bool | None:
+    """Whether the torch of an environment is the CUDA build; None: it has no torch."""
+    for version in folder.glob("lib/python3*/site-packages/torch/version.py"):
+        return re.search(r"^cuda[^=]*= *['\"]", version.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    return None
+
+
+def remove_builds(python: Path) -> None:
+    """Uninstall torch and fbgemm of the build that is not wanted, which pip would keep: both builds have the same version."""
+    print("Removing the other build of torch and fbgemm", flush=True)
+    packages = ["torch", "fbgemm-gpu", "fbgemm-gpu-cpu"]
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *packages], check=True)
+
+
+def refuse_cuda_build(folder: Path, torch: str) -> None:
+    """Stop when pip has found the CUDA build only: without its CUDA libraries it does not even import.
+
+    Args:
+        folder: of the environment.
+        torch: the release that was asked for, a key of LOCKS.
+    """
+    if cuda_build(folder):
+        older = f" --torch {torch}" if LOCKS[torch] else ""
         sys.exit(
             "pip found only the CUDA build of torch. For the CPU build it needs "
             f"{TORCH_CPU_INDEX}, or a mirror or folder with torch's +cpu wheel (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).\n"
-            f"For a GPU environment: {sys.executable} requirements/install.py --cuda"
+            f"For a GPU environment: {sys.executable} requirements/install.py --cuda{older}"
         )
 
 

@@ -4,6 +4,9 @@ Those imports take six seconds of a core, more than most of what tests do in a p
 fork server), which has imported them (preload.py) and done nothing else, forks each process. Such a process has arguments,
 environment, folder, output, signals and exit code of its own; imports and hash seed are the server's, and it ends without
 the destructors of native libraries. Tests that are about any of these start Python with `subprocess`.
+
+Where there is a GPU each process begins anew: importing fbgemm asks for the driver, and CUDA works in no process that is forked
+from one that has done so; ranks would find no GPU, and train on the CPU.
 """
 
 import ctypes
@@ -19,10 +22,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 import torch.multiprocessing
 
 ROOT = Path(__file__).parents[1]
-FORKS = multiprocessing.get_context("forkserver")
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+FORKS = multiprocessing.get_context(START)
 FORKS.set_forkserver_preload(["tests.preload"])
 PR_SET_PDEATHSIG = 1
 
@@ -72,7 +77,8 @@ class Command:
         paths = [log, log] if log else [Path(file.name) for file in self._outputs]
         target = (arguments[1:], env or environment(), cwd, paths, prepare)
         self._process = FORKS.Process(target=_run, args=target, daemon=True)
-        with mock.patch.dict(os.environ, environment()):  # The first one starts the server, which inherits it.
+        # The first one starts the server, which inherits it; one that begins anew looks for a GPU before it can be told not to.
+        with mock.patch.dict(os.environ, target[1] if START == "spawn" else environment()):
             self._process.start()
 
     def poll(self) -> int | None:
@@ -116,7 +122,7 @@ def run(arguments: list[str], timeout: float | None = None, **options) -> subpro
 def spawn(function: Callable, arguments: tuple, nprocs: int) -> None:
     """Like `torch.multiprocessing.spawn`: `function(rank, *arguments)` in processes of their own."""
     with mock.patch.dict(os.environ, environment()):
-        torch.multiprocessing.start_processes(function, arguments, nprocs, start_method="forkserver")
+        torch.multiprocessing.start_processes(function, arguments, nprocs, start_method=START)
 
 
 def _run(arguments: list[str], env: dict[str, str], cwd: Path, outputs: list[Path], prepare: Callable | None) -> None:

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from apps.cli import run
 from mmlrec import doctor
 from mmlrec.doctor import Installed, Problem, explain, import_problem, installed, problems
 
@@ -129,6 +130,10 @@ def test_metadata_alone_is_enough(monkeypatch, tmp_path):
     [
         ("raise OSError('libfbgemm.so: undefined symbol: x')", "(exit code 1): OSError: libfbgemm.so: undefined symbol: x"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "(killed by signal 11): without a message"),
+        (
+            "import ctypes\ntry:\n ctypes.CDLL('libabsent.so.7')\nexcept OSError as error:\n raise OSError('x.so') from error",
+            "(exit code 1): libabsent.so.7: cannot open shared object file",
+        ),
     ],
 )
 def test_a_library_that_crashes_on_import_is_a_finding(code, said):
@@ -159,3 +164,57 @@ def test_runs_where_nothing_is_installed(tmp_path):
 def test_an_older_pair_is_mended_by_its_own_lock():
     older = changed(GPU, torch="2.11.0", torchrec="1.6.1", fbgemm_gpu="1.6.0", tensordict=None)
     assert only(Installed(older, "13.0")).fix.startswith("python3.11 requirements/install.py --cuda --torch 2.11 ")
+
+
+def test_a_machine_without_a_driver_is_told_so(monkeypatch):
+    """fbgemm-gpu needs what comes with the driver. Installing the packages again, as was said once, does not bring it."""
+    older = changed(GPU, torch="2.11.0", torchrec="1.6.1", fbgemm_gpu="1.6.0")
+    monkeypatch.setattr(doctor, "installed", lambda: Installed(older, "13.0"))
+    cause = "OSError('libnvidia-ml.so.1: cannot open shared object file: No such file or directory')"
+    code = f"try:\n raise {cause}\nexcept OSError as e:\n raise OSError('Could not load this library: fbgemm_gpu_py.so') from e"
+    problem, _ = import_problem((sys.executable, "-c", code))
+    assert "needs NVIDIA's driver, which is not on this machine: there is no libnvidia-ml.so.1" in problem.what
+    assert "or without a GPU the CPU build: python3.11 requirements/install.py --torch 2.11 " in problem.fix
+
+
+def test_a_mixed_pair_says_what_it_can_and_both_ways_out():
+    problem = only(Installed(changed(CPU, torch="2.13.0"), "13.0"))
+    assert "it trains on no GPU" in problem.what
+    assert "without a GPU: python3.11 requirements/install.py " in problem.fix
+    assert "trains on no GPU" not in only(Installed(changed(CPU, fbgemm_gpu_cpu=None, fbgemm_gpu="1.8.0"))).what
+
+
+def test_versions_alone_can_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "import_problem", lambda: pytest.fail("an image is built where nothing can be imported"))
+    monkeypatch.setattr("sys.argv", ["doctor", "--versions-only"])
+    monkeypatch.setattr(doctor, "installed", lambda: Installed(GPU, "13.0"))
+    assert doctor.main() == 0
+    assert capsys.readouterr().out.endswith("The versions fit; nothing was imported.\n")
+    monkeypatch.setattr(doctor, "installed", lambda: Installed(changed(GPU, torchrec="1.6.1"), "13.0"))
+    assert doctor.main() == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError("Could not load this library: /x/fbgemm_gpu_py.so"), 3, ["/x/fbgemm_gpu_py.so", "python -m mmlrec.doctor"]),
+        (OSError("libx.so.1: cannot open shared object file: No such file"), 3, ["libx.so.1", "python -m mmlrec.doctor"]),
+        (
+            OSError("Couldn't deserialize thrift"),
+            2,
+            ["a file: Couldn't deserialize thrift. Free space, or choose another folder."],
+        ),
+    ],
+)
+def test_a_library_that_does_not_load_is_no_full_disk(error, code, words, capsys):
+    """Torch and ctypes tell it as an OSError without a number, which was once told as "a file: None. Free space ..."."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == code
+    told = capsys.readouterr().err
+    assert all(word in told for word in words)
+    assert "None" not in told

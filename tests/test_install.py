@@ -32,10 +32,13 @@ def test_a_cuda_build_in_the_cpu_environment_is_refused(install, tmp_path, line,
     folder.mkdir(parents=True)
     (folder / "version.py").write_text(f"__version__ = '2.13.0'\n{line}\nhip: Optional[str] = '7'\n")
     if not refused:
-        install.refuse_cuda_build(tmp_path)
+        install.refuse_cuda_build(tmp_path, "2.13")
         return
-    with pytest.raises(SystemExit, match=r"only the CUDA build of torch.*whl/cpu"):
-        install.refuse_cuda_build(tmp_path)
+    with pytest.raises(SystemExit, match=r"only the CUDA build of torch.*whl/cpu") as caught:
+        install.refuse_cuda_build(tmp_path, "2.13")
+    assert str(caught.value).endswith("requirements/install.py --cuda")
+    with pytest.raises(SystemExit, match=r"requirements/install\.py --cuda --torch 2\.11$"):
+        install.refuse_cuda_build(tmp_path, "2.11")
 
 
 def fake_python(folder: Path, script: str) -> Path:
@@ -61,3 +64,30 @@ def test_a_failure_shows_what_pip_said_and_the_command(install, tmp_path):
     with pytest.raises(SystemExit, match=r"could not install things:\nERROR: No matching distribution found for x\n") as caught:
         install.pip(python, "things", "x==1")
     assert str(caught.value).endswith("x==1")
+
+
+@pytest.mark.parametrize("arguments", [["--lock-only"], ["--lock-only", "--cuda"]])
+@pytest.mark.parametrize("there", [None, "None", "'13.0'"])
+def test_the_other_build_is_removed_before_pip_takes_it_for_the_wanted_one(install, tmp_path, monkeypatch, there, arguments):
+    """Both builds are one version to pip: it installed nothing, and the doctor's command mended nothing."""
+    wanted = "'13.0'" if "--cuda" in arguments else "None"
+    file = tmp_path / "lib/python3.11/site-packages/torch/version.py"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pip").touch()
+    log = tmp_path / "log"
+    script = f"""
+echo "$3 $*" | cut -c1-60 >> {log}
+[ "$3" = uninstall ] && rm {file}
+[ "$3" = install ] && [ ! -e {file} ] && mkdir -p {file.parent} && echo "cuda: Optional[str] = {wanted}" > {file}
+exit 0"""
+    fake_python(tmp_path / "bin", script)
+    if there is not None:
+        file.parent.mkdir(parents=True)
+        file.write_text(f"cuda: Optional[str] = {there}\n")
+    monkeypatch.setattr(install, "cpu_index", list)
+    monkeypatch.setattr("sys.argv", ["install.py", "--venv", str(tmp_path), *arguments])
+    assert install.main() == 0
+    steps = [line.split()[0] for line in log.read_text().splitlines()]
+    removed = there not in (None, wanted)
+    assert steps == ["uninstall"] * removed + ["install"] * (1 if "--cuda" in arguments else 2)
+    assert file.read_text() == f"cuda: Optional[str] = {wanted}\n"

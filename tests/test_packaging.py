@@ -64,6 +64,9 @@ def test_wheel_holds_the_packages_the_configs_and_the_presets(wheel):
     packages = {"mmlrec", "apps", "preprocessing", "benchmarks"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == packages
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    # The image is built from what this lets through.
+    let_through = (REPOSITORY / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {f"!{package}" for package in packages} <= set(let_through)
 
 
 def test_installed_wheel_finds_its_configs_from_anywhere(wheel, tmp_path):

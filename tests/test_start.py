@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from tests.datasets import write_dataset
 from tests.processes import ROOT, environment
 
@@ -57,7 +59,8 @@ training: {{batch_size: 16, max_steps: 2}}
 def test_a_training_imports_nothing_that_it_does_not_need(tmp_path):
     spin, modules = trained(tmp_path)
     assert "torchrec" in modules
-    assert sorted(NEEDLESS & set(modules)) == []
+    by_torchrec = {"triton"} if torch.version.cuda else set()  # in builds for GPUs torchrec takes it along
+    assert sorted(NEEDLESS & set(modules) - by_torchrec) == []
     assert spin == "10000", "threads must let go of a core soon, which OpenMP reads when torch is imported"
 
 

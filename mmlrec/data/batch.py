@@ -40,6 +40,7 @@ class Batch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """A copy on `device`."""
+        self.sparse.length_per_key()  # the copy keeps it; torchrec would ask the device for it, and wait, in every step
         return Batch(**{f.name: getattr(self, f.name).to(device=device, non_blocking=non_blocking) for f in fields(self)})
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -49,6 +50,7 @@ class Batch(Pipelineable):
 
     def pin_memory(self) -> Batch:
         """A copy in page-locked host memory."""
+        self.sparse.length_per_key()  # as in `to`, but in the thread of the reader
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     @property

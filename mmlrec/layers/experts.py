@@ -35,9 +35,12 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def repeat(x: Tensor, stack: int) -> Tensor:
-    """[G, B, i] -> [U, B, i] with member u a copy of x[u mod G]; x itself when U = G."""
+    """[G, B, i] -> [U, B, i] with member u a copy of x[u mod G]; x itself when U = G, a view of it when G = 1."""
     groups = x.shape[0]
-    return x if groups == stack else x.expand(stack // groups, *x.shape).reshape(stack, *x.shape[1:])
+    if groups == stack:
+        return x
+    # Not by `expand` and `reshape` of several: torch.export of 2.11 finds a condition on the batch size where that joins axes.
+    return x.expand(stack, -1, -1) if groups == 1 else x.repeat(stack // groups, 1, 1)
 
 
 class StackedMLP(nn.Module):

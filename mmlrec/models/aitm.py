@@ -128,7 +128,8 @@ class AITM(ChainModel):
         steps = list(own.reshape(self.spec.num_tasks, -1, shape[-1]).unbind())
         for transfer, (before, this) in zip(self.transfers, pairwise(self.chain), strict=True):
             steps[this] = self.mix(transfer(steps[before]), steps[this])
-        return torch.stack([step.to(steps[self.chain[-1]].dtype) for step in steps]).unflatten(1, (-1, shape[1])).flatten(0, 1)
+        # Joined along the rows, not stacked: torch.export of 2.11 finds a condition on the batch size in axes that are joined.
+        return torch.cat([step.to(steps[self.chain[-1]].dtype) for step in steps]).view(*shape[:2], -1)
 
     def mix(self, passed: Tensor, own: Tensor) -> Tensor:
         """Attention over what the step before passes and the step's own, both [N, k] -> [N, k]."""

@@ -25,7 +25,8 @@ class WithTables(TrainPipelineSparseDist[Batch, Predictions]):
     def __init__(
         self, model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device, parts: StepParts
     ) -> None:
-        super().__init__(model, optimizer, device)
+        # Left to itself it would average replicas of the tables after every step, whatever `embeddings.average_every` says.
+        super().__init__(model, optimizer, device, dmp_collection_sync_interval_batches=None)
         self._parts = parts
 
     def start_sparse_data_dist(self, batch: Batch | None, context: TrainPipelineContext) -> None:

@@ -32,7 +32,8 @@ from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.network_cost import NetworkCost, network_cost
-from mmlrec.session.session import build_network, build_spec, mean_lengths, network_bytes, table_branches
+from mmlrec.session.parts import build_network, build_spec, mean_lengths, table_branches
+from mmlrec.session.session import network_bytes
 from mmlrec.slots.slot_map import map_bytes
 
 #: Phases of a step in their order; ranks wait for each other between them.

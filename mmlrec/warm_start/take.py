@@ -23,8 +23,9 @@ from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder, write_atomically
 from mmlrec.run_folder.index import SavedTensor, saved_tensors
 from mmlrec.schema import DatasetManifest, Setting, facts_digest
+from mmlrec.session.parts import build_spec
 from mmlrec.session.recommender import TABLES
-from mmlrec.session.session import Session, build_spec
+from mmlrec.session.session import Session
 from mmlrec.warm_start import keys
 from mmlrec.warm_start.rows import Encoded, Matching, matching, old_rows
 from mmlrec.warm_start.slices import Known, Taken, layouts, taken

@@ -5,16 +5,19 @@ And what `benchmarks.throughput` makes of the figures of a run.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
 import torch
+from torchrec import KeyedJaggedTensor
 
 from benchmarks import throughput
-from benchmarks.resident import ResidentSteps
+from benchmarks.resident import ResidentSteps, distinct
 from benchmarks.throughput import SHAPES, Shape, resident_row
 from mmlrec.distributed.world import process_group
 from mmlrec.registry import load
@@ -57,16 +60,40 @@ def test_resident_steps_are_those_of_a_reader(config, tmp_path, method, monkeypa
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
-def test_the_command_measures_steps_and_tables_alone(config, device):
-    command = [sys.executable, "-m", "benchmarks.resident", "--config", str(config), "--device", device, "--steps", "2"]
+def test_the_command_measures_steps_and_tables_alone(config, tmp_path, device):
+    """Of two configurations, one after the other in one process."""
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace("batch_size: 32", "batch_size: 50"))
+    command = [sys.executable, "-m", "benchmarks.resident", "--config", str(config), "--config", str(other)]
+    command += ["--device", device, "--steps", "2", "--profiles", str(tmp_path / "profiles")]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     done = processes.run(command, env=processes.environment(**hidden))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["batches"] == 6  # 200 rows: the seventh is padded
-    assert found["lookup_update_ms"] > 0
-    assert found["step_ms"] > 0
-    assert (found["waits"] is None) == (device == "cpu")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [found["config"] for found in lines] == ["config", "other"]
+    assert [found["batches"] for found in lines] == [6, 4]  # 200 rows: the seventh of 32 would be padded
+    for found in lines:
+        assert found["lookup_update_ms"] > 0
+        assert found["step_ms"] > 0
+        assert (found["waits"] is None) == (device == "cpu")
+        table = (tmp_path / "profiles" / f"{found['config']}.txt").read_text()
+        assert table.startswith("5 steps")
+        assert "aten::" in table
+
+
+def test_distinct_ids_are_those_of_a_feature():
+    """Two features of three rows: 7, 7, 7 and 7, 8, 8."""
+    sparse = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.tensor([7, 7, 7, 7, 8, 8]), torch.ones(6, dtype=torch.int32))
+    assert distinct(mock.Mock(sparse=sparse)) == 3 / 6
+
+
+def test_two_configurations_of_one_name_are_refused(config, tmp_path):
+    (tmp_path / "more").mkdir()
+    other = shutil.copy(config, tmp_path / "more")
+    command = [sys.executable, "-m", "benchmarks.resident", "--config", str(config), "--config", str(other), "--device", "cpu"]
+    done = processes.run(command)
+    assert done.returncode == 2
+    assert "two files of one name" in done.stderr
 
 
 def test_a_device_that_is_not_there_is_refused(config):
@@ -84,13 +111,17 @@ def test_floors_by_hand():
     """One feature of width 4 and no numbers: experts 2 * 4 (4 * 256 + 256 * 128), two gates, two towers; 96 bytes a row."""
     shape = Shape(1, 0, 4, "10", 1, 1)
     forward = 2 * (4 * (4 * 256 + 256 * 128) + 2 * (4 * 64 + 64 * 4 + 4 * 128) + 2 * (128 * 64 + 64))
-    found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None}
-    row = resident_row("x", "bf16", found, shape, 1000, {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6})
-    assert row == ["x", "bf16", "50,000", "20.00", "10.00", "4.00", "1.00", "25%", "55%", ""]
+    found = {"step_ms": 20.0, "lookup_update_ms": 4.0, "waits": None, "distinct_ids": 0.25}
+    rates = {"fp32": 1.0, "bf16": 3e5 * forward, "copy": 96e6}
+    row = resident_row("x", "bf16", found, shape, 1000, rates)
+    assert row == ["x", "bf16", "50,000", "20.00", "10.00", "4.00", "1.00", "25%", "55%", "25%", ""]
+    assert resident_row("x", "bf16", found | {"waits": {"a.py:1": 2.0, "b.py:7": 0.5}}, shape, 1000, rates)[-1] == "2.5"
 
 
 def test_windows_have_the_rows_of_the_usual_batch():
-    assert [throughput._window(SHAPES["b"], batch) for batch in (1024, 4096, 65536, 10**6)] == [60, 15, 2, 2]
+    batches = (1024, 4096, 65536, 10**6)
+    assert [throughput._window(SHAPES["b"], batch, "cpu", on_gpu=12) for batch in batches] == [60, 15, 2, 2]
+    assert [throughput._window(SHAPES["b"], batch, "cuda", on_gpu=12) for batch in batches] == [60, 15, 12, 12]
 
 
 @pytest.mark.long

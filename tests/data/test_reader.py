@@ -282,6 +282,13 @@ def test_keys_are_the_sparse_features_in_manifest_order(dataset):
     assert batch.sparse.keys() == ["f0", "m0", "f1", "f2"]
 
 
+def test_a_copy_on_a_device_need_not_be_asked_how_many_ids_a_feature_has(dataset):
+    """A device without numbers stands for one that answers late; the last batch is padded."""
+    for batch in make(dataset).epoch(0):
+        expected = batch.sparse.lengths().view(len(dataset.manifest.sparse_features), -1).sum(1).tolist()
+        assert batch.to(torch.device("meta")).sparse.length_per_key() == expected
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_closing_an_iterator_stops_its_threads(dataset, threads, number):
     threads(number)

@@ -12,7 +12,7 @@ from mmlrec.config import load_config
 from mmlrec.models.base.model import ModelSpec
 from mmlrec.registry import method_names, resolve
 from mmlrec.schema import Setting, Task
-from mmlrec.session.session import build_parts
+from mmlrec.session.parts import build_parts
 from tests.datasets import write_dataset
 from tests.models.support import SHAPES, build, make_data, make_spec, spec_of, supports
 

@@ -13,7 +13,7 @@ import pytest
 from mmlrec.config import ConfigError, load_config
 from mmlrec.registry import load, method, method_names, model_config
 from mmlrec.schema import DatasetManifest
-from mmlrec.session.session import build_parts, build_spec
+from mmlrec.session.parts import build_parts, build_spec
 from preprocessing.command_line import main
 from tests.preprocessing.fakes import FAKES
 

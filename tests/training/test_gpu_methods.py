@@ -1,4 +1,7 @@
-"""Every method, strategy and optimizer on a GPU, against a CPU. Run by `pytest -m gpu`; one launch for each device."""
+"""Every method, strategy and optimizer on a GPU, against a CPU. Run by `pytest -m gpu`; one launch for each device.
+
+Where there is no GPU, what can run on a CPU does so: that these tests themselves work is known before one is at hand.
+"""
 
 import itertools
 import json
@@ -21,12 +24,10 @@ from tests.models.support import TINY
 from tests.training.head_steps import training_step
 from tests.training.launch import launch, losses, tensors
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
-DEVICE = "cuda"
+# One worker of pytest-xdist for all, which share their runs.
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400), pytest.mark.xdist_group("gpu_methods")]
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CONFIG = """
 dataset: {{path: {dataset}, setting: mtmsl}}
@@ -39,7 +40,7 @@ training: {{batch_size: 64, max_steps: 20, log_every_steps: 1, checkpoint_every_
 PAIRS = list({name: setting for setting in Setting for name in method_names() if setting in method(name).settings}.items())
 STRATEGIES = ["uw", "dwa", "pcgrad", "mgda", "cagrad", "gradnorm", "metabalance"]
 SYNCHRONISING = "synchronizing CUDA operation"
-OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", "adam"]
+OPTIMIZERS = ["sgd", "adagrad", "rowwise_adagrad", *(["adam"] if DEVICE == "cuda" else [])]
 
 
 def train(root, name, *overrides):
@@ -95,6 +96,7 @@ def root(tmp_path_factory):
     return folder
 
 
+@on_gpu
 def test_runs_were_on_the_gpu(root):
     text = (root / "gpu-mmoe-mtmsl" / "environment.json").read_text()
     assert torch.cuda.get_device_name() in text
@@ -125,6 +127,7 @@ def test_resumed_is_uninterrupted(root, name, precision):
     assert losses(whole) == losses(part)
 
 
+@on_gpu
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
 def test_fused_optimizers_equal_torch(name):
     """The kernel's update of rows that every batch touches, over three steps, against torch's on the whole table."""
@@ -185,6 +188,7 @@ def test_dispatch_equals_a_loop(dtype, tolerance, width, grouped):
         assert (gradient.unflatten(0, (stack, scenarios))[:, -1] == 0).all()
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dispatch_waits_for_no_result_of_the_device(dtype):
     """In fp32 grouped_mm would ask for the sizes of the groups in each call."""
@@ -208,6 +212,7 @@ def test_dispatch_waits_for_no_result_of_the_device(dtype):
     assert all(gradient.isfinite().all() for gradient in found)
 
 
+@on_gpu
 @pytest.mark.parametrize("name", strategy_names())
 def test_a_step_with_a_strategy_waits_once_for_a_solver_and_else_never(name, monkeypatch):
     """Behind the lookup. The one wait is for an event, which torch does not count; all that it counts is too much."""
@@ -230,6 +235,7 @@ def test_a_step_with_a_strategy_waits_once_for_a_solver_and_else_never(name, mon
     assert [str(warning.message) for warning in seen if SYNCHRONISING in str(warning.message)] == []
 
 
+@on_gpu
 @pytest.mark.parametrize("name", [name for name in GRADIENT_LEVEL if name != "monitor"])
 def test_coefficients_are_those_of_a_cpu(name):
     """Under Gram matrices as training hardly gives them, three steps with what the strategy remembers."""

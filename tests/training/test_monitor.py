@@ -19,7 +19,8 @@ from mmlrec.evaluation.prediction import write_predictions
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import BINARY_METRICS, RANKING_METRICS, REGRESSION_METRICS, build_report
 from mmlrec.run_folder.folder import RunFolder
-from mmlrec.session.session import build_parts, build_session, load_session
+from mmlrec.session.parts import build_parts
+from mmlrec.session.session import build_session, load_session
 from mmlrec.training import run as run_module
 from mmlrec.training.monitor import HIGHER, LOWER, Term, build_monitor, metrics_of_cvr
 from mmlrec.training.run import train

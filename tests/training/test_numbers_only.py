@@ -16,7 +16,8 @@ from mmlrec.errors import ConfigError, DataError
 from mmlrec.evaluation.score_files import ENDINGS
 from mmlrec.registry import method, method_names
 from mmlrec.schema import Setting
-from mmlrec.session.session import build_parts, build_session
+from mmlrec.session.parts import build_parts
+from mmlrec.session.session import build_session
 from mmlrec.testing.networks import TINY
 from tests.datasets import write_dataset
 from tests.training.launch import launch, losses, tensors

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline import train_pipelines
 
 from mmlrec.config import EmbeddingsConfig, load_config
+from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.hardware import GPU, Hardware
 from mmlrec.embeddings.replicas import check_replicas
 from mmlrec.errors import ConfigError
+from mmlrec.session.session import build_session
 from tests.datasets import write_dataset
 from tests.training import launch as ranks
 from tests.training.launch import launch, losses, tensors
@@ -45,6 +49,7 @@ def runs(tmp_path_factory):
     # Two hosts of two ranks are two replicas; or four ranks of a host.
     four = [action("train", plan, TWO, f"embeddings.sharding={plan}") for plan in PLANS]
     four += [action("train", "rarely", TWO, ADAGRAD, "embeddings.average_every=3", "embeddings.sharding=row_wise")]
+    four += [action("train", "often", TWO, ADAGRAD, "embeddings.sharding=row_wise")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "WORKER", Path(__file__).with_name("replicas_on_cpu.py"))
         launch(4, four, root / "four", hosts=2)
@@ -73,8 +78,10 @@ def test_with_sgd_and_an_average_each_step_they_are_one_process(runs, plan):
 
 @pytest.mark.long
 def test_otherwise_they_are_another_algorithm_whose_checkpoints_are_those_of_one(runs):
-    rarely, single = losses(runs / "rarely"), losses(runs / "one-adagrad")
+    rarely, often, single = (losses(runs / name) for name in ("rarely", "often", "one-adagrad"))
     assert rarely[1] == pytest.approx(single[1], rel=1e-6)
+    assert rarely[1] == often[1]
+    assert rarely[2] != often[2]  # of replicas that have met after the first step, and of some that have not
     assert abs(rarely[7]["click"] - single[7]["click"]) > 1e-6
     for source, moved in (("rarely", "rarely-in-one"), ("one-adagrad", "one-in-two")):
         before, after = tensors(runs / source / "checkpoints/step_000000007"), tensors(runs / moved)
@@ -82,6 +89,22 @@ def test_otherwise_they_are_another_algorithm_whose_checkpoints_are_those_of_one
         assert len([key for key in before if key.endswith("momentum1")]) == 4
         for key, value in before.items():
             assert after[key].equal(value), key
+
+
+def test_the_pipeline_averages_nothing_itself(tmp_path, monkeypatch):
+    """When it is time for that is the trainer's to know; torchrec's pipeline would do it after each step."""
+    write_dataset(tmp_path / "data", rows=200, num_scenarios=0)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=tmp_path / "data"))
+    averages = []
+    monkeypatch.setattr(train_pipelines, "DMPCollection", DistributedModelParallel)
+    monkeypatch.setattr(DistributedModelParallel, "sync", lambda _: averages.append(1), raising=False)
+    with process_group() as world:
+        session = build_session(load_config(tmp_path / "config.yaml"), world, for_training=True)
+        session.model.train()
+        feed = session.prepare(session.reader("train").epoch(0), training=True)
+        for _ in range(2):
+            session.pipeline.progress(feed)
+    assert averages == []
 
 
 def test_refused_where_nothing_averages_them():
