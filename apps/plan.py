@@ -31,7 +31,8 @@ examples:
   torchrun ... -m apps.train --config ... embeddings.plan=plan.json
   python -m apps.plan --compare plan.json runs/NAME
 
-Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of such rates, to compare plans by.
+Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of such rates, to compare plans by. The rates of
+GPUs given here in brackets are usual ones, which nobody has measured for this package; those of CPUs are of one AMD EPYC.
 """
 _UNITS = {
     "": 1,
@@ -39,6 +40,14 @@ _UNITS = {
 }
 _GIB = 2**30
 _MOST_RANKS = 16  # that are printed one by one
+#: Options and what `Bandwidths` calls them.
+_RATES = {
+    "--bandwidth": "between_hosts",
+    "--bandwidth-in-host": "in_host",
+    "--memory-bandwidth": "memory",
+    "--round": "round",
+    "--launch": "launch",
+}
 _PARTS = ("rank", "weights", "state", "network", "activations", "buffers", "sum", "tables in its host")
 
 
@@ -48,7 +57,7 @@ def size(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is nothing of the kind.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|)", text)
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?([KMGT]i?B|)", text)
     if not found or not float(found[1]):
         raise argparse.ArgumentTypeError(
             f"'{text}' is no size: a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB"
@@ -73,7 +82,7 @@ def microseconds(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: it is nothing of the kind.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?us", text)
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?) ?us", text)
     if not found:
         raise argparse.ArgumentTypeError(f"'{text}' is no time: microseconds such as 25us")
     return float(found[1]) / 1e6
@@ -224,6 +233,8 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
         _table(["phase", "ms, slowest rank"], [[STEP[phase], f"{ms:.3f}"] for phase, ms in plan.step.items()]),
         f"sum {plan.step_ms:.3f} ms, {1000 * config.training.batch_size / plan.step_ms:,.0f} samples/s",
     ]
+    if usual := _usual(plan):
+        lines.append(f"Not measured, but usual figures of GPUs: {', '.join(usual)}. Give those of yours.")
     if others:
         base: list[Any] = ["as given", *_figures(plan)]
         rows = [base, *([other.change, *_figures(other.plan)] for other in others)]
@@ -247,6 +258,17 @@ def text(plan: TrainingPlan, others: list[Alternative], advice: list[str], helps
             *(f"* {remedy}" for remedy in helps or ["nothing of what was tried: more hosts, another optimizer, a smaller dim"]),
         ]
     return "\n".join(lines)
+
+
+def _usual(plan: TrainingPlan) -> list[str]:
+    """Options whose rates are those that GPUs are said to have."""
+    from mmlrec.embeddings.hardware import GPU, OPERATIONS
+
+    if plan.request.hardware.device != "cuda":
+        return []
+    rates = plan.request.hardware.bandwidths
+    found = [option for option, rate in _RATES.items() if getattr(rates, rate) == getattr(GPU, rate)]
+    return [*found, *(["--tflops"] if plan.request.operations == OPERATIONS["cuda"] else [])]
 
 
 def _figures(plan: TrainingPlan) -> list[str]:

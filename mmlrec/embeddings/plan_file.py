@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tabulate import tabulate
@@ -34,12 +34,32 @@ class TableOfPlan(BaseModel):
     weight_bytes: int
     #: Releases before wrote none into `plan.json`.
     state_bytes: int | None = None
-    #: Copies of the table, of which `ranks` are those of the first. Releases before did not write it.
-    replicas: int = Field(default=1, ge=1)
+    #: Copies of the table, of which `ranks` are those of the first. Releases before wrote none: then it is
+    #: what all ranks of a plan hold, over what its tables take, and None of a run, whose file does not say it.
+    replicas: int | None = Field(default=None, ge=1)
 
 
-def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
-    """Tables of a plan, and all that its file says beside them: nothing in a run's.
+class _RankOfPlan(BaseModel):
+    weight_bytes: int
+    state_bytes: int
+    host_bytes: int
+
+
+class _HardwareOfPlan(BaseModel):
+    ranks: int = Field(gt=0)
+
+
+class BesideTables(BaseModel):
+    """What `apps.plan` writes beside the tables, as far as plans are compared by it."""
+
+    hardware: _HardwareOfPlan | None = None
+    ranks: list[_RankOfPlan] = []
+    step_ms: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    fits: bool | None = None
+
+
+def read_plan(there: str | Place) -> tuple[list[TableOfPlan], BesideTables]:
+    """Tables of a plan, and what its file says beside them: nothing in a run's.
 
     Args:
         there: the file, or the folder of a run.
@@ -54,9 +74,15 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], dict[str, Any]]:
     try:
         content = json.loads(read(path))
         rows, beside = (content, {}) if isinstance(content, list) else (content["tables"], content)
-        return [TableOfPlan.model_validate(row) for row in rows], beside
+        tables, known = [TableOfPlan.model_validate(row) for row in rows], BesideTables.model_validate(beside)
     except (ValueError, TypeError, KeyError, ValidationError) as error:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
+    of_all = sum(rank.weight_bytes + rank.state_bytes + rank.host_bytes for rank in known.ranks)
+    of_one = sum(table.weight_bytes + (table.state_bytes or 0) for table in tables)
+    if of_all and of_one and all(table.replicas is None for table in tables):
+        copies = round(of_all / of_one)
+        tables = [table.model_copy(update={"replicas": max(1, copies)}) for table in tables]
+    return tables, known
 
 
 def placement_of_plan(tables: EmbeddingBagCollection, config: EmbeddingsConfig, hardware: Hardware) -> dict[str, Where] | None:
@@ -154,7 +180,7 @@ _TOTALS = (
 )
 
 
-def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
+def _totals(rows: list[TableOfPlan], beside: BesideTables) -> list[str]:
     kinds: Counter[str] = Counter(row.sharding for row in rows)
     # Of one copy: the ranks of the others hold as much.
     on_device: Counter[int] = Counter()
@@ -164,13 +190,14 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
             load = on_device if row.kernel == FUSED else on_host
             load[rank] += (row.weight_bytes + (row.state_bytes or 0)) // len(row.ranks)
     known = all(row.state_bytes is not None for row in rows)
-    replicas = max((row.replicas for row in rows), default=1)
+    recorded = [row.replicas for row in rows if row.replicas]
+    replicas = max(recorded, default=1)
     holding = on_device.keys() | on_host.keys()
-    of_copy = beside.get("hardware", {}).get("ranks", (max(holding, default=-1) + 1) * replicas) // replicas
+    of_copy = beside.hardware.ranks // replicas if beside.hardware else max(holding, default=-1) + 1
     loads = [on_device[rank] / _GIB for rank in range(of_copy)] or [0.0]
     return [
         str(len(rows)),
-        str(replicas),
+        str(replicas) if recorded or not rows else "not recorded",
         f"{replicas * len(holding)} of {replicas * of_copy}",
         " / ".join(str(kinds[kind]) for kind in SHARDING_TYPES),
         f"{sum(row.weight_bytes for row in rows) / _GIB:.2f}",
@@ -178,8 +205,8 @@ def _totals(rows: list[TableOfPlan], beside: dict[str, Any]) -> list[str]:
         f"{max(loads):.2f}",
         f"{min(loads):.2f}",
         f"{max(on_host.values(), default=0) / _GIB:.2f}",
-        f"{beside['step_ms']:.3f}" if "step_ms" in beside else "not in this file",
-        ("yes" if beside["fits"] else "no") if "fits" in beside else "not in this file",
+        "not in this file" if beside.step_ms is None else f"{beside.step_ms:.3f}",
+        "not in this file" if beside.fits is None else "yes" if beside.fits else "no",
     ]
 
 
@@ -187,7 +214,7 @@ def _cell(row: TableOfPlan | None) -> str:
     if row is None:
         return "-"
     host = "" if row.kernel == FUSED else ", in host memory"
-    copies = "" if row.replicas == 1 else f", {row.replicas} copies of it"
+    copies = f", {row.replicas} copies of it" if (row.replicas or 1) > 1 else ""
     return f"{row.rows:,} x {row.dim} {row.sharding} on {_ranks(row.ranks)}{host}{copies}"
 
 

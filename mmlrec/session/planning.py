@@ -54,6 +54,7 @@ _GIB = 2**30
 _UNEVEN = 1.5  # times the mean, from which on a rank is called overloaded
 _NOTABLE = 0.01  # of the memory of a rank, from which on what maps take is told
 _TIGHT = 0.9  # of the memory that can be planned with
+_HALVES = {"table_wise": 0, "table_row_wise": 2, "row_wise": 2}  # of all-reduces, for vectors there and back
 _PYTHON = 4  # times what it takes to start an operator beside the network: torchrec and we do much around few of them
 
 
@@ -191,7 +192,8 @@ class TrainingPlan:
             found["average"] = 1000 * 2 * (replicas - 1) / replicas * of_step / bandwidth
         found["rounds"] = 1000 * self.rounds * bandwidths.round
         on_gpu = hardware.device == "cuda"
-        of_scenarios = 0.0 if on_gpu else cost.launches_of_scenario * (self.network.spec.num_scenarios - 1)
+        present = min(self.network.spec.num_scenarios, self.rows_per_rank)  # What has no row is passed over.
+        of_scenarios = 0.0 if on_gpu else cost.launches_of_scenario * (present - 1)
         launches = cost.launches + of_scenarios + _PYTHON * self.launches_beside_network
         hidden = sum(found[phase] for phase in ("lookup", "network", "update", "optimizer")) if on_gpu else 0.0
         found["host"] = max(0.0, 1000 * launches * bandwidths.launch - hidden)
@@ -210,21 +212,29 @@ class TrainingPlan:
         placement; with table_row_wise once more each way, within a host. Once for the sums of the loss, and for the gradients
         of the network, which DistributedDataParallel joins.
         """
-        if self.request.hardware.world_size == 1:
-            return {"all_to_all": 0, "half": 0, "all_reduce": 0}
-        kinds = {table.sharding for table in self.tables}
-        vectors = {"table_wise": (2, 0), "table_row_wise": (2, 2), "row_wise": (0, 2)}
+        kinds = {table.sharding for table in self.tables} if self._copy.world_size > 1 else set()
+        all_to_alls = {"table_wise": 4, "table_row_wise": 4, "row_wise": 2}
         return {
-            "all_to_all": bool(kinds) + sum(2 + vectors[kind][0] for kind in kinds),
-            "half": sum(vectors[kind][1] for kind in kinds),
-            "all_reduce": 2,
+            "all_to_all": bool(kinds) + sum(all_to_alls[kind] for kind in kinds),
+            "half": sum(_HALVES[kind] for kind in kinds),
+            "all_reduce": 2 if self.request.hardware.world_size > 1 else 0,
         }
 
     @property
     def rounds(self) -> int:
-        """Messages of a step that wait for each other: one for an all-to-all, log2 of the ranks for half of an all-reduce."""
-        found, of_half = self.collectives, (self.request.hardware.world_size - 1).bit_length()
-        return found["all_to_all"] + of_half * (found["half"] + 2 * found["all_reduce"])
+        """Messages of a step that wait for each other: one for an all-to-all, log2 of its ranks for half of an all-reduce.
+
+        Those are the ranks that share a table; sums of the loss and gradients are of all.
+        """
+        found = self.collectives
+        halves = [(_HALVES[kind], self._copy.split_over(kind)) for kind in {table.sharding for table in self.tables}]
+        halves.append((2 * found["all_reduce"], self.request.hardware.world_size))
+        return found["all_to_all"] + sum(number * (ranks - 1).bit_length() for number, ranks in halves)
+
+    @property
+    def _copy(self) -> Hardware:
+        """The ranks of one copy of the tables."""
+        return self.request.hardware.of_replica(self.request.config.embeddings.replicas)
 
     @property
     def step_ms(self) -> float:
@@ -320,7 +330,7 @@ class TrainingPlan:
                 f"{len(on_host)} table(s) lie in the memory of the hosts, {most / _GIB:.2f} GiB on the fullest, with"
                 f" {embeddings.host_cache:g} of their rows in a cache on the GPUs: {_some(on_host, 5)}"
             )
-        sharing = hardware.of_replica(embeddings.replicas).world_size
+        sharing = self._copy.world_size
         small = [table.name for table in self.tables if len(table.ranks) == 1 and too_small(table.rows, sharing)]
         if small and sharing > 1:
             yield f"too small to split over {sharing} ranks, so whole on one: {_some(small, 5)}"

@@ -183,6 +183,31 @@ def test_device_and_host_memory_are_told_apart_and_all_copies_counted(tmp_path):
     assert "1,000 x 8 row_wise on ranks 0-1, in host memory, 2 copies of it" in told
 
 
+def test_copies_of_plans_of_releases_before_are_counted_where_their_file_tells_them(tmp_path):
+    """Two ranks for each of two copies of 3 GiB: what four ranks hold is twice the tables. The file of a run says nothing."""
+    table = {"table": "a", "sharding": "row_wise", "ranks": [0, 1], "weight_bytes": 2 * GIB, "state_bytes": GIB}
+    table |= {"rows": 1000, "dim": 8, "kernel": "fused_uvm_caching"}
+    held = {"weight_bytes": 0, "state_bytes": 0, "host_bytes": 3 * GIB // 2}
+    before = written(tmp_path / "before", {"tables": [table], "hardware": {"ranks": 4}, "ranks": [held] * 4})
+    now = written(tmp_path / "now", {"tables": [{**table, "replicas": 2}], "hardware": {"ranks": 4}, "ranks": [held] * 4})
+    told = compare_plans(before, now)
+    found = totals(told)
+    assert found["copies of them"] == ["2", "2"]
+    assert found["ranks with tables"] == ["4 of 4", "4 of 4"]
+    assert "Every table has the same size and lies on the same ranks in both." in told
+    assert totals(compare_plans(written(tmp_path / "run", [table]), now))["copies of them"] == ["not recorded", "2"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"hardware": []}, {"hardware": {"ranks": 0}}, {"hardware": {"ranks": "x"}}, {"step_ms": "x"}, {"step_ms": float("nan")}],
+)
+def test_a_plan_whose_other_figures_are_damaged_is_told(tmp_path, beside):
+    path = written(tmp_path, {"tables": rows(), **beside})
+    with pytest.raises(DataError, match="is no plan of tables, or damaged"):
+        compare_plans(path, path)
+
+
 def test_the_plan_of_a_run_and_of_apps_plan_say_as_many_copies(tmp_path):
     tables = build_tables([EmbeddingBagConfig(name="a", num_embeddings=1000, embedding_dim=8, feature_names=["f"])])
     config = EmbeddingsConfig(replicas=2)

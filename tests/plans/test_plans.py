@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from apps.plan import microseconds
+from apps.plan import microseconds, size, text
 from mmlrec.config import load_config
-from mmlrec.embeddings.hardware import CPU, GPU, RESERVED_SHARE, Hardware
+from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, RESERVED_SHARE, Hardware
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
-from mmlrec.schema import DatasetManifest
+from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.session.alternatives import alternatives, recommendations, remedies
 from mmlrec.session.planning import Request, plan_training
 from mmlrec.session.table_list import TableList, read_table_list
@@ -310,11 +310,60 @@ def test_what_passes_however_little_there_is_to_do_by_hand():
     assert few.step["host"] == pytest.approx(1000 * (few.cost.launches + 4 * 150) * GPU.launch - hidden)
 
 
+def test_messages_wait_for_the_ranks_that_share_a_table_only():
+    """On 4 hosts of 4: sums over a host take log2 of 4 messages, over all log2 of 16; each copy of the tables is a host."""
+    hardware = Hardware(16, 4, "cuda", 8 * GIB, GPU)
+    beside = 2 * 2 * 4  # sums of the loss, gradients of the network: two all-reduces of 16
+    for embeddings, wanted in (
+        ({"sharding": "table_wise"}, 1 + 4),
+        ({"sharding": "row_wise"}, 1 + 2 + 2 * 4),
+        ({"sharding": "table_row_wise"}, 1 + 4 + 2 * 2),
+        ({"sharding": "row_wise", "replicas": 4}, 1 + 2 + 2 * 2),
+        ({"sharding": "table_wise", "replicas": 16}, 0),  # each rank has all tables
+    ):
+        plan = plan_training(small({"a": (100_000, 1)}, hardware, embeddings=embeddings))
+        assert plan.rounds == wanted + beside, embeddings
+
+
+def test_scenarios_without_a_row_start_no_operators():
+    """A rank of 8 rows has 8 scenarios at most, however many there are."""
+    hardware = Hardware(2, 2, "cpu", 8 * GIB, CPU)
+    described = TableList.model_validate(
+        {"name": "s", "tasks": 2, "scenarios": 40, "tables": [{"name": "a", "rows": 100, "pooling_length": 1.0}]}
+    )
+    request = small({"a": (100, 1)}, hardware)
+    dataset = request.config.dataset.model_copy(update={"setting": Setting.MTMSL})
+    request = replace(request, manifest=described.manifest(), config=request.config.model_copy(update={"dataset": dataset}))
+    plan = None
+    for rows, present in ((16, 8), (2 * 40, 40), (2 * 4000, 40)):
+        training = request.config.training.model_copy(update={"batch_size": rows})
+        plan = plan_training(replace(request, config=request.config.model_copy(update={"training": training})), plan)
+        launches = plan.cost.launches + plan.cost.launches_of_scenario * (present - 1) + 4 * plan.launches_beside_network
+        assert plan.cost.launches_of_scenario > 4
+        assert plan.step["host"] == pytest.approx(1000 * launches * CPU.launch)
+
+
 def test_times_of_the_command_line_are_microseconds():
     assert (microseconds("25us"), microseconds("4.5 us"), microseconds("0us")) == (25e-6, 4.5e-6, 0.0)
-    for text in ("25", "25ms", "-1us", "us", "1e3us"):
+    for given in ("25", "25ms", "-1us", "nanus", "us", "1e3us", f"{'9' * 400}us"):
         with pytest.raises(ArgumentTypeError, match="is no time: microseconds such as 25us"):
-            microseconds(text)
+            microseconds(given)
+    with pytest.raises(ArgumentTypeError, match="is no size"):
+        size(f"{'9' * 400}GiB")
+
+
+def test_a_plan_for_gpus_says_which_rates_nobody_has_measured():
+    usual = Hardware(2, 2, "cuda", 8 * GIB, GPU)
+    told = replace(usual, bandwidths=replace(GPU, round=1e-5, memory=1e12))
+    request = small({"a": (1000, 1)}, usual)
+    for hardware, operations, wanted in (
+        (usual, OPERATIONS["cuda"], "--bandwidth, --bandwidth-in-host, --memory-bandwidth, --round, --launch, --tflops"),
+        (told, 1e15, "--bandwidth, --bandwidth-in-host, --launch"),
+        (Hardware(2, 2, "cpu", 8 * GIB, CPU), OPERATIONS["cpu"], None),
+    ):
+        said = text(plan_training(replace(request, hardware=hardware, operations=operations)), [], [], [])
+        lines = [line for line in said.splitlines() if line.startswith("Not measured")]
+        assert lines == ([f"Not measured, but usual figures of GPUs: {wanted}. Give those of yours."] if wanted else [])
 
 
 def test_an_overloaded_rank_a_table_too_small_to_split_and_an_uncounted_length_are_told(tmp_path):
