@@ -151,6 +151,18 @@ def test_cached_coefficients_give_the_same_gradients(name):
         torch.testing.assert_close(results[1][1][key], expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("made", "told"), [(np.ones(2), "returns a ndarray"), (torch.ones(()), r"returns a tensor \[\]"), (torch.ones(3), r"\[3\]")]
+)
+def test_coefficients_that_are_no_tensor_of_the_objectives_are_refused(made, told):
+    """A strategy of before that overrode them with arrays is told where it belongs."""
+    case = Case("mmoe", "mtl", "task")
+    strategy = case.strategy("mgda")
+    strategy.coefficients = lambda gram, losses, step: made
+    with pytest.raises(TypeError, match=rf"balancing.name=mgda: \w+.coefficients .*{told}.* a tensor \[2\].*`rule`"):
+        case.backward(lambda x: strategy(case.objectives(x), x, dict(case.net.named_parameters()), 1))
+
+
 def test_coefficients_are_computed_every_n_steps_only():
     case = Case("shared_bottom", "mtl", "task", refresh_every=4)
     strategy, seen = case.strategy("mgda"), []

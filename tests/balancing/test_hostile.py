@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmlrec.balancing.base import step_generator
 from tests.balancing.hostile import ABSENT, DEPENDENT, HOSTILE, ORDINARY, SCALED, UNEVEN
@@ -90,6 +92,24 @@ def test_pcgrad_equals_a_loop(case):
         ones = torch.ones(len(gram), dtype=torch.float64)
         found = make("pcgrad", len(gram), seed=5).coefficients(torch.from_numpy(gram), ones, step)
         assert_close(found.numpy(), rows.sum(0))
+
+
+class _Sizes(TorchDispatchMode):
+    """The largest number of numbers that an operator returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))])
+        return made
+
+
+def test_pcgrad_makes_nothing_larger_than_a_few_gram_matrices():
+    """With an objective for each head there are hundreds."""
+    with _Sizes() as sizes:
+        coefficients("pcgrad", np.eye(40))
+    assert 40**2 <= sizes.largest <= 2 * 40**2
 
 
 @pytest.mark.parametrize("case", HOSTILE)

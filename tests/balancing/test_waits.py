@@ -83,6 +83,8 @@ def test_what_reads_a_number_is_seen():
         lambda: torch.linalg.svd(x),
         lambda: torch.linalg.solve(x, x),
         lambda: torch.linalg.lstsq(x, x),
+        lambda: torch.linalg.matrix_exp(x),
+        lambda: torch.linalg.pinv(x),
     ):
         with Waits() as found, contextlib.suppress(RuntimeError):
             reads()

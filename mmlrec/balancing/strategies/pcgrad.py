@@ -37,12 +37,13 @@ def pcgrad(gram: Tensor, orders: Tensor, places: Tensor) -> Tensor:
         places: [K, K] int64, the inverses of these permutations.
     """
     squares = gram.diagonal()
-    squares = torch.where(squares > 0, squares, 1.0)[orders]
-    # Not the projected gradients are kept, but their inner products with those that are still to be met; none meets itself.
-    inner = gram.clone().fill_diagonal_(torch.inf).gather(1, orders)
-    moved = gram[orders].gather(2, orders.unsqueeze(1).expand(-1, len(gram), -1)) / squares.unsqueeze(2)
-    for place in range(len(gram) - 1):
-        against = inner[:, place, None].clamp(max=0.0)
-        inner[:, place + 1 :].addcmul_(against, moved[:, place, place + 1 :], value=-1.0)
+    squares = torch.where(squares > 0, squares, 1.0)
+    shares = gram / squares.unsqueeze(1)
+    # Not the projected gradients are kept, but their inner products with all that were given; none meets itself.
+    inner = gram.clone().fill_diagonal_(torch.inf)
+    met = []
+    for others in orders.split(1, dim=1):
+        met.append(inner.gather(1, others).clamp(max=0.0))
+        inner.addcmul_(met[-1], shares[others.squeeze(1)], value=-1.0)
     # Gathered, not scattered: on CUDA that adds in an order of its own, other on each rank.
-    return 1.0 - (inner.clamp(max=0.0) / squares).gather(1, places).sum(0)
+    return 1.0 - (torch.cat(met, dim=1).gather(1, places) / squares).sum(0)
