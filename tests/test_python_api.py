@@ -159,6 +159,13 @@ def test_types_tell_what_a_column_is(capfd):
     assert "features.share: {kind: number}" in told
 
 
+CANNOT_BE_HELD = {
+    "large": [1, 2**64],
+    "large_lists": [[1], [2, 2**64]],
+    "large_unsigned": [np.uint64(2**63), -1],
+    "half": ["x", "\ud800"],
+}
+
 WRONG = [
     ({"features": ["usr"]}, "features.usr: the frame has no column 'usr'. Did you mean 'user'?"),
     ({"features": ["user", "user"]}, "features: a name is given twice"),
@@ -169,6 +176,15 @@ WRONG = [
     ({"features": ["holes"]}, "features.holes: column 'holes' is of type double, but holds whole numbers only"),
     ({"features": ["mixed"]}, "features.mixed: column 'mixed' holds cells of several types (int, str)"),
     ({"features": ["large"]}, "features.large: column 'large', row 1 (counted from 0): an integer does not fit into 64 bits."),
+    (
+        {"features": ["large_lists"]},
+        "'large_lists', row 1 (counted from 0): an integer does not fit into 64 bits. Integers have a sign; as text, type:"
+        " string, it can be an id. Convert it: frame['large_lists'].map(lambda cell: [str(each) for each in cell]).",
+    ),
+    (
+        {"features": ["large_unsigned"]},
+        "features.large_unsigned: column 'large_unsigned': an integer does not fit into 64 bits.",
+    ),
     ({"features": ["half"]}, "features.half: column 'half', row 1 (counted from 0): half of a surrogate pair is no text."),
     ({"features": ["click"]}, "features.click is made of column 'click', and so is the label"),
     ({"tasks": ["klick"]}, "tasks.klick: the frame has no column 'klick'. Did you mean 'click'?"),
@@ -192,7 +208,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
 def test_a_wrong_argument_is_named(frame, change, message):
     frame = frame.assign(holes=np.where(np.arange(len(frame)) % 2, 3.0, np.nan), mixed=["x", 1] * (len(frame) // 2))
-    for name, cells in {"large": [1, 2**64], "half": ["x", "\ud800"]}.items():
+    for name, cells in CANNOT_BE_HELD.items():
         frame[name] = pd.Series(cells * (len(frame) // 2), frame.index, object)
     if message is None:
         assert mmlrec.prepare(frame, **COLUMNS | change).manifest.scenario.values[:3] == ["0", "1", "2"]

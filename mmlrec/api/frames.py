@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -59,12 +60,16 @@ def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:
     try:
         return pa.Array.from_pandas(series)
     except (OverflowError, UnicodeEncodeError) as error:
-        where = f"{argument}: column '{column}', row {next(row for row, cell in enumerate(series) if not _is_value(cell))}"
+        # Where NumPy's unsigned integers stand beside others, each may be held, and no row is to blame.
+        row = next((row for row, cell in enumerate(series) if not _is_value(cell)), None)
+        where = f"{argument}: column '{column}'" + ("" if row is None else f", row {row} (counted from 0)")
         if isinstance(error, OverflowError):
-            why = f"an integer does not fit into 64 bits. {UNSIGNED} Convert it: frame['{column}'].astype('string')."
+            of_lists = any(isinstance(cell, list | tuple | np.ndarray) for cell in series)
+            texts = ".map(lambda cell: [str(each) for each in cell])" if of_lists else ".astype('string')"
+            why = f"an integer does not fit into 64 bits. {UNSIGNED} Convert it: frame['{column}']{texts}."
         else:
             why = "half of a surrogate pair is no text. Drop it."
-        raise DataError(f"{where} (counted from 0): {why}") from error
+        raise DataError(f"{where}: {why}") from error
     except (pa.ArrowException, TypeError) as error:
         kinds = sorted({type(cell).__name__ for cell in series.dropna()})
         holds = f"cells of several types ({', '.join(kinds[:5])})" if len(kinds) > 1 else f"cells that cannot be read: {error}"

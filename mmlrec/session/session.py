@@ -61,8 +61,8 @@ _MEASURED = (
     " dataset.path (rows encoded alike), training.precision, training.eval_batch_size, training.timeout and"
     " embeddings.sharding."
 )
-#: How many hosts torchrec takes for one, where somebody has set it.
-_POD_SIZE = "TORCHREC_RESOLVED_POD_SIZE"
+#: How many hosts torchrec takes for one, where somebody has set it; the second is that of torchrec 1.6.
+_POD_SIZES = ("TORCHREC_RESOLVED_POD_SIZE", "TOPOLOGY_DOMAIN_MULTIPLE")
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
@@ -224,11 +224,12 @@ def hardware_of(world: World) -> Hardware:
     Raises:
         ConfigError: torchrec is told to take several hosts for one, which the plan here knows nothing of.
     """
-    if world.world_size > 1 and (pod := os.environ.get(_POD_SIZE, "1")) != "1":
-        raise ConfigError(
-            f"the environment variable {_POD_SIZE} is {pod}: torchrec would take that many hosts for one, and look rows up on"
-            " other ranks than the plan of the tables says. Unset it: hosts are those that the launcher names."
-        )
+    for name in _POD_SIZES:
+        if world.world_size > 1 and (pod := os.environ.get(name, "1")) != "1":
+            raise ConfigError(
+                f"the environment variable {name} is {pod}: torchrec would take that many hosts for one, and look rows up on"
+                " other ranks than the plan of the tables says. Unset it: hosts are those that the launcher names."
+            )
     least = -world.highest(-memory_of(world.device, world.local_world_size))
     of_hosts = set(world.gather(world.local_world_size))
     kind = world.device.type

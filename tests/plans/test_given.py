@@ -53,8 +53,9 @@ def written(folder, content):
     return str(path)
 
 
-def test_hosts_that_torchrec_would_take_for_one_are_refused(monkeypatch):
-    """Ranks would look for rows in other groups than those of the plan."""
+@pytest.mark.parametrize("variable", ["TORCHREC_RESOLVED_POD_SIZE", "TOPOLOGY_DOMAIN_MULTIPLE"])
+def test_hosts_that_torchrec_would_take_for_one_are_refused(monkeypatch, variable):
+    """Ranks would look for rows in other groups than those of the plan; torchrec 1.6 reads the second."""
     world = SimpleNamespace(
         world_size=4,
         local_world_size=2,
@@ -62,13 +63,13 @@ def test_hosts_that_torchrec_would_take_for_one_are_refused(monkeypatch):
         highest=lambda value: value,
         gather=lambda value: [value] * 4,
     )
-    monkeypatch.delenv("TORCHREC_RESOLVED_POD_SIZE", raising=False)
+    monkeypatch.delenv(variable, raising=False)
     assert (found := hardware_of(world)).ranks_per_host == 2
-    monkeypatch.setenv("TORCHREC_RESOLVED_POD_SIZE", "1")
+    monkeypatch.setenv(variable, "1")
     assert hardware_of(world) == found
-    monkeypatch.setenv("TORCHREC_RESOLVED_POD_SIZE", "2")
+    monkeypatch.setenv(variable, "2")
     with pytest.raises(
-        ConfigError, match=r"TORCHREC_RESOLVED_POD_SIZE is 2: torchrec would take that many hosts for one.* Unset it"
+        ConfigError, match=rf"the environment variable {variable} is 2: torchrec would take that many hosts for one.* Unset it"
     ):
         hardware_of(world)
 
