@@ -202,7 +202,9 @@ class TrainingPlan:
     @property
     def launches_beside_network(self) -> int:
         """Operators of a step for ids, tables, loss and optimizers, counted in steps; each way to place tables has its own."""
-        return 93 if self.request.hardware.world_size == 1 else 100 + 50 * len({table.sharding for table in self.tables})
+        if self.request.hardware.world_size == 1:
+            return 93
+        return 100 + sum(75 if kind == "table_row_wise" else 50 for kind in {table.sharding for table in self.tables})
 
     @property
     def collectives(self) -> dict[str, int]:

@@ -73,9 +73,9 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(rank, world_size, port, config, cases, folder):
+def count(rank, world_size, port, on_host, config, cases, folder):
     """Write the operators of a training step, by name, of each case: overrides of the configuration."""
-    with rank_of(rank, world_size, port) as world:
+    with rank_of(rank, world_size, port, on_host) as world:
         found = []
         for overrides in cases:
             session = build_session(load(str(config), overrides), world, for_training=True)

@@ -94,18 +94,18 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_operators_and_collectives_of_a_step_are_those_of_a_real_one(tmp_path, world_size):
+@pytest.mark.parametrize(("world_size", "on_host"), [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.long)])
+def test_operators_and_collectives_of_a_step_are_those_of_a_real_one(tmp_path, world_size, on_host):
     data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0, rows=2000)
     config = tmp_path / "config.yaml"
     config.write_text(
         f"dataset: {{path: {data.folder}, setting: mtl}}\nmodel: {{name: mmoe}}\ntraining: {{batch_size: {64 * world_size}}}\n"
     )
-    cases = [[f"embeddings.sharding={kind}"] for kind in ("table_wise", "row_wise")[:world_size]]
+    cases = [[f"embeddings.sharding={kind}"] for kind in ("table_wise", "row_wise", "table_row_wise")[:world_size]]
     if world_size > 1:
         cases += [["embeddings.table_sharding={t0: row_wise, t1: table_wise}", "model.expert_hidden_units=[512,512]"]]
-    processes.spawn(count, (world_size, str(free_port()), config, cases, tmp_path), world_size)
-    hardware = Hardware(world_size, world_size, "cpu", 2**30, CPU)
+    processes.spawn(count, (world_size, str(free_port()), on_host, config, cases, tmp_path), world_size)
+    hardware = Hardware(world_size, on_host, "cpu", 2**30, CPU)
     for overrides, names in zip(cases, json.loads((tmp_path / "operators.json").read_text()), strict=True):
         plan = plan_training(Request(load(str(config), overrides), data.manifest, hardware, 1e11, "x"))
         met = Counter()
