@@ -122,7 +122,6 @@ class Stages:
             | {
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 "PYTHONUNBUFFERED": "1",
-                "PYTHONDONTWRITEBYTECODE": "1",
             }
         )
         if device == "cpu":

@@ -44,7 +44,7 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
                 " Use 'adagrad', 'rowwise_adagrad' or 'sgd'; the dense part may keep Adam (dense.optimizer.name)."
             )
         optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
-        arguments |= {"eps": config.eps, "betas": (config.beta1, config.beta2)}
+        arguments |= {"eps": config.eps, "beta1": config.beta1, "beta2": config.beta2}  # as the kernel has it, not torch
     elif config.name == "sgd":
         optimizer = torch.optim.SGD
     else:

@@ -298,7 +298,8 @@ def build_session(
     precision = config.embeddings.communication if for_training else "fp32"
     dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
     communication = Communication(precision, config.training.batch_size, dims)
-    head = Head(network, loss, balancing, config, prefixes, scales, world.parts)
+    # On one rank nobody else moves it: torchrec does so only where it joins ranks.
+    head = Head(network, loss, balancing, config, prefixes, scales, world.parts).to(world.device)
     recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
     if unknown and for_training and world.world_size > 1 and world.is_main:
