@@ -14,6 +14,7 @@ import gc
 import itertools
 import json
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -180,12 +181,21 @@ def main() -> None:
         if arguments.rates:
             device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
             print(json.dumps({"device": device, "rates": rates(torch.get_num_threads(), arguments.device)}), flush=True)
+        failed = []
         for file, config in configs.items():
             name = Path(file).stem
             profile = arguments.profiles / f"{name}.txt" if arguments.profiles else None
-            found = measure(build_session(config, world, for_training=True, source=file), arguments.steps, profile)
-            print(json.dumps({"config": name} | found), flush=True)
+            try:
+                found = measure(build_session(config, world, for_training=True, source=file), arguments.steps, profile)
+                print(json.dumps({"config": name} | found), flush=True)
+            except Exception:
+                if len(configs) == 1 or world.world_size > 1:  # other ranks would wait for one that goes on
+                    raise
+                traceback.print_exc()
+                failed.append(name)
             gc.collect()  # tables and pipeline hold each other
+        if failed:
+            raise UserError(f"not measured: {', '.join(failed)}; why stands above.")
 
 
 if __name__ == "__main__":
