@@ -73,9 +73,10 @@ lint: $(ENVIRONMENT)
 types: $(ENVIRONMENT)
 	$(RUN) -m mypy
 
-# Two files at a time, one thread each: most tests wait for processes that they start. The longest come first (tests/conftest.py).
+# Three files at a time on two cores, one thread each: many tests wait, for processes that they start or for a clock. The longest come
+# first (tests/conftest.py).
 tests: $(ENVIRONMENT)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not gpu and not cluster"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long and not gpu and not cluster"
 
 tests-all: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not cluster"
