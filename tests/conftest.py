@@ -16,7 +16,14 @@ pytest_plugins = ("tests.storage",)
 
 #: The files that take longest, longest first: they begin first, so that none is left for one worker alone. By argument this
 #: cannot be had: pytest leaves out a folder that lies in another one it is given.
-LONGEST = ("test_world_sizes.py", "test_balancing.py", "test_method_parity.py", "test_resume.py", "test_launched_training.py")
+LONGEST = (
+    "test_every_dataset.py",
+    "test_world_sizes.py",
+    "test_balancing.py",
+    "test_method_parity.py",
+    "test_resume.py",
+    "test_launched_training.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
