@@ -48,7 +48,6 @@ class TableOptimizerConfig(StrictModel):
 
 #: fbgemm wants a multiple of 4.
 TableDim = Annotated[int, Field(gt=0, multiple_of=4)]
-TableDtype = Literal["fp32", "fp16", "bf16"]
 
 
 class ManagedConfig(StrictModel):
@@ -66,8 +65,9 @@ class EmbeddingsConfig(StrictModel):
 
     dim: TableDim = Field(default=8, description="Width of every table that table_dim does not name.")
     table_dim: dict[str, TableDim] = Field(default={}, description="Table name -> width.")
-    dtype: TableDtype = Field(
-        default="fp32", description="Numbers of the tables; the optimizer's state is fp32 in any case. bf16 needs a GPU."
+    dtype: Literal["fp32", "fp16"] = Field(
+        default="fp32",
+        description="Numbers of the tables, for which fbgemm has fp32 and fp16; the optimizer's state is fp32 in any case.",
     )
     init_std: float = Field(default=0.01, gt=0)
     optimizer: TableOptimizerConfig = TableOptimizerConfig()

@@ -22,7 +22,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import CacheParams, EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from mmlrec.config import EmbeddingsConfig, TableDtype, TableOptimizerConfig
+from mmlrec.config import EmbeddingsConfig, TableOptimizerConfig
 from mmlrec.embeddings.hardware import Hardware, host_memory
 from mmlrec.embeddings.placement import CACHED, PlacedTable, PortableSharder, place_tables, state_bytes, weight_bytes
 from mmlrec.embeddings.plan_file import placement_of_plan
@@ -57,42 +57,15 @@ def apply_table_optimizer(tables: nn.Module, config: TableOptimizerConfig, devic
         vars(parameter).update(_optimizer_classes=[optimizer], _optimizer_kwargs=[dict(arguments)])
 
 
-def check_dtype(dtype: TableDtype, device: str) -> None:
-    """Refuse a number format of tables that the kernels of a device do not train.
-
-    Raises:
-        ConfigError: bf16 on a CPU.
-    """
-    if dtype == "bf16" and device == "cpu":
-        raise ConfigError(
-            "embeddings.dtype: 'bf16' needs a GPU: the CPU's fused table kernels have none. Use 'fp32', or 'fp16', which a CPU"
-            " rounds to nearest (docs/scaling.md)."
-        )
-
-
-def held(embeddings: EmbeddingsConfig, device: torch.device, *, for_training: bool) -> EmbeddingsConfig:
-    """What holds the tables here: in fp32, which is exact, where a model is only used and the device has no lookup in bf16.
-
-    Says (`UserAdvice`) what a device does otherwise than others.
-
-    Raises:
-        ConfigError: a training in a number format that the device does not train.
-    """
-    if for_training:
-        check_dtype(embeddings.dtype, device.type)
-    if device.type != "cpu" or embeddings.dtype == "fp32":
-        return embeddings
-    if embeddings.dtype == "bf16":
-        warnings.warn("tables in bf16 are held in fp32, exactly: a CPU has no lookup in bf16.", UserAdvice, stacklevel=2)
-        return embeddings.model_copy(update={"dtype": "fp32"})
-    if for_training:
+def tell_rounding(config: EmbeddingsConfig, device: torch.device) -> None:
+    """Say (`UserAdvice`) that a training on a CPU rounds tables in fp16 otherwise than on a GPU."""
+    if config.dtype == "fp16" and device.type == "cpu":
         warnings.warn(
             "embeddings.dtype=fp16 on a CPU: after each update a row is rounded to the nearest numbers, so updates that are too"
             " small are lost (docs/scaling.md). GPUs round at random, which keeps them on average.",
             UserAdvice,
             stacklevel=2,
         )
-    return embeddings
 
 
 def make_plan(
@@ -218,8 +191,8 @@ def short_of_memory(
             return ConfigError(
                 f"the tables with the state of '{optimizer}' need {need / 2**30:.2f} GiB on the {kind} of rank {rank},"
                 f" {free / 2**30:.2f} GiB are free: train on more GPUs or hosts, or choose"
-                " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16 or bf16, or fewer"
-                " ids in preprocessing."
+                " embeddings.optimizer.name=rowwise_adagrad, a smaller embeddings.dim, embeddings.dtype=fp16, or fewer ids in"
+                " preprocessing."
             )
     return None
 

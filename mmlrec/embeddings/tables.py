@@ -26,7 +26,7 @@ _BLOCK_ROWS = 16384
 
 
 #: `embeddings.dtype` -> what torchrec calls it.
-_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16, "bf16": DataType.BF16}
+_DATA_TYPES = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
 def check_table_dim(manifest: DatasetManifest, embeddings: EmbeddingsConfig) -> None:
@@ -146,8 +146,8 @@ def local_shards(tensor: Tensor | ShardedTensor | DTensor) -> Iterator[tuple[Ten
 def initialize(tables: nn.Module, *, std: float, seed: int) -> None:
     """Overwrite the local shards of a (sharded) EmbeddingBagCollection with their initial weights.
 
-    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan. In fp16 and
-    bf16 they are those of fp32, rounded to the nearest number.
+    The weights depend on seed, table and row alone, so they are equal at every world size and under every plan. In fp16 they
+    are those of fp32, rounded to the nearest number.
     """
     for key, weight in tables.state_dict().items():
         name = key.removeprefix("embedding_bags.").removesuffix(".weight")

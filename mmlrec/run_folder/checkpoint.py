@@ -363,7 +363,7 @@ def load(folder: Place, tensors: dict[str, Any], world: World) -> None:
     Keys under `random.` that the checkpoint lacks (it had fewer ranks) are left alone. A counter of batches that it lacks, as
     it was written before that counter was, becomes so large that running statistics move at their least weight.
 
-    A tensor may be of a number format that holds all numbers of the saved one, as fp32 those of fp16 and bf16.
+    A tensor may be of a number format that holds all numbers of the saved one, as fp32 those of fp16.
 
     Raises:
         CheckpointError: it lacks a tensor or holds one of another shape, so it belongs to another model; or one of a number

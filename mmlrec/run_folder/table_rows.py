@@ -15,8 +15,8 @@ from mmlrec.run_folder import whole
 from mmlrec.run_folder.index import Reader, Section
 from mmlrec.storage.places import Place
 
-#: Number formats of tables; float32 holds the numbers of all of them.
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Number formats of tables; float32 holds the numbers of both.
+_DTYPES = (torch.float32, torch.float16)
 
 
 class TableRows:
@@ -27,8 +27,8 @@ class TableRows:
         keys: flat key of each table that is going to be read.
 
     Raises:
-        CheckpointError: the index is damaged, or lacks a table; or one is no matrix in shards of whole rows, in float32,
-            float16 or bfloat16.
+        CheckpointError: the index is damaged, or lacks a table; or one is no matrix in shards of whole rows, in float32
+            or float16.
     """
 
     def __init__(self, folder: Place, keys: list[str]) -> None:
@@ -70,9 +70,7 @@ class TableRows:
             raise CheckpointError(f"{self._folder}: this checkpoint is of another model: it lacks '{key}'.")
         table = len(found.size) == 2 and found.properties.dtype in _DTYPES
         if not table or any(chunk.offsets[1] != 0 or chunk.sizes[1] != found.size[1] for chunk in found.chunks):
-            raise CheckpointError(
-                f"{self._folder}: '{key}' is no table of float32, float16 or bfloat16 in shards of whole rows."
-            )
+            raise CheckpointError(f"{self._folder}: '{key}' is no table of float32 or float16 in shards of whole rows.")
         return found
 
     def _rows(self, stored: Any, shape: tuple[int, int], dtype: torch.dtype, num_rows: int) -> Iterator[Tensor]:

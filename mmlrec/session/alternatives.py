@@ -68,7 +68,7 @@ def _changes(given: Request) -> Iterator[tuple[str, Request]]:
         if name != embeddings.optimizer.name:
             optimizer = embeddings.optimizer.model_copy(update={"name": name})
             yield f"embeddings.optimizer.name={name}", request.with_embeddings(optimizer=optimizer)
-    for dtype in ("fp32", "fp16", "bf16") if hardware.device == "cuda" else ("fp32", "fp16"):
+    for dtype in ("fp32", "fp16"):
         if dtype != embeddings.dtype:
             yield f"embeddings.dtype={dtype}", request.with_embeddings(dtype=dtype)
     widths = {"": embeddings.dim, **embeddings.table_dim}

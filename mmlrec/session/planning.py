@@ -27,7 +27,7 @@ from mmlrec.embeddings.placement import (
     too_small,
 )
 from mmlrec.embeddings.plan_file import placement_of_plan
-from mmlrec.embeddings.sharding import apply_table_optimizer, check_dtype
+from mmlrec.embeddings.sharding import apply_table_optimizer
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest
@@ -433,7 +433,6 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
     replica = hardware.of_replica(embeddings.replicas)
-    check_dtype(embeddings.dtype, hardware.device)
     spec = build_spec(config, manifest)
     if known is not None and known.network.spec == spec:
         network, cost = known.network, known.cost

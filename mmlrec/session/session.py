@@ -27,10 +27,10 @@ from mmlrec.embeddings.replicas import average, check_replicas, shard
 from mmlrec.embeddings.sharding import (
     apply_table_optimizer,
     forget_former_groups,
-    held,
     make_plan,
     plan_report,
     short_of_memory,
+    tell_rounding,
 )
 from mmlrec.embeddings.tables import (
     begin_anew,
@@ -290,8 +290,9 @@ def build_session(
     spec = network.spec
     branches = table_branches(network, manifest)
     prefixes = [""] if branches is None else [f"{name}/" for name in branches]
-    embeddings = held(config.embeddings, world.device, for_training=for_training)
-    tables = build_tables(table_configs(manifest, embeddings, branches))
+    if for_training:
+        tell_rounding(config.embeddings, world.device)
+    tables = build_tables(table_configs(manifest, config.embeddings, branches))
     optimizer_config = config.embeddings.optimizer if for_training else TableOptimizerConfig(name="sgd")
     apply_table_optimizer(tables, optimizer_config, world.device)
     dense = config.dense if for_training else DenseConfig(optimizer=DenseOptimizerConfig(name="sgd"))
@@ -319,7 +320,7 @@ def build_session(
     plan = make_plan(
         TABLES,
         tables,
-        embeddings.model_copy(update=update),
+        config.embeddings.model_copy(update=update),
         hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
