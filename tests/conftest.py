@@ -30,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests are of the CPU, several ranks on one machine too, unless only those of a GPU are asked for."""
     if not asks_for_gpu(config.option.markexpr, config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # As a batch: a thread that wakes takes no core from one at work. Where ranks and gloo's threads outnumber the cores, tests of
-    # several ranks then take a quarter less time (34 s against 25, in turn, on two cores).
+    # As a batch: a thread that wakes takes no core from one at work. Where ranks and gloo's threads outnumber the cores, tests
+    # of several ranks then take a quarter less time (25 s against 34, in turn, on two cores).
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
