@@ -40,7 +40,7 @@ import torch
 from tabulate import tabulate
 
 from apps.cli import run
-from benchmarks.throughput import RESIDENT, SHAPES, Shape, resident_row, write_config
+from benchmarks.throughput import RESIDENT, SHAPES, generation, resident_row, write_config
 from mmlrec.errors import UserError
 from mmlrec.paths import local_path
 
@@ -58,7 +58,7 @@ _SCORE = "from mmlrec.serving import load; m = load({model!r}); print(*m.score([
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured, and how long each step of it may take."""
+    """How much is measured."""
 
     shapes: str
     batches: tuple[int, ...]
@@ -219,20 +219,10 @@ def users_run(arguments: argparse.Namespace, work: Path) -> list[Stage]:
 
 def shapes_data(arguments: argparse.Namespace, work: Path) -> list[Stage]:
     """A dataset for each shape."""
+    size = SIZES[arguments.device]
     return [
-        Stage(
-            f"data_{name}",
-            ["-m", "preprocessing", "synthetic", *_options(SHAPES[name], arguments), "--out", str(work / name)],
-            150,
-        )
-        for name in SIZES[arguments.device].shapes
+        Stage(f"data_{name}", ["-m", *generation(work / name, SHAPES[name], size.rows, tasks=2)], 150) for name in size.shapes
     ]
-
-
-def _options(shape: Shape, arguments: argparse.Namespace) -> list[str]:
-    options = {"rows": SIZES[arguments.device].rows, "num-ids": shape.ids, "tasks": 2}
-    options |= {"sparse-features": shape.sparse, "dense-features": shape.dense}
-    return [f"--{key}={value}" for key, value in options.items()]
 
 
 def measured(arguments: argparse.Namespace, work: Path) -> list[Stage]:

@@ -129,6 +129,11 @@ def _run(command: list[str], threads: int, checkout: Path | None = None, device:
 
 def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -> None:
     """Write a generated dataset of a shape, all splits together `rows` rows."""
+    _run(generation(dataset, shape, rows, tasks), threads)
+
+
+def generation(dataset: Path, shape: Shape, rows: int, tasks: int) -> list[str]:
+    """What Python is to run (`-m`) to write a generated dataset of a shape."""
     options = {
         "rows": rows,
         "num-ids": shape.ids,
@@ -136,8 +141,7 @@ def generate(dataset: Path, shape: Shape, rows: int, tasks: int, threads: int) -
         "dense-features": shape.dense,
         "tasks": tasks,
     }
-    named = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    _run(["preprocessing", "synthetic", "--out", str(dataset), *named], threads)
+    return ["preprocessing", "synthetic", "--out", str(dataset), *(f"--{key}={value}" for key, value in options.items())]
 
 
 def write_config(config: Path, dataset: Path, shape: Shape, training: str = "") -> Path:

@@ -16,6 +16,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from mmlrec.config import DenseConfig, DenseOptimizerConfig, ScheduleConfig
 from mmlrec.distributed.step_parts import OPTIMIZER, StepParts
 
+#: Numbers that an optimizer of the network keeps for each parameter.
+STATE_NUMBERS = {"adam": 2, "adagrad": 1, "sgd": 0}
+
 
 class _ClippedOptimizer(KeyedOptimizerWrapper):
     """Clips the norm of the dense gradient before the step. Table rows are updated inside backward and are not clipped."""

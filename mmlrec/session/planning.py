@@ -32,6 +32,7 @@ from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.network_cost import NetworkCost, network_cost
+from mmlrec.session.optim import STATE_NUMBERS
 from mmlrec.session.parts import build_network, build_spec, mean_lengths, table_branches
 from mmlrec.session.session import network_bytes
 from mmlrec.slots.slot_map import map_bytes
@@ -182,7 +183,7 @@ class TrainingPlan:
         found["network"] = 1000 * of_row * self.rows_per_rank
         parameters = sum(parameter.numel() * parameter.element_size() for parameter in self.network.parameters())
         # Each number is read and written once, and so is its state; its gradient is read.
-        touched = parameters * (3 + 2 * {"adam": 2, "adagrad": 1, "sgd": 0}[self.request.config.dense.optimizer.name])
+        touched = parameters * (3 + 2 * STATE_NUMBERS[self.request.config.dense.optimizer.name])
         found["optimizer"] = 1000 * touched / bandwidths.memory
         bandwidth = bandwidths.in_host if hardware.num_hosts == 1 else bandwidths.between_hosts
         found["all_reduce"] = 1000 * 2 * (hardware.world_size - 1) / hardware.world_size * parameters / bandwidth

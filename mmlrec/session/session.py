@@ -49,7 +49,7 @@ from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, DatasetManifest
 from mmlrec.session.objective import label_deviations
-from mmlrec.session.optim import build_optimizer
+from mmlrec.session.optim import STATE_NUMBERS, build_optimizer
 from mmlrec.session.parts import branches_of, build_parts, mean_lengths, table_branches
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
@@ -259,7 +259,7 @@ def check_memory(report: list[dict[str, Any]], optimizer: str, world: World, *, 
 
 def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
     """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
-    copies = 2 + {"adam": 2, "adagrad": 1, "sgd": 0}[optimizer] + (world_size > 1)
+    copies = 2 + STATE_NUMBERS[optimizer] + (world_size > 1)
     return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,11 @@ class Vocabulary:
         kept = kept.sort_by(order)
         self._entries = (kept if known is None else pa.concat_tables([known, kept])).combine_chunks()
         self._values = self._entries["value"].combine_chunks()
-        self._ids = Vocabularies.of({"": [self._values]})
+
+    @cached_property
+    def _ids(self) -> Vocabularies:
+        """What finds few values among many entries; made when it is first asked, as it takes longer than all else here."""
+        return Vocabularies.of({"": [self._values]})
 
     @property
     def num_rows(self) -> int:
