@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,6 @@ from mmlrec.errors import DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
 _REMEDY = "Mend the line or fetch the file again."
-_BEYOND = "does not fit into 64 bits"
-_HOLDS = "holds a value that"
 _BOM = b"\xef\xbb\xbf"
 #: A value that is an object without lists and objects in it.
 _FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
@@ -230,66 +228,67 @@ def _good_runs(
         yield [number for number, _ in lines], _parse(b"".join(line + b"\n" for _, line in lines), columns)
         return
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        words = [_complaint(line, columns) for _, line in lines]
+        wrong = [_complaint(line, columns) for _, line in lines]
         if len(lines) == 1:
-            words = [words[0] or f"{error}."]
-    for (number, _), why in zip(lines, words, strict=True):
+            wrong = [wrong[0] or _Wrong(f"{error}.")]
+    for (number, _), why in zip(lines, wrong, strict=True):
         if why:
-            bad_rows.append(BadRow(path, number, f"{why} {_hint(why) if remedy == REMEDY else remedy}"))
-    rest = [line for line, why in zip(lines, words, strict=True) if not why]
+            own = why.remedy if remedy == REMEDY else None
+            bad_rows.append(BadRow(path, number, f"{why.words} {own or remedy}"))
+    rest = [line for line, why in zip(lines, wrong, strict=True) if not why]
     middle = len(rest) // 2 if len(rest) == len(lines) else len(rest)
     yield from _good_runs(rest[:middle], columns, path, remedy, bad_rows)
     yield from _good_runs(rest[middle:], columns, path, remedy, bad_rows)
 
 
-def _hint(why: str) -> str:
-    """What to do about a complaint about a table of one's own."""
-    if f" {_BEYOND}, found " not in why:
-        return REMEDY
-    return UNSIGNED_IN_LIST if _HOLDS in why else UNSIGNED
+class _Wrong(NamedTuple):
+    """What is wrong with a line or a value, and what to do about it in a table of one's own; None: as about any other."""
+
+    words: str
+    remedy: str | None = None
 
 
 class _Object(list[tuple[str, Any]]):
     """A JSON object as its pairs, in which a key may stand twice."""
 
 
-def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> str:
-    """What is wrong with a line; empty when Python sees nothing that Arrow would refuse."""
+def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
+    """What is wrong with a line; None when Python sees nothing that Arrow would refuse."""
     shown = repr(line[:80])
     try:
         found = json.loads(line.decode(), object_pairs_hook=_Object)
     except UnicodeDecodeError as error:
-        return f"bytes that are not utf-8 ({error.reason})."
+        return _Wrong(f"bytes that are not utf-8 ({error.reason}).")
     except RecursionError:
-        return ""
+        return None
     except ValueError as error:
-        return "" if b"Inf" in line else f"no JSON ({error}): {shown}."  # Arrow takes Inf for a number
+        return None if b"Inf" in line else _Wrong(f"no JSON ({error}): {shown}.")  # Arrow takes Inf for a number
     if not isinstance(found, _Object):
-        return f"a JSON object is needed, found {shown}."
+        return _Wrong(f"a JSON object is needed, found {shown}.")
     names = [name for name, _ in found]
     for name, kind in columns.items():
         if names.count(name) > 1:
-            return f"the key {name} stands twice in the line."
+            return _Wrong(f"the key {name} stands twice in the line.")
         if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
             numbers = isinstance(value, list) and any(isinstance(item, float) for item in value)
-            return f"{name} {why}." + (f" {VECTORS}" if numbers else "")
-    return ""
+            return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), why.remedy)
+    return None
 
 
-def _mismatch(value: Any, kind: pa.DataType) -> str:
-    """Why a JSON value is not of a type; empty when it is."""
+def _mismatch(value: Any, kind: pa.DataType) -> _Wrong | None:
+    """Why a JSON value is not of a type; None when it is."""
     shown = repr(dict(value) if isinstance(value, _Object) else value)[:80]
     if pa.types.is_list(kind):
         if type(value) is not list:
-            return f"must be a list, found {shown}"
+            return _Wrong(f"must be a list, found {shown}")
         wrong = (why for item in value if item is not None and (why := _mismatch(item, kind.value_type)))
-        return next((f"{_HOLDS} {why}" for why in wrong), "")
+        return next((_Wrong(f"holds a value that {why.words}", why.remedy and UNSIGNED_IN_LIST) for why in wrong), None)
     wanted, what = _PYTHON_TYPES[kind]
     if type(value) not in wanted:
-        return f"must be {what}, found {shown}"
+        return _Wrong(f"must be {what}, found {shown}")
     if pa.types.is_integer(kind) and not -(2**63) <= value < 2**63:
-        return f"{_BEYOND}, found {shown}"
-    return ""
+        return _Wrong(f"does not fit into 64 bits, found {shown}", UNSIGNED)
+    return None
 
 
 _PYTHON_TYPES: dict[pa.DataType, tuple[tuple[type, ...], str]] = {
