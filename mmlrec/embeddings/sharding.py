@@ -10,6 +10,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from torch.distributed.remote_device import _remote_device
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import comm
 from torchrec.distributed.sharding_plan import (
@@ -123,6 +125,26 @@ def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGener
     if table.sharding == "table_row_wise":
         return table_row_wise(host_index=table.ranks[0] // hardware.ranks_per_host)
     return table_wise(rank=table.ranks[0])
+
+
+def name_gpus(plan: ShardingPlan, numbers: Sequence[int]) -> None:
+    """Put the GPUs that ranks have into a plan for GPUs; torchrec refuses shards that lie on others.
+
+    It takes the GPUs of a host to be numbered as its ranks are, on hosts of equal size: so it is not where hosts are unequal,
+    or where each rank sees one GPU alone.
+
+    Args:
+        numbers: of the GPU of each rank, as that rank sees it.
+    """
+    for of_module in plan.plan.values():
+        assert isinstance(of_module, EmbeddingModuleShardingPlan)
+        for sharding in of_module.values():
+            assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
+            for shard in sharding.sharding_spec.shards:
+                assert isinstance(shard.placement, _remote_device)
+                rank = shard.placement.rank()
+                assert rank is not None
+                shard.placement = _remote_device(f"rank:{rank}/cuda:{numbers[rank]}")
 
 
 def forget_former_groups() -> None:
