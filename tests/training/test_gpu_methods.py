@@ -14,6 +14,7 @@ import torch
 from mmlrec.balancing import gradients
 from mmlrec.balancing.base import to_host
 from mmlrec.distributed.world import process_group
+from mmlrec.layers.normalisation import PartitionedNorm
 from mmlrec.layers.scenario import Dispatch
 from mmlrec.registry import method, method_names, strategy_names
 from mmlrec.schema import Setting
@@ -220,6 +221,21 @@ def test_dispatch_waits_for_no_result_of_the_device(dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(gradient.isfinite().all() for gradient in found)
+
+
+@on_gpu
+def test_partitioned_norm_is_the_same_to_the_bit_each_time():
+    """CUDA's `index_add` adds the rows of a scenario as they come; two runs would differ."""
+    scenario, pull = torch.randint(3, (65536,), device=DEVICE), torch.randn(65536, 64, device=DEVICE)
+    rows = torch.randn(65536, 64, device=DEVICE)
+    found = []
+    for _ in range(3):
+        layer, x = PartitionedNorm(3, 64).to(DEVICE), rows.clone().requires_grad_()
+        y = layer(x, scenario)
+        y.backward(pull)
+        found.append([y, x.grad, layer.running_var, *(parameter.grad for parameter in layer.parameters())])
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
 @on_gpu
