@@ -426,6 +426,7 @@ def quiet_libraries() -> None:
         ".*TypedStorage is deprecated.*",
         ".*HeuristicalStorageReservation.*",
         ".*Grad strides do not match bucket view strides.*",
+        ".*_get_pg_default_device.*",  # torchrec 1.6
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in TALKATIVE:
