@@ -18,8 +18,10 @@ from tests.processes import run
 
 def test_what_torchrec_is_to_change_is_not_told_to_users():
     """Of torchrec 1.6, which still calls it."""
-    with warnings.catch_warnings(record=True) as seen, process_group():
-        distributed_c10d._get_pg_default_device()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with process_group():
+            distributed_c10d._get_pg_default_device()
     assert [warning for warning in seen if "_get_pg_default_device" in str(warning.message)] == []
 
 
