@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -207,6 +208,8 @@ def short_of_memory(
     checks = [("host", sum(of_host) + host_bytes * len(of_host), host_memory("MemAvailable"))]
     if on_gpu:
         own = _need(report, rank % replica, in_host=False, on_gpu=on_gpu)
+        gc.collect()  # tables of this process before these, which their pipeline holds in a circle
+        torch.cuda.empty_cache()  # torch keeps what was freed, and the driver does not count that as free
         checks.append(("GPU", own, torch.cuda.mem_get_info(device)[0]))
     for kind, need, free in checks:
         if need > free:
