@@ -195,7 +195,7 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             together = False
             raise heartbeat.lost() from None
-        failure = _last_words(error, store, rank, world_size)
+        failure = _last_words(error, store, rank, world_size, wakes=together)
         raise failure from failure.__cause__
     finally:
         heartbeat.stop()
@@ -264,10 +264,14 @@ def _said_before(store: dist.Store) -> bool:
     return store.add(_SAID, 1) > 1
 
 
-def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
+def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int, *, wakes: bool) -> Any:
     """What to end this rank of several with: the exception itself where the user can mend it, else a RankError.
 
     Its `told` is False on the first rank that has anything to say, which tells it, and True on the others.
+
+    Args:
+        wakes: whether the other ranks are to notice at once. Those that wait on a GPU cannot, and NCCL would end this process
+            where its connections are closed.
     """
     with contextlib.suppress(ValueError):  # not in the main thread
         # The agent ends the other ranks as soon as one has gone; they have to find out why first.
@@ -282,8 +286,10 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
         if not lost_another:
             told = _said_before(store)
         store.set(f"{_NOTICED}{rank}", "")
-        _hang_up()
-        wait_for(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
+        if wakes:
+            _hang_up()
+        within = _SAID_WITHIN_S if lost_another or not wakes else _NOTICED_WITHIN_S
+        wait_for(lambda: len(noticed()) == world_size, within)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = _said_before(store)
