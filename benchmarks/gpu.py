@@ -2,9 +2,11 @@
 
 python -m benchmarks.gpu [--out runs/gpu] [--device cuda] [--seconds 540] [--skip tests,scaling]
 
-Each stage is a process with a time limit and a log; one that fails stops no other. Tests, a user's run (data, training in bf16,
-a second command that resumes it, evaluation, export compared with the run's model, scores of raw rows) and the making of data
-go side by side; then one after the other what is measured:
+Each stage is a process with a time limit and a log; what one that fails has said is shown at once. The first trains two steps
+of a small run, validates and saves it. Where it fails, tests alone follow: they tell how far each method and optimizer comes,
+and the time of the machine is left for another try. Otherwise one that fails stops no other. Tests, a user's run (data,
+training in bf16, a second command that resumes it, evaluation, export compared with the run's model, scores of raw rows) and
+the making of data go side by side; then one after the other what is measured:
 
     speed        training steps on resident batches, and lookup with update alone, for each shape, batch and precision of
                  `benchmarks.throughput`, with floors, profiles and the places where the host waits (`benchmarks.resident`)
@@ -134,7 +136,8 @@ class Stages:
             code = self._run(stage, min(stage.limit, until - started))
             ended = Ended(stage.name, code, time.monotonic() - started, self._last_line(stage.name))
             self.ended.append(ended)
-            print("  ".join(_row(ended)), flush=True)
+            told = "" if ended.code == 0 else "".join(f"\n    {line}" for line in why(self.log(stage.name)))
+            print("  ".join(_row(ended)) + told, flush=True)
 
     def together(self, lanes: Sequence[Sequence[Stage]], until: float) -> None:
         """Several sequences side by side."""
@@ -184,6 +187,31 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 continue
+
+
+def why(log: str) -> list[str]:
+    """What a stage that failed has to say of it: failures of pytest, else the whole first traceback, else the last lines."""
+    if lines := re.findall(r"^(?:FAILED|ERROR|E  ).*", log, re.MULTILINE)[:40]:
+        return lines
+    lines = [line.rstrip() for line in log.strip().splitlines()]
+    begin = next((number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    if begin is None:
+        return lines[-15:]
+    # It ends with the first line behind it that is not indented, under whatever torchrun puts before each.
+    start = lines[begin].partition("Traceback")[0]
+    behind = (number for number, line in enumerate(lines[begin + 1 :], begin + 1) if line[len(start) : len(start) + 1] != " ")
+    return lines[begin : next(behind, len(lines)) + 3]
+
+
+def first(arguments: argparse.Namespace, work: Path) -> list[Stage]:
+    """A small run, whole, in one process without torchrun: what fails in every training fails here, and says so."""
+    config, data = work / "first.yaml", ["--rows", "4000", "--sparse-features=4", "--dense-features=2", "--scenarios=3"]
+    config.write_text(_USER.format(dataset=work / "first", batch=256), encoding="utf-8")
+    train = ["-m", "apps.train", "--config", str(config), "--run-dir", str(work / "first-run"), "training.max_steps=2"]
+    return [
+        Stage("first_data", ["-m", "preprocessing", "synthetic", *data, "--out", str(work / "first")], 60),
+        Stage("first", train, 90),
+    ]
 
 
 def tests(device: str) -> list[Stage]:
@@ -243,7 +271,7 @@ def measured(arguments: argparse.Namespace, work: Path) -> list[Stage]:
     return [
         Stage("speed", speed, 170),
         Stage("end_to_end", ["-m", "apps.train", "--config", str(config), "--run-dir", str(work / "end-to-end")], 60),
-        Stage("scaling", scaling, 70),
+        Stage("scaling", scaling, 110),
     ]
 
 
@@ -297,11 +325,9 @@ def _row(ended: Ended) -> list[str]:
 def summary(stages: Stages, about: str, table: str, waits: dict[str, dict[str, float]], rate: float | None) -> str:
     """What is worth reading first, the tables last."""
     parts = [tabulate([_row(ended) for ended in stages.ended], headers=["stage", "ended", "seconds", "last line"])]
-    for ended in stages.ended:
-        if ended.code != 0:
-            log = stages.log(ended.name)
-            lines = re.findall(r"^(?:FAILED|ERROR|E  ).*", log, re.MULTILINE)[:40] or log.strip().splitlines()[-15:]
-            parts.append("\n".join([f"{ended.name}:", *(f"  {line[:200]}" for line in lines)]))
+    for name in [ended.name for ended in stages.ended if ended.code != 0]:
+        lines = [f"  {line[:200]}" for line in why(stages.log(name))[-40:]]
+        parts.append("\n".join([f"{name}:", *lines]))
     if waits:
         lines = [f"  {place}: {', '.join(f'{case} {times:g}' for case, times in of.items())}" for place, of in waits.items()]
         parts.append("\n".join(["The host waits for the GPU, times a step:", *lines]))
@@ -334,17 +360,22 @@ def main() -> None:
         work = Path(folder)
         logs = work / "logs"
         logs.mkdir()
-        lanes = [tests(arguments.device), users_run(arguments, work), shapes_data(arguments, work), measured(arguments, work)]
+        device = arguments.device
+        begin, *others = first(arguments, work), users_run(arguments, work), shapes_data(arguments, work)
+        lanes = [begin, tests(device), *others, measured(arguments, work)]
         known = [stage.name for lane in lanes for stage in lane]
         if unknown := set(arguments.skip) - set(known):
             raise UserError(f"--skip: no stage '{min(unknown)}'. Stages: {', '.join(known)}.")
-        *together, last = ([stage for stage in lane if stage.name not in arguments.skip] for lane in lanes)
-        stages = Stages(logs, arguments.device)
+        begin, *together, last = ([stage for stage in lane if stage.name not in arguments.skip] for lane in lanes)
+        stages = Stages(logs, device)
+        stages.run(begin, until)
+        if any(ended.code != 0 for ended in stages.ended):
+            together, last = together[:1], []
         # What is measured gets its time, whatever hangs before.
         stages.together(together, until - min(sum(stage.limit for stage in last), arguments.seconds / 2))
         stages.run(last, until)
         found = [json.loads(line) for line in stages.log("speed").splitlines() if line.startswith("{")]
-        about, table = speed_table(found, arguments.device)
+        about, table = speed_table(found, device)
         waits, rate = waits_of(found[1:]), end_to_end(work / "end-to-end")
         for result in (work / "scaling").glob("*.csv"):
             shutil.copy(result, logs)

@@ -115,7 +115,7 @@ def formula_of(session: Session, steps: ResidentSteps) -> dict[str, float]:
             session.world.rank,
             session.world.world_size,
             placements_of(session.plan, tables),
-            {name: batch.sparse[name].values() for name in tables},
+            {name: batch.sparse[name].values().cpu() for name in tables},
             batch_size=batch.num_rows,
             parameter_bytes=network,
             backend="nccl" if session.world.device.type == "cuda" else "gloo",

@@ -152,7 +152,8 @@ class Reader:
         ahead = max(threads, _ROW_GROUPS_AHEAD)
         pool = ThreadPoolExecutor(ahead if self._groups.fetched else threads, thread_name_prefix="mmlrec-decode")
         loaded = _loaded(_plan(order, first_batch), order, self._cache, pool, ahead)
-        batches = prefetch((self._batch(spans) for spans in loaded), _BATCHES_AHEAD)
+        gpu = torch.cuda.current_device() if self._pinned else None
+        batches = prefetch(self._made(loaded, gpu), _BATCHES_AHEAD)
         try:
             # "yield from" would close them first, and wait for row groups that nobody wants any more.
             for batch in batches:  # noqa: UP028
@@ -161,6 +162,13 @@ class Reader:
             pool.shutdown(wait=False, cancel_futures=True)
             batches.close()
             pool.shutdown()
+
+    def _made(self, loaded: Iterator[list[_Span]], gpu: int | None) -> Generator[Batch, None, None]:
+        if gpu is not None:
+            # Each thread begins with the first GPU, and page-locked memory may take some of the GPU whose turn it is.
+            torch.cuda.set_device(gpu)
+        for spans in loaded:
+            yield self._batch(spans)
 
     def _batch(self, spans: list[_Span]) -> Batch:
         groups = self._groups

@@ -158,12 +158,8 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
-            raise UserError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes on this node but {torch.cuda.device_count()} GPUs:"
-                " start torchrun with --nproc-per-node set to the number of GPUs."
-            )
-        device = torch.device("cuda", local_rank)
+        # By its number among the GPUs that this process sees, which may be its own alone.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
@@ -175,7 +171,7 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
     before = _set_default_timeouts(timedelta(seconds=timeout), timedelta(seconds=timeout))
     with _joining(rank, world_size, timeout):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    hangs = False
+    together = True  # whether all ranks leave
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         assert control is not None
@@ -185,6 +181,8 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         start = [uuid.uuid4().hex[:12]]
         if world_size > 1:
             dist.broadcast_object_list(start, src=0, group=control)
+        if world_size > 1 and device.type == "cuda":
+            _check_own_gpu(device, world_size, control)
         heartbeat.start()
         joined.append(heartbeat)
         with parts.seeing_waits():
@@ -192,17 +190,33 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
     except Exception as error:
         if world_size == 1:
             raise
+        # NCCL would wait for the other ranks to leave, too, and nobody would hear the cause: this process ends without.
+        together = backend == "gloo"
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
-            hangs = True
+            together = False
             raise heartbeat.lost() from None
-        failure = _last_words(error, store, rank, world_size)
+        failure = _last_words(error, store, rank, world_size, wakes=together)
         raise failure from failure.__cause__
     finally:
         heartbeat.stop()
         _set_default_timeouts(*before)
         # Without this a finished gloo process may abort in its destructors. With a rank that hangs it would wait once more.
-        if not hangs:
+        if together:
             dist.destroy_process_group()
+
+
+def _check_own_gpu(device: torch.device, world_size: int, control: dist.ProcessGroup) -> None:
+    """Refuse, on every rank, two ranks on one GPU: NCCL would, in words that name neither."""
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    found = [own] * world_size
+    dist.all_gather_object(found, own, group=control)
+    first = {gpu: rank for rank, gpu in reversed(list(enumerate(found)))}
+    for rank, gpu in enumerate(found):
+        if first[gpu] != rank:
+            raise UserError(
+                f"ranks {first[gpu]} and {rank} have the same GPU: start as many processes on a node as it has GPUs, with"
+                " torchrun --nproc-per-node, and where no torchrun starts them, give each its LOCAL_RANK on its node."
+            )
 
 
 @contextlib.contextmanager
@@ -230,8 +244,12 @@ def _set_default_timeouts(cpu: timedelta, gpu: timedelta | None) -> tuple[timede
 #: What gloo and the store say when a rank did not come in time.
 _TIMED_OUT = re.compile("tim(ed|e) ?out", re.IGNORECASE)
 
-#: What gloo and NCCL say when the process on the other side of a collective is gone.
-_PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe|Connection refused|remote process|NCCL", re.IGNORECASE)
+#: What gloo and NCCL say when the process on the other side of a collective is gone. Of NCCL it is not all that it says: GPUs
+#: that cannot reach each other, or have no memory left, are no lost ranks.
+_PEER_GONE = re.compile(
+    "(closed|reset) by (remote )?peer|Broken pipe|Connection refused|remote process|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
 
 #: How long a rank that fails waits for the others: one that knows why, until all know that it does; one that does not, for
 #: one that does.
@@ -246,10 +264,14 @@ def _said_before(store: dist.Store) -> bool:
     return store.add(_SAID, 1) > 1
 
 
-def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int) -> Any:
+def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int, *, wakes: bool) -> Any:
     """What to end this rank of several with: the exception itself where the user can mend it, else a RankError.
 
     Its `told` is False on the first rank that has anything to say, which tells it, and True on the others.
+
+    Args:
+        wakes: whether the other ranks are to notice at once. Those that wait on a GPU cannot, and NCCL would end this process
+            where its connections are closed.
     """
     with contextlib.suppress(ValueError):  # not in the main thread
         # The agent ends the other ranks as soon as one has gone; they have to find out why first.
@@ -264,8 +286,10 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int)
         if not lost_another:
             told = _said_before(store)
         store.set(f"{_NOTICED}{rank}", "")
-        _hang_up()
-        wait_for(lambda: len(noticed()) == world_size, _SAID_WITHIN_S if lost_another else _NOTICED_WITHIN_S)
+        if wakes:
+            _hang_up()
+        within = _SAID_WITHIN_S if lost_another or not wakes else _NOTICED_WITHIN_S
+        wait_for(lambda: len(noticed()) == world_size, within)
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = _said_before(store)
@@ -408,6 +432,7 @@ def quiet_libraries() -> None:
         ".*TypedStorage is deprecated.*",
         ".*HeuristicalStorageReservation.*",
         ".*Grad strides do not match bucket view strides.*",
+        ".*_get_pg_default_device.*",  # torchrec 1.6
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in TALKATIVE:

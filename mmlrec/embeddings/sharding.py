@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from tabulate import tabulate
 from torch import nn
 from torch.distributed import distributed_c10d
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
+from torch.distributed.remote_device import _remote_device
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import comm
 from torchrec.distributed.sharding_plan import (
@@ -125,6 +128,26 @@ def _generator(table: PlacedTable, hardware: Hardware) -> ParameterShardingGener
     return table_wise(rank=table.ranks[0])
 
 
+def name_gpus(plan: ShardingPlan, numbers: Sequence[int]) -> None:
+    """Put the GPUs that ranks have into a plan for GPUs; torchrec refuses shards that lie on others.
+
+    It takes the GPUs of a host to be numbered as its ranks are, on hosts of equal size: so it is not where hosts are unequal,
+    or where each rank sees one GPU alone.
+
+    Args:
+        numbers: of the GPU of each rank, as that rank sees it.
+    """
+    for of_module in plan.plan.values():
+        assert isinstance(of_module, EmbeddingModuleShardingPlan)
+        for sharding in of_module.values():
+            assert isinstance(sharding.sharding_spec, EnumerableShardingSpec)
+            for shard in sharding.sharding_spec.shards:
+                assert isinstance(shard.placement, _remote_device)
+                rank = shard.placement.rank()
+                assert rank is not None
+                shard.placement = _remote_device(f"rank:{rank}/cuda:{numbers[rank]}")
+
+
 def forget_former_groups() -> None:
     """Have torchrec make the groups of the ranks of a host anew where those it has are of a process group that has ended.
 
@@ -185,6 +208,8 @@ def short_of_memory(
     checks = [("host", sum(of_host) + host_bytes * len(of_host), host_memory("MemAvailable"))]
     if on_gpu:
         own = _need(report, rank % replica, in_host=False, on_gpu=on_gpu)
+        gc.collect()  # tables of this process before these, which their pipeline holds in a circle
+        torch.cuda.empty_cache()  # torch keeps what was freed, and the driver does not count that as free
         checks.append(("GPU", own, torch.cuda.mem_get_info(device)[0]))
     for kind, need, free in checks:
         if need > free:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -120,8 +122,8 @@ class PartitionedNorm(nn.Module):
             if self.training:
                 mean, var = self._batch_moments(x, scenario, valid, mean, var)
             scale = self.weight * self.scenario_weight * torch.rsqrt(var + self.eps)
-            shift, centred = self.bias + self.scenario_bias, x - mean.index_select(0, scenario)
-            return torch.addcmul(shift.index_select(0, scenario), centred, scale.index_select(0, scenario)).to(kind)
+            shift, centred = self.bias + self.scenario_bias, x - _of_rows(mean, scenario)
+            return torch.addcmul(_of_rows(shift, scenario), centred, _of_rows(scale, scenario)).to(kind)
 
     def _batch_moments(
         self, x: Tensor, scenario: Tensor, valid: Tensor | None, mean: Tensor, var: Tensor
@@ -129,13 +131,12 @@ class PartitionedNorm(nn.Module):
         counted = x.new_ones(len(x), 1) if valid is None else valid.unsqueeze(1).to(x.dtype)
 
         def sums(rows: Tensor) -> Tensor:
-            """[B, k] -> [S, k]; its cost does not grow with S."""
-            total = rows.new_zeros(self.running_mean.shape[0], rows.shape[1])
-            return total.index_add(0, scenario, rows)
+            """[B, k] -> [S, k]."""
+            return _sums(rows, scenario, self.running_mean.shape[0])
 
         own = sums(torch.cat([counted, x if valid is None else x * counted], dim=1))
         own_count, total = own[:, :1].detach(), own[:, 1:]
-        squares = (x - (total / own_count.clamp(min=1.0)).index_select(0, scenario)).square()
+        squares = (x - _of_rows(total / own_count.clamp(min=1.0), scenario)).square()
         squares = sums(squares if valid is None else squares * counted)
         count, batch_mean, batch_var = moments_over_ranks(own_count, total, squares)
         enough = count >= self.min_count
@@ -150,3 +151,54 @@ class PartitionedNorm(nn.Module):
             self.running_mean.copy_(mean + step * (batch_mean - mean))
             self.running_var.copy_(var + step * (unbiased - var))
         return used
+
+
+def _sums(rows: Tensor, scenario: Tensor, num_scenarios: int) -> Tensor:
+    """Sums of the rows [B, k] of each scenario, [S, k]. On a CPU the cost does not grow with S."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(num_scenarios, rows.shape[1]).index_add(0, scenario, rows)
+    summed: Tensor = _Sums.apply(rows, scenario, num_scenarios)
+    return summed
+
+
+def _of_rows(values: Tensor, scenario: Tensor) -> Tensor:
+    """Of values [S, k] those of each row's scenario, [B, k]."""
+    if values.device.type == "cpu":
+        return values.index_select(0, scenario)
+    chosen: Tensor = _OfRows.apply(values, scenario)
+    return chosen
+
+
+def _product(rows: Tensor, scenario: Tensor, num_scenarios: int) -> Tensor:
+    """`_sums` as a product of matrices, whose order of additions is fixed. CUDA's `index_add` adds rows as they come."""
+    members = torch.arange(num_scenarios, device=rows.device).unsqueeze(1) == scenario
+    return members.to(rows.dtype) @ rows
+
+
+class _Sums(torch.autograd.Function):
+    """`_sums`, the same to the bit in each run."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scenario: Tensor, num_scenarios: int) -> Tensor:
+        ctx.save_for_backward(scenario)
+        return _product(rows, scenario, num_scenarios)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (scenario,) = ctx.saved_tensors
+        return grads[0].index_select(0, scenario), None, None
+
+
+class _OfRows(torch.autograd.Function):
+    """`_of_rows`, whose gradient is the same to the bit in each run."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scenario: Tensor) -> Tensor:
+        ctx.save_for_backward(scenario)
+        ctx.num_scenarios = len(values)
+        return values.index_select(0, scenario)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (scenario,) = ctx.saved_tensors
+        return _product(grads[0], scenario, ctx.num_scenarios), None

@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -111,7 +112,8 @@ class MSSM(GatedConnectionsModel):
         if self.field_gates is None:
             return first(x, valid)
         # (m x) W = x (m W): scaling the rows of the weights saves E copies of x.
-        m = self.field_gates(draw).index_select(1, self.field_of_column)
+        # By `embedding`, whose backward adds the columns of a field in a fixed order, on CUDA, too.
+        m = F.embedding(self.field_of_column, self.field_gates(draw).t()).t().contiguous()
         return functional_call(first, {"weights.0": m.unsqueeze(2) * first.weights[0]}, (x, valid))
 
     def _open_connections(self) -> Tensor:

@@ -85,7 +85,9 @@ class Writer(FileSystemWriter):
     """DCP's writer of a folder, with checksums of the files of this rank."""
 
     def __init__(self, folder: Place) -> None:
-        super().__init__("", sync_files=isinstance(folder, Path))
+        # Without copies ahead: those of a GPU's tensors lie in page-locked memory, of which torch takes the next power of two
+        # bytes for each, and gives none back. So each shard is copied just before it is written, and then forgotten.
+        super().__init__("", sync_files=isinstance(folder, Path), per_thread_copy_ahead=0)
         self.fs = _SummedFiles()
         self.path = cast(Any, folder)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipeline, TrainPipelineBase, TrainPipelineSparseDist
@@ -13,7 +14,7 @@ from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineCo
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mmlrec.data.batch import Batch
-from mmlrec.distributed.step_parts import INPUT, StepParts
+from mmlrec.distributed.step_parts import INPUT, WAITING, StepParts
 from mmlrec.session.recommender import Predictions
 
 Pipeline: TypeAlias = TrainPipeline[Batch, Predictions]
@@ -35,8 +36,9 @@ class WithTables(TrainPipelineSparseDist[Batch, Predictions]):
             super().start_sparse_data_dist(batch, context)
 
     def wait_sparse_data_dist(self, context: TrainPipelineContext) -> None:
-        """See the base class."""
-        with self._parts.of(INPUT):
+        """See the base class. On several GPUs this is where the host waits in each step, for what the other ranks send."""
+        on_gpus = self._device.type == "cuda" and dist.get_world_size() > 1
+        with self._parts.of(WAITING if on_gpus else INPUT):
             super().wait_sparse_data_dist(context)
 
     def _backward(self, losses: Tensor) -> None:

@@ -28,6 +28,7 @@ from mmlrec.embeddings.sharding import (
     apply_table_optimizer,
     forget_former_groups,
     make_plan,
+    name_gpus,
     plan_report,
     short_of_memory,
     tell_rounding,
@@ -326,6 +327,8 @@ def build_session(
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
+    if world.device.type == "cuda" and replicas == 1:  # of replicas torchrec names them itself
+        name_gpus(plan, world.gather(world.device.index))
     report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
     managed = _managed(config, manifest, world, branches)
     check_memory(report, optimizer_config.name, world, replica=hardware.world_size, host_bytes=managed.num_bytes)

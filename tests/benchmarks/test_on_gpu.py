@@ -58,6 +58,7 @@ def test_no_stage_begins_when_the_time_is_up(tmp_path):
 
 def test_what_is_measured_gets_its_time(tmp_path, monkeypatch, capsys):
     """A stage before it hangs, and may take longer than there is time."""
+    monkeypatch.setattr(gpu, "first", lambda *_: [])
     monkeypatch.setattr(gpu, "tests", lambda _: [Stage("tests", ["-c", "import time; time.sleep(60)"], 60)])
     monkeypatch.setattr(gpu, "users_run", lambda *_: [])
     monkeypatch.setattr(gpu, "shapes_data", lambda *_: [])
@@ -75,6 +76,7 @@ def test_the_command_says_what_failed_and_leaves_three_files(tmp_path, monkeypat
 
     found = [{"device": "H", "rates": RATES}, line("b-1024-fp32", 10.0)]
     printed = "; ".join(f"print({json.dumps(each)!r})" for each in found)
+    monkeypatch.setattr(gpu, "first", lambda *_: [stage("first", "pass")])
     monkeypatch.setattr(gpu, "tests", lambda _: [stage("tests", "print('FAILED tests/x.py::y'); raise SystemExit(1)")])
     monkeypatch.setattr(gpu, "users_run", lambda *_: [stage("train", "print('trained')"), stage("left", "1 / 0")])
     monkeypatch.setattr(gpu, "shapes_data", lambda *_: [])
@@ -86,16 +88,44 @@ def test_the_command_says_what_failed_and_leaves_three_files(tmp_path, monkeypat
     assert "  FAILED tests/x.py::y" in said
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "tables.md", "logs.tar.gz"}
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {each["name"]: each["code"] for each in results["stages"]} == {"tests": 1, "train": 0, "speed": 0}
+    assert {each["name"]: each["code"] for each in results["stages"]} == {"first": 0, "tests": 1, "train": 0, "speed": 0}
     assert results["speed"] == found
     assert "|       b |   1,024 |   fp32 |     102,400 |" in (tmp_path / "tables.md").read_text()
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         assert {"logs/tests.log", "logs/train.log", "logs/speed.log"} < set(archive.getnames())
 
 
+def test_where_the_first_run_fails_its_traceback_is_shown_at_once_and_tests_alone_follow(tmp_path, monkeypatch, capsys):
+    fails = Stage("first", ["-c", "def step(): return [][1]\nprint('begun'); step()"], 30)
+    monkeypatch.setattr(gpu, "first", lambda *_: [fails])
+    monkeypatch.setattr(gpu, "tests", lambda _: [Stage("tests", ["-c", "print('12 passed')"], 30)])
+    for name in ("users_run", "shapes_data", "measured"):
+        monkeypatch.setattr(gpu, name, lambda *_: [Stage("needs-a-training", ["-c", "1 / 0"], 30)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", f"--out={tmp_path}"])
+    with pytest.raises(UserError, match="failed: first; see above"):
+        gpu.main()
+    ended = {each["name"]: each["code"] for each in json.loads((tmp_path / "results.json").read_text())["stages"]}
+    assert ended == {"first": 1, "tests": 0}
+    before, _, behind = capsys.readouterr().out.partition("tests ")
+    for said in (before, behind):
+        assert "Traceback (most recent call last)" in said
+        assert "IndexError: list index out of range" in said
+        assert ", in step" in said
+
+
+def test_of_several_tracebacks_the_first_is_the_cause_also_behind_what_torchrun_puts_before_lines():
+    lines = ["note", "Traceback (most recent call last):", '  File "a.py", line 1, in a', "    a()", "ValueError: why", "more"]
+    later = ["", "During handling of the above exception, another exception occurred:", "", lines[1], "  no", "KeyError: other"]
+    said = "\n".join(f"[rank0]: {line}" for line in [*lines, *later])
+    assert gpu.why(said)[:5] == [f"[rank0]: {line}" for line in lines[1:6]]
+    assert not any("KeyError" in line for line in gpu.why(said))
+    assert gpu.why("one\ntwo") == ["one", "two"]
+    assert gpu.why("Traceback (most recent call last)\nE   assert 1\nFAILED a::b") == ["E   assert 1", "FAILED a::b"]
+
+
 def test_a_stage_that_is_none_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", "--device=cpu", f"--out={tmp_path}", "--skip=test"])
-    with pytest.raises(UserError, match=r"--skip: no stage 'test'\. Stages: doctor, tests, user_data"):
+    with pytest.raises(UserError, match=r"--skip: no stage 'test'\. Stages: first_data, first, doctor, tests"):
         gpu.main()
 
 

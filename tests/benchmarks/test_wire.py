@@ -1,10 +1,13 @@
 """Bytes that ranks send: the kernel's count at their sockets against the formula, on real ranks."""
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from benchmarks.scaling.wire import Placement, formula
+from benchmarks.scaling.work import formula_of
 from tests import processes
 from tests.benchmarks.ranks import count
 from tests.training.launch import free_port
@@ -90,3 +93,23 @@ def test_the_formula_by_hand():
     assert nccl["vectors"] == other["vectors"] / 2
     with pytest.raises(ValueError, match="column_wise"):
         formula(0, 2, [Placement("c", 9, 4, "column_wise", [0, 1])], {"c": ids["a"]}, **sizes, backend="gloo")
+
+
+def test_ids_on_a_gpu_are_counted_on_the_host():
+    """The formula counts on the CPU, where no tensor may be indexed by one of a GPU."""
+    import torch
+
+    class OnGpu:
+        def cpu(self) -> torch.Tensor:
+            return torch.tensor([0, 5])
+
+    session = SimpleNamespace(
+        world=SimpleNamespace(rank=0, world_size=2, device=torch.device("cuda")),
+        manifest=SimpleNamespace(sparse_features=[SimpleNamespace(name="a", table="a")]),
+        network=torch.nn.Linear(2, 1, bias=False),
+        plan=[{"table": "a", "rows": 10, "dim": 4, "sharding": "row_wise", "ranks": [0, 1]}],
+        config=SimpleNamespace(embeddings=SimpleNamespace(communication="fp32")),
+    )
+    batch = SimpleNamespace(num_rows=2, sparse={"a": SimpleNamespace(values=OnGpu)})
+    found = formula_of(cast(Any, session), cast(Any, SimpleNamespace(batches=[batch])))
+    assert found["ids"] == 4 * 2 + 8  # the lengths, and the id that rank 1 holds

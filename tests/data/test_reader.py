@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmlrec.data import reader as reader_module
+from mmlrec.data.batch import Batch
 from mmlrec.data.order import EpochOrder
 from mmlrec.data.reader import Reader
 from mmlrec.data.row_groups import RowGroups, numbers
@@ -488,3 +489,19 @@ def test_regression_labels_take_any_finite_value(tmp_path):
     dataset.manifest = rewrite_part(dataset, with_value("label.buy", 2, float("inf"))(table))
     with pytest.raises(DataError, match=r"row 2: label of task 'buy' is inf, must be finite"):
         next(make(dataset).sequential())
+
+
+def test_batches_are_pinned_in_a_thread_that_has_the_gpu_of_its_rank(dataset, monkeypatch):
+    pinned, gpus = [], {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: gpus.update({threading.current_thread(): gpu}))
+
+    def pin_memory(self):
+        pinned.append(threading.current_thread())
+        return self
+
+    monkeypatch.setattr(Batch, "pin_memory", pin_memory)
+    batches = list(make(dataset, pinned=True).epoch(0))
+    assert len(pinned) == len(batches) > 1
+    assert [gpus[thread] for thread in pinned] == [3] * len(pinned)
+    assert threading.current_thread() not in pinned

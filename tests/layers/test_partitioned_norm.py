@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mmlrec.layers import normalisation
 from mmlrec.layers.normalisation import PartitionedNorm
 from tests.processes import spawn
 
@@ -57,11 +58,20 @@ def test_worked_numbers():
     torch.testing.assert_close(y.flatten(), torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=F64), rtol=0, atol=1e-6)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def either_form(request, monkeypatch):
+    """Sums over the rows of scenarios as on a CPU, and by products of matrices as on a GPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(normalisation, "_sums", normalisation._Sums.apply)
+        monkeypatch.setattr(normalisation, "_of_rows", normalisation._OfRows.apply)
+
+
 # Scenario 1 has one real row, scenario 3 none; rows 4 and 9 are padding.
 SCENARIO = torch.tensor([0, 2, 1, 0, 0, 2, 2, 0, 2, 1, 4, 4])
 VALID = torch.tensor([True] * 4 + [False] + [True] * 4 + [False] + [True] * 2)
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("min_count", [2, 3, 4])
 @pytest.mark.parametrize("width", [1, 5, 7])
 def test_values_gradients_and_statistics_equal_a_loop(min_count, width):
@@ -90,6 +100,7 @@ def test_values_gradients_and_statistics_equal_a_loop(min_count, width):
     torch.testing.assert_close(layer.running_var, var, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.usefixtures("either_form")
 def test_gradients_equal_finite_differences():
     layer = random_norm(5, 3, momentum=1e-9)
     x = torch.randn(12, 3, dtype=F64, generator=generator(5), requires_grad=True)
@@ -146,6 +157,7 @@ def test_each_scenario_has_mean_0_and_variance_1():
         torch.testing.assert_close(own.var(dim=0, unbiased=False), torch.ones(7, dtype=F64), rtol=1e-10, atol=0)
 
 
+@pytest.mark.usefixtures("either_form")
 def test_a_scenario_without_rows_is_left_alone():
     layer = random_norm(3, 4)
     layer(torch.randn(8, 4, dtype=F64, generator=generator()), torch.tensor([0, 2] * 4)).square().sum().backward()
@@ -185,6 +197,7 @@ def test_a_layer_that_goes_on_from_a_state_is_one_that_was_not_interrupted():
         assert torch.equal(second.state_dict()[key], value), key
 
 
+@pytest.mark.usefixtures("either_form")
 def test_rows_of_other_scenarios_change_no_bit():
     layer = PartitionedNorm(3, 5)
     scenario = torch.arange(60) % 3
@@ -194,6 +207,7 @@ def test_rows_of_other_scenarios_change_no_bit():
     assert torch.equal(one, two)
 
 
+@pytest.mark.usefixtures("either_form")
 def test_float32_keeps_a_small_variance_beside_a_large_mean():
     scenario = torch.arange(2000) % 2
     x = torch.randn(2000, 3, generator=generator()) * 0.1 + torch.tensor([0.0, 1000.0])[scenario].unsqueeze(1)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,6 +252,23 @@ def test_tables_behind_a_cache_need_the_memory_of_the_host(monkeypatch):
     assert "need 4.00 GiB on the GPU of rank 1" in str(short_of_memory(report, "adagrad", **{**arguments, "rank": 1}))
     monkeypatch.setattr(sharding, "host_memory", lambda key: 4 * GIB - 1)
     assert "need 4.00 GiB on the host of rank 0" in str(short_of_memory(report, "adagrad", **arguments))
+
+
+def test_memory_of_a_gpu_that_torch_keeps_for_former_tables_is_free(monkeypatch):
+    """As in a notebook that trains and then predicts: tables and pipeline of the first session hold each other."""
+
+    class Former:
+        pass
+
+    former, kept = Former(), [4 * GIB]
+    former.itself = former
+    alive = weakref.ref(former)
+    del former
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.clear() if alive() is None else None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB - sum(kept), 5 * GIB))
+    report = [{"table": "a", "ranks": [0], "kernel": "fused", "weight_bytes": 3 * GIB, "state_bytes": GIB}]
+    arguments = {"rank": 0, "sizes": [1], "replica": 1, "device": torch.device("cuda")}
+    assert short_of_memory(report, "adagrad", **arguments) is None
 
 
 def test_hosts_that_differ_count_as_they_are(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
 from mmlrec.distributed.world import process_group
 from mmlrec.errors import CheckpointError
@@ -45,6 +45,18 @@ def test_prune_keeps_the_newest_whole_ones(tmp_path, world):
     save(checkpoint.step_folder(tmp_path, 7), 7, world)
     checkpoint.prune(tmp_path, 2, step=7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000006", "step_000000007"]
+
+
+def test_on_a_gpu_nothing_is_copied_ahead_into_page_locked_memory(tmp_path, world, monkeypatch):
+    """torch keeps of it the next power of two bytes of each tensor; DCP does so where there is a GPU, unless told not to."""
+
+    def ahead(*_, **__):
+        raise AssertionError("copied ahead")
+
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", ahead)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    save(tmp_path / "step", 3, world)
+    assert load(tmp_path / "step", world) == [3.0] * 3
 
 
 def test_prune_keeps_multiples_for_good(tmp_path, world):

@@ -56,6 +56,15 @@ def test_plans_agree(train, sharding):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "auto"])
+def test_two_gpus_train_as_one(train, sharding):
+    """Tables, gradients of the network and moments of normalised layers by NCCL."""
+    found = train("two", f"embeddings.sharding={sharding}", ranks=2)
+    for step, values in train("one").items():
+        assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
 def test_replicas_with_sgd_and_an_average_each_step_are_one_process(train, sharding):
     """Each copy on one GPU, or on two of four; with Adagrad they are another algorithm, which trains."""

@@ -8,11 +8,21 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from mmlrec.distributed import world as world_module
-from mmlrec.distributed.world import World, configure_logging, log_file, logger
+from mmlrec.distributed.world import World, configure_logging, log_file, logger, process_group
 from mmlrec.errors import UserError
 from tests.processes import run
+
+
+def test_what_torchrec_is_to_change_is_not_told_to_users(capfd):
+    """Of torchrec 1.6, which still calls it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with process_group():
+            distributed_c10d._get_pg_default_device()
+    assert "will be deprecated" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,8 +4,8 @@ import pytest
 from torchrec import EmbeddingBagConfig
 
 from mmlrec.config import ConfigError, EmbeddingsConfig
-from mmlrec.embeddings.hardware import CPU, Hardware
-from mmlrec.embeddings.sharding import make_plan, plan_report
+from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+from mmlrec.embeddings.sharding import make_plan, name_gpus, plan_report
 from mmlrec.embeddings.tables import build_tables
 
 ROWS = (1, 2, 3, 4, 5, 7, 9, 1000)
@@ -39,3 +39,14 @@ def test_a_table_that_is_too_small_for_what_its_name_asks_is_refused():
     with pytest.raises(ConfigError, match=r"table_sharding.t4: too few rows to give each of 3 ranks some"):
         plan_of(3, table_sharding={"t4": "row_wise"})
     plan_of(3, table_sharding={"t5": "row_wise"})
+
+
+def test_shards_lie_on_the_gpus_that_ranks_have():
+    """One host of one rank and one of two, and another where each rank sees one GPU alone; torchrec refuses other numbers."""
+    tables = build_tables([EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=9, feature_names=["f"])])
+    hardware = Hardware(3, 2, "cuda", 2**30, GPU, equal_hosts=False)
+    for numbers in ([0, 0, 1], [0, 0, 0]):
+        plan = make_plan("tables", tables, EmbeddingsConfig(sharding="row_wise"), hardware, batch_size=8)
+        name_gpus(plan, numbers)
+        places = [str(shard.placement) for shard in plan.plan["tables"]["t"].sharding_spec.shards]
+        assert places == [f"rank:{rank}/cuda:{number}" for rank, number in enumerate(numbers)]

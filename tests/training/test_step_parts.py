@@ -5,10 +5,13 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Work
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from mmlrec.distributed import step_parts
-from mmlrec.distributed.step_parts import BACKWARD, CHECKPOINT, DATA, OTHER, WAITING, StepParts
+from mmlrec.distributed.step_parts import BACKWARD, CHECKPOINT, DATA, INPUT, OTHER, WAITING, StepParts
+from mmlrec.session.pipeline import WithTables
 
 
 @pytest.fixture
@@ -86,3 +89,14 @@ def test_waits_of_other_threads_do_not_count(clock, monkeypatch):
         thread.join()
     assert Work.wait is plain
     assert spent(parts) == {WAITING: 1}
+
+
+@pytest.mark.parametrize(("device", "ranks", "part"), [("cuda", 2, WAITING), ("cuda", 1, INPUT), ("cpu", 2, INPUT)])
+def test_on_several_gpus_the_host_waits_where_it_reads_what_the_others_send(clock, monkeypatch, device, ranks, part):
+    """NCCL's own waits are the device's. On CPUs the method of torch tells them."""
+    monkeypatch.setattr(TrainPipelineSparseDist, "wait_sparse_data_dist", lambda *_: clock(1))
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    pipeline = WithTables.__new__(WithTables)
+    pipeline._device, pipeline._parts = torch.device(device), StepParts()
+    pipeline.wait_sparse_data_dist(None)
+    assert spent(pipeline._parts) == {part: 1}

@@ -1,7 +1,8 @@
 """One rank of a test launch: runs a list of actions in one process group.
 
 `python worker.py ACTIONS.json` under RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Process start-up is slow, so one launch
-runs many cases.
+runs many cases. The first that fails ends it, but for one of a single rank with `go_on`, which leaves its traceback in
+`RUN_DIR.failed`.
 """
 
 import itertools
@@ -181,7 +182,9 @@ def main() -> None:
             except BaseException:
                 traceback.print_exc()
                 print(f"rank {os.environ['RANK']} failed in {action}", file=sys.stderr, flush=True)
-                os._exit(1)
+                if world.world_size > 1 or not action.get("go_on"):
+                    os._exit(1)
+                Path(f"{action['run_dir']}.failed").write_text(traceback.format_exc())
 
 
 if __name__ == "__main__":
