@@ -183,7 +183,7 @@ class TrainingConfig(StrictModel):
     """Length, batch, precision, validation and checkpoints of a run."""
 
     batch_size: int = Field(default=4096, gt=0, le=2**31 - 1, description="Global batch size, the same for every world size.")
-    eval_batch_size: int = Field(default=8192, gt=0, le=2**31 - 1, description="Rows per rank and step in evaluation.")
+    eval_batch_size: int = Field(default=8192, gt=0, le=2**31 - 1, description="Most rows per rank and step in evaluation.")
     epochs: int = Field(default=40, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
     patience: int | None = Field(default=3, gt=0, description="Validations without a better metric before stopping.")

@@ -175,9 +175,9 @@ def _options(
     # An option may stand in a file and the name on the command line: messages tell where the option does. What the section is
     # as a whole comes from both.
     origin = {key: place for key, place in origin.items() if key != section}
-    for key in chosen:
+    for key in (key for key in chosen if key not in allowed):
         others = [other for other, found in finder.at_hand().items() if key in found.Config.model_fields]
-        if key not in allowed and others:
+        if others:
             raise ConfigError(
                 f"{origin_of(f'{section}.{key}', origin, source)}: {section}.{key}: {finder.kind.word} '{name}' has no option"
                 f" '{key}'.{did_you_mean(str(key), allowed)} It belongs to {', '.join(others)}."

@@ -18,6 +18,7 @@ NEEDLESS = {
     *("sklearn", "scipy", "matplotlib", "IPython", "onnx", "onnxruntime", "safetensors.torch"),
     "pandas",
     *("s3fs", "aiobotocore", "aiohttp", "pyspark", "kubernetes", "fastapi", "uvicorn"),
+    *("mmlrec.balancing.strategies.pcgrad", "mmlrec.balancing.strategies.famo"),  # strategies of which none is asked for
     *("preprocessing", "mmlrec.api", "mmlrec.export", "mmlrec.serving", "mmlrec.launch", "mmlrec.testing"),
 }
 

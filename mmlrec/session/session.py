@@ -64,6 +64,7 @@ _MEASURED = (
 )
 #: How many hosts torchrec takes for one, where somebody has set it; the second is that of torchrec 1.6.
 _POD_SIZES = ("TORCHREC_RESOLVED_POD_SIZE", "TOPOLOGY_DOMAIN_MULTIPLE")
+_ROWS_AT_ONCE = 128  # rows of an evaluation's step are a multiple: products then take the kernels of a full step
 _CHECK_SECONDS = 10.0  # ranks that wait for one that still hashes meet this often: collectives have a time limit
 
 
@@ -147,12 +148,16 @@ class Session:
                 f" encoded alike: --input FOLDER. How they were encoded is in {self.encoder}."
             )
         manifest = self.manifest if folder is None else DatasetManifest.load(folder)
+        size = training.batch_size
+        if split != "train":
+            rows = manifest.splits[split].num_rows if split in manifest.splits else 0  # which the reader refuses
+            size = rows_of_step(rows, training.eval_batch_size, self.world.world_size) * self.world.world_size
         reader = Reader(
             there,
             manifest,
             split,
             tasks=[task.name for task in self.spec.tasks],
-            batch_size=training.batch_size if split == "train" else training.eval_batch_size * self.world.world_size,
+            batch_size=size,
             rank=self.world.rank,
             world_size=self.world.world_size,
             seed=training.seed,
@@ -217,6 +222,16 @@ class Session:
         names = [name for name, _, _ in self.branches()]
         scenarios = self.spec.num_scenarios
         return (expand_branches(b, names, scenarios, training=training, branches=heads) for b in batches)
+
+
+def rows_of_step(num_rows: int, most: int, world_size: int) -> int:
+    """Rows of each rank in a step of an evaluation: as few steps as `most` rows allow, of about as many rows each.
+
+    What a split lacks to whole steps is padded, and computed like rows: of a small split that would be most of the work.
+    """
+    of_rank = -(-num_rows // world_size)
+    steps = max(1, -(-of_rank // most))
+    return min(most, -(-of_rank // (steps * _ROWS_AT_ONCE)) * _ROWS_AT_ONCE)
 
 
 def hardware_of(world: World) -> Hardware:
