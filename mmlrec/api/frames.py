@@ -52,8 +52,24 @@ def arrow_table(frame: Frame, columns: Mapping[str, str]) -> pa.Table:
             raise ConfigError(
                 f"{argument}: the frame has no column '{column}'.{did_you_mean(column, names)} Its columns: {listed}."
             )
-        found[column] = frame[column] if isinstance(frame, pa.Table) else _arrow(frame[column], column, argument)
+        cells = frame[column] if isinstance(frame, pa.Table) else _arrow(frame[column], column, argument)
+        found[column] = _as_files_hold(cells)
     return pa.table(found)
+
+
+def values_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The cells of a category, each with its value; others as they are."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+
+
+def _as_files_hold(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same cells in a type that Parquet can hold: of categories it knows none that means a missing value."""
+    column = cells if isinstance(cells, pa.ChunkedArray) else pa.chunked_array([cells])
+    if pa.types.is_dictionary(column.type) and any(chunk.dictionary.null_count for chunk in column.chunks):
+        column = values_of(column)
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
 def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:
