@@ -342,6 +342,15 @@ def test_dataset_without_manifest(data, train):
     assert "python -m preprocessing" in error
 
 
+def test_a_file_of_raw_rows_is_no_dataset(data, train):
+    rows = data.folder.parent / "rows.parquet"
+    rows.write_bytes(b"PAR1")
+    code, error = train(f"dataset.path={rows}")
+    assert code == 2
+    assert f"{rows} is not a dataset: it is a file. Raw rows are encoded first" in error
+    assert "--like RUN" in error
+
+
 def test_damaged_manifest(data, train):
     path = data.folder / "manifest.json"
     path.write_text(path.read_text()[:-40])

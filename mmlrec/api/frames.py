@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
@@ -62,6 +65,31 @@ def values_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if not pa.types.is_dictionary(column.type):
         return column
     return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+
+
+def write_frame(table: pa.Table, path: Path) -> None:
+    """Write rows as a Parquet file.
+
+    Raises:
+        DataError: a column is of a type that Parquet does not hold, or the disk is full.
+    """
+    try:
+        pq.write_table(table, path)
+    except pa.ArrowNotImplementedError:
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                pq.write_table(pa.table({name: column}), pa.BufferOutputStream())
+            except pa.ArrowNotImplementedError as error:
+                raise DataError(
+                    f"frame: cells of column '{name}', of type {column.type}, cannot be read. Convert it, for example"
+                    f" frame['{name}'].astype('string')."
+                ) from error
+        raise
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"{path.parent}: the rows cannot be written: {why}. Free space, or set TMPDIR to another folder."
+        ) from error
 
 
 def _as_files_hold(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:

@@ -67,8 +67,8 @@ def open_unpacked(path: Path, name: str) -> BinaryIO:
     """The bytes of a file, unpacked; `name` picks it out of a zip archive that holds several.
 
     Raises:
-        DataError: the archive does not hold it, or would unpack to too much or out of its folder; the latter also in reading. Or
-            the file is packed in another way.
+        DataError: the archive does not hold it, or would unpack to too much or out of its folder; the latter also in reading.
+            Or the file is packed in another way.
     """
     with path.open("rb") as file:
         start = file.read(10)

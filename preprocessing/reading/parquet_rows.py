@@ -33,8 +33,8 @@ class ParquetRows(Source):
     """The wanted columns of a Parquet file. In complaints a row is a line; the first is line 1.
 
     Null stays null; a column of nulls alone has no type of its own and may be any. Bad rows are those with an integer beyond 64
-    bits or with a fraction (pandas stores integers with gaps as float, which must be less than 2^53 then; databases as decimals),
-    or with a number that is nan, infinite or too large for the wanted type.
+    bits or with a fraction (pandas stores integers with gaps as float, which must be less than 2^53 then; databases store them
+    as decimals), or with a number that is nan, infinite or too large for the wanted type.
 
     Attributes:
         columns: name -> int64, float32, float64, bool or string, or a list of one of these. As strings, times and dates are
@@ -191,9 +191,11 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
         return f"Write it anew as numbers; a label of words is a condition, such as \"`{name}` == 'yes'\"."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
         return "Booleans are ids with type: string, 'true' and 'false'."
+    if _is_list(wanted) and not _is_list(found):
+        return "A value a row is a feature of kind: id, and ids in a text have a separator."
     if pa.types.is_boolean(wanted):
         return "Compare it with what it holds, such as 1 or 'true'."
-    return "Declare it so, or write it anew."
+    return "Leave it away, or write it anew in that type."
 
 
 def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:

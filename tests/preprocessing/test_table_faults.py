@@ -35,7 +35,10 @@ BAD_CONFIGS = {
         ["features.user.kind: 'idd' is none of id, ids, number.", "'id'?"],
     ),
     "no kind": ({"features": {"user": {}}}, ["features.user.kind: required, but not given"]),
-    "bad name": ({"features": {"user.id": {"kind": "id"}}}, ["features.user.id: 'user.id' cannot be a name", "such as user_id. ", "column: 'user.id'"]),
+    "bad name": (
+        {"features": {"user.id": {"kind": "id"}}},
+        ["features.user.id: 'user.id' cannot be a name", "such as user_id. ", "column: 'user.id'"],
+    ),
     "wrong type": ({"features": {"user": {"kind": "id", "min_count": "2"}}}, ["features.user.min_count", "integer; found '2'"]),
     "no features": ({"features": {}}, ["features", "at least 1"]),
     "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),

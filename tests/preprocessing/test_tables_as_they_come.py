@@ -47,7 +47,12 @@ def told(capsys, config, out):
 
 TYPES = {
     "views of texts": ({"kind": "id"}, ["a", None, "", "b"], pa.string_view(), pa.string()),
-    "decimals, as databases write integers": ({"kind": "id", "type": "int"}, [-7, None, 2**53 + 1, 0], pa.decimal128(38), pa.int64()),
+    "decimals, as databases write integers": (
+        {"kind": "id", "type": "int"},
+        [-7, None, 2**53 + 1, 0],
+        pa.decimal128(38),
+        pa.int64(),
+    ),
     "decimals with places": ({"kind": "id", "type": "int"}, [7, None, 1, 0], pa.decimal128(20, 2), pa.int64()),
     "views of lists": ({"kind": "ids", "type": "int"}, [[1, 2], None, [], [3]], pa.list_view(pa.int64()), pa.list_(pa.int64())),
     "lists of views": ({"kind": "ids"}, [["a"], None, [], ["b", ""]], pa.list_(pa.string_view()), pa.list_(pa.string())),
