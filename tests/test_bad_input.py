@@ -340,15 +340,10 @@ def test_dataset_without_manifest(data, train):
     assert code == 2
     assert f"{data.folder} is not a dataset: it has no manifest.json" in error
     assert "python -m preprocessing" in error
-
-
-def test_a_file_of_raw_rows_is_no_dataset(data, train):
-    rows = data.folder.parent / "rows.parquet"
-    rows.write_bytes(b"PAR1")
-    code, error = train(f"dataset.path={rows}")
+    (data.folder / "rows.parquet").write_bytes(b"PAR1")
+    code, error = train(f"dataset.path={data.folder / 'rows.parquet'}")
     assert code == 2
-    assert f"{rows} is not a dataset: it is a file. Raw rows are encoded first" in error
-    assert "--like RUN" in error
+    assert "rows.parquet is not a dataset: it is a file. Raw rows are encoded first" in error
 
 
 def test_damaged_manifest(data, train):
