@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import BLANKS, VECTORS, Cells
+from mmlrec.encoding.cells import BLANKS, TYPICAL_MARKS, VECTORS, Cells
 from mmlrec.encoding.conversions import REMEDY, UNSIGNED, UNSIGNED_IN_LIST
 from mmlrec.errors import DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
@@ -35,6 +35,8 @@ _END = rb"(?=[ \t]*+[,}])"
 _CELL = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb")" + _END)
 _CELL_OR_TEXT = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb'|"' + _STRING + rb'")' + _END)
 _NUMBERS = {b"true": b"1", b"false": b"0"}
+#: A complaint about a text where an integer or a number is wanted.
+_QUOTED = re.compile(r"(?P<name>.*) must be (?P<kind>an integer|a number), found '(?P<cell>.*)'\.", re.DOTALL)
 _TO_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
 
 Lines = list[tuple[int, bytes]]  # number and content, without blanks and line ends around it
@@ -244,6 +246,12 @@ def _good_runs(
 
 def _hint(why: str) -> str:
     """What to do about a complaint about a table of one's own."""
+    if quoted := _QUOTED.match(why):
+        if quoted["cell"].strip(BLANKS).lower() in TYPICAL_MARKS:
+            return f"If it means a missing value, say so: missing: ['{quoted['cell']}']."
+        if quoted["kind"] == "an integer":
+            return "A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line."
+        return f"{REMEDY} A label of words is a condition, such as \"`{quoted['name']}` == '{quoted['cell'][:20]}'\"."
     if f" {_BEYOND}, found " not in why:
         return REMEDY
     return UNSIGNED_IN_LIST if _HOLDS in why else UNSIGNED

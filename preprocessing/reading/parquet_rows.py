@@ -188,7 +188,7 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     if _is_text(found) and not _is_list(found) and pa.types.is_integer(wanted):
         return "Text is an id, a key or a scenario with type: string, or in quotes; or write it anew as integers."
     if _is_text(found) and not _is_list(found) and pa.types.is_floating(wanted):
-        return f"Write it anew as numbers; a label of words is a condition, such as \"`{name}` == 'yes'\"."
+        return f"Write it anew as numbers. A label of words is a condition, such as \"`{name}` == 'yes'\"."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
         return "Booleans are ids with type: string, 'true' and 'false'."
     if _is_list(wanted) and not _is_list(found):

@@ -216,7 +216,7 @@ BAD_PARQUET = {
     ),
     "vector for ids": ({"user": [[0.5]] * 20}, "string is needed. A vector is not read yet"),
     "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
-    "label of words": ({"y": ["no", "yes"] * 10}, "a label of words is a condition, such as \"`y` == 'yes'\"."),
+    "label of words": ({"y": ["no", "yes"] * 10}, "A label of words is a condition, such as \"`y` == 'yes'\"."),
     "decimals for text": ({"user": [Decimal(1)] * 20}, "string is needed. Whole numbers are ids with type: int"),
     "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x is no number that can be used, found nan"),
     "label": ({"y": [0] * 4 + [7] + [1] * 15}, "line 5: y must be 0 or 1"),

@@ -84,6 +84,31 @@ def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path)
     assert sum(split.label_counts["y"]["all"][0] for split in splits.values()) == 20
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ['{"user": "7", "x": 1, "y": 1}'],
+            "user must be an integer, found '7'. A text is an id, a key or a scenario with type: string",
+        ),
+        (
+            ['{"user": 7, "x": 1, "y": "1"}'],
+            "y must be a number, found '1'. Mend the line. A label of words is a condition, such as \"`y` ==",
+        ),
+        (
+            ['{"user": 7, "x": "NA", "y": 1}'],
+            "x must be a number, found 'NA'. If it means a missing value, say so: missing: ['NA'].",
+        ),
+    ],
+)
+def test_what_can_be_done_about_a_text_of_json_where_a_number_is_wanted(lines, words, tmp_path, capsys):
+    features = {"user": {"kind": "id", "type": "int"}, "x": {"kind": "number"}}
+    good = [json.dumps({"user": i, "x": i, "y": i % 2}) for i in range(20)]
+    config = small(tmp_path, "\n".join(good + lines) + "\n", "rows.jsonl", features=features)
+    message = told(capsys, config, tmp_path / "out")
+    assert f"rows.jsonl, line 21: {words}" in message
+
+
 # Files without rows.
 
 
