@@ -192,6 +192,18 @@ def test_bad_rows_are_named_by_line_or_counted(case, tmp_path, capsys):
         assert manifest.statistics["rows"] == 29
 
 
+@pytest.mark.parametrize("weight", ["", "-1", "2e30", "1e-31", "inf"])
+def test_a_weight_of_which_a_loss_cannot_be_made_is_a_bad_row(weight, tmp_path, capsys):
+    good = ["0", "1", "2.5", "1e30", "1e-30"] * 4
+    for weights, code in ((good, 0), ([*good, weight], 2)):
+        lines = [f"u,{i},{i % 2},{each}" for i, each in enumerate(weights)]
+        config = small(tmp_path, "\n".join(["user,x,y,w", *lines]) + "\n", weight="w")
+        assert run(config, tmp_path / "out", "--overwrite") == code
+    message = capsys.readouterr().err
+    assert "rows.csv, line 22: w" in message
+    assert "the weight of a row, must be a number from 0 on (if not 0, from 1e-30 to 1e30)" in message or weight == "inf"
+
+
 def test_a_chain_that_rows_contradict(tmp_path, capsys):
     tasks = [{"name": "click", "label": "x > 100", "implied_by_next": True}, {"name": "buy", "label": "y"}]
     assert run(small(tmp_path, tasks=tasks, features={"user": {"kind": "id"}}), tmp_path / "out") == 2
