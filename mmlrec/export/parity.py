@@ -29,7 +29,7 @@ from mmlrec.storage.places import Place
 #: ratio r of probabilities with logits a and b, it is the largest r (|a| + |b|) where that is more: so the rounding of logits
 #: grows in it.
 TOLERANCE = 1e-6
-#: Numbers that are not scaled may be so large that the sums of a network round by more. Then a score may differ by so many times
+#: Numbers that are not scaled may be so large that sums of a network round by more. Then a score may differ by so many times
 #: what the last bits of the numbers in its row move it by: a sum of n products rounds by some sqrt(n) bits, n some hundreds.
 LAST_BITS = 16
 _BATCH_ROWS = 1 << 14

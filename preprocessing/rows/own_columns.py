@@ -38,7 +38,7 @@ def label(values: pa.Array, column: str) -> Converted:
 
 
 def weight(values: pa.Array, column: str) -> Converted:
-    """What rows count, float32: neither missing nor negative, and 0 or such that sums over rows and their reciprocals are finite."""
+    """What rows count, float32: neither missing nor negative; where not 0, such that no sum and no reciprocal overflows."""
     result = values.cast(pa.float32(), safe=False)
     usual = pc.and_(pc.greater_equal(values, 1 / _LARGEST_WEIGHT), pc.less_equal(values, _LARGEST_WEIGHT))
     good = _bools(pc.or_(pc.equal(values, 0), usual).fill_null(False))
