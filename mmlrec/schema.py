@@ -352,6 +352,11 @@ class DatasetManifest(_Contract):
         """
         path = place(folder) / MANIFEST
         if not path.is_file():
+            if path.parent.is_file():
+                raise DataError(
+                    f"{folder} is not a dataset: it is a file. Raw rows are encoded first: python -m preprocessing NAME --raw"
+                    " RAW_DIR --out DATASET; those that a run is to score or to be measured on with --like RUN beside."
+                )
             hint = "the folder does not exist" if not path.parent.is_dir() else "it has no manifest.json"
             raise DataError(
                 f"{folder} is not a dataset: {hint}. Make one with: python -m preprocessing NAME --raw RAW_DIR --out {folder}"

@@ -340,6 +340,10 @@ def test_dataset_without_manifest(data, train):
     assert code == 2
     assert f"{data.folder} is not a dataset: it has no manifest.json" in error
     assert "python -m preprocessing" in error
+    (data.folder / "rows.parquet").write_bytes(b"PAR1")
+    code, error = train(f"dataset.path={data.folder / 'rows.parquet'}")
+    assert code == 2
+    assert "rows.parquet is not a dataset: it is a file. Raw rows are encoded first" in error
 
 
 def test_damaged_manifest(data, train):

@@ -54,6 +54,7 @@ def frame_of(rows=1500, seed=0):
     return frame
 
 
+KEYS = {"user": {"type": "int"}, "time": {"type": "datetime"}}
 COLUMNS = {
     "features": ["user", "item", "tags", "price"],
     "tasks": ["click", "buy"],
@@ -132,6 +133,25 @@ def test_an_arrow_table_and_whole_sections_give_the_same(frame, data, capfd):
     assert "features.user" not in told  # said in full, so nothing was concluded
 
 
+def test_types_of_arrow_are_taken_as_what_they_hold(frame, data):
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    item = pa.array(frame["item"].astype(str)).dictionary_encode()
+    with_null = pa.DictionaryArray.from_arrays(
+        item.indices, pa.concat_arrays([item.dictionary, pa.nulls(1, item.type.value_type)])
+    )
+    for column, cells in {
+        "user": pa.array(frame["user"]).cast(pa.decimal128(38)),
+        "item": with_null,  # of which Parquet holds none
+        "device": pa.array(frame["device"].astype(str), pa.string_view()),
+        "tags": pa.array(list(frame["tags"]), pa.list_view(pa.string())),
+    }.items():
+        table = table.set_column(table.column_names.index(column), column, cells)
+    features = {"user": "id", "item": "id", "tags": "ids", "price": "number"}
+    assert parts(mmlrec.prepare(table, **COLUMNS | {"features": features, "keys": KEYS}, split=data_split()).path) == parts(
+        data.path
+    )
+
+
 def data_split():
     return {"rule": "time", "key": "time"}
 
@@ -174,6 +194,7 @@ WRONG = [
     ({"features": {"user": "ID"}}, "features.user: 'ID' is no kind"),
     ({"features": {"user": {"kind": "id", "mincount": 2}}}, "features.user.mincount: unknown key. Did you mean"),
     ({"features": ["holes"]}, "features.holes: column 'holes' is of type double, but holds whole numbers only"),
+    ({"features": ["binned"]}, "features.binned: what column 'binned' of type extension<pandas.interval"),
     ({"features": ["mixed"]}, "features.mixed: column 'mixed' holds cells of several types (int, str)"),
     ({"features": ["large"]}, "features.large: column 'large', row 1 (counted from 0): an integer does not fit into 64 bits."),
     (
@@ -208,6 +229,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[str(change) for change, _ in WRONG])
 def test_a_wrong_argument_is_named(frame, change, message):
     frame = frame.assign(holes=np.where(np.arange(len(frame)) % 2, 3.0, np.nan), mixed=["x", 1] * (len(frame) // 2))
+    frame["binned"] = pd.cut(frame.price, 3)
     for name, cells in CANNOT_BE_HELD.items():
         frame[name] = pd.Series(cells * (len(frame) // 2), frame.index, object)
     if message is None:
@@ -221,6 +243,13 @@ def test_a_wrong_argument_is_named(frame, change, message):
 def test_what_is_no_frame_and_a_bad_cell_are_named(frame):
     with pytest.raises(ConfigError, match="frame: a pandas DataFrame or an Arrow table is needed, found list"):
         mmlrec.prepare([{"user": 1}], **COLUMNS)
+    with pytest.raises(DataError, match="frame: it has no rows"):
+        mmlrec.prepare(frame.iloc[:0], **COLUMNS)
+    binned = {"features": {"binned": "id"}}
+    with pytest.raises(
+        DataError, match=r"frame: cells of column 'binned', .*cannot be read. Convert it, for example frame\['binn"
+    ):
+        mmlrec.prepare(frame.assign(binned=pd.cut(frame.price, 3)), **COLUMNS | binned)
     with pytest.raises(DataError, match="frame: the column 7 has no text as its name"):
         mmlrec.prepare(frame.rename(columns={"price": 7}), **COLUMNS)
     bad = frame.assign(click=np.where(np.arange(len(frame)) == 41, 7, frame.click))
@@ -497,6 +526,13 @@ def test_vocabularies_grow(frame, data):
     assert len(users[1]) > len(users[0])
     assert list(grown.manifest.splits) == ["train", "valid", "test"]
     assert list(mmlrec.prepare(more, extend=data, split="train").manifest.splits) == ["train"]
+
+
+def test_labels_of_which_none_is_known_yet_are_no_labels(frame, data):
+    later = frame.assign(click=None, buy=None)
+    splits = mmlrec.prepare(later, like=data).manifest.splits
+    assert splits["test"].num_rows == len(frame)
+    assert splits["test"].label_counts["click"]["all"] == (0, 0)
 
 
 def test_what_cannot_be_like_another_is_named(frame, data, tmp_path):

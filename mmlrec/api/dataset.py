@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from mmlrec.api.frames import Frame, arrow_table, columns_of
+from mmlrec.api.frames import Frame, arrow_table, columns_of, write_frame
 from mmlrec.api.short_forms import ShortForms
 from mmlrec.api.temporary import TemporaryFolder
 from mmlrec.encoding.folders import encoder_folder
-from mmlrec.errors import ConfigError, UserError
+from mmlrec.errors import ConfigError, DataError, UserError
 from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.storage.places import Place, place
 from mmlrec.storage.scratch import ScratchFolder
@@ -148,6 +147,9 @@ def prepare(
         "strip": strip,
         "terms": terms,
     }
+    columns_of(frame)
+    if not len(frame):
+        raise DataError("frame: it has no rows.")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ConfigError(f"seed: a whole number from 0 to 2^63 - 1 is needed, found {seed!r}.")
     if duplicates not in (None, *get_args(Duplicates)):
@@ -163,7 +165,7 @@ def prepare(
     there = held.path / "data" if held is not None else place(str(out))
     with ScratchFolder("frame") as scratch:
         raw = scratch.path
-        pq.write_table(table, raw / _FILE)
+        write_frame(table, raw / _FILE)
         (raw / "table.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
         try:
             made = make(["table", "--config", str(raw / "table.yaml"), "--raw", str(raw), "--out", str(there), *arguments])

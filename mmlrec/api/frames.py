@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
@@ -52,8 +55,49 @@ def arrow_table(frame: Frame, columns: Mapping[str, str]) -> pa.Table:
             raise ConfigError(
                 f"{argument}: the frame has no column '{column}'.{did_you_mean(column, names)} Its columns: {listed}."
             )
-        found[column] = frame[column] if isinstance(frame, pa.Table) else _arrow(frame[column], column, argument)
+        cells = frame[column] if isinstance(frame, pa.Table) else _arrow(frame[column], column, argument)
+        found[column] = _as_files_hold(cells)
     return pa.table(found)
+
+
+def values_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The cells of a category, each with its value; others as they are."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+
+
+def write_frame(table: pa.Table, path: Path) -> None:
+    """Write rows as a Parquet file.
+
+    Raises:
+        DataError: a column is of a type that Parquet does not hold, or the disk is full.
+    """
+    try:
+        pq.write_table(table, path)
+    except pa.ArrowNotImplementedError:
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                pq.write_table(pa.table({name: column}), pa.BufferOutputStream())
+            except pa.ArrowNotImplementedError as error:
+                raise DataError(
+                    f"frame: cells of column '{name}', of type {column.type}, cannot be read. Convert it, for example"
+                    f" frame['{name}'].astype('string')."
+                ) from error
+        raise
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"{path.parent}: the rows cannot be written: {why}. Free space, or set TMPDIR to another folder."
+        ) from error
+
+
+def _as_files_hold(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same cells in a type that Parquet can hold: of categories it knows none that means a missing value."""
+    column = cells if isinstance(cells, pa.ChunkedArray) else pa.chunked_array([cells])
+    if pa.types.is_dictionary(column.type) and any(chunk.dictionary.null_count for chunk in column.chunks):
+        column = values_of(column)
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
 
 def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:

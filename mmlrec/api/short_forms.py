@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmlrec.api.frames import Frame, arrow_table
+from mmlrec.api.frames import Frame, arrow_table, values_of
 from mmlrec.errors import ConfigError
 
-_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_LISTS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
 #: Most scenarios that a column's values are taken for without being named.
 _MOST_SCENARIOS = 100
 _KINDS = ("id", "ids", "number")
@@ -126,13 +129,11 @@ class ShortForms:
                 )
         if kind == "number":
             return {"kind": kind}
-        return {"kind": kind, "type": "int" if pa.types.is_integer(cell) or pa.types.is_floating(cell) else "string"}
+        integers = pa.types.is_integer(cell) or pa.types.is_floating(cell) or pa.types.is_decimal(cell)
+        return {"kind": kind, "type": "int" if integers else "string"}
 
     def _column(self, name: str, where: str) -> pa.ChunkedArray:
-        column = arrow_table(self._frame, {name: where})[name]
-        if pa.types.is_dictionary(column.type):  # a category
-            column = column.cast(column.type.value_type)
-        return column
+        return values_of(arrow_table(self._frame, {name: where})[name])
 
     def _tell(self, where: str, section: dict[str, Any], column: str) -> None:
         told = ", ".join(f"{key}: {value}" for key, value in section.items())

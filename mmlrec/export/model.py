@@ -19,7 +19,7 @@ from mmlrec.evaluation.evaluation import predict_split, stopped
 from mmlrec.evaluation.prediction import check_same_inputs
 from mmlrec.export.card import README, TABLES_FOLDER, make_card, table_file, write_card, write_readme
 from mmlrec.export.network import Format, Scorer, export_network, save_network
-from mmlrec.export.parity import beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
+from mmlrec.export.parity import add_last_bit, beyond_tolerance, compare, compare_encoder, exported_scores, parity_text
 from mmlrec.export.tables import CHUNK_BYTES, Precision, write_table
 from mmlrec.metrics.gather import PredictionRows, gather_rows
 from mmlrec.run_folder import checkpoint
@@ -140,6 +140,9 @@ def _write(asked: Exported, loaded: Loaded, dataset: Place, rows: PredictionRows
         model = load(folder)
         scores = exported_scores(model, dataset, manifest, _SPLIT)
         card["parity"] = compare(session, rows, scores, scorer.outputs, _SPLIT, dataset)
+        if asked.tables == "fp32" and beyond_tolerance(card["parity"]):
+            moved = exported_scores(model, dataset, manifest, _SPLIT, next_numbers=True) - scores
+            add_last_bit(card["parity"], moved, scorer.outputs)
         card["parity"]["encoder"] = compare_encoder(model, session, dataset, manifest, _SPLIT)
         print(parity_text(card["parity"]), flush=True)  # noqa: T201
         if asked.tables == "fp32" and (apart := beyond_tolerance(card["parity"])):

@@ -191,7 +191,7 @@ class _Job:
                     done.update(piece.num_rows)
                 if file.failure is not None:
                     raise file.failure
-                if not num_rows and not sources[file.name].may_be_empty(self._raw):
+                if not num_rows and (example or not sources[file.name].may_be_empty(self._raw)):
                     raise self._raw.no_rows(file.name, example)
         return rows
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mmlrec.encoding.cells import Cells
 from mmlrec.errors import did_you_mean
@@ -22,7 +23,20 @@ FORMATS = {
     "json": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet", ".pq"),
 }
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$")]
+
+
+def _plain_name(name: str) -> str:
+    """Raises ValueError where a name cannot be one of a column, and says what can be done: columns may have any name."""
+    if re.fullmatch("[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        return name
+    near = re.sub("[^A-Za-z0-9_]+", "_", name).strip("_")
+    raise ValueError(
+        f"{name!r} cannot be a name: these have letters from A to Z, digits, _ and - only{f', such as {near}' if near else ''}."
+        f" What it is made of may be called anything: say column: {name!r}, or of a task label: '`{name}`'"
+    )
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
 Files = Annotated[list[str], Field(min_length=1)]
 _LARGEST = 3.4e38
 

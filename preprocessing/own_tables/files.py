@@ -8,6 +8,7 @@ from mmlrec.errors import ConfigError, DataError, did_you_mean
 from preprocessing.own_tables.config import FORMATS
 
 _PACKED = (".gz", ".zip")
+_NOT_READ = (".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".snappy")
 
 
 def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
@@ -74,7 +75,11 @@ def file_format(names: list[str], config: str) -> str:
 
     Raises:
         ConfigError: the suffixes say nothing, or not all the same.
+        DataError: a file is packed in a way that is not read.
     """
+    for name in names:
+        if PurePosixPath(name).suffix.lower() in _NOT_READ:
+            raise DataError(f"{config}: {name} is packed in a way that is not read. Unpack it, or pack it by gzip.")
     formats: dict[str | None, str] = {}
     for name in names:
         suffix = suffix_of(name)

@@ -18,7 +18,7 @@ import pyarrow.csv
 from mmlrec.encoding.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
 from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
-from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
+from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source
 
 _REMEDY = "Mend the line or fetch the file again."
 _OWN_REMEDY = "Mend the line."
@@ -85,6 +85,10 @@ class DelimitedText(Source):
             raise DataError(f"{path}: there is no header: its lines are blank or begin with {self.comment!r}. {remedy}")
         number, line = found
         return replace(self, fields=_header(path, number, line, self), header_line=number)
+
+    def may_be_empty(self, raw: RawFolder) -> bool:
+        """A header alone is what an hour without events leaves; not of a file whose rows are known to be there."""
+        return self.header and self.cells is not None and raw.paths[self.name].stat().st_size > 0
 
     @property
     def there(self) -> dict[str, pa.DataType]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import BLANKS, VECTORS, Cells
+from mmlrec.encoding.cells import BLANKS, TYPICAL_MARKS, VECTORS, Cells
 from mmlrec.encoding.conversions import REMEDY, UNSIGNED, UNSIGNED_IN_LIST
 from mmlrec.errors import DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
@@ -271,8 +271,20 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
             return _Wrong(f"the key {name} stands twice in the line.")
         if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
             numbers = isinstance(value, list) and any(isinstance(item, float) for item in value)
-            return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), why.remedy)
+            remedy = _remedy_of_text(name, value, kind) if isinstance(value, str) else why.remedy
+            return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), remedy)
     return None
+
+
+def _remedy_of_text(name: str, text: str, kind: pa.DataType) -> str | None:
+    """What can be done about a text where a number is wanted; None where it is not."""
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        return None
+    if text.strip(BLANKS).lower() in TYPICAL_MARKS:
+        return f"If it means a missing value, say so: missing: ['{text}']."
+    if pa.types.is_integer(kind):
+        return "A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line."
+    return f'{REMEDY} A label of words is a condition, such as "`{name}` == {text[:20]!r}".'
 
 
 def _mismatch(value: Any, kind: pa.DataType) -> _Wrong | None:

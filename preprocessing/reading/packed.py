@@ -19,6 +19,8 @@ from typing import IO, BinaryIO
 
 from mmlrec.errors import DataError
 
+#: How the bytes of a file begin -> what has packed them, and in a way that is not read.
+_OTHERS = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2"}
 FREE_BYTES = 1 << 30
 MOST_TIMES = 200
 
@@ -66,12 +68,16 @@ def open_unpacked(path: Path, name: str) -> BinaryIO:
 
     Raises:
         DataError: the archive does not hold it, or would unpack to too much or out of its folder; the latter also in reading.
+            Or the file is packed in another way.
     """
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(10)
     if start[:2] == b"\x1f\x8b":
         return Bounded(gzip.open(path, "rb"), path, path.stat().st_size)  # type: ignore[arg-type, return-value]
-    if start != b"PK\x03\x04":
+    if not start.startswith(b"PK\x03\x04"):
+        packer = next((packer for first, packer in _OTHERS.items() if start.startswith(first)), None)
+        if packer is not None and (packer != "bzip2" or start[4:] == b"1AY&SY"):
+            raise DataError(f"{path}: packed by {packer}, which is not read. Unpack it, or pack it by gzip.")
         return path.open("rb")
     archive = zipfile.ZipFile(path)
     members = [member for member in archive.namelist() if not member.endswith("/")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,21 @@ from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
-_LIST_TYPES = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+_LIST_TYPES = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_list_view, pa.types.is_large_list_view),
+)
+#: Type of texts -> that of the same bytes.
+_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 
 @dataclass(frozen=True)
 class ParquetRows(Source):
     """The wanted columns of a Parquet file. In complaints a row is a line; the first is line 1.
 
-    Null stays null. Bad rows are those with an integer beyond 64 bits or with a fraction (pandas stores integers with gaps as
-    float, which must be less than 2^53 then), or with a number that is nan, infinite or too large for the wanted type.
+    Null stays null; a column of nulls alone has no type of its own and may be any. Bad rows are those with an integer beyond 64
+    bits or with a fraction (pandas stores integers with gaps as float, which must be less than 2^53 then; databases store them
+    as decimals), or with a number that is nan, infinite or too large for the wanted type.
 
     Attributes:
         columns: name -> int64, float32, float64, bool or string, or a list of one of these. As strings, times and dates are
@@ -75,7 +82,9 @@ class ParquetRows(Source):
             table = stream.read_all().combine_chunks()
         cells = self.cells or Cells()
         for index, name in enumerate(table.column_names):
-            if not _is_text(table[name].type):  # whose bytes are looked at first
+            found = table[name].type
+            # Of texts the bytes are looked at first, and decimals that are integers would become floats.
+            if not _is_text(found) and not (pa.types.is_decimal(found) and pa.types.is_integer(self.columns[name])):
                 table = table.set_column(index, name, cells.take(name, table[name].combine_chunks()))
         for name in self.optional:
             if name not in table.column_names:
@@ -107,8 +116,10 @@ class ParquetRows(Source):
             if schema.names.count(name) > 1:
                 raise DataError(f"{path}: two columns have the name '{name}'. Write the file anew with one of them renamed.")
             found = schema.field(name).type
+            if pa.types.is_null(found):  # as pandas writes a column in which all is missing
+                continue
             if _is_list(kind) != _is_list(found) or not _usable(_element(found), _element(kind)):
-                remedy = _remedy(found, kind)
+                remedy = _remedy(name, found, kind)
                 raise DataError(f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. {remedy}")
 
 
@@ -144,16 +155,17 @@ def _element(kind: pa.DataType) -> pa.DataType:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    kind = _element(kind)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return _element(kind) in _BYTES
 
 
 def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
-    number = pa.types.is_integer(found) or pa.types.is_floating(found)
+    if pa.types.is_null(found):
+        return True
+    number = pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
     if pa.types.is_integer(wanted):
         return number
     if pa.types.is_floating(wanted):
-        return number or pa.types.is_boolean(found) or pa.types.is_decimal(found)
+        return number or pa.types.is_boolean(found)
     if pa.types.is_string(wanted):
         return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
     return pa.types.is_boolean(found)
@@ -165,23 +177,31 @@ def _word(kind: pa.DataType) -> str:
     return f"list of {word}s" if _is_list(kind) else word
 
 
-def _remedy(found: pa.DataType, wanted: pa.DataType) -> str:
+def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     """What can be done with a column of another type than the wanted one."""
     if _is_list(found) and pa.types.is_floating(_element(found)):
         return VECTORS
     if _is_list(found) and not _is_list(wanted):
         return "A list of ids is a feature of kind: ids."
-    if pa.types.is_floating(found) and pa.types.is_string(wanted):
+    if (pa.types.is_floating(found) or pa.types.is_decimal(found)) and pa.types.is_string(wanted):
         return "Whole numbers are ids with type: int, and times with a format, such as format: seconds."
+    if _is_text(found) and not _is_list(found) and pa.types.is_integer(wanted):
+        return "Text is an id, a key or a scenario with type: string, or in quotes; or write it anew as integers."
+    if _is_text(found) and not _is_list(found) and pa.types.is_floating(wanted):
+        return f"Write it anew as numbers. A label of words is a condition, such as \"`{name}` == 'yes'\"."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
         return "Booleans are ids with type: string, 'true' and 'false'."
+    if _is_list(wanted) and not _is_list(found):
+        return "A value a row is a feature of kind: id, and ids in a text have a separator."
     if pa.types.is_boolean(wanted):
         return "Compare it with what it holds, such as 1 or 'true'."
-    return "Declare it so, or write it anew."
+    return "Leave it away, or write it anew in that type."
 
 
 def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
     """[rows] whether a value can be given as the wanted type; None where every value of this type can."""
+    if pa.types.is_null(values.type):
+        return None
     if _is_list(kind):
         values = _plain_lists(values)
         inner = _fits(pc.list_flatten(values), _element(kind))
@@ -194,15 +214,25 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
     if pa.types.is_floating(values.type):
         fits = whole(values) if pa.types.is_integer(kind) else pc.is_finite(values.cast(pa.float64()).cast(kind))
         return fits.fill_null(True)
+    if pa.types.is_decimal(values.type) and pa.types.is_integer(kind):
+        try:
+            values.cast(kind)
+        except pa.ArrowInvalid:
+            return pa.array([number is None or _is_integer(number) for number in values.to_pylist()])
+        return None
     if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
         return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
     if _is_text(values.type):
         try:
             values.validate(full=True)
         except pa.ArrowInvalid:
-            binary = pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary()
-            return pa.array([_decodes(text) for text in values.view(binary).to_pylist()])
+            return pa.array([_decodes(text) for text in values.view(_BYTES[values.type]).to_pylist()])
     return None
+
+
+def _is_integer(number: Decimal) -> bool:
+    """Whether it is one of 64 bits."""
+    return -(2**63) <= number < 2**63 and number == int(number)
 
 
 def _decodes(text: bytes | None) -> bool:
@@ -213,12 +243,12 @@ def _decodes(text: bytes | None) -> bool:
 
 
 def _plain_lists(values: pa.Array) -> pa.Array:
-    """Lists of a fixed size as other lists; in them a null takes room, too, which is left out."""
-    if not pa.types.is_fixed_size_list(values.type):
+    """Lists of a fixed size, in which a null takes room, too, and views, which a cast takes wrongly beside nulls, as others."""
+    if not _is_list(values.type) or pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return values
-    there = values.is_valid().to_numpy(zero_copy_only=False)
-    offsets = np.append(0, np.cumsum(there * values.type.list_size)).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values.flatten(), mask=pa.array(~there))
+    lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pc.list_flatten(values), mask=values.is_null())
 
 
 def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import sys
 from abc import ABC, abstractmethod
@@ -154,7 +155,7 @@ class Source(ABC):
         return self
 
     def may_be_empty(self, raw: RawFolder) -> bool:
-        """Whether a file without rows is in order."""
+        """Whether a file without rows, and without bad ones, is in order."""
         return False
 
     @abstractmethod
@@ -268,7 +269,7 @@ class RawFolder:
             if done.num_rows:
                 empty = False
                 yield done.result
-        if empty and not source.may_be_empty(self):
+        if empty and (example or not source.may_be_empty(self)):
             raise self.no_rows(source.name, example)
 
     def opened(self, source: Source, piece_bytes: int) -> tuple[Source, Iterator[Piece]]:
@@ -296,7 +297,7 @@ class RawFolder:
         """The complaint about a file of which no row could be parsed; `example`: the first bad one."""
         if example is not None:
             return DataError(f"{example.path}, line {example.line}: {example.complaint} No row of the file is good.")
-        return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again.")
+        return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again, or leave it out.")
 
     def blocks(self, source: Source, piece_bytes: int | None = None) -> Iterator[Block]:
         """The blocks of a file that have rows. Raises as `map` does; a caller that finds bad rows in them adds them itself."""
@@ -312,7 +313,7 @@ class RawFolder:
         path, first_line = self.paths[name], 1
         for text in _whole_lines(path, name, piece_bytes):
             if first_line == 1:
-                _refuse_html(path, text)
+                _refuse_others(path, text)
             yield Piece(path, first_line, text)
             first_line += text.count(b"\n")
 
@@ -358,7 +359,10 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
                 raise DataError(f"{path}: {limit}. Fetch it again; of a JSON array, put each object on a line of its own.")
 
 
-def _refuse_html(path: Path, text: bytes) -> None:
+def _refuse_others(path: Path, text: bytes) -> None:
+    """Raise DataError where a file is no text that can be read as a table."""
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: text in UTF-16, which is not read. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
     start = text[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise DataError(f"{path}: an HTML page, not data (a login or error page saved under this name?). Fetch the file again.")

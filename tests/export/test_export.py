@@ -9,14 +9,17 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+import mmlrec
 import mmlrec.export.model
 from mmlrec.encoding.inputs import Inputs
 from mmlrec.errors import DataError
+from mmlrec.export.parity import LAST_BITS, TOLERANCE
 from mmlrec.serving import load
 from tests import processes
 from tests.datasets import with_vocabularies, write_dataset
@@ -192,8 +195,8 @@ def nothing_left(folder):
 def test_scores_that_differ_leave_nothing(run_of, run_app, tmp_path, monkeypatch):
     honest = mmlrec.export.model.exported_scores
 
-    def shifted(*arguments):
-        scores = honest(*arguments)
+    def shifted(*arguments, **options):
+        scores = honest(*arguments, **options)
         scores[7, 1] += 2e-6
         return scores
 
@@ -205,6 +208,26 @@ def test_scores_that_differ_leave_nothing(run_of, run_app, tmp_path, monkeypatch
     assert nothing_left(tmp_path)
     # Of quantised tables the loss is told, not refused.
     assert run_app("export", "--run-dir", run_of("mmoe"), "--out", tmp_path / "model", "--tables", "int8")[0] == 0
+
+
+def test_large_numbers_that_are_not_scaled_may_round_by_more_than_others(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame({f"n{i}": draw.normal(size=900) * 100 for i in range(8)} | {"user": draw.integers(0, 30, 900)})
+    frame["y"] = draw.integers(0, 2, 900)
+    plain = {"kind": "number", "scale": "none"}
+    data = mmlrec.prepare(frame, features={name: "id" if name == "user" else plain for name in frame.columns[:-1]}, tasks=["y"])
+    model = {"name": "shared_bottom", "bottom_hidden_units": [256, 128]}
+    config = {"model": model, "training": {"epochs": 10, "max_steps": 20, "batch_size": 100}}
+    run = mmlrec.train(config, dataset=data, progress=False)
+    run.export(tmp_path / "model")
+    told = load(tmp_path / "model").card["parity"]["scores"]["y"]
+    assert told["largest_difference"] > TOLERANCE
+    assert 0 < told["largest_difference"] < LAST_BITS * told["last_bit"] < 0.1
+    honest = mmlrec.export.model.exported_scores
+    monkeypatch.setattr(mmlrec.export.model, "exported_scores", lambda *given, **options: honest(*given, **options)[::-1])
+    with pytest.raises(DataError, match=r"score\.y: .* apart"):
+        run.export(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_signal_while_tables_are_written_leaves_nothing(run_of, run_app, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Tables of one's own: configurations and raw files that cannot be used."""
 
+import bz2
 import json
+import lzma
 import math
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +13,7 @@ import pytest
 
 from mmlrec.schema import DatasetManifest
 from preprocessing.reading import packed
-from tests.preprocessing.table_fake import GOOD_LINES, GOOD_LINES_CONFIG, run, small
+from tests.preprocessing.table_fake import GOOD_LINES, GOOD_LINES_CONFIG, SMALL, run, small
 
 BAD_CONFIGS = {
     "no config": ("missing.yaml", ["missing.yaml: no such config file"]),
@@ -23,12 +26,19 @@ BAD_CONFIGS = {
         {"features": {"user": {"kind": "number", "separator": "|"}}},
         ["features.user.separator: unknown key. Allowed: allow_label_feature, buckets, column, fill, indicator, kind, scale."],
     ),
+    "task of two words": (
+        {"tasks": [{"name": "to cart", "label": "y"}]},
+        ["tasks.0.name: 'to cart' cannot be a name", "such as to_cart. ", "label: '`to cart`'"],
+    ),
     "unknown kind": (
         {"features": {"user": {"kind": "idd"}}},
         ["features.user.kind: 'idd' is none of id, ids, number.", "'id'?"],
     ),
     "no kind": ({"features": {"user": {}}}, ["features.user.kind: required, but not given"]),
-    "bad name": ({"features": {"user.id": {"kind": "id"}}}, ["features.user.id", "should match pattern"]),
+    "bad name": (
+        {"features": {"user.id": {"kind": "id"}}},
+        ["features.user.id: 'user.id' cannot be a name", "such as user_id. ", "column: 'user.id'"],
+    ),
     "wrong type": ({"features": {"user": {"kind": "id", "min_count": "2"}}}, ["features.user.min_count", "integer; found '2'"]),
     "no features": ({"features": {}}, ["features", "at least 1"]),
     "no tasks": ({"tasks": []}, ["tasks", "at least 1"]),
@@ -182,6 +192,18 @@ def test_bad_rows_are_named_by_line_or_counted(case, tmp_path, capsys):
         assert manifest.statistics["rows"] == 29
 
 
+@pytest.mark.parametrize("weight", ["", "-1", "2e30", "1e-31", "inf"])
+def test_a_weight_of_which_a_loss_cannot_be_made_is_a_bad_row(weight, tmp_path, capsys):
+    good = ["0", "1", "2.5", "1e30", "1e-30"] * 4
+    for weights, code in ((good, 0), ([*good, weight], 2)):
+        lines = [f"u,{i},{i % 2},{each}" for i, each in enumerate(weights)]
+        config = small(tmp_path, "\n".join(["user,x,y,w", *lines]) + "\n", weight="w")
+        assert run(config, tmp_path / "out", "--overwrite") == code
+    message = capsys.readouterr().err
+    assert "rows.csv, line 22: w" in message
+    assert "the weight of a row, must be a number from 0 on (if not 0, from 1e-30 to 1e30)" in message or weight == "inf"
+
+
 def test_a_chain_that_rows_contradict(tmp_path, capsys):
     tasks = [{"name": "click", "label": "x > 100", "implied_by_next": True}, {"name": "buy", "label": "y"}]
     assert run(small(tmp_path, tasks=tasks, features={"user": {"kind": "id"}}), tmp_path / "out") == 2
@@ -206,6 +228,8 @@ BAD_PARQUET = {
     ),
     "vector for ids": ({"user": [[0.5]] * 20}, "string is needed. A vector is not read yet"),
     "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
+    "label of words": ({"y": ["no", "yes"] * 10}, "A label of words is a condition, such as \"`y` == 'yes'\"."),
+    "decimals for text": ({"user": [Decimal(1)] * 20}, "string is needed. Whole numbers are ids with type: int"),
     "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x is no number that can be used, found nan"),
     "label": ({"y": [0] * 4 + [7] + [1] * 15}, "line 5: y must be 0 or 1"),
 }
@@ -233,6 +257,8 @@ def test_bad_parquet(case, tmp_path, capsys):
         ("id", pa.uint64(), 2**63, "line 3: id is no integer that can be used, found 9223372036854775808"),
         ("id", pa.float64(), 1.5, "line 3: id is no integer that can be used, found 1.5"),
         ("id", pa.float64(), 1e30, "line 3: id is no integer that can be used, found 1e+30"),
+        ("id", pa.decimal128(38, 2), Decimal("7.50"), "line 3: id is no integer that can be used, found 7.50"),
+        ("id", pa.decimal128(38, 0), Decimal(2**63), "line 3: id is no integer that can be used, found 9223372036854775808"),
     ],
 )
 def test_ids_of_parquet_that_are_no_int64(column, kind, bad, words, tmp_path, capsys):
@@ -260,6 +286,25 @@ def test_files_that_are_no_parquet(tmp_path, capsys):
         message = capsys.readouterr().err
         assert "rows.parquet" in message
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("packed_by", "pack"),
+    [
+        ("zstd", lambda text: pa.compress(text, codec="zstd", asbytes=True)),
+        ("bzip2", bz2.compress),
+        ("xz", lzma.compress),
+        ("UTF-16", lambda text: text.decode().encode("utf-16")),
+    ],
+)
+def test_what_is_packed_or_encoded_otherwise_is_named(packed_by, pack, tmp_path, capsys):
+    config = small(tmp_path, pack(SMALL.encode()))
+    assert run(config, tmp_path / "out") == 2
+    message = capsys.readouterr().err
+    assert f"rows.csv: {'text in' if packed_by == 'UTF-16' else 'packed by'} {packed_by}, which is not read." in message
+    config = small(tmp_path, pack(SMALL.encode()), "rows.csv.zst")
+    assert run(config, tmp_path / "out") == 2
+    assert "rows.csv.zst is packed in a way that is not read. Unpack it, or pack it by gzip." in capsys.readouterr().err
 
 
 def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path, capsys, monkeypatch):

@@ -42,6 +42,93 @@ def told(capsys, config, out):
     return capsys.readouterr().err
 
 
+# Types of Parquet.
+
+
+TYPES = {
+    "views of texts": ({"kind": "id"}, ["a", None, "", "b"], pa.string_view(), pa.string()),
+    "decimals, as databases write integers": (
+        {"kind": "id", "type": "int"},
+        [-7, None, 2**53 + 1, 0],
+        pa.decimal128(38),
+        pa.int64(),
+    ),
+    "decimals with places": ({"kind": "id", "type": "int"}, [7, None, 1, 0], pa.decimal128(20, 2), pa.int64()),
+    "views of lists": ({"kind": "ids", "type": "int"}, [[1, 2], None, [], [3]], pa.list_view(pa.int64()), pa.list_(pa.int64())),
+    "lists of views": ({"kind": "ids"}, [["a"], None, [], ["b", ""]], pa.list_(pa.string_view()), pa.list_(pa.string())),
+    "nothing but nulls": ({"kind": "id", "type": "int"}, [None] * 4, pa.null(), pa.int64()),
+    "nulls for numbers": ({"kind": "number", "fill": 1}, [None] * 4, pa.null(), pa.float64()),
+    "nulls for lists": ({"kind": "ids"}, [None] * 4, pa.null(), pa.list_(pa.string())),
+    "lists of nothing": ({"kind": "ids"}, [[], None, [], []], pa.list_(pa.null()), pa.list_(pa.string())),
+}
+
+
+@pytest.mark.parametrize("case", TYPES)
+@pytest.mark.parametrize("missing", [[], ["NA"]], ids=["plain", "marks"])
+def test_types_of_parquet_are_taken_as_what_they_hold(case, missing, tmp_path):
+    feature, cells, found, plain = TYPES[case]
+    for kind, name in ((found, "found"), (plain, "plain")):
+        (tmp_path / name).mkdir()
+        config = small(tmp_path / name, b"", "rows.parquet", features={"x": feature, "z": {"kind": "id"}}, missing=missing)
+        columns = {"x": pa.array(cells * 10, kind), "z": ["u", "v"] * 20, "y": [0, 1] * 20}
+        pq.write_table(pa.table(columns), config.parent / "rows.parquet")
+        make(config.parent, tmp_path / f"{name}-out")
+    assert content(tmp_path / "found-out") == content(tmp_path / "plain-out")
+
+
+def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path):
+    config = small(tmp_path, b"", "a.parquet", files=["*.parquet"])
+    for name, labels in (("a", pa.nulls(20)), ("b", pa.array([0, 1] * 10))):
+        pq.write_table(pa.table({"user": ["u"] * 20, "x": range(20), "y": labels}), config.parent / f"{name}.parquet")
+    splits = make(config.parent, tmp_path / "out").splits
+    assert sum(split.label_counts["y"]["all"][0] for split in splits.values()) == 20
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            ['{"user": "7", "x": 1, "y": 1}'],
+            "user must be an integer, found '7'. A text is an id, a key or a scenario with type: string",
+        ),
+        (
+            ['{"user": 7, "x": 1, "y": "1"}'],
+            "y must be a number, found '1'. Mend the line. A label of words is a condition, such as \"`y` ==",
+        ),
+        (
+            ['{"user": 7, "x": "NA", "y": 1}'],
+            "x must be a number, found 'NA'. If it means a missing value, say so: missing: ['NA'].",
+        ),
+    ],
+)
+def test_what_can_be_done_about_a_text_of_json_where_a_number_is_wanted(lines, words, tmp_path, capsys):
+    features = {"user": {"kind": "id", "type": "int"}, "x": {"kind": "number"}}
+    good = [json.dumps({"user": i, "x": i, "y": i % 2}) for i in range(20)]
+    config = small(tmp_path, "\n".join(good + lines) + "\n", "rows.jsonl", features=features)
+    message = told(capsys, config, tmp_path / "out")
+    assert f"rows.jsonl, line 21: {words}" in message
+
+
+# Files without rows.
+
+
+def test_a_header_alone_is_a_file_without_rows(tmp_path, capsys):
+    config = small(tmp_path, files=["rows*.csv"])
+    make(config.parent, tmp_path / "alone")
+    header = SMALL.partition("\n")[0]
+    for number, text in enumerate((header, f"{header}\r\n", f"{header}\n\n")):
+        (config.parent / f"rows-{number}.csv").write_bytes(text.encode())
+    make(config.parent, tmp_path / "with")
+    assert content(tmp_path / "alone") == content(tmp_path / "with")
+    (config.parent / "rows-3.csv").write_text(f"{header}\nu1,one,1\n")
+    assert "rows-3.csv, line 2: x must be a number, found 'one'." in told(capsys, config, tmp_path / "bad")
+    assert run(config, tmp_path / "bad", "--max-bad-rows", "1") == 2
+    assert "rows-3.csv, line 2: x must be a number" in (message := capsys.readouterr().err)
+    assert "No row of the file is good." in message
+    (config.parent / "rows-3.csv").write_bytes(b"")
+    assert "rows-3.csv: the file is empty, or has no good row." in told(capsys, config, tmp_path / "bad")
+
+
 # Separators.
 
 
