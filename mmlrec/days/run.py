@@ -132,7 +132,9 @@ def _one_day(
         world.at("noting which rows were seen")
         error = _error_of(_note_seen, of_day, before, day, number) if world.is_main else None
         world.without_limit().raise_together(error)
-    record.put(line | {"step": RunFolder(of_day).read_result()["step"]})
+    # Rank 0 has written it; another one may be here before that.
+    step = world.from_main(RunFolder(of_day).read_result()["step"] if world.is_main else None)
+    record.put(line | {"step": step})
 
 
 def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:

@@ -144,6 +144,15 @@ def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(ro
 
 
 @pytest.mark.long
+def test_ranks_that_are_faster_than_rank_0_writes_go_on_to_the_next_day(root, tmp_path):
+    """Without --forget-after nothing else makes them wait for what came of a day."""
+    run_dir, first_day = tmp_path / "run", root / "day-01"
+    command = [sys.executable, str(Path(__file__).parent / "slow_result.py"), "--config", str(root / "config.yaml")]
+    ranks = start_ranks([*command, "--days", str(first_day), "--run-dir", str(run_dir)], logs(tmp_path, "run", 2))
+    assert [rank.wait(240) for rank in ranks] == [0, 0], (tmp_path / "run-1.log").read_text()
+    assert [line["step"] for line in lines(run_dir)] == [lines(root / "whole-2")[0]["step"]]
+
+
 def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
     """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
     later = tmp_path / "days"
