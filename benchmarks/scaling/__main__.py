@@ -115,7 +115,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], help="cuda where there is one")
     add("--threads", type=number, default=1, help="CPU threads of each rank (1)")
     add("--config", default="scaling/synthetic", help="configuration that all points share (scaling/synthetic)")
-    add("--zipf", type=not_negative, default=0.0, help="exponent of the distribution of ids; 0, hardest for caches: uniform (0)")
+    add("--zipf", type=not_negative, default=0.0, help="exponent of the distribution of ids; 0: uniform, the worst for caches")
     add("--seconds", type=positive, default=4.0, help="to train for at each point (4)")
     add("--limit", type=positive, default=600.0, help="seconds after which a point is given up (600)")
     add("--again", action="store_true", help="measure again what is there")
