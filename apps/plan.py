@@ -48,6 +48,11 @@ _RATES = {
     "--round": "round",
     "--launch": "launch",
 }
+#: Options that say what is to be planned.
+_OF_A_PLAN = (
+    *("tables", "hosts", "gpus_per_host", "processes_per_host", "hbm", "ram", "bandwidth", "bandwidth_in_host"),
+    *("memory_bandwidth", "tflops", "round", "launch", "no_alternatives", "json"),
+)
 _PARTS = ("rank", "weights", "state", "network", "activations", "buffers", "sum", "tables in its host")
 
 
@@ -103,11 +108,11 @@ def parse() -> argparse.Namespace:
         help="two plans: files of --json, plan.json of a run, or run folders",
     )
     parser.add_argument("--tables", type=place, help="a description of tables, or a dataset folder; default: dataset.path")
-    parser.add_argument("--hosts", type=count, default=1, help="machines (1)")
+    parser.add_argument("--hosts", type=count, help="machines (1)")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--gpus-per-host", type=count, metavar="N", help="GPUs of each, one rank each (8)")
     ranks.add_argument("--processes-per-host", type=count, metavar="N", help="instead of GPUs: processes on CPUs")
-    parser.add_argument("--hbm", type=size, default="80GiB", help="memory of each GPU (80GiB)")
+    parser.add_argument("--hbm", type=size, help="memory of each GPU (80GiB)")
     parser.add_argument("--ram", type=size, help="memory of each host (64GiB; with GPUs, for embeddings.host_cache, 1TiB)")
     parser.add_argument("--bandwidth", type=size, help="between hosts, bytes a second of each rank (GPU 12.5GiB, CPU 1.25GiB)")
     parser.add_argument("--bandwidth-in-host", type=size, help="between ranks of a host, likewise (GPU 600GiB, CPU 3GiB)")
@@ -121,7 +126,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan, for embeddings.plan and --compare")
     add_import(parser)
     add_overrides(parser)
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.compare and (given := [name for name in _OF_A_PLAN if getattr(arguments, name)] + arguments.overrides):
+        parser.error(f"--compare shows two plans that are there, and nothing else: leave out {_option(given[0])}")
+    if arguments.hbm and arguments.processes_per_host:
+        parser.error("--hbm is the memory of a GPU; that of a host, which its processes share, is --ram")
+    return arguments
+
+
+def _option(name: str) -> str:
+    """As it is written: a name of `_OF_A_PLAN`, or a key of the configuration."""
+    return f"--{name.replace('_', '-')}" if name in _OF_A_PLAN else name
 
 
 def main() -> None:
@@ -154,10 +169,11 @@ def main() -> None:
         launch=known.launch if arguments.launch is None else arguments.launch,
     )
     of_host = (arguments.ram or (2**36 if on_cpu else 2**40)) // each
+    ranks = (arguments.hosts or 1) * each
     if on_cpu:
-        hardware = Hardware(arguments.hosts * each, each, "cpu", of_host, bandwidths)
+        hardware = Hardware(ranks, each, "cpu", of_host, bandwidths)
     else:
-        hardware = Hardware(arguments.hosts * each, each, "cuda", arguments.hbm, bandwidths, host_memory=of_host)
+        hardware = Hardware(ranks, each, "cuda", arguments.hbm or size("80GiB"), bandwidths, host_memory=of_host)
     tflops = arguments.tflops if arguments.tflops is not None else OPERATIONS["cpu" if on_cpu else "cuda"] / 1e12
     if not 0 < tflops < 1e9:
         raise ConfigError(f"--tflops: {tflops} is no rate of a rank.")

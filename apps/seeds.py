@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from apps.cli import Parser, add_import, add_overrides, all_imported, run
 from mmlrec.extensions import import_modules
@@ -47,6 +48,7 @@ def main() -> None:
     from mmlrec.registry import load
 
     configs = [load(arguments.config, [*arguments.overrides, f"training.seed={seed}"]) for seed in arguments.seeds]
+    from mmlrec.distributed.stopping import StopSignal
     from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table
@@ -54,8 +56,10 @@ def main() -> None:
 
     all_imported()
     with process_group(configs[0].training.timeout) as world:
-        reports = []
+        reports: list[dict[str, Any]] = []
         for config in configs:
+            done = f"{len(reports)} of {len(configs)} seeds are trained"
+            StopSignal.end_if_late(world, f"stopped when {done}. Run the same command again to continue.")
             base = arguments.run_dir or config.run_dir
             default = default_run_dir(config, Path(arguments.config))
             run_dir = place(base) / f"seed{config.training.seed}" if base else default

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from apps.cli import Parser, add_overrides, run
-from benchmarks.scaling.points import AXES, Point
+from benchmarks.scaling.points import AXES, FEATURES, Point
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.launch.presets import load_preset
 from mmlrec.paths import local_path
@@ -50,7 +52,50 @@ def point(text: str) -> Point:
     pairs = [word.partition("=") for word in text.split(",") if word]
     if unknown := {name for name, _, _ in pairs} - {*AXES}:
         raise argparse.ArgumentTypeError(f"no axis '{min(unknown)}': {', '.join(AXES)}")
+    if without := [name for name, _, value in pairs if not value]:
+        raise argparse.ArgumentTypeError(f"'{without[0]}' needs a number, such as {without[0]}={getattr(Point(), without[0])}")
     return Point(**{name: numbers(value)[0] for name, _, value in pairs})
+
+
+def number(text: str) -> int:
+    """One whole number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    if not re.fullmatch("[0-9]{1,7}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    if (found := _finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+    return found
+
+
+def not_negative(text: str) -> float:
+    """A number of 0 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is nothing of the kind.
+    """
+    if (found := _finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of 0 or more")
+    return found
+
+
+def _finite(text: str) -> float:
+    """A number; -1 where it is none, or has no end."""
+    try:
+        return found if math.isfinite(found := float(text)) else -1.0
+    except ValueError:
+        return -1.0
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
@@ -66,17 +111,20 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     for axis, values in AXES.items():
         add(f"--{axis}", type=numbers, default=[*values], help=f"values; '' for none ({','.join(f'{v:g}' for v in values)})")
     add("--planned-ranks", type=numbers, default=[4, 8, 16, 32, 64], help="numbers of ranks to plan, too (4,8,16,32,64)")
-    add("--ranks-per-host", type=int, help="of the plans; those of the job, here the largest of --ranks")
+    add("--ranks-per-host", type=number, help="of the plans; those of the job, here the largest of --ranks")
     add("--device", choices=["cpu", "cuda"], help="cuda where there is one")
-    add("--threads", type=int, default=1, help="CPU threads of each rank (1)")
+    add("--threads", type=number, default=1, help="CPU threads of each rank (1)")
     add("--config", default="scaling/synthetic", help="configuration that all points share (scaling/synthetic)")
-    add("--zipf", type=float, default=0.0, help="exponent of the distribution of ids; 0, the hardest for caches: uniform (0)")
-    add("--seconds", type=float, default=4.0, help="to train for at each point (4)")
-    add("--limit", type=float, default=600.0, help="seconds after which a point is given up (600)")
+    add("--zipf", type=not_negative, default=0.0, help="exponent of the distribution of ids; 0: uniform, the worst for caches")
+    add("--seconds", type=positive, default=4.0, help="to train for at each point (4)")
+    add("--limit", type=positive, default=600.0, help="seconds after which a point is given up (600)")
     add("--again", action="store_true", help="measure again what is there")
     add("--page", action="store_true", help="measure nothing: make the page of what is there")
     add_overrides(parser)
-    return parser.parse_intermixed_args(given)
+    options = parser.parse_intermixed_args(given)
+    if (fewest := min([options.base.ids, *options.ids])) < 2 * FEATURES:
+        parser.error(f"{fewest} ids are too few: {FEATURES} tables share them, and each has one for missing values")
+    return options
 
 
 def words(options: argparse.Namespace) -> list[str]:

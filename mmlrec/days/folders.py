@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import itertools
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ def find_days(pattern: str) -> list[Day]:
         pattern: such as data/day-*; of an address, s3://bucket/data/day-*, the last part alone may be a pattern.
 
     Raises:
-        ConfigError: it means no folder, or two of one name.
+        ConfigError: it means no folder, two of one name, or numbers that come in another order as texts where no vocabulary
+            tells which day extends which.
         DataError: one of them is no dataset, or lacks a split.
     """
     folders = sorted(_folders(pattern), key=lambda folder: (folder.name, str(folder)))
@@ -48,6 +50,13 @@ def find_days(pattern: str) -> list[Day]:
         if one.name == other.name:
             raise ConfigError(f"--days {pattern}: {one} and {other} have one name, which days are told apart by.")
     days = [Day(folder.name, folder, DatasetManifest.load(folder)) for folder in folders]
+    for before, day in itertools.pairwise(days):
+        grows = any(table.vocabulary for of in (before, day) for table in of.manifest.tables)
+        if not grows and _numbered(before.name) > _numbered(day.name):
+            raise ConfigError(
+                f"--days {pattern}: days are taken in the order of their names, as texts, and {before.name} would come before"
+                f" {day.name}. Give all numbers as many digits, such as day-02, or write dates as 2026-03-01."
+            )
     for day in days:
         if missing := [split for split in SPLITS if not day.rows.get(split)]:
             raise DataError(
@@ -55,6 +64,11 @@ def find_days(pattern: str) -> list[Day]:
                 " day before, and without --split."
             )
     return days
+
+
+def _numbered(name: str) -> list[str | int]:
+    """Texts and numbers of a name in turn, which compare as numbers."""
+    return [int(part) if part.isascii() and part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _folders(pattern: str) -> list[Place]:

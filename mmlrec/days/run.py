@@ -63,6 +63,8 @@ def run_days(
         world.at("comparing the vocabularies of the days")
         world.without_limit().raise_together(_error_of(check_extended, days[max(begun - 1, 0) :]) if world.is_main else None)
         for number in range(begun, len(days)):
+            if number > begun:
+                _end_if_late(record, days[number - 1], "trained", world)
             _one_day(config, days, number, record, world, forget_after, source)
             gc.collect()  # tables of the models of this day
         if world.is_main:
@@ -120,6 +122,7 @@ def _one_day(
         if before.run is not None:
             line["next_day"], line["unseen"] = measure(before.run, day, world)
             record.put(line)
+            _end_if_late(record, day, "measured", world)
     forgotten: dict[str, NDArray[np.int64]] = {}
     if forget_after is not None:
         forgotten = forgotten_rows(before.seen(number), number, forget_after)
@@ -132,7 +135,16 @@ def _one_day(
         world.at("noting which rows were seen")
         error = _error_of(_note_seen, of_day, before, day, number) if world.is_main else None
         world.without_limit().raise_together(error)
-    record.put(line | {"step": RunFolder(of_day).read_result()["step"]})
+    # Rank 0 has written it; another one may be here before that.
+    step = world.from_main(RunFolder(of_day).read_result()["step"] if world.is_main else None)
+    record.put(line | {"step": step})
+
+
+def _end_if_late(record: Record, day: Day, done: str, world: World) -> None:
+    message = (
+        f"stopped when day {day.name} was {done}; {record.folder} holds what was found. Run the same command again to continue."
+    )
+    StopSignal.end_if_late(world, message)
 
 
 def measure(run_dir: Place, day: Day, world: World) -> tuple[dict[str, Any], dict[str, int]]:

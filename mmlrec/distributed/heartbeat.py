@@ -77,7 +77,9 @@ class Heartbeat:
             self._thread.start()
 
     def stop(self) -> None:
-        """End in order: whoever watches this rank is told."""
+        """End in order: whoever watches this rank is told. Once; then the store, and its host, may end, too."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         if self._thread is not None and not self._cut_off:
             self._thread.join(timeout=2 * self._interval)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import signal
 from collections.abc import Sequence
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import ClassVar
 
 from mmlrec.distributed.world import World
 from mmlrec.errors import UserError
@@ -48,6 +49,8 @@ class StopSignal:
 
     #: Exit code for a run that a scheduler stopped and should start again.
     PREEMPTED = 85
+    #: A signal that came after the last look at it, in the newest context of this process; it ended without an error.
+    _late: ClassVar[int | None] = None
 
     def __init__(self, world: World, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self._world = world
@@ -60,12 +63,26 @@ class StopSignal:
         return self._received is not None
 
     def __enter__(self) -> StopSignal:
+        StopSignal._late = None
         self._before = {s: signal.signal(s, self._note) for s in self._signals}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        StopSignal._late = self._received if kind is None else None
+
+    @classmethod
+    def end_if_late(cls, world: World, message: str) -> None:
+        """Before more work: end where a signal asked for it when the work before was all but done. All ranks call it.
+
+        Raises:
+            Interrupted: with this message.
+        """
+        stop = cls(world)
+        stop._received, cls._late = cls._late, None
+        if stop.agreed():
+            raise stop.interrupted(message)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == number:

@@ -195,7 +195,7 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             together = False
             raise heartbeat.lost() from None
-        failure = _last_words(error, store, rank, world_size, wakes=together)
+        failure = _last_words(error, store, rank, world_size, heartbeat, wakes=together)
         raise failure from failure.__cause__
     finally:
         heartbeat.stop()
@@ -264,7 +264,7 @@ def _said_before(store: dist.Store) -> bool:
     return store.add(_SAID, 1) > 1
 
 
-def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int, *, wakes: bool) -> Any:
+def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int, heartbeat: Heartbeat, *, wakes: bool) -> Any:
     """What to end this rank of several with: the exception itself where the user can mend it, else a RankError.
 
     Its `told` is False on the first rank that has anything to say, which tells it, and True on the others.
@@ -293,6 +293,7 @@ def _last_words(error: Exception, store: dist.Store, rank: int, world_size: int,
         gone = sorted(set(range(world_size)) - noticed())
         if lost_another:
             told = _said_before(store)
+        heartbeat.stop()  # which needs the store, too: without it the library prints where in its code that was missed
         store.add(_DONE, 1)
         if rank == 0:  # which may hold the store
             wait_for(lambda: store.add(_DONE, 0) >= world_size - len(gone), _SAID_WITHIN_S)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mmlrec.balancing.gradients import GradientBalancing
 from mmlrec.config import RunConfig
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.embeddings.placement import (
@@ -30,11 +31,13 @@ from mmlrec.embeddings.plan_file import placement_of_plan
 from mmlrec.embeddings.sharding import apply_table_optimizer
 from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.models.base.model import MultiTaskModel
+from mmlrec.registry import strategy
 from mmlrec.schema import DatasetManifest
 from mmlrec.session.network_cost import NetworkCost, network_cost
 from mmlrec.session.optim import STATE_NUMBERS
-from mmlrec.session.parts import build_network, build_spec, mean_lengths, table_branches
+from mmlrec.session.parts import build_network, build_spec, check_managed, mean_lengths, table_branches
 from mmlrec.session.session import network_bytes
+from mmlrec.slots.managed import managed_of
 from mmlrec.slots.slot_map import map_bytes
 
 #: Phases of a step in their order; ranks wait for each other between them.
@@ -293,7 +296,7 @@ class TrainingPlan:
     @property
     def map_bytes(self) -> int:
         """Of the maps of managed tables, on each rank."""
-        return sum(map_bytes(table.num_rows - 1) for table in self.request.manifest.tables if table.managed)
+        return sum(map_bytes(table.num_rows - 1) for table in managed_of(self.request.manifest))
 
     def warnings(self) -> list[str]:
         """What is wrong or unwise, a sentence each."""
@@ -344,6 +347,13 @@ class TrainingPlan:
             yield (
                 f"managed tables: each rank keeps {self.map_bytes / _GIB:.2f} GiB in its host's memory to find their slots, and"
                 " all ranks together 12 bytes for each distinct id; neither is counted here (docs/managed_ids.md)"
+            )
+        name = self.request.config.balancing["name"]
+        if issubclass(strategy(name), GradientBalancing):
+            yield (
+                f"balancing.name={name} takes a backward pass of the network for each objective, in place of one for all, and"
+                " keeps their gradients: the network takes longer, and more memory, than counted here"
+                " (docs/balancing/README.md)"
             )
         if self.unknown:
             yield (
@@ -428,8 +438,8 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
         known: another plan of the same network, whose cost need not be measured again if its tables are as wide.
 
     Raises:
-        ConfigError: the method, its options or the setting do not fit, `embeddings` names tables that are not there, or a
-            plan of other tables or ranks.
+        ConfigError: the method, its options or the setting do not fit, `embeddings` names tables that are not there, managed
+            ones that a training cannot have, or a plan of other tables or ranks.
     """
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
@@ -441,6 +451,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
         network = build_network(config, spec, request.source)
         cost = network_cost(network, bf16=config.training.precision == "bf16")
     branches = table_branches(network, manifest)
+    check_managed(config, manifest, branches)
     tables = build_tables(table_configs(manifest, embeddings, branches))
     lengths, without = mean_lengths(manifest, branches)
     if isinstance(tables, NoTables):

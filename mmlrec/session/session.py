@@ -51,7 +51,7 @@ from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, DatasetManifest
 from mmlrec.session.objective import label_deviations
 from mmlrec.session.optim import STATE_NUMBERS, build_optimizer
-from mmlrec.session.parts import branches_of, build_parts, mean_lengths, table_branches
+from mmlrec.session.parts import branches_of, build_parts, check_managed, mean_lengths, table_branches
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
 from mmlrec.slots.managed import ManagedTables
@@ -345,7 +345,12 @@ def build_session(
     if world.device.type == "cuda" and replicas == 1:  # of replicas torchrec names them itself
         name_gpus(plan, world.gather(world.device.index))
     report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
-    managed = _managed(config, manifest, world, branches)
+    check_managed(config, manifest, branches)
+    managed = ManagedTables(manifest, config.embeddings.managed, world)
+    if not managed and config.embeddings.managed != ManagedConfig():
+        raise ConfigError(
+            f"embeddings.managed: {config.dataset.path} has no managed table. Leave it out, or preprocess again with one."
+        )
     check_memory(report, optimizer_config.name, world, replica=hardware.world_size, host_bytes=managed.num_bytes)
     forget_former_groups()
     model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
@@ -376,22 +381,6 @@ def build_session(
         deviations,
         knows_r2,
     )
-
-
-def _managed(config: RunConfig, manifest: DatasetManifest, world: World, branches: list[str] | None) -> ManagedTables:
-    options = config.embeddings.managed
-    managed = ManagedTables(manifest, options, world)
-    if managed and branches is not None:
-        raise ConfigError(
-            f"model.name={config.model['name']}: each branch has tables of its own, and the best checkpoint takes each from"
-            f" another step; an id of a managed table ({', '.join(managed)}) has one row in all of them. Choose another method,"
-            " or preprocess again with a vocabulary or hashed ids."
-        )
-    if not managed and options != ManagedConfig():
-        raise ConfigError(
-            f"embeddings.managed: {config.dataset.path} has no managed table. Leave it out, or preprocess again with one."
-        )
-    return managed
 
 
 class Loaded(NamedTuple):

@@ -21,7 +21,7 @@ from mmlrec.distributed.step_parts import LOOKUP
 from mmlrec.distributed.world import World
 from mmlrec.errors import ConfigError
 from mmlrec.run_folder.index import SavedTensor
-from mmlrec.schema import DatasetManifest
+from mmlrec.schema import DatasetManifest, Table
 from mmlrec.slots.buckets import Buckets
 from mmlrec.slots.exchange import Rows, exchange, share
 from mmlrec.slots.occurrences import Gathered, Occurrences
@@ -32,6 +32,19 @@ from mmlrec.storage.places import Place
 
 #: Slots are kept as int32.
 _MOST_ROWS = 2**31
+
+
+def managed_of(manifest: DatasetManifest) -> list[Table]:
+    """The managed tables that features use.
+
+    Raises:
+        ConfigError: one has more rows than a slot can tell.
+    """
+    used = {feature.table for feature in manifest.sparse_features}
+    tables = [table for table in manifest.tables if table.managed and table.name in used]
+    if large := [table.name for table in tables if table.num_rows > _MOST_ROWS]:
+        raise ConfigError(f"table '{large[0]}' is managed: it may have {_MOST_ROWS:,} rows at most.")
+    return tables
 
 
 class _Table:
@@ -73,19 +86,12 @@ class ManagedTables:
         step: training steps whose batches were looked up.
 
     Raises:
-        ConfigError: a table has more rows than a slot can tell.
+        ConfigError: see `managed_of`.
     """
 
     def __init__(self, manifest: DatasetManifest, config: ManagedConfig, world: World) -> None:
         self._world, self._config = world, config
-        used = {feature.table for feature in manifest.sparse_features}
-        if large := [table.name for table in manifest.tables if table.managed and table.num_rows > _MOST_ROWS]:
-            raise ConfigError(f"table '{large[0]}' is managed: it may have {_MOST_ROWS:,} rows at most.")
-        self._tables = {
-            table.name: _Table(table.num_rows - 1, world, config)
-            for table in manifest.tables
-            if table.managed and table.name in used
-        }
+        self._tables = {table.name: _Table(table.num_rows - 1, world, config) for table in managed_of(manifest)}
         #: By the place of a feature among those of a batch.
         self._features = {
             place: self._tables[str(feature.table)]

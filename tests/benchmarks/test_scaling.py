@@ -45,6 +45,29 @@ def test_a_job_gets_the_options_of_the_command_line():
     assert (again.ids, again.batch, again.base.batch) == ([800, 10**10], [], 64)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--base=batch=", "'batch' needs a number, such as batch=4096"),
+        ("--base=ids", "'ids' needs a number"),
+        ("--base=ids=15", "15 ids are too few"),
+        ("--ids=1e5,15", "15 ids are too few"),
+        ("--threads=0", "'0' is no whole number above 0"),
+        ("--ranks-per-host=-1", "'-1' is no whole number above 0"),
+        ("--seconds=-1", "'-1' is no number above 0"),
+        ("--limit=0", "'0' is no number above 0"),
+        ("--limit=inf", "'inf' is no number above 0"),
+        ("--zipf=-1", "'-1' is no number of 0 or more"),
+        ("--zipf=nan", "'nan' is no number of 0 or more"),
+    ],
+)
+def test_what_no_point_can_have_is_refused(capsys, given, words):
+    with pytest.raises(SystemExit) as stop:
+        parse([given])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_batches_are_those_of_point_and_rank():
     point = Point(ranks=2, ids=8000, batch=100, scenarios=3, tasks=4)
     first, other = batches_of(point, 0, 2, 0.0), batches_of(point, 1, 2, 0.0)

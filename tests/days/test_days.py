@@ -1,6 +1,7 @@
 """Days from the command line, with real processes: measured on the next day, killed anywhere, refused where they must be."""
 
 import gc
+import importlib
 import json
 import random
 import re
@@ -144,6 +145,15 @@ def test_rows_that_were_absent_for_two_days_start_afresh_and_all_others_go_on(ro
 
 
 @pytest.mark.long
+def test_ranks_that_are_faster_than_rank_0_writes_go_on_to_the_next_day(root, tmp_path):
+    """Without --forget-after nothing else makes them wait for what came of a day."""
+    run_dir, first_day = tmp_path / "run", root / "day-01"
+    command = [sys.executable, str(Path(__file__).parent / "slow_result.py"), "--config", str(root / "config.yaml")]
+    ranks = start_ranks([*command, "--days", str(first_day), "--run-dir", str(run_dir)], logs(tmp_path, "run", 2))
+    assert [rank.wait(240) for rank in ranks] == [0, 0], (tmp_path / "run-1.log").read_text()
+    assert [line["step"] for line in lines(run_dir)] == [lines(root / "whole-2")[0]["step"]]
+
+
 def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
     """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
     later = tmp_path / "days"
@@ -234,6 +244,35 @@ def test_a_second_start_is_refused_while_the_first_is_alive(root, tmp_path, run_
     finally:
         first.kill()
         first.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "done", "steps"),
+    [("training.run.evaluate_split", "day-01 was trained", 1), ("days.run.evaluate_splits", "day-02 was measured", 2)],
+)
+def test_a_signal_behind_the_last_step_of_a_day_ends_it_before_the_next_work(
+    root, tmp_path, run_app, monkeypatch, name, done, steps
+):
+    """Nothing more is read between two batches then: the report is being made, and its day is kept."""
+    module = importlib.import_module(f"mmlrec.{name.rpartition('.')[0]}")
+    plain = getattr(module, name.rpartition(".")[2])
+
+    def asked_to_stop(*given, **more):
+        found = plain(*given, **more)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    run_dir = tmp_path / "run"
+    given = [*arguments(root, run_dir)[3:], "--days", str(root / "day-0[12]")]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name.rpartition(".")[2], asked_to_stop)
+        code, said = run_app("days", *given)
+    assert code == 85
+    assert said.splitlines()[-1].startswith(f"stopped when day {done}")
+    assert len(lines(run_dir)) == steps
+    assert [line["step"] is not None for line in lines(run_dir)] == [True, False][:steps]
+    assert run_app("days", *given)[0] == 0
+    assert lines(run_dir) == lines(root / "whole-1")[:2]
 
 
 def killed_and_started_again(root: Path, run_dir: Path, world_size: int, number: int, seconds: float) -> None:

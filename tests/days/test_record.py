@@ -47,6 +47,17 @@ def test_folders_that_are_no_days_are_named(tmp_path):
         find_days(str(tmp_path / "empty"))
 
 
+def test_days_that_no_vocabulary_puts_in_order_are_not_taken_in_another_one(tmp_path):
+    for name in ("day-9", "day-10"):
+        write_dataset(tmp_path / "short" / name, rows=20)
+        write_dataset(tmp_path / "long" / name.replace("-9", "-09"), rows=20)
+        with_vocabularies(write_dataset(tmp_path / "grows" / name, rows=20))
+    with pytest.raises(ConfigError, match=r"as texts, and day-10 would come before day-9\. Give all numbers as many digits"):
+        find_days(str(tmp_path / "short/day-*"))
+    assert [day.name for day in find_days(str(tmp_path / "long/day-*"))] == ["day-09", "day-10"]
+    assert [day.name for day in find_days(str(tmp_path / "grows/day-*"))] == ["day-10", "day-9"]  # `check_extended` tells
+
+
 def test_a_day_that_does_not_extend_the_one_before_is_named_with_what_differs(tmp_path):
     days = write_days(tmp_path, 3, rows=40)
     third = with_vocabularies(days[2], {"t1": [f"other-{id}" for id in range(1, days[2].manifest.table("t1").num_rows)]})

@@ -398,6 +398,41 @@ def test_what_maps_of_managed_tables_take_is_told_where_it_is_much():
     assert not any("managed" in text for text in plan_training(plenty).warnings())
 
 
+def test_managed_tables_that_no_training_can_have_are_not_planned():
+    request = small({"users": (1001, 1.0)}, Hardware(2, 2, "cuda", GIB, GPU))
+    for update, model, words in (
+        ({"num_rows": 1001}, "single_task", r"model.name=single_task: each branch has tables of its own.*\(users\)"),
+        ({"num_rows": 2**31 + 1}, "mmoe", "table 'users' is managed: it may have 2,147,483,648 rows at most"),
+    ):
+        table = request.manifest.table("users").model_copy(update={"managed": True, "hash_seed": 1, **update})
+        config = request.config.model_copy(update={"model": {"name": model}})
+        with pytest.raises(ConfigError, match=words):
+            plan_training(replace(request, config=config, manifest=request.manifest.model_copy(update={"tables": [table]})))
+
+
+def test_backward_passes_that_a_strategy_adds_are_told():
+    request = small({"a": (1000, 1)}, Hardware(2, 2, "cpu", GIB, CPU))
+    for name, told in (("static", False), ("uw", False), ("pcgrad", True), ("gradnorm", True)):
+        config = request.config.model_copy(update={"balancing": {"name": name}})
+        warnings = "\n".join(plan_training(replace(request, config=config)).warnings())
+        assert (f"balancing.name={name} takes a backward pass of the network for each objective" in warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--compare", "a", "b", "--json", "c"], "leave out --json"),
+        (["--compare", "a", "b", "--hosts", "2"], "leave out --hosts"),
+        (["--compare", "a", "b", "embeddings.dim=8"], "leave out embeddings.dim=8"),
+        (["--config", "x", "--processes-per-host", "2", "--hbm", "8GiB"], "is --ram"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(run_app, given, words):
+    code, said = run_app("plan", *given)
+    assert code == 2
+    assert words in said
+
+
 @pytest.mark.parametrize("name", ["single_task", "star", "snr"])
 def test_networks_of_all_kinds_have_a_cost(tmp_path, name):
     data = write_dataset(tmp_path / "data")

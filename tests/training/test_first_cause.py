@@ -39,6 +39,17 @@ run(main)
 """
 RAISES = 'raise ValueError("no such thing\\nand a second line")'
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+# The last rank takes its time to end.
+LATE = """
+import os, time
+from mmlrec.distributed.heartbeat import Heartbeat
+plain_stop = Heartbeat.stop
+def stop(self):
+    if os.environ["RANK"] == "1":
+        time.sleep(0.7)
+    plain_stop(self)
+Heartbeat.stop = stop
+"""
 FULL = 'raise OSError(28, "No space left on device", "some/file")'
 
 
@@ -50,9 +61,9 @@ def root(tmp_path_factory):
     return folder
 
 
-def fail(root: Path, tmp_path: Path, count: int, rank: int, how: str) -> tuple[list[int], list[str]]:
+def fail(root: Path, tmp_path: Path, count: int, rank: int, how: str, also: str = "") -> tuple[list[int], list[str]]:
     """Exit codes and standard errors of ranks without an agent, one of which fails."""
-    (tmp_path / "train.py").write_text(SCRIPT.format(rank=rank, how=how))
+    (tmp_path / "train.py").write_text(also + SCRIPT.format(rank=rank, how=how))
     command = [
         sys.executable,
         str(tmp_path / "train.py"),
@@ -83,6 +94,14 @@ def test_an_exception_is_the_first_cause(root, tmp_path, rank):
     assert the_line(errors) == f"error: rank {rank} on {socket.gethostname()} failed at step 4: ValueError: no such thing"
     assert [text.count("Traceback (most recent call last)") for text in errors] == [int(rank == 0), int(rank == 1)]
     assert "and a second line" in errors[rank]
+
+
+def test_rank_0_keeps_the_store_until_the_others_need_it_no_more(root, tmp_path):
+    """The library would print some fifty lines of its own code for a rank that writes into a store that is gone."""
+    codes, errors = fail(root, tmp_path, 2, 0, RAISES, LATE)
+    assert codes == [1, 1]
+    assert "failed at step 4: ValueError: no such thing" in the_line(errors)
+    assert "TCPStore" not in "".join(errors)
 
 
 @pytest.mark.parametrize(
