@@ -64,7 +64,6 @@ def run_days(
         world.without_limit().raise_together(_error_of(check_extended, days[max(begun - 1, 0) :]) if world.is_main else None)
         for number in range(begun, len(days)):
             _one_day(config, days, number, record, world, forget_after, source)
-            gc.collect()  # tables of the models of this day
         if world.is_main:
             _draw(record)
         return record.lines
