@@ -28,8 +28,8 @@ def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = Parser(
         prog="python -m apps.seeds",
-        description="Train one configuration once for each seed and print mean and standard deviation of the test metrics."
-        " Seeds that are complete already are not trained again.",
+        description="Train one configuration once for each seed and print mean and sample standard deviation (divided by the"
+        " number of seeds minus 1) of the test metrics. Seeds that are complete already are not trained again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.seeds --config configs/mtl/movielens.yaml --seeds 0,2,4 model.name=shared_bottom",
     )
@@ -38,7 +38,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=place, help="folder for one run folder per seed; default: as apps.train names them")
     add_import(parser)
     add_overrides(parser)
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if any(override.startswith("training.seed=") for override in arguments.overrides):
+        parser.error("training.seed: the seeds are those of --seeds; leave it out")
+    return arguments
 
 
 def main() -> None:

@@ -278,11 +278,17 @@ class Dataset:
     def canonical(self, block: Block) -> list[pa.RecordBatch]:
         """The canonical rows of a block; none where all its rows are bad."""
         columns, schema = self.rows(block), self.canonical_schema()
-        if self.hashed_group is not None:
-            texts = columns[key_column(str(self.group_key))]
-            columns[key_column(self.hashed_group)] = _hashed(texts, str(self.group_key), self.labels_optional)
         if self.labels_optional and not columns.keys() >= {*map(key_column, PLACE_KEYS)}:
             raise DataError(f"{self.name}: its file does not say where new rows stand: let rows() add self.places(block).")
+        made = None if self.hashed_group is None else key_column(self.hashed_group)
+        if lacking := [name for name in schema.names if name not in columns and name != made]:
+            raise DataError(f"{self.name}: rows() gives no column {', '.join(lacking)}. It gives {', '.join(columns)}.")
+        if WEIGHT_COLUMN in columns and not self.weighted:
+            raise DataError(
+                f"{self.name}: rows() gives {WEIGHT_COLUMN}, which counts only where the dataset says weighted = True."
+            )
+        if made is not None:
+            columns[made] = _hashed(columns[key_column(str(self.group_key))], str(self.group_key), self.labels_optional)
         return pa.table({name: columns[name] for name in schema.names}, schema=schema).combine_chunks().to_batches()
 
     def take_new_rows(self) -> None:

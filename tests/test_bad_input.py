@@ -428,10 +428,13 @@ def test_damaged_result(data, train, app, tmp_path):
         assert f"{path} is damaged" in error
 
 
-def test_a_seed_twice(data, app, tmp_path):
-    code, error = app("seeds", "--config", tmp_path / "config.yaml", "--seeds", "0,0")
+@pytest.mark.parametrize(
+    ("given", "told"), [(["0,0"], "named twice"), (["0,2", "training.seed=5"], "training.seed: the seeds are those of --seeds")]
+)
+def test_a_seed_twice_or_beside_the_seeds(data, app, tmp_path, given, told):
+    code, error = app("seeds", "--config", tmp_path / "config.yaml", "--seeds", *given)
     assert code == 2
-    assert "a seed is named twice" in error
+    assert told in error
 
 
 def test_evaluate_something_else(app, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from mmlrec import extensions
@@ -15,6 +16,7 @@ from mmlrec.extensions import import_modules
 from mmlrec.registry import method, method_names, resolve, strategy
 from preprocessing.dataset import dataset_class, datasets
 from tests import processes
+from tests.datasets import write_dataset
 from tests.test_documents import DATASET, METHOD, STRATEGY
 
 ENTRY_POINTS = """
@@ -102,6 +104,23 @@ def test_by_entry_point_of_an_installed_package(package):
     succeed(package, "apps.evaluate", "--run-dir", "run")
 
 
+PLAIN = """
+import torch
+from torch import nn
+
+from mmlrec.models.base.model import MultiTaskModel
+
+
+class Planted(MultiTaskModel):
+    def __init__(self, spec, config):
+        super().__init__(spec, config)
+        self.outputs = nn.Linear(spec.input_width, spec.num_heads)
+
+    def forward(self, x, fields, scenario, *, valid=None, noise=None, return_all_heads=False):
+        return self.select(self.outputs(x), scenario, return_all_heads)
+"""
+
+
 @pytest.fixture
 def here(package, monkeypatch):
     """The package within reach of this process."""
@@ -170,3 +189,20 @@ def test_one_name_of_two_places_is_refused(here):
 def test_an_import_that_gives_nothing_is_told(here, name, message):
     with pytest.raises(UserError, match=message):
         import_modules([name])
+
+
+def test_a_method_that_draws_its_weights_from_torchs_own_state_repeats_by_the_seed(here, run_app):
+    (here / "site" / "planted.py").write_text(PLAIN)
+    write_dataset(here / "data", rows=100)
+    config = CONFIG.replace("path: data", f"path: {here / 'data'}").replace(
+        "mean_experts, num_experts: 2, expert_hidden_units: [8]", "planted"
+    )
+    (here / "planted.yaml").write_text(config.replace("inverse_loss, floor: 0.01", "static"))
+    results = []
+    for folder, seed in (("one", 3), ("again", 3), ("other", 4)):
+        torch.manual_seed(len(folder))
+        command = ["--import", "planted", "--config", here / "planted.yaml", "--run-dir", here / folder]
+        code, error = run_app("train", *command, f"training.seed={seed}", "dense.optimizer.lr=1e-9", "embeddings.init_std=1e-9")
+        assert code == 0, error
+        results.append((here / folder / "result.json").read_text())
+    assert results[0] == results[1] != results[2]

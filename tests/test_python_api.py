@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from sklearn.metrics import roc_auc_score
 
 import mmlrec
@@ -316,6 +317,25 @@ def test_training_leaves_the_process_as_it_was_and_may_be_repeated(data, run):
     for other in (*seen, again):  # from another thread, and a third time: the same run
         pd.testing.assert_frame_equal(other.evaluate(), run.evaluate())
     assert repr(run).endswith("mmoe, setting mtmsl, tasks click, buy")
+
+
+def test_tables_of_finished_calls_are_gone(data):
+    """None are left of a training, and those of the other calls do not pile up, though Python has no reason yet to look."""
+
+    def tables():
+        return sum(type(found) is SplitTableBatchedEmbeddingBagsCodegen for found in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        trained = mmlrec.train(SMALL, dataset=data, progress=False, **SHORT)
+        assert tables() == 0
+        trained.evaluate()
+        of_one_model = tables()
+        trained.evaluate()
+        assert tables() == of_one_model
+    finally:
+        gc.enable()
 
 
 def test_where_a_process_group_is_open_it_is_refused(data, monkeypatch):

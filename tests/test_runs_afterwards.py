@@ -1,5 +1,8 @@
 """What a finished run, or one that ended early, says when it is evaluated, scored with, or resumed otherwise."""
 
+import contextlib
+import io
+import json
 import os
 import signal
 import sys
@@ -122,3 +125,21 @@ def test_a_run_that_ended_before_its_first_validation(data, run_app, tmp_path, m
         (command,) = [line for line in error.splitlines() if "python -m apps.train " in line]
     assert run_app("train", *command.partition("python -m apps.train ")[2].split())[0] == 0
     assert run_app("evaluate", "--run-dir", tmp_path / "run")[0] == 0
+
+
+def test_seeds_are_the_runs_of_each_alone_and_told_as_mean_and_sample_deviation(data, run_app, tmp_path):
+    config = ["--config", tmp_path / "config.yaml", "model.dropout=0.2"]
+    assert run_app("train", *config, "--run-dir", tmp_path / "alone", "training.seed=3")[0] == 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run_app("seeds", *config, "--run-dir", tmp_path / "seeds", "--seeds", "1,3,7")[0] == 0
+    told = out.getvalue()
+    results = {seed: json.loads((tmp_path / f"seeds/seed{seed}/result.json").read_text()) for seed in (1, 3, 7)}
+    assert results[3] == json.loads((tmp_path / "alone/result.json").read_text())
+    assert "Test over seeds 1, 3, 7 (mean ± standard deviation):" in told
+    columns = next(line for line in told.splitlines() if line.startswith("task ")).split()[2:]
+    for task in ("click", "buy"):
+        values = np.array([[result["test"]["tasks"][task][name] for name in columns] for result in results.values()])
+        mean, deviation = values.mean(0), np.sqrt(((values - values.mean(0)) ** 2).sum(0) / 2)
+        (line,) = [line for line in told.splitlines() if line.split()[:2] == [task, "all"]]
+        expected = " ".join(f"{m:.4f} ± {d:.4f}" for m, d in zip(mean, deviation, strict=True))
+        assert line.split()[2:] == expected.split()

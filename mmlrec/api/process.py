@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -44,6 +45,7 @@ def one_process(timeout: float, *, quiet: bool = False) -> Iterator[World]:
                 "a torch.distributed process group is open in this process, and mmlrec opens one of its own. Close it first:"
                 " torch.distributed.destroy_process_group(); or call mmlrec in another process."
             )
+        gc.collect()  # tables of the calls before, which circles of references hold
         with _manners(), process_group(timeout) as world:
             if quiet:
                 for handler in logger.handlers:

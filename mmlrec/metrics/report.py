@@ -103,14 +103,13 @@ def report_table(report: dict[str, Any]) -> str:
     lines = list(lines_of(report))
     columns = [name for name in (*_COUNTS, *_METRICS) if any(entry.get(name) is not None for _, _, entry in lines)]
     cells = [[task, scenario, *(_cell(entry, name) for name in columns)] for task, scenario, entry in lines]
-    mark = "Trained on labels that are no chain (model.allow_non_chain).\n" if report.get("allow_non_chain") else ""
-    return mark + _table(columns, cells)
+    return _mark(report) + _table(columns, cells)
 
 
 def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
     """Mean and sample standard deviation over reports of the same tasks and scenarios, as an aligned text table.
 
-    A metric that one of the reports lacks is left empty.
+    A metric that one of the reports lacks is left empty. One report has no deviation: its values stand alone.
     """
     runs = [list(lines_of(report)) for report in reports]
     columns = [name for name in _METRICS if any(entry.get(name) is not None for _, _, entry in runs[0])]
@@ -120,10 +119,10 @@ def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
         for name in columns:
             values = [entry.get(name) for _, _, entry in lines]
             known = [value for value in values if value is not None]
-            spread = statistics.stdev(known) if len(known) > 1 else 0.0
-            row.append(f"{statistics.mean(known):.4f} ± {spread:.4f}" if len(known) == len(values) else "")
+            spread = f" ± {statistics.stdev(known):.4f}" if len(known) > 1 else ""
+            row.append(f"{statistics.mean(known):.4f}{spread}" if len(known) == len(values) else "")
         cells.append(row)
-    return _table(columns, cells)
+    return _mark(reports[0]) + _table(columns, cells)
 
 
 def _clicked(rows: PredictionRows, chain: Sequence[int], conditional: bool) -> PredictionRows:
@@ -331,6 +330,11 @@ def _cell(entry: dict[str, Any], name: str) -> str:
     if value is None:
         return "-" if name in entry else ""
     return str(value) if name in _COUNTS else f"{value:.4f}"
+
+
+def _mark(report: dict[str, Any]) -> str:
+    """A line above the table of a report that means something else than it seems to."""
+    return "Trained on labels that are no chain (model.allow_non_chain).\n" if report.get("allow_non_chain") else ""
 
 
 def _table(columns: list[str], cells: list[list[str]]) -> str:

@@ -302,6 +302,7 @@ def build_session(
         ConfigError: the method, its options, the setting or the sharding do not fit.
         DataError: the dataset folder is missing or damaged.
     """
+    torch.manual_seed(config.training.seed)  # What a method of another package draws from torch's own state, as nn.Linear does.
     manifest, network, loss, balancing, scales, encoder = build_parts(config, source, begun, encoder, known_scales)
     spec = network.spec
     branches = table_branches(network, manifest)

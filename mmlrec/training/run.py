@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -117,7 +118,7 @@ def train(
     config = resolve(config, source)
     with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
-        return _train(
+        report = _train(
             config,
             folder,
             world,
@@ -129,6 +130,8 @@ def train(
             forgotten=forgotten,
             signals=signals,
         )
+    gc.collect()  # its tables, which circles of references hold: the next seed, day or notebook cell needs their memory
+    return report
 
 
 def _train(

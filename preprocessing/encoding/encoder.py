@@ -17,7 +17,7 @@ from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError
 from mmlrec.exact_sums import exact_sum
 from mmlrec.hashing import bucket_ids, hash_ids, key_ids
-from mmlrec.schema import Table
+from mmlrec.schema import SCENARIO_COLUMN, Table, label_column
 from preprocessing.dataset import Column, Dataset
 from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
 from preprocessing.encoding.fitted import Fitted
@@ -341,11 +341,33 @@ class Encoder:
 
 
 def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
-    """A literal nan or inf is a bad row: only an empty cell means missing. Raises DataError."""
+    """A literal nan or inf is a bad row: only an empty cell means missing. Labels and scenarios are those declared.
+
+    Raises:
+        DataError: naming the column, and a value of a label or a scenario.
+    """
     for feature in dataset.features:
         if pa.types.is_floating(feature.raw_type) and pc.all(pc.is_finite(batch.column(feature.name))).as_py() is False:
             raise DataError(
                 f"{dataset.name}: feature '{feature.name}' holds nan or inf; leave the cell empty where the value is missing."
+            )
+    for task in dataset.tasks:
+        label = batch.column(label_column(task.name))
+        binary = task.kind == "binary"
+        good = pc.or_(pc.equal(label, 0), pc.equal(label, 1)) if binary else pc.is_finite(label)
+        if pc.all(good).as_py() is False:
+            found, must = label.filter(pc.invert(good))[0], "0 or 1" if binary else "a finite number"
+            raise DataError(
+                f"{dataset.name}: label of task '{task.name}' is {found}, must be {must}, or null (not nan) if it is missing."
+            )
+    if dataset.scenario is not None:
+        scenario, count = batch.column(SCENARIO_COLUMN), len(dataset.scenario.values)
+        good = pc.and_(pc.greater_equal(scenario, 0), pc.less(scenario, count)).fill_null(False)
+        if pc.all(good).as_py() is False:
+            found = scenario.filter(pc.invert(good))[0]
+            raise DataError(
+                f"{dataset.name}: {SCENARIO_COLUMN} is {found if found.is_valid else 'null'}, must be 0..{count - 1}, the place"
+                f" of the row's scenario in {', '.join(dataset.scenario.values)}."
             )
 
 

@@ -212,6 +212,21 @@ def test_seeds_table_gives_mean_and_sample_deviation():
     assert f"{np.mean(aucs):.4f} ± {np.std(aucs, ddof=1):.4f}" in line
 
 
+def test_one_seed_has_no_deviation():
+    report = build_report(prediction_rows(), tasks=TASKS, scenario=None)
+    line = next(x for x in seeds_table([report]).splitlines() if x.startswith("buy "))
+    assert line.split()[2] == f"{report['tasks']['buy']['auc']:.4f}"
+    assert "±" not in line
+
+
+def test_tables_of_one_and_of_several_reports_are_marked_where_labels_are_no_chain():
+    report = build_report(prediction_rows(), tasks=TASKS, scenario=None)
+    marked = report | {"allow_non_chain": True}
+    assert "no chain" not in report_table(report) + seeds_table([report, report])
+    for table in (report_table(marked), seeds_table([marked, marked])):
+        assert table.startswith("Trained on labels that are no chain (model.allow_non_chain).\n")
+
+
 def test_cvr_is_measured_on_rows_that_are_positive_in_the_first_step():
     rows = prediction_rows()
     p = 1 / (1 + np.exp(-rows.logits.astype(np.float64)))

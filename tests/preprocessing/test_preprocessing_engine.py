@@ -1,5 +1,6 @@
 """The engine on small hand-made datasets: encoding rules, missing values, bad numbers, constant memory."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmlrec.errors import DataError
-from mmlrec.schema import DatasetManifest, Task
+from mmlrec.schema import DatasetManifest, Scenario, Task
 from preprocessing.dataset import Dataset, dense, multi, sparse
 from preprocessing.encoding.encoder import DenseRange, ValueCounter, Vocabulary
 from preprocessing.engines.local import build
@@ -159,6 +160,51 @@ def test_vocabularies_smaller_and_larger_than_what_is_looked_up(kind, size):
         found = vocabulary.encode(values)
         assert found.type == pa.int64()
         assert found.to_pylist() == [ids.get(value, 0) for value in values.to_pylist()]
+
+
+class Rated(Toy):
+    """A click, a rating, and two scenarios."""
+
+    def __init__(self, **columns):
+        super().__init__(**columns)
+        self.tasks += (Task(name="stars", kind="regression"),)
+        self.scenario = Scenario(name="page", values=["home", "cart"])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("label.click", 2.0, "label of task 'click' is 2.0, must be 0 or 1, or null"),
+        ("label.click", math.nan, "label of task 'click' is nan, must be 0 or 1, or null"),
+        ("label.stars", math.nan, "label of task 'stars' is nan, must be a finite number, or null"),
+        ("label.stars", math.inf, "label of task 'stars' is inf, must be a finite number, or null"),
+        ("sample.scenario", 2, r"sample.scenario is 2, must be 0..1, the place of the row's scenario in home, cart"),
+        ("sample.scenario", -1, r"sample.scenario is -1, must be 0..1"),
+        ("sample.scenario", None, r"sample.scenario is null, must be 0..1"),
+    ],
+)
+def test_labels_and_scenarios_that_are_none_are_refused(tmp_path, column, value, told):
+    columns = toy_columns() | {"label.stars": [None, 4.5] * 50, "sample.scenario": [0, 1] * 50}
+    columns[column][71] = value
+    with pytest.raises(DataError, match=f"^toy: {told}"):
+        build(Rated(**columns), RawFolder(Path(), (), ""), tmp_path / "out", seed=1, parity=False, options={})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"label.click": [1.0]}, r"rows\(\) gives no column price, key.row. It gives item, last_item, tags, label.click."),
+        ({"label.click": [1.0], "price": [1.0], "key.row": ["a"], "sample.weight": [2.0]}, "weighted = True"),
+    ],
+)
+def test_columns_that_rows_leaves_out_or_that_nothing_asks_for_are_told(given, told):
+    class Given(Toy):
+        def rows(self, block):
+            return {"item": ["a"], "last_item": ["a"], "tags": [[1]]} | given
+
+    with pytest.raises(DataError, match=told):
+        Given().canonical(None)
 
 
 MEMORY = """
