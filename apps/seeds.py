@@ -6,6 +6,7 @@ python -m apps.seeds --config FILE --seeds 0,2,4
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def main() -> None:
             default = default_run_dir(config, Path(arguments.config))
             run_dir = place(base) / f"seed{config.training.seed}" if base else default
             reports.append(train(config, run_dir, world, source=arguments.config))
+            gc.collect()  # its tables, which circles of references hold
         if world.is_main:
             print(
                 f"\nTest over seeds {', '.join(map(str, arguments.seeds))} (mean ± standard deviation):\n{seeds_table(reports)}"

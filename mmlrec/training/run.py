@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import re
@@ -118,7 +117,7 @@ def train(
     config = resolve(config, source)
     with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
-        report = _train(
+        return _train(
             config,
             folder,
             world,
@@ -130,8 +129,6 @@ def train(
             forgotten=forgotten,
             signals=signals,
         )
-    gc.collect()  # its tables, which circles of references hold: the next seed, day or notebook cell needs their memory
-    return report
 
 
 def _train(

@@ -154,6 +154,7 @@ def test_ranks_that_are_faster_than_rank_0_writes_go_on_to_the_next_day(root, tm
     assert [line["step"] for line in lines(run_dir)] == [lines(root / "whole-2")[0]["step"]]
 
 
+@pytest.mark.long
 def test_the_first_day_begins_with_the_run_that_the_configuration_names(root, tmp_path):
     """Days 2 to 4 from the run of day 1 are what they were behind day 1."""
     later = tmp_path / "days"
