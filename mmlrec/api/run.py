@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -234,6 +235,7 @@ def train(
     with one_process(checked.training.timeout, quiet=not progress) as world:
         source = "config" if isinstance(config, Mapping) else str(config)
         training.train(checked, there, world, source=source, signals=signals_to_hear())
+    gc.collect()  # its tables, which circles of references hold: the cells of a notebook that follow need their memory
     return Run(there, _held=(held, dataset))
 
 

@@ -66,6 +66,7 @@ def run_days(
             if number > begun:
                 _end_if_late(record, days[number - 1], "trained", world)
             _one_day(config, days, number, record, world, forget_after, source)
+            gc.collect()  # tables of the models of this day
         if world.is_main:
             _draw(record)
         return record.lines
