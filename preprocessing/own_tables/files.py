@@ -11,7 +11,7 @@ _PACKED = (".gz", ".zip")
 _NOT_READ = (".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".snappy")
 
 
-def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
+def matching_files(folder: Path, patterns: list[str], key: str, config: str, *, of_new_rows: bool = False) -> list[str]:
     """Names of the files relative to the folder, each once; those of one pattern, or in a named folder, in order of name.
 
     Hidden files and folders, and those whose names begin with '_', are passed over unless a pattern names them. What is not
@@ -38,7 +38,8 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
             )
             hint = did_you_mean(pattern, there)
             raise DataError(
-                f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw."
+                f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw"
+                f"{', or name the files of the new rows, --files PATTERN' if of_new_rows else ''}."
             )
         names |= dict.fromkeys(path.relative_to(folder).as_posix() for path in files)
     for name in names:
