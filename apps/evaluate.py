@@ -72,7 +72,7 @@ def main() -> None:
                     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                         raise
                     raise UserError(
-                        f"{folder.result}: the metrics above are whole, but cannot be kept: {error.strerror}. Copy them from here,"
+                        f"{folder.result}: the metrics above are whole, but not kept: {error.strerror}. Copy them from here,"
                         " or evaluate a copy of the run."
                     ) from error
 

@@ -55,7 +55,7 @@ def test_a_run_that_can_only_be_read_is_told_that_its_metrics_are_not_kept(data,
     monkeypatch.setattr("mmlrec.evaluation.evaluation.write_result", read_only)
     code, error = run_app("evaluate", "--run-dir", tmp_path / "run")
     assert code == 2
-    assert "result.json: the metrics above are whole, but cannot be kept: Read-only file system." in error
+    assert "result.json: the metrics above are whole, but not kept: Read-only file system." in error
 
 
 def test_evaluate_other_rows_that_are_encoded_alike(data, train, run_app, tmp_path, monkeypatch, capfd):
