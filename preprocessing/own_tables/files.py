@@ -32,6 +32,11 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str, *, 
         except ValueError as error:
             raise ConfigError(f"{config}: {key}: '{pattern}' is no pattern: {error}.") from error
         if not files:
+            if (folder / pattern).is_dir():
+                raise DataError(
+                    f"{folder / pattern}: the folder holds no files, which {config} names under {key}. Those in folders below"
+                    f" it are {pattern.rstrip('/')}/**/*."
+                )
             there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
             holds = (
                 f"It holds {', '.join(there[:10])}{' ...' if len(there) > 10 else ''}." if there else "There is no such folder."
@@ -56,7 +61,8 @@ def _found(folder: Path, pattern: str) -> list[Path]:
     def hidden(path: Path) -> bool:
         return any(part[0] in "._" and part not in literal for part in path.relative_to(folder).parts)
 
-    found = named.iterdir() if named.is_dir() else folder.glob(pattern)
+    # A name may hold what means something else in a pattern, such as brackets.
+    found = named.iterdir() if named.is_dir() else [named] if named.is_file() else folder.glob(pattern)
     return [path for path in sorted(found) if path.is_file() and not hidden(path)]
 
 
