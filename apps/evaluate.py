@@ -6,8 +6,10 @@ python -m apps.evaluate --run-dir DIR
 from __future__ import annotations
 
 import argparse
+import errno
 
 from apps.cli import Parser, add_import, all_imported, run
+from mmlrec.errors import UserError
 from mmlrec.extensions import import_modules
 from mmlrec.storage.places import place
 
@@ -64,7 +66,15 @@ def main() -> None:
             if otherwise:
                 print(f"\nMeasured with {', '.join(otherwise)}, so {folder.result} is as it was.")
             else:
-                write_result(folder, split, report, step=step)
+                try:
+                    write_result(folder, split, report, step=step)
+                except OSError as error:
+                    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                        raise
+                    raise UserError(
+                        f"{folder.result}: the metrics above are whole, but not kept: {error.strerror}. Copy them from here,"
+                        " or evaluate a copy of the run."
+                    ) from error
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -546,6 +547,15 @@ def test_vocabularies_grow(frame, data):
     assert len(users[1]) > len(users[0])
     assert list(grown.manifest.splits) == ["train", "valid", "test"]
     assert list(mmlrec.prepare(more, extend=data, split="train").manifest.splits) == ["train"]
+
+
+@pytest.mark.parametrize("of", [str, date.fromisoformat, pd.Timestamp, lambda text: pd.Timestamp(text, tz="UTC")])
+def test_cuts_are_dates_of_any_form_and_an_extension_keeps_them(frame, of):
+    split = {"rule": "time", "key": "time", "cuts": [of("2024-02-10"), of("2024-02-20")]}
+    first = mmlrec.prepare(frame, **COLUMNS, split=split)
+    for made in (first, mmlrec.prepare(frame, extend=first)):
+        rows = {name: part.num_rows for name, part in made.manifest.splits.items()}
+        assert rows == {"train": 40 * 24, "valid": 10 * 24, "test": len(frame) - 50 * 24}
 
 
 def test_labels_of_which_none_is_known_yet_are_no_labels(frame, data):

@@ -1,6 +1,7 @@
 """What a finished run, or one that ended early, says when it is evaluated, scored with, or resumed otherwise."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -46,6 +47,18 @@ def with_encoding(folder: Path, **changes: dict) -> None:
     labels = {task.name: {"kind": "binary"} for task in manifest.tasks}
     encoding = Encoding.of(features, tables, {"values": manifest.scenario.values}, labels)
     manifest.model_copy(update={"encoding": encoding}).save(folder)
+
+
+def test_a_run_that_can_only_be_read_is_told_that_its_metrics_are_not_kept(data, train, run_app, tmp_path, monkeypatch):
+    assert train()[0] == 0
+
+    def read_only(folder, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder.result))
+
+    monkeypatch.setattr("mmlrec.evaluation.evaluation.write_result", read_only)
+    code, error = run_app("evaluate", "--run-dir", tmp_path / "run")
+    assert code == 2
+    assert "result.json: the metrics above are whole, but not kept: Read-only file system." in error
 
 
 def test_evaluate_other_rows_that_are_encoded_alike(data, train, run_app, tmp_path, monkeypatch, capfd):

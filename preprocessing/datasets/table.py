@@ -278,7 +278,9 @@ class Table(Dataset):
         """File -> its side under a split by files, 0 otherwise; in order."""
         config, split = self._config, self._config.split
         if not isinstance(split, FileRule):
-            return dict.fromkeys(matching_files(folder, config.files, "files", self._where), 0)
+            return dict.fromkeys(
+                matching_files(folder, config.files, "files", self._where, of_new_rows=self._is_like_another), 0
+            )
         sides: dict[str, int] = {}
         for side, patterns in enumerate((split.train, split.valid, split.test)):
             key = f"split.{('train', 'valid', 'test')[side]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from datetime import UTC, date, datetime
 from fractions import Fraction
@@ -290,6 +291,11 @@ class TimeRule(_Shares):
     key: str
     cuts: tuple[int | date | datetime, int | date | datetime] | None = Field(default=None, strict=False)
 
+    @field_validator("cuts", mode="before")
+    @classmethod
+    def _times(cls, given: Any) -> Any:
+        return [_time(each) for each in given] if isinstance(given, list | tuple) else given
+
     @property
     def seconds(self) -> tuple[int, int] | None:
         """The cuts as integers."""
@@ -453,6 +459,18 @@ def _dates_rows(pattern: str) -> bool:
         return datetime.strptime(some_day.strftime(pattern), pattern).date() == some_day.date()
     except ValueError:
         return False
+
+
+def _time(cut: Any) -> Any:
+    """A date or a time that is given as text, as quotes, JSON and Python do; what is no text as it is. Raises ValueError."""
+    if isinstance(cut, int | date):
+        return cut
+    if isinstance(cut, str):
+        with contextlib.suppress(ValueError):
+            return date.fromisoformat(cut) if len(cut) == len("2024-05-31") else datetime.fromisoformat(cut)
+    raise ValueError(
+        f"{cut!r} is no time: give dates or times in ISO 8601, such as 2024-05-31 or 2024-05-31T12:00:00Z, or integers"
+    )
 
 
 def _seconds(cut: date) -> int:

@@ -11,7 +11,7 @@ _PACKED = (".gz", ".zip")
 _NOT_READ = (".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".snappy")
 
 
-def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> list[str]:
+def matching_files(folder: Path, patterns: list[str], key: str, config: str, *, of_new_rows: bool = False) -> list[str]:
     """Names of the files relative to the folder, each once; those of one pattern, or in a named folder, in order of name.
 
     Hidden files and folders, and those whose names begin with '_', are passed over unless a pattern names them. What is not
@@ -32,13 +32,19 @@ def matching_files(folder: Path, patterns: list[str], key: str, config: str) -> 
         except ValueError as error:
             raise ConfigError(f"{config}: {key}: '{pattern}' is no pattern: {error}.") from error
         if not files:
+            if (folder / pattern).is_dir():
+                raise DataError(
+                    f"{folder / pattern}: the folder holds no files, which {config} names under {key}. Those in folders below"
+                    f" it are {pattern.rstrip('/')}/**/*."
+                )
             there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
             holds = (
                 f"It holds {', '.join(there[:10])}{' ...' if len(there) > 10 else ''}." if there else "There is no such folder."
             )
             hint = did_you_mean(pattern, there)
             raise DataError(
-                f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw."
+                f"{folder}: no file '{pattern}', which {config} names under {key}.{hint} {holds} Give its folder as --raw"
+                f"{', or name the files of the new rows, --files PATTERN' if of_new_rows else ''}."
             )
         names |= dict.fromkeys(path.relative_to(folder).as_posix() for path in files)
     for name in names:
@@ -55,7 +61,8 @@ def _found(folder: Path, pattern: str) -> list[Path]:
     def hidden(path: Path) -> bool:
         return any(part[0] in "._" and part not in literal for part in path.relative_to(folder).parts)
 
-    found = named.iterdir() if named.is_dir() else folder.glob(pattern)
+    # A name may hold what means something else in a pattern, such as brackets.
+    found = named.iterdir() if named.is_dir() else [named] if named.is_file() else folder.glob(pattern)
     return [path for path in sorted(found) if path.is_file() and not hidden(path)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime
 from typing import Any
 
 from mmlrec.errors import ConfigError
@@ -27,21 +26,9 @@ def recorded_table_config(manifest: DatasetManifest) -> TableConfig:
         numbers = {str(value): value for value, _ in encoding.scenario["map"]}
         values = {numbers.get(value, value): name for value, name in scenario["values"].items()}
         content["scenario"] = {**scenario, "values": values}
-    if "split" in content:
-        content["split"] = _split(content["split"])
+    if "split" in content:  # without its rule, where that is the default
+        content["split"] = {"rule": "random", **content["split"]}
     return validate_section(TableConfig, content, prefix="", source=f"the configuration of '{manifest.name}' in its manifest")
-
-
-def _split(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The section with the rule, which is left out where it is the default, and with dates, of which JSON has made texts."""
-    cuts = recorded.get("cuts", [])
-    return {"rule": "random", **recorded} | ({"cuts": [_cut(cut) for cut in cuts]} if cuts else {})
-
-
-def _cut(cut: int | str) -> int | date:
-    if isinstance(cut, int):
-        return cut
-    return datetime.fromisoformat(cut) if "T" in cut else date.fromisoformat(cut)
 
 
 def with_files(config: TableConfig, patterns: list[str] | None, *, one_split: bool) -> TableConfig:

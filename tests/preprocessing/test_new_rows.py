@@ -193,6 +193,7 @@ def test_names_of_splits(day1, tmp_path):
         (["--like", "{folder}/movies"], "holds 'movielens-1m', not 'table'"),
         (["--like", "{folder}/unrecorded"], "does not record its encoding"),
         (["--like", "{day1}", "--files", "gone.csv"], "no file 'gone.csv'"),
+        (["--like", "{day1}", "--raw", "{day1}"], "or name the files of the new rows, --files PATTERN."),
         (["--like", "{day1}", "--files", "empty.csv"], "empty.csv: the file is empty"),
         (["--like", "{day1}", "--files", "no-item.csv"], "the header lacks item"),
         (

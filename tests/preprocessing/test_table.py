@@ -209,7 +209,7 @@ def test_split_by_group(tmp_path):
 
 
 @pytest.mark.parametrize("form", WRITERS)
-@pytest.mark.parametrize("cuts", [None, ["2024-03-01", "2024-04-15T03:00:00"]])
+@pytest.mark.parametrize("cuts", [None, ["2024-03-01", "2024-04-15T03:00:00"], ["'2024-03-01'", "'2024-04-15T03:00:00Z'"]])
 def test_split_by_time(form, cuts, tmp_path):
     raw = write_table(tmp_path / "raw", form, 600)
     text = yaml.safe_dump(CONFIG | {"files": [f"?-{WRITERS[form][0]}"], "split": {"rule": "time", "key": "time"}})
@@ -219,7 +219,10 @@ def test_split_by_time(form, cuts, tmp_path):
     make(raw, tmp_path / "out")
     rows = [row for row in records(600) if row["device"] in SCENARIOS]
     times = sorted(row["time"] for row in rows)
-    first, second = cuts or (times[len(rows) * 8 // 10], times[len(rows) * 8 // 10 + (len(rows) - len(rows) * 8 // 10) // 2])
+    first, second = [cut.strip("'Z") for cut in cuts or ()] or (
+        times[len(rows) * 8 // 10],
+        times[len(rows) * 8 // 10 + (len(rows) - len(rows) * 8 // 10) // 2],
+    )
     found = split_of_rows(tmp_path / "out")
     for row in rows:
         assert found[row["row"]] == ("train" if row["time"] < first else "valid" if row["time"] < second else "test")

@@ -214,6 +214,10 @@ def test_the_usual_shares_are_8_1_1_to_the_byte(rule, tmp_path):
         ({"rule": "random", "fractions": 0.9}, "found 0.9"),
         ({"rule": "random", "fractions": [".8", ".1", ".1"]}, "found ['.8', '.1', '.1']"),
         ({"rule": "random", "fraction": [0.8, 0.1, 0.1]}, "split.fraction: unknown key. Did you mean 'fractions'?"),
+        (
+            {"rule": "time", "key": "x", "cuts": ["1.5.2024", "2.5.2024"]},
+            "split.cuts: '1.5.2024' is no time: give dates or times in",
+        ),
         ({"rule": "time", "key": "x", "cuts": [1, 2], "fractions": [0.8, 0.1, 0.1]}, "cuts and fractions exclude each other"),
         ({"rule": "file", "train": ["a"], "test": ["b"], "fractions": [0.8, 0.1, 0.1]}, "split.fractions: unknown key"),
     ],

@@ -109,6 +109,24 @@ def test_what_can_be_done_about_a_text_of_json_where_a_number_is_wanted(lines, w
     assert f"rows.jsonl, line 21: {words}" in message
 
 
+# Names of files.
+
+
+def test_a_name_with_brackets_is_the_file_of_that_name(tmp_path):
+    config = small(tmp_path, SMALL, "export [1].csv")
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 20
+
+
+def test_a_folder_of_folders_is_told_the_pattern_of_their_files(tmp_path, capsys):
+    (tmp_path / "raw" / "days" / "monday").mkdir(parents=True)
+    (tmp_path / "raw" / "days" / "monday" / "rows.csv").write_text(SMALL)
+    for pattern in ("days", "days/"):
+        message = told(capsys, small(tmp_path, files=[pattern]), tmp_path / "out")
+        assert "days: the folder holds no files" in message
+        assert "Those in folders below it are days/**/*." in message
+    assert make(small(tmp_path, files=["days/**/*"]).parent, tmp_path / "out").statistics["rows"] == 20
+
+
 # Files without rows.
 
 
