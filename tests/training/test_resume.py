@@ -15,6 +15,7 @@ import torch
 
 from mmlrec.layers.products import LEAST_ROWS
 from mmlrec.run_folder import checkpoint, whole
+from mmlrec.training import run as training_run
 from tests.datasets import write_dataset
 from tests.processes import Command, run
 from tests.training.launch import launch, losses, rows_of_steps, start_ranks, tensors, validations
@@ -316,6 +317,35 @@ def test_a_signal_in_an_evaluation_loses_no_step(root, tmp_path, evaluation, num
     assert done.returncode == 0, done.stderr
     assert f"at step {step} of" in done.stderr
     assert_same_end(root, run_dir)
+
+
+def test_a_signal_behind_the_last_step_of_a_seed_ends_the_command_before_the_next(root, tmp_path, run_app, monkeypatch):
+    """Its report was all but made: that run is done, and no other one begins."""
+    plain = training_run.evaluate_split
+
+    def asked_to_stop(*given):
+        found = plain(*given)
+        signal.raise_signal(signal.SIGTERM)
+        return found
+
+    seeds = (
+        "seeds",
+        "--config",
+        root / "config.yaml",
+        "--run-dir",
+        tmp_path / "seeds",
+        "--seeds",
+        "0,1",
+        "training.max_steps=2",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "evaluate_split", asked_to_stop)
+        code, said = run_app(*seeds)
+    assert code == 85
+    assert "stopped when 1 of 2 seeds are trained" in said
+    assert (tmp_path / "seeds/seed0/result.json").exists()
+    assert not (tmp_path / "seeds/seed1").exists()
+    assert run_app(*seeds)[0] == 0
 
 
 @pytest.mark.long
