@@ -104,6 +104,23 @@ class Balancing(nn.Module):
         """
         raise NotImplementedError
 
+    def checked(self, made: object, losses: Tensor, remedy: str = "") -> Tensor:
+        """What `coefficients` made of the losses [K].
+
+        Args:
+            remedy: a sentence that the error ends with.
+
+        Raises:
+            TypeError: it is no tensor of one number for each objective.
+        """
+        if not isinstance(made, Tensor) or made.shape != losses.shape:
+            found = f"a tensor {list(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise TypeError(
+                f"balancing.name={self.spec.name}: {type(self).__name__}.coefficients returns {found} where a tensor"
+                f" {list(losses.shape)} is wanted, one number for each objective.{remedy}"
+            )
+        return made
+
     def report(self, names: Sequence[str]) -> dict[str, float]:
         """What to log about the newest step, by key; `names` are those of the objectives."""
         return {}
@@ -121,7 +138,7 @@ class LossBalancing(Balancing):
     def forward(self, objectives: Tensor, x: Tensor, parameters: Mapping[str, Tensor], step: int) -> Tensor:
         """See the base class."""
         losses = mean_over_ranks(objectives.detach().double())
-        self.coefficient.copy_(self.coefficients(losses, step))
+        self.coefficient.copy_(self.checked(self.coefficients(losses, step), losses))
         return torch.sum(objectives * self.coefficient.to(objectives.dtype))
 
     def coefficients(self, losses: Tensor, step: int) -> Tensor:

@@ -152,12 +152,7 @@ class GradientBalancing(Balancing):
         # Else (0 times what is not finite is NaN) the plain sum is not, either: the trainer ends the run and says so.
         finite = (gram * 0.0).sum() + (losses * 0.0).sum() == 0
         c = self.coefficients(torch.where(finite, gram, 0.0), torch.where(finite, losses, 0.0), step)
-        if not isinstance(c, Tensor) or c.shape != losses.shape:
-            made = f"a tensor {list(c.shape)}" if isinstance(c, Tensor) else f"a {type(c).__name__}"
-            raise TypeError(
-                f"balancing.name={self.spec.name}: {type(self).__name__}.coefficients returns {made} where a tensor"
-                f" {list(losses.shape)} is wanted, one number for each objective. What computes with NumPy belongs into `rule`."
-            )
+        c = self.checked(c, losses, " What computes with NumPy belongs into `rule`.")
         self.coefficient.copy_(torch.where(finite, c, 1.0))
 
     def _global_gram(self, of_x: Sequence[Tensor], dense: Tensor, objectives: Tensor) -> tuple[Tensor, Tensor]:

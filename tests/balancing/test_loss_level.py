@@ -183,3 +183,14 @@ def test_objective_without_rows_leaves_finite_numbers(name):
         history[step][1] = 0.0
     history[5] = [0.0, 0.0, 0.0]
     assert np.isfinite(run(STRATEGIES[name](3), history)).all()
+
+
+@pytest.mark.parametrize(
+    ("made", "told"), [([0.5, 0.5], "a list"), (np.ones(2), "a ndarray"), (torch.tensor(0.5), r"a tensor \[\]")]
+)
+def test_coefficients_that_are_no_tensor_of_the_objectives_are_refused(made, told):
+    """One number for all would be spread over them without a word."""
+    strategy = make("gls", 2)
+    strategy.coefficients = lambda losses, step: made
+    with pytest.raises(TypeError, match=rf"balancing.name=gls: GLS.coefficients returns {told} where a tensor \[2\] is wanted"):
+        run(strategy, [[0.5, 0.2]])
