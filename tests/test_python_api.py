@@ -576,6 +576,7 @@ def test_columns_of_all_types_are_encoded_alike_in_training_and_in_scoring():
             "digits": number,  # ids of text
             "float32": (number + draw.random(rows)).astype("float32"),
             "share": np.where(number == 2, np.nan, draw.random(rows)),
+            "sparse": pd.arrays.SparseArray(np.where(number < 6, 0, number / 7)),
             "price": [decimal.Decimal(int(n)) / 4 for n in number],
             "many": [[int(n), 7] if n else None for n in number],
             "words": [[f"w{n}"] * (n % 3) for n in number],
@@ -596,4 +597,6 @@ def test_columns_of_all_types_are_encoded_alike_in_training_and_in_scoring():
 
 
 def short_kind(name):
-    return {"float32": "number", "share": "number", "price": "number", "many": "ids", "words": "ids"}.get(name, "id")
+    return {"float32": "number", "share": "number", "sparse": "number", "price": "number", "many": "ids", "words": "ids"}.get(
+        name, "id"
+    )
