@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,6 @@ def frame_of(rows=1500, seed=0):
     return frame
 
 
-KEYS = {"user": {"type": "int"}, "time": {"type": "datetime"}}
 COLUMNS = {
     "features": ["user", "item", "tags", "price"],
     "tasks": ["click", "buy"],
@@ -133,25 +131,6 @@ def test_an_arrow_table_and_whole_sections_give_the_same(frame, data, capfd):
     assert "features.item: {kind: id, type: string} (column of type large_string)" in told or "features.item: {kind: id" in told
     assert "scenario.values: desktop, phone (all values of column 'device')" in told
     assert "features.user" not in told  # said in full, so nothing was concluded
-
-
-def test_types_of_arrow_are_taken_as_what_they_hold(frame, data):
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    item = pa.array(frame["item"].astype(str)).dictionary_encode()
-    with_null = pa.DictionaryArray.from_arrays(
-        item.indices, pa.concat_arrays([item.dictionary, pa.nulls(1, item.type.value_type)])
-    )
-    for column, cells in {
-        "user": pa.array(frame["user"]).cast(pa.decimal128(38)),
-        "item": with_null,  # of which Parquet holds none
-        "device": pa.array(frame["device"].astype(str), pa.string_view()),
-        "tags": pa.array(list(frame["tags"]), pa.list_view(pa.string())),
-    }.items():
-        table = table.set_column(table.column_names.index(column), column, cells)
-    features = {"user": "id", "item": "id", "tags": "ids", "price": "number"}
-    assert parts(mmlrec.prepare(table, **COLUMNS | {"features": features, "keys": KEYS}, split=data_split()).path) == parts(
-        data.path
-    )
 
 
 def data_split():
@@ -549,22 +528,6 @@ def test_vocabularies_grow(frame, data):
     assert list(mmlrec.prepare(more, extend=data, split="train").manifest.splits) == ["train"]
 
 
-@pytest.mark.parametrize("of", [str, date.fromisoformat, pd.Timestamp, lambda text: pd.Timestamp(text, tz="UTC")])
-def test_cuts_are_dates_of_any_form_and_an_extension_keeps_them(frame, of):
-    split = {"rule": "time", "key": "time", "cuts": [of("2024-02-10"), of("2024-02-20")]}
-    first = mmlrec.prepare(frame, **COLUMNS, split=split)
-    for made in (first, mmlrec.prepare(frame, extend=first)):
-        rows = {name: part.num_rows for name, part in made.manifest.splits.items()}
-        assert rows == {"train": 40 * 24, "valid": 10 * 24, "test": len(frame) - 50 * 24}
-
-
-def test_labels_of_which_none_is_known_yet_are_no_labels(frame, data):
-    later = frame.assign(click=None, buy=None)
-    splits = mmlrec.prepare(later, like=data).manifest.splits
-    assert splits["test"].num_rows == len(frame)
-    assert splits["test"].label_counts["click"]["all"] == (0, 0)
-
-
 def test_what_cannot_be_like_another_is_named(frame, data, tmp_path):
     for arguments, message in [
         ({"like": data, "extend": data}, "like and extend exclude each other"),
@@ -596,6 +559,7 @@ def test_columns_of_all_types_are_encoded_alike_in_training_and_in_scoring():
             "digits": number,  # ids of text
             "float32": (number + draw.random(rows)).astype("float32"),
             "share": np.where(number == 2, np.nan, draw.random(rows)),
+            "sparse": pd.arrays.SparseArray(np.where(number < 6, 0, number / 7)),
             "price": [decimal.Decimal(int(n)) / 4 for n in number],
             "many": [[int(n), 7] if n else None for n in number],
             "words": [[f"w{n}"] * (n % 3) for n in number],
@@ -616,4 +580,6 @@ def test_columns_of_all_types_are_encoded_alike_in_training_and_in_scoring():
 
 
 def short_kind(name):
-    return {"float32": "number", "share": "number", "price": "number", "many": "ids", "words": "ids"}.get(name, "id")
+    return {"float32": "number", "share": "number", "sparse": "number", "price": "number", "many": "ids", "words": "ids"}.get(
+        name, "id"
+    )

@@ -101,6 +101,8 @@ def _as_files_hold(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _arrow(series: pd.Series, column: str, argument: str) -> pa.Array:
+    if isinstance(series.dtype, pd.SparseDtype):
+        series = series.sparse.to_dense()
     try:
         return pa.Array.from_pandas(series)
     except (OverflowError, UnicodeEncodeError) as error:

@@ -1,0 +1,57 @@
+"""Frames of other types and forms than those that pandas makes by itself, as `mmlrec.prepare` takes them."""
+
+from datetime import date
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import mmlrec
+from tests.test_python_api import COLUMNS, data_split, frame_of, parts
+
+KEYS = {"user": {"type": "int"}, "time": {"type": "datetime"}}
+
+
+@pytest.fixture(scope="module")
+def frame():
+    return frame_of()
+
+
+@pytest.fixture(scope="module")
+def data(frame):
+    return mmlrec.prepare(frame, **COLUMNS, split=data_split())
+
+
+def test_types_of_arrow_are_taken_as_what_they_hold(frame, data):
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    item = pa.array(frame["item"].astype(str)).dictionary_encode()
+    with_null = pa.DictionaryArray.from_arrays(
+        item.indices, pa.concat_arrays([item.dictionary, pa.nulls(1, item.type.value_type)])
+    )
+    for column, cells in {
+        "user": pa.array(frame["user"]).cast(pa.decimal128(38)),
+        "item": with_null,  # of which Parquet holds none
+        "device": pa.array(frame["device"].astype(str), pa.string_view()),
+        "tags": pa.array(list(frame["tags"]), pa.list_view(pa.string())),
+    }.items():
+        table = table.set_column(table.column_names.index(column), column, cells)
+    features = {"user": "id", "item": "id", "tags": "ids", "price": "number"}
+    assert parts(mmlrec.prepare(table, **COLUMNS | {"features": features, "keys": KEYS}, split=data_split()).path) == parts(
+        data.path
+    )
+
+
+@pytest.mark.parametrize("of", [str, date.fromisoformat, pd.Timestamp, lambda text: pd.Timestamp(text, tz="UTC")])
+def test_cuts_are_dates_of_any_form_and_an_extension_keeps_them(frame, of):
+    split = {"rule": "time", "key": "time", "cuts": [of("2024-02-10"), of("2024-02-20")]}
+    first = mmlrec.prepare(frame, **COLUMNS, split=split)
+    for made in (first, mmlrec.prepare(frame, extend=first)):
+        rows = {name: part.num_rows for name, part in made.manifest.splits.items()}
+        assert rows == {"train": 40 * 24, "valid": 10 * 24, "test": len(frame) - 50 * 24}
+
+
+def test_labels_of_which_none_is_known_yet_are_no_labels(frame, data):
+    later = frame.assign(click=None, buy=None)
+    splits = mmlrec.prepare(later, like=data).manifest.splits
+    assert splits["test"].num_rows == len(frame)
+    assert splits["test"].label_counts["click"]["all"] == (0, 0)
