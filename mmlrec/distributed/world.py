@@ -194,7 +194,11 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         together = backend == "gloo"
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             together = False
-            raise heartbeat.lost() from None
+            lost = heartbeat.lost()
+            if rank == 0:  # which may hold the store, where the others ask whether they are to tell it
+                with contextlib.suppress(RuntimeError):
+                    wait_for(lambda: store.add(_SAID, 0) >= world_size - 1, _ASKED_WITHIN_S)
+            raise lost from None
         failure = _last_words(error, store, rank, world_size, heartbeat, wakes=together)
         raise failure from failure.__cause__
     finally:
@@ -254,6 +258,8 @@ _PEER_GONE = re.compile(
 #: How long a rank that fails waits for the others: one that knows why, until all know that it does; one that does not, for
 #: one that does.
 _NOTICED_WITHIN_S, _SAID_WITHIN_S = 10.0, 2.0
+#: How long rank 0 waits, where a rank hangs, until all others have found that out, too.
+_ASKED_WITHIN_S = 5.0
 #: In the store: how many ranks have said why they end, how many need the store no more; and, with a rank behind it, which
 #: have noticed that one ends.
 _SAID, _DONE, _NOTICED = "mmlrec/said", "mmlrec/done", "mmlrec/noticed/"

@@ -39,14 +39,14 @@ run(main)
 """
 RAISES = 'raise ValueError("no such thing\\nand a second line")'
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
-# The last rank takes its time to end.
+# Rank 1 takes its time to end.
 LATE = """
 import os, time
 from mmlrec.distributed.heartbeat import Heartbeat
 plain_stop = Heartbeat.stop
 def stop(self):
     if os.environ["RANK"] == "1":
-        time.sleep(0.7)
+        time.sleep(0.9)
     plain_stop(self)
 Heartbeat.stop = stop
 """
@@ -61,7 +61,9 @@ def root(tmp_path_factory):
     return folder
 
 
-def fail(root: Path, tmp_path: Path, count: int, rank: int, how: str, also: str = "") -> tuple[list[int], list[str]]:
+def fail(
+    root: Path, tmp_path: Path, count: int, rank: int, how: str, also: str = "", *overrides: str
+) -> tuple[list[int], list[str]]:
     """Exit codes and standard errors of ranks without an agent, one of which fails."""
     (tmp_path / "train.py").write_text(also + SCRIPT.format(rank=rank, how=how))
     command = [
@@ -71,6 +73,7 @@ def fail(root: Path, tmp_path: Path, count: int, rank: int, how: str, also: str 
         str(root / "config.yaml"),
         "--run-dir",
         str(tmp_path / "run"),
+        *overrides,
     ]
     variables = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
@@ -102,6 +105,15 @@ def test_rank_0_keeps_the_store_until_the_others_need_it_no_more(root, tmp_path)
     assert codes == [1, 1]
     assert "failed at step 4: ValueError: no such thing" in the_line(errors)
     assert "TCPStore" not in "".join(errors)
+
+
+@pytest.mark.long
+def test_rank_0_keeps_the_store_until_the_others_know_who_tells_that_a_rank_hangs(root, tmp_path):
+    hangs = "import time; time.sleep(12)"
+    late = LATE.replace("stop", "lost").replace("    plain_lost(self)", "    return plain_lost(self)")
+    codes, errors = fail(root, tmp_path, 3, 2, hangs, late, "training.timeout=2")
+    assert codes[:2] == [1, 1]
+    assert "did not come to the others within 2 s (training.timeout)" in the_line(errors[:2])
 
 
 @pytest.mark.parametrize(
