@@ -580,24 +580,3 @@ def test_scores_are_not_written_under_the_name_of_another_format(data, train, ap
     assert f"error: {tmp_path / name}: how scores are written is told by the name" in error
     assert "ends in .parquet, .csv, .csv.gz, .jsonl or .jsonl.gz." in error
     assert not (tmp_path / name).exists()
-
-
-def test_predictions_hold_keys_and_scores(data, train, app, tmp_path):
-    assert train()[0] == 0
-    output = tmp_path / "out" / "scores.parquet"
-    code, _ = app("predict", "--run", tmp_path / "run", "--input", data.folder, "--output", output)
-    assert code == 0
-    scores, test = pq.read_table(output), data.tables["test"]
-    labels = ["label.click", "label.buy"]
-    assert scores.column_names == ["key.user", "key.session", "sample.scenario", *labels, "score.click", "score.buy"]
-    assert [scores[name].combine_chunks() for name in labels] == [test[name].combine_chunks() for name in labels]
-    assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()
-    report = json.loads((tmp_path / "run/result.json").read_text())["test"]
-    from sklearn.metrics import log_loss, roc_auc_score
-
-    for task in ("click", "buy"):
-        label = test[f"label.{task}"].to_numpy()
-        present = ~np.isnan(label)
-        score = scores[f"score.{task}"].to_numpy().astype(np.float64)[present]
-        assert roc_auc_score(label[present], score) == pytest.approx(report["tasks"][task]["auc"], abs=1e-6)
-        assert log_loss(label[present], score) == pytest.approx(report["tasks"][task]["logloss"], abs=1e-6)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
 from apps import evaluate
 from mmlrec.schema import DatasetManifest, Encoding
@@ -156,3 +156,22 @@ def test_seeds_are_the_runs_of_each_alone_and_told_as_mean_and_sample_deviation(
         (line,) = [line for line in told.splitlines() if line.split()[:2] == [task, "all"]]
         expected = " ".join(f"{m:.4f} ± {d:.4f}" for m, d in zip(mean, deviation, strict=True))
         assert line.split()[2:] == expected.split()
+
+
+def test_predictions_hold_keys_and_scores(data, train, run_app, tmp_path):
+    assert train()[0] == 0
+    output = tmp_path / "out" / "scores.parquet"
+    code, _ = run_app("predict", "--run", tmp_path / "run", "--input", data.folder, "--output", output)
+    assert code == 0
+    scores, test = pq.read_table(output), data.tables["test"]
+    labels = ["label.click", "label.buy"]
+    assert scores.column_names == ["key.user", "key.session", "sample.scenario", *labels, "score.click", "score.buy"]
+    assert [scores[name].combine_chunks() for name in labels] == [test[name].combine_chunks() for name in labels]
+    assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()
+    report = json.loads((tmp_path / "run/result.json").read_text())["test"]
+    for task in ("click", "buy"):
+        label = test[f"label.{task}"].to_numpy()
+        present = ~np.isnan(label)
+        score = scores[f"score.{task}"].to_numpy().astype(np.float64)[present]
+        assert roc_auc_score(label[present], score) == pytest.approx(report["tasks"][task]["auc"], abs=1e-6)
+        assert log_loss(label[present], score) == pytest.approx(report["tasks"][task]["logloss"], abs=1e-6)
