@@ -54,8 +54,9 @@ def test_days_that_no_vocabulary_puts_in_order_are_not_taken_in_another_one(tmp_
         with_vocabularies(write_dataset(tmp_path / "same" / name, rows=20))
     for number in (9, 10):
         write_day(tmp_path / "grows", number, rows=40).folder.rename(tmp_path / "grows" / f"day-{number}")
+    words = r"as texts, and day-10 would come before day-9\. Give all numbers as many digits"
     for folder in ("short", "same"):  # without vocabularies, and with some that did not grow
-        with pytest.raises(ConfigError, match=r"as texts, and day-10 would come before day-9\. Give all numbers as many digits"):
+        with pytest.raises(ConfigError, match=words):
             find_days(str(tmp_path / folder / "day-*"))
     assert [day.name for day in find_days(str(tmp_path / "long/day-*"))] == ["day-09", "day-10"]
     assert [day.name for day in find_days(str(tmp_path / "grows/day-*"))] == ["day-10", "day-9"]  # `check_extended` tells
