@@ -152,7 +152,7 @@ class Loss:
 
     def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
         """1 / denominator of each row and task, broadcast to [B, T]."""
-        present = denominators > 0
+        present = counted(denominators)
         scale = torch.where(present, denominators, 1.0).reciprocal()
         if not self.balanced:
             return scale
@@ -184,6 +184,11 @@ class ChainLoss(Loss):
             columns[this] = torch.where(follows, 0.0, columns[this])
             masks[this] = torch.where(follows, masks[before], masks[this])
         return torch.stack(columns, dim=1), torch.stack(masks, dim=1)
+
+
+def counted(sums: Tensor) -> Tensor:
+    """Whether weights sum up to something: 0 does not, nor does what is so little that its reciprocal may be infinite."""
+    return sums >= torch.finfo(sums.dtype).tiny
 
 
 def row_weights(labels: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

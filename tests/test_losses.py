@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mmlrec.errors import ConfigError
 from mmlrec.losses import Loss, LossOptions, chain_logit
+from mmlrec.models.single_task import BranchLoss
 from mmlrec.output import Output
 from mmlrec.schema import Task
 
@@ -38,6 +39,21 @@ def test_masked_mean_worked_number():
     loss = Loss((Task(name="t", kind="regression"),), 1)
     value = call(loss, logits, torch.zeros(4, 1), mask, torch.zeros(4, dtype=torch.long), weight)["t"]
     assert value.item() == pytest.approx(2.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("of", [Loss, BranchLoss])
+@pytest.mark.parametrize("reduction", ["pooled", "balanced"])
+def test_weights_of_which_a_step_has_next_to_nothing_are_none(reduction, of):
+    """Less than float32 has reciprocals of."""
+    labels, mask, scenario, _ = (each.float() if each.is_floating_point() else each for each in random_batch(40))
+    logits = torch.randn(40, 2, requires_grad=True)
+    loss, weight = of(BINARY, 3, LossOptions(reduction)), torch.where(scenario == 1, 1e-42, 1.0)
+    for weights in (weight, torch.full([40], 1e-42)):
+        values = call(loss, logits, labels, mask, scenario, weights)
+        expected = call(loss, logits, labels, mask, scenario, torch.where(weights < 1, 0.0, weights))
+        assert torch.stack([*values.values()]).tolist() == pytest.approx(torch.stack([*expected.values()]).tolist(), abs=1e-30)
+        (gradient,) = torch.autograd.grad(sum(values.values()), logits)
+        assert gradient.isfinite().all()
 
 
 def test_huber_worked_number():

@@ -2,6 +2,7 @@
 
 from datetime import date
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -32,7 +33,7 @@ def test_types_of_arrow_are_taken_as_what_they_hold(frame, data):
         "user": pa.array(frame["user"]).cast(pa.decimal128(38)),
         "item": with_null,  # of which Parquet holds none
         "device": pa.array(frame["device"].astype(str), pa.string_view()),
-        "tags": pa.array(list(frame["tags"]), pa.list_view(pa.string())),
+        "tags": pa.array(list(frame["tags"]), pa.list_view(pa.string_view())),
     }.items():
         table = table.set_column(table.column_names.index(column), column, cells)
     features = {"user": "id", "item": "id", "tags": "ids", "price": "number"}
@@ -41,7 +42,26 @@ def test_types_of_arrow_are_taken_as_what_they_hold(frame, data):
     )
 
 
-@pytest.mark.parametrize("of", [str, date.fromisoformat, pd.Timestamp, lambda text: pd.Timestamp(text, tz="UTC")])
+def test_categories_of_views_and_half_floats_are_taken_by_short_forms(frame):
+    halves, item = frame["price"].to_numpy(np.float16, na_value=np.nan), frame["item"].astype(str)
+    plain = pa.table(
+        {"item": list(item), "tags": list(frame["tags"]), "price": halves.astype(np.float64), "click": frame["click"]}
+    )
+    for column, cells in {
+        "item": pa.array(list(item), pa.string_view()).dictionary_encode(),
+        "tags": pa.array(list(frame["tags"]), pa.list_(pa.string_view())),
+        "price": pa.array(halves),
+    }.items():
+        table = plain.set_column(plain.column_names.index(column), column, cells)
+        made = [mmlrec.prepare(each, features=["item", "tags", "price"], tasks=["click"]) for each in (plain, table)]
+        assert parts(made[0].path) == parts(made[1].path)
+
+
+def seconds_of(text):
+    return np.int64(pd.Timestamp(text).timestamp())
+
+
+@pytest.mark.parametrize("of", [str, date.fromisoformat, pd.Timestamp, lambda text: pd.Timestamp(text, tz="UTC"), seconds_of])
 def test_cuts_are_dates_of_any_form_and_an_extension_keeps_them(frame, of):
     split = {"rule": "time", "key": "time", "cuts": [of("2024-02-10"), of("2024-02-20")]}
     first = mmlrec.prepare(frame, **COLUMNS, split=split)

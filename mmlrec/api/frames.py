@@ -64,7 +64,11 @@ def values_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The cells of a category, each with its value; others as they are."""
     if not pa.types.is_dictionary(column.type):
         return column
-    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], column.type.value_type)
+    kind = column.type.value_type
+    if pa.types.is_string_view(kind):  # of which Arrow cannot take some
+        kind = pa.large_string()
+        column = column.cast(pa.dictionary(column.type.index_type, kind, column.type.ordered))
+    return pa.chunked_array([chunk.dictionary_decode() for chunk in column.chunks], kind)
 
 
 def write_frame(table: pa.Table, path: Path) -> None:
@@ -95,7 +99,9 @@ def write_frame(table: pa.Table, path: Path) -> None:
 def _as_files_hold(cells: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     """The same cells in a type that Parquet can hold: of categories it knows none that means a missing value."""
     column = cells if isinstance(cells, pa.ChunkedArray) else pa.chunked_array([cells])
-    if pa.types.is_dictionary(column.type) and any(chunk.dictionary.null_count for chunk in column.chunks):
+    if pa.types.is_dictionary(column.type) and (
+        pa.types.is_string_view(column.type.value_type) or any(chunk.dictionary.null_count for chunk in column.chunks)
+    ):
         column = values_of(column)
     return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 

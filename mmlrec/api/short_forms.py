@@ -153,12 +153,13 @@ def _named(given: Any, argument: str) -> dict[str, Any]:
 
 def _is_value(kind: pa.DataType) -> bool:
     """Whether it is a type of ids: integers and texts."""
-    return bool(pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_integer(kind) or texts)
 
 
 def _refuse_whole_numbers(column: pa.ChunkedArray, name: str, where: str) -> None:
     """Integers with missing cells become floats in pandas, so that such ids look like numbers."""
-    there = pc.drop_null(column)
+    there = pc.drop_null(column).cast(pa.float64())
     if not len(there):
         raise ConfigError(f"{where}: all cells of column '{name}' are missing. Leave it away, or say {{'{name}': 'number'}}.")
     if pc.all(pc.equal(pc.floor(there), there)).as_py():

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmlrec.errors import ConfigError
 from mmlrec.layers.experts import StackedMLP
 from mmlrec.layers.towers import Towers
-from mmlrec.losses import Loss, LossOptions
+from mmlrec.losses import Loss, LossOptions, counted
 from mmlrec.models.base.model import ModelSpec, MultiTaskModel, NetworkConfig, Owner, Width
 from mmlrec.output import Output
 from mmlrec.schema import Task
@@ -42,7 +42,7 @@ class BranchLoss(Loss):
     def _scale(self, denominators: Tensor, scenario: Tensor) -> Tensor:
         if not self.balanced:
             return super()._scale(denominators, scenario)
-        return torch.where(denominators > 0, denominators, 1.0).reciprocal()[:, scenario].t()
+        return torch.where(counted(denominators), denominators, 1.0).reciprocal()[:, scenario].t()
 
 
 class SingleTask(MultiTaskModel):

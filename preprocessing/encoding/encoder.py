@@ -17,7 +17,7 @@ from mmlrec.encoding.vocabularies import Vocabularies
 from mmlrec.errors import DataError
 from mmlrec.exact_sums import exact_sum
 from mmlrec.hashing import bucket_ids, hash_ids, key_ids
-from mmlrec.schema import SCENARIO_COLUMN, Table, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, Table, label_column
 from preprocessing.dataset import Column, Dataset
 from preprocessing.encoding.buckets import CollisionCounter, QuantileBuckets
 from preprocessing.encoding.fitted import Fitted
@@ -344,7 +344,7 @@ def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
     """A literal nan or inf is a bad row: only an empty cell means missing. Labels and scenarios are those declared.
 
     Raises:
-        DataError: naming the column, and a value of a label or a scenario.
+        DataError: naming the column, and a value of a label, a weight or a scenario.
     """
     for feature in dataset.features:
         if pa.types.is_floating(feature.raw_type) and pc.all(pc.is_finite(batch.column(feature.name))).as_py() is False:
@@ -359,6 +359,14 @@ def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
             found, must = label.filter(pc.invert(good))[0], "0 or 1" if binary else "a finite number"
             raise DataError(
                 f"{dataset.name}: label of task '{task.name}' is {found}, must be {must}, or null (not nan) if it is missing."
+            )
+    if dataset.weighted:
+        weight = batch.column(WEIGHT_COLUMN)
+        good = pc.and_(pc.is_finite(weight), pc.greater_equal(weight, 0)).fill_null(False)
+        if pc.all(good).as_py() is False:
+            found = weight.filter(pc.invert(good))[0]
+            raise DataError(
+                f"{dataset.name}: {WEIGHT_COLUMN} is {found if found.is_valid else 'null'}, must be a number from 0 on."
             )
     if dataset.scenario is not None:
         scenario, count = batch.column(SCENARIO_COLUMN), len(dataset.scenario.values)

@@ -6,6 +6,7 @@ import contextlib
 import re
 from datetime import UTC, date, datetime
 from fractions import Fraction
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -465,6 +466,8 @@ def _time(cut: Any) -> Any:
     """A date or a time that is given as text, as quotes, JSON and Python do; what is no text as it is. Raises ValueError."""
     if isinstance(cut, int | date):
         return cut
+    if isinstance(cut, Integral):  # of NumPy or pandas
+        return int(cut)
     if isinstance(cut, str):
         with contextlib.suppress(ValueError):
             return date.fromisoformat(cut) if len(cut) == len("2024-05-31") else datetime.fromisoformat(cut)

@@ -88,7 +88,7 @@ class DelimitedText(Source):
 
     def may_be_empty(self, raw: RawFolder) -> bool:
         """A header alone is what an hour without events leaves; not of a file whose rows are known to be there."""
-        return self.header and self.cells is not None and raw.paths[self.name].stat().st_size > 0
+        return self.header and self.cells is not None and any(self.pieces(raw, 1 << 16))
 
     @property
     def there(self) -> dict[str, pa.DataType]:

@@ -19,7 +19,7 @@ from mmlrec.encoding.conversions import FOUND, REMEDY, Converted, present
 #: Unit of times since 1970 -> how many are a second.
 TIME_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _DIGITS = {"seconds": "9,10", "milliseconds": "12,13", "microseconds": "15,16", "nanoseconds": "18,19"}  # from 1973 to 2286
-_LARGEST_WEIGHT = 1e30
+_LARGEST_WEIGHT = pa.scalar(1e30, pa.float32())
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 
 
@@ -38,11 +38,10 @@ def label(values: pa.Array, column: str) -> Converted:
 
 
 def weight(values: pa.Array, column: str) -> Converted:
-    """What rows count, float32: neither missing nor negative; where not 0, such that no sum and no reciprocal overflows."""
+    """What rows count, float32: neither missing nor negative, and such that no sum of them overflows."""
     result = values.cast(pa.float32(), safe=False)
-    usual = pc.and_(pc.greater_equal(values, 1 / _LARGEST_WEIGHT), pc.less_equal(values, _LARGEST_WEIGHT))
-    good = _bools(pc.or_(pc.equal(values, 0), usual).fill_null(False))
-    complaint = f"{column}, the weight of a row, must be a number from 0 on (if not 0, from 1e-30 to 1e30){FOUND}. {REMEDY}"
+    good = _bools(pc.and_(pc.greater_equal(values, 0), pc.less_equal(result, _LARGEST_WEIGHT)).fill_null(False))
+    complaint = f"{column}, the weight of a row, must be a number from 0 to 1e30{FOUND}. {REMEDY}"
     return result, [(good, complaint, column)]
 
 

@@ -163,7 +163,9 @@ def test_vocabularies_smaller_and_larger_than_what_is_looked_up(kind, size):
 
 
 class Rated(Toy):
-    """A click, a rating, and two scenarios."""
+    """A click, a rating, two scenarios, and weights."""
+
+    weighted = True
 
     def __init__(self, **columns):
         super().__init__(**columns)
@@ -181,10 +183,13 @@ class Rated(Toy):
         ("sample.scenario", 2, r"sample.scenario is 2, must be 0..1, the place of the row's scenario in home, cart"),
         ("sample.scenario", -1, r"sample.scenario is -1, must be 0..1"),
         ("sample.scenario", None, r"sample.scenario is null, must be 0..1"),
+        ("sample.weight", -0.5, r"sample.weight is -0.5, must be a number from 0 on"),
+        ("sample.weight", math.nan, r"sample.weight is nan, must be a number from 0 on"),
+        ("sample.weight", None, r"sample.weight is null, must be a number from 0 on"),
     ],
 )
-def test_labels_and_scenarios_that_are_none_are_refused(tmp_path, column, value, told):
-    columns = toy_columns() | {"label.stars": [None, 4.5] * 50, "sample.scenario": [0, 1] * 50}
+def test_labels_scenarios_and_weights_that_are_none_are_refused(tmp_path, column, value, told):
+    columns = toy_columns() | {"label.stars": [None, 4.5] * 50, "sample.scenario": [0, 1] * 50, "sample.weight": [0, 2.5] * 50}
     columns[column][71] = value
     with pytest.raises(DataError, match=f"^toy: {told}"):
         build(Rated(**columns), RawFolder(Path(), (), ""), tmp_path / "out", seed=1, parity=False, options={})

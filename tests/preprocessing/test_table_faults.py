@@ -192,16 +192,16 @@ def test_bad_rows_are_named_by_line_or_counted(case, tmp_path, capsys):
         assert manifest.statistics["rows"] == 29
 
 
-@pytest.mark.parametrize("weight", ["", "-1", "2e30", "1e-31", "inf"])
+@pytest.mark.parametrize("weight", ["", "-1", "2e30", "-1e-50", "inf"])
 def test_a_weight_of_which_a_loss_cannot_be_made_is_a_bad_row(weight, tmp_path, capsys):
-    good = ["0", "1", "2.5", "1e30", "1e-30"] * 4
+    good = ["0", "1", "2.5", "1e30", "1e-45"] * 4  # far away in time is next to nothing
     for weights, code in ((good, 0), ([*good, weight], 2)):
         lines = [f"u,{i},{i % 2},{each}" for i, each in enumerate(weights)]
         config = small(tmp_path, "\n".join(["user,x,y,w", *lines]) + "\n", weight="w")
         assert run(config, tmp_path / "out", "--overwrite") == code
     message = capsys.readouterr().err
     assert "rows.csv, line 22: w" in message
-    assert "the weight of a row, must be a number from 0 on (if not 0, from 1e-30 to 1e30)" in message or weight == "inf"
+    assert "the weight of a row, must be a number from 0 to 1e30" in message or weight == "inf"
 
 
 def test_a_chain_that_rows_contradict(tmp_path, capsys):

@@ -143,8 +143,12 @@ def test_a_header_alone_is_a_file_without_rows(tmp_path, capsys):
     assert run(config, tmp_path / "bad", "--max-bad-rows", "1") == 2
     assert "rows-3.csv, line 2: x must be a number" in (message := capsys.readouterr().err)
     assert "No row of the file is good." in message
-    (config.parent / "rows-3.csv").write_bytes(b"")
-    assert "rows-3.csv: the file is empty, or has no good row." in told(capsys, config, tmp_path / "bad")
+    (config.parent / "rows-3.csv").unlink()
+    for name, nothing in (("rows-3.csv", b""), ("rows-4.csv.gz", gzip.compress(b""))):
+        (config.parent / name).write_bytes(nothing)
+        config = small(tmp_path, files=["rows*"])
+        assert f"{name}: the file is empty, or has no good row." in told(capsys, config, tmp_path / "bad")
+        (config.parent / name).unlink()
 
 
 # Separators.
