@@ -19,7 +19,7 @@ from mmlrec.encoding.conversions import FOUND, REMEDY, Converted, present
 #: Unit of times since 1970 -> how many are a second.
 TIME_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _DIGITS = {"seconds": "9,10", "milliseconds": "12,13", "microseconds": "15,16", "nanoseconds": "18,19"}  # from 1973 to 2286
-_LARGEST_WEIGHT = pa.scalar(1e30, pa.float32())
+_LARGEST_WEIGHT = float(np.float32(1e30))  # as a column holds it
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 
 
