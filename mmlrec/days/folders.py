@@ -39,8 +39,8 @@ def find_days(pattern: str) -> list[Day]:
         pattern: such as data/day-*; of an address, s3://bucket/data/day-*, the last part alone may be a pattern.
 
     Raises:
-        ConfigError: it means no folder, two of one name, or numbers that come in another order as texts where two days are
-            encoded alike, so that no vocabulary tells which of them extends the other.
+        ConfigError: it means no folder, two of one name, or numbers that come in another order as texts where no vocabulary
+            has grown and so tells which day extends which.
         DataError: one of them is no dataset, or lacks a split.
     """
     folders = sorted(_folders(pattern), key=lambda folder: (folder.name, str(folder)))
@@ -51,8 +51,8 @@ def find_days(pattern: str) -> list[Day]:
             raise ConfigError(f"--days {pattern}: {one} and {other} have one name, which days are told apart by.")
     days = [Day(folder.name, folder, DatasetManifest.load(folder)) for folder in folders]
     for before, day in itertools.pairwise(days):
-        alike = before.manifest.encoding == day.manifest.encoding
-        if alike and _numbered(before.name) > _numbered(day.name):
+        # Where a vocabulary has grown, or has fewer values, `check_extended` tells.
+        if not any(new_ids(before.manifest, day.manifest).values()) and _numbered(before.name) > _numbered(day.name):
             raise ConfigError(
                 f"--days {pattern}: days are taken in the order of their names, as texts, and {before.name} would come before"
                 f" {day.name}. Give all numbers as many digits, such as day-02, or write dates as 2026-03-01."

@@ -225,13 +225,13 @@ class Session:
 
 
 def rows_of_step(num_rows: int, most: int, world_size: int) -> int:
-    """Rows of each rank in a step of an evaluation: as few steps as `most` rows allow, of about as many rows each.
+    """Rows of each rank in a step of an evaluation: `most`, or where one step holds the split, little more than it has.
 
-    What a split lacks to whole steps is padded, and computed like rows: of a small split that would be most of the work.
+    What a split lacks to a step is padded, and computed like rows: of a small split that would be most of the work. A larger
+    one is not divided evenly: with other rows beside it a row's score has other last bits in some methods, such as STAR.
     """
     of_rank = -(-num_rows // world_size)
-    steps = max(1, -(-of_rank // most))
-    return min(most, -(-of_rank // (steps * _ROWS_AT_ONCE)) * _ROWS_AT_ONCE)
+    return min(most, -(-of_rank // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
 
 
 def hardware_of(world: World) -> Hardware:

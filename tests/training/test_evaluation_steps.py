@@ -1,25 +1,45 @@
 """Rows that an evaluation computes: those of the split, and little padding."""
 
+import numpy as np
 import pytest
 
 from mmlrec.config import load_config
 from mmlrec.distributed.world import process_group
-from mmlrec.evaluation.evaluation import evaluate_split
+from mmlrec.evaluation.evaluation import evaluate_split, predict_split
+from mmlrec.registry import load
+from mmlrec.session import session as session_module
 from mmlrec.session.session import build_session, rows_of_step
 from tests.datasets import write_dataset
 
 
 @pytest.mark.parametrize("most", [1, 7, 128, 200, 8192])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_steps_are_as_few_as_can_be_and_pad_little(most, world_size):
+def test_a_split_that_a_step_holds_is_padded_little_and_others_are_divided_as_ever(most, world_size):
     for num_rows in [1, 2, 5, 127, 128, 129, 1000, 8191, 8192, 8193, 10_000, 65_537]:
         rows = rows_of_step(num_rows, most, world_size)
-        steps = -(-num_rows // (most * world_size))  # fewer cannot hold them
-        assert 1 <= rows <= most
-        assert (steps - 1) * rows * world_size < num_rows <= steps * rows * world_size
-        assert rows % 128 == 0 or rows == most
-        if most % 128 == 0:
-            assert steps * rows - num_rows / world_size < steps * 128 + 1
+        assert rows == most or (rows % 128 == 0 and rows < most)
+        assert rows == most or 0 <= rows * world_size - num_rows < 128 * world_size + world_size
+        if num_rows > most * world_size:
+            assert rows == most
+
+
+@pytest.mark.parametrize("name", ["star", "ple"])
+def test_scores_are_those_of_padded_steps_to_the_bit(tmp_path, name, monkeypatch):
+    """A row's score has other last bits in these methods where other rows are in its step."""
+    write_dataset(tmp_path / "data", rows={"train": 64, "valid": 1500, "test": 900})
+    config = f"dataset: {{path: {tmp_path / 'data'}, setting: mtmsl}}\nmodel: {{name: {name}}}\n"
+    (tmp_path / "config.yaml").write_text(config + "embeddings: {dim: 8, init_std: 1}\ntraining: {eval_batch_size: 1024}\n")
+    found = {}
+    with process_group() as world:
+        session = build_session(load(tmp_path / "config.yaml", []), world, for_training=False)
+        for padded in (False, True):
+            if padded:
+                monkeypatch.setattr(session_module, "rows_of_step", lambda rows, most, ranks: most)
+            for split in ("valid", "test"):
+                reader = session.reader(split)
+                found[split, padded] = predict_split(session, reader.sequential(), total=reader.num_batches).logits
+    for split in ("valid", "test"):
+        assert np.array_equal(found[split, False], found[split, True])
 
 
 def _numbers(report, path=""):
