@@ -127,7 +127,8 @@ def parse() -> argparse.Namespace:
     add_import(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    if arguments.compare and (given := [name for name in _OF_A_PLAN if getattr(arguments, name)] + arguments.overrides):
+    given = [name for name in _OF_A_PLAN if getattr(arguments, name) is not parser.get_default(name)] + arguments.overrides
+    if arguments.compare and given:
         parser.error(f"--compare shows two plans that are there, and nothing else: leave out {_option(given[0])}")
     if arguments.hbm and arguments.processes_per_host:
         parser.error("--hbm is the memory of a GPU; that of a host, which its processes share, is --ram")

@@ -171,7 +171,8 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
     before = _set_default_timeouts(timedelta(seconds=timeout), timedelta(seconds=timeout))
     with _joining(rank, world_size, timeout):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    together = True  # whether all ranks leave
+    # Whether this rank takes its leave. NCCL would wait until the others do, too: on an error nobody would hear the cause.
+    together = backend == "gloo" or world_size == 1
     try:
         control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         assert control is not None
@@ -187,11 +188,10 @@ def _joined(timeout: float, joined: list[Heartbeat]) -> Iterator[World]:
         joined.append(heartbeat)
         with parts.seeing_waits():
             yield World(rank, world_size, local_world_size, device, control, start[0], heartbeat, storage, parts)
+        together = True
     except Exception as error:
         if world_size == 1:
             raise
-        # NCCL would wait for the other ranks to leave, too, and nobody would hear the cause: this process ends without.
-        together = backend == "gloo"
         if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
             together = False
             lost = heartbeat.lost()

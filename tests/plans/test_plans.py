@@ -423,6 +423,7 @@ def test_backward_passes_that_a_strategy_adds_are_told():
     [
         (["--compare", "a", "b", "--json", "c"], "leave out --json"),
         (["--compare", "a", "b", "--hosts", "2"], "leave out --hosts"),
+        (["--compare", "a", "b", "--round", "0us"], "leave out --round"),
         (["--compare", "a", "b", "embeddings.dim=8"], "leave out embeddings.dim=8"),
         (["--config", "x", "--processes-per-host", "2", "--hbm", "8GiB"], "is --ram"),
     ],
