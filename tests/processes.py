@@ -9,6 +9,7 @@ Where there is a GPU each process begins anew: importing fbgemm asks for the dri
 from one that has done so; ranks would find no GPU, and train on the CPU.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -102,8 +103,10 @@ class Command:
         return stdout, stderr
 
     def send_signal(self, number: int) -> None:
+        """To a process that has not ended; as with `subprocess.Popen`, to none where it ends at this moment."""
         if self.poll() is None:
-            os.kill(self._process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # the server has seen its end, and we have not heard of it yet
+                os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
