@@ -48,11 +48,6 @@ _RATES = {
     "--round": "round",
     "--launch": "launch",
 }
-#: Options that say what is to be planned.
-_OF_A_PLAN = (
-    *("tables", "hosts", "gpus_per_host", "processes_per_host", "hbm", "ram", "bandwidth", "bandwidth_in_host"),
-    *("memory_bandwidth", "tflops", "round", "launch", "no_alternatives", "json"),
-)
 _PARTS = ("rank", "weights", "state", "network", "activations", "buffers", "sum", "tables in its host")
 
 
@@ -127,17 +122,14 @@ def parse() -> argparse.Namespace:
     add_import(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    given = [name for name in _OF_A_PLAN if getattr(arguments, name) is not parser.get_default(name)] + arguments.overrides
-    if arguments.compare and given:
-        parser.error(f"--compare shows two plans that are there, and nothing else: leave out {_option(given[0])}")
+    beside = {name: value for name, value in vars(arguments).items() if name not in ("compare", "imports", "overrides")}
+    given = [f"--{name.replace('_', '-')}" for name, value in beside.items() if value is not parser.get_default(name)]
+    if arguments.compare and (given or arguments.overrides):
+        first = (given + arguments.overrides)[0]
+        parser.error(f"--compare shows two plans that are there, and nothing else: leave out {first}")
     if arguments.hbm and arguments.processes_per_host:
         parser.error("--hbm is the memory of a GPU; that of a host, which its processes share, is --ram")
     return arguments
-
-
-def _option(name: str) -> str:
-    """As it is written: a name of `_OF_A_PLAN`, or a key of the configuration."""
-    return f"--{name.replace('_', '-')}" if name in _OF_A_PLAN else name
 
 
 def main() -> None:

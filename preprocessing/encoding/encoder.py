@@ -355,28 +355,32 @@ def check_canonical(dataset: Dataset, batch: pa.RecordBatch) -> None:
         label = batch.column(label_column(task.name))
         binary = task.kind == "binary"
         good = pc.or_(pc.equal(label, 0), pc.equal(label, 1)) if binary else pc.is_finite(label)
-        if pc.all(good).as_py() is False:
-            found, must = label.filter(pc.invert(good))[0], "0 or 1" if binary else "a finite number"
+        if found := _first_bad(label, good):
+            must = "0 or 1" if binary else "a finite number"
             raise DataError(
                 f"{dataset.name}: label of task '{task.name}' is {found}, must be {must}, or null (not nan) if it is missing."
             )
     if dataset.weighted:
         weight = batch.column(WEIGHT_COLUMN)
         good = pc.and_(pc.is_finite(weight), pc.greater_equal(weight, 0)).fill_null(False)
-        if pc.all(good).as_py() is False:
-            found = weight.filter(pc.invert(good))[0]
-            raise DataError(
-                f"{dataset.name}: {WEIGHT_COLUMN} is {found if found.is_valid else 'null'}, must be a number from 0 on."
-            )
+        if found := _first_bad(weight, good):
+            raise DataError(f"{dataset.name}: {WEIGHT_COLUMN} is {found}, must be a number from 0 on.")
     if dataset.scenario is not None:
         scenario, count = batch.column(SCENARIO_COLUMN), len(dataset.scenario.values)
         good = pc.and_(pc.greater_equal(scenario, 0), pc.less(scenario, count)).fill_null(False)
-        if pc.all(good).as_py() is False:
-            found = scenario.filter(pc.invert(good))[0]
+        if found := _first_bad(scenario, good):
             raise DataError(
-                f"{dataset.name}: {SCENARIO_COLUMN} is {found if found.is_valid else 'null'}, must be 0..{count - 1}, the place"
-                f" of the row's scenario in {', '.join(dataset.scenario.values)}."
+                f"{dataset.name}: {SCENARIO_COLUMN} is {found}, must be 0..{count - 1}, the place of the row's scenario in"
+                f" {', '.join(dataset.scenario.values)}."
             )
+
+
+def _first_bad(values: pa.Array, good: pa.BooleanArray) -> str | None:
+    """The first value that is not good, in words; None where all are, or where that is not known (null)."""
+    if pc.all(good).as_py() is not False:
+        return None
+    found = values.filter(pc.invert(good))[0]
+    return str(found) if found.is_valid else "null"
 
 
 def encoded_schema(dataset: Dataset) -> pa.Schema:
