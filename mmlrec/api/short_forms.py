@@ -12,12 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.api.frames import Frame, arrow_table, values_of
+from mmlrec.encoding.typed import is_list
 from mmlrec.errors import ConfigError
 
-_LISTS = (
-    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
-    *(pa.types.is_list_view, pa.types.is_large_list_view),
-)
 #: Most scenarios that a column's values are taken for without being named.
 _MOST_SCENARIOS = 100
 _KINDS = ("id", "ids", "number")
@@ -115,7 +112,7 @@ class ShortForms:
     def _feature(self, name: str, kind: str | None, where: str) -> dict[str, Any]:
         column = self._column(name, where)
         found = column.type
-        several = any(test(found) for test in _LISTS)
+        several = is_list(found)
         cell = found.value_type if several else found
         if kind is None:
             if pa.types.is_floating(cell) and not several:

@@ -36,6 +36,11 @@ _LIST_TYPES = (
 _KINDS = {pa.int64(): "an integer", pa.float64(): "a number", pa.string(): "text"}
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether it is a type of lists, in any of Arrow's forms."""
+    return any(test(kind) for test in _LIST_TYPES)
+
+
 def plain(values: pa.Array) -> pa.Array:
     """The values of a dictionary as such, and text of any type as string."""
     values = values.dictionary_decode() if isinstance(values, pa.DictionaryArray) else values
@@ -82,7 +87,7 @@ def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> C
 def as_lists(values: pa.Array, kind: pa.DataType, separator: str | None, column: str, cells: Cells) -> Converted:
     """Lists of int64 or string, from lists or text; null is an empty list, or stays null. Raises as `as_type`."""
     values = plain(values)
-    if not any(test(values.type) for test in _LIST_TYPES):
+    if not is_list(values.type):
         if separator is None and not (pa.types.is_string(values.type) or pa.types.is_null(values.type)):
             raise DataError(
                 f"column '{column}' is of type {values.type}; a list of ids is needed in each row, or a JSON list as text."

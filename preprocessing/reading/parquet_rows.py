@@ -15,15 +15,12 @@ import pyarrow.parquet as pq
 
 from mmlrec.encoding.cells import VECTORS, Cells
 from mmlrec.encoding.conversions import FOUND, ROUNDED, UNSIGNED, whole
+from mmlrec.encoding.typed import is_list
 from mmlrec.errors import DataError, did_you_mean
 from preprocessing.reading.packed import check_size
 from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
 
 _MOST_ROWS = 1 << 17
-_LIST_TYPES = (
-    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
-    *(pa.types.is_list_view, pa.types.is_large_list_view),
-)
 #: Type of texts -> that of the same bytes.
 _BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
@@ -118,7 +115,7 @@ class ParquetRows(Source):
             found = schema.field(name).type
             if pa.types.is_null(found):  # as pandas writes a column in which all is missing
                 continue
-            if _is_list(kind) != _is_list(found) or not _usable(_element(found), _element(kind)):
+            if is_list(kind) != is_list(found) or not _usable(_element(found), _element(kind)):
                 remedy = _remedy(name, found, kind)
                 raise DataError(f"{path}: column '{name}' is of type {found}; {_word(kind)} is needed. {remedy}")
 
@@ -145,12 +142,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the Parquet file is truncated or damaged ({why}). Fetch it again.") from error
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(test(kind) for test in _LIST_TYPES)
-
-
 def _element(kind: pa.DataType) -> pa.DataType:
-    kind = kind.value_type if _is_list(kind) else kind
+    kind = kind.value_type if is_list(kind) else kind
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -174,24 +167,24 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
 def _word(kind: pa.DataType) -> str:
     words = {"int64": "integer", "float": "number", "double": "number", "bool": "boolean"}
     word = words.get(str(_element(kind)), "string")
-    return f"list of {word}s" if _is_list(kind) else word
+    return f"list of {word}s" if is_list(kind) else word
 
 
 def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     """What can be done with a column of another type than the wanted one."""
-    if _is_list(found) and pa.types.is_floating(_element(found)):
+    if is_list(found) and pa.types.is_floating(_element(found)):
         return VECTORS
-    if _is_list(found) and not _is_list(wanted):
+    if is_list(found) and not is_list(wanted):
         return "A list of ids is a feature of kind: ids."
     if (pa.types.is_floating(found) or pa.types.is_decimal(found)) and pa.types.is_string(wanted):
         return "Whole numbers are ids with type: int, and times with a format, such as format: seconds."
-    if _is_text(found) and not _is_list(found) and pa.types.is_integer(wanted):
+    if _is_text(found) and not is_list(found) and pa.types.is_integer(wanted):
         return "Text is an id, a key or a scenario with type: string, or in quotes; or write it anew as integers."
-    if _is_text(found) and not _is_list(found) and pa.types.is_floating(wanted):
+    if _is_text(found) and not is_list(found) and pa.types.is_floating(wanted):
         return f"Write it anew as numbers. A label of words is a condition, such as \"`{name}` == 'yes'\"."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
         return "Booleans are ids with type: string, 'true' and 'false'."
-    if _is_list(wanted) and not _is_list(found):
+    if is_list(wanted) and not is_list(found):
         return "A value a row is a feature of kind: id, and ids in a text have a separator."
     if pa.types.is_boolean(wanted):
         return "Compare it with what it holds, such as 1 or 'true'."
@@ -202,7 +195,7 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
     """[rows] whether a value can be given as the wanted type; None where every value of this type can."""
     if pa.types.is_null(values.type):
         return None
-    if _is_list(kind):
+    if is_list(kind):
         values = _plain_lists(values)
         inner = _fits(pc.list_flatten(values), _element(kind))
         if inner is None or pc.all(inner).as_py() is not False:
@@ -244,7 +237,7 @@ def _decodes(text: bytes | None) -> bool:
 
 def _plain_lists(values: pa.Array) -> pa.Array:
     """Lists of a fixed size, in which a null takes room, too, and views, which a cast takes wrongly beside nulls, as others."""
-    if not _is_list(values.type) or pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    if not is_list(values.type) or pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return values
     lengths = pc.list_value_length(values).fill_null(0).to_numpy().astype(np.int64)
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
