@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ TYPICAL_MARKS = (
 #: What can be done with a list of numbers.
 VECTORS = "A vector is not read yet: give its components as columns of numbers, such as e_0, e_1, e_2."
 INTEGER = "^-?[0-9]+$"
+#: A number, which may be nan or infinite.
+NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 #: An integer with a point: so does pandas write those of a column in which others are missing.
 WHOLE = r"^(-?[0-9]+)\.0*$"
 

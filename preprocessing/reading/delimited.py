@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mmlrec.encoding.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
+from mmlrec.encoding.cells import BLANKS, INTEGER, NUMBER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
 from mmlrec.encoding.conversions import UNSIGNED
 from mmlrec.errors import ConfigError, DataError, did_you_mean
 from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source
@@ -24,7 +24,6 @@ _REMEDY = "Mend the line or fetch the file again."
 _OWN_REMEDY = "Mend the line."
 _SEPARATORS = ("\t", ";", "|", ",", "::", " ")  # those that are usual
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
 _WORDS = tuple(word for word in _BOOLEANS if word.isalpha())
 _HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
@@ -203,6 +202,8 @@ def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form:
     """What to set so that the header of a table of one's own has the names that it lacks."""
     if first.startswith("#"):
         return "With csv: {comment: '#'} such lines are passed over."
+    if "\ufffd" in first:
+        return f"It holds bytes that are not {form.encoding}. Set its encoding, such as csv: {{encoding: cp1252}}."
     read = f"The separator {form.separator!r} makes {len(names)} column{'s' if len(names) > 1 else ''} of it."
     wanted = {*form.columns}
     found = {other: {name.strip(f'{BLANKS}"') for name in first.split(other)} & wanted for other in _SEPARATORS}
@@ -374,6 +375,6 @@ def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> 
             return f"{name} = {value[:80]} does not fit into 64 bits"
     if pa.types.is_boolean(kind) and field not in _BOOLEANS:
         return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
-    if pa.types.is_floating(kind) and not (_NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
+    if pa.types.is_floating(kind) and not (NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
         return f"{name} must be a number, found {value[:80]!r}"
     return ""

@@ -299,6 +299,18 @@ class RawFolder:
             return DataError(f"{example.path}, line {example.line}: {example.complaint} No row of the file is good.")
         return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again, or leave it out.")
 
+    def nothing(self) -> DataError:
+        """The complaint where no file has a row, or none that is kept."""
+        shown = ", ".join(map(str, [*self.paths.values()][:3])) + (" ..." if len(self.paths) > 3 else "")
+        reasons: dict[str, int] = {}
+        for counts in self.passed_over.values():
+            for reason, count in counts.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        if not reasons:
+            return DataError(f"{shown}: no rows, at most a header. Name files that have rows.")
+        counted = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+        return DataError(f"{shown}: no row is kept; all are passed over ({counted}). Name files with others.")
+
     def blocks(self, source: Source, piece_bytes: int | None = None) -> Iterator[Block]:
         """The blocks of a file that have rows. Raises as `map` does; a caller that finds bad rows in them adds them itself."""
         return self.map(lambda block: block, source, piece_bytes)
@@ -361,7 +373,8 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
 
 def _refuse_others(path: Path, text: bytes) -> None:
     """Raise DataError where a file is no text that can be read as a table."""
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # In Latin-1 the two bytes are letters; but in UTF-16 every line end, at least, has a zero byte.
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in text:
         raise DataError(f"{path}: text in UTF-16, which is not read. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
     start = text[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):

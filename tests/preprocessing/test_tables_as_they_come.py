@@ -88,12 +88,12 @@ def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path)
     ("lines", "words"),
     [
         (
-            ['{"user": "7", "x": 1, "y": 1}'],
-            "user must be an integer, found '7'. A text is an id, a key or a scenario with type: string",
+            ['{"user": "u7", "x": 1, "y": 1}'],
+            "user must be an integer, found 'u7'. A text is an id, a key or a scenario with type: string",
         ),
         (
-            ['{"user": 7, "x": 1, "y": "1"}'],
-            "y must be a number, found '1'. Mend the line. A label of words is a condition, such as \"`y` ==",
+            ['{"user": 7, "x": 1, "y": "yes"}'],
+            "y must be a number, found 'yes'. Mend the line. A label of words is a condition, such as \"`y` ==",
         ),
         (
             ['{"user": 7, "x": "NA", "y": 1}'],
@@ -149,6 +149,19 @@ def test_a_header_alone_is_a_file_without_rows(tmp_path, capsys):
         config = small(tmp_path, files=["rows*"])
         assert f"{name}: the file is empty, or has no good row." in told(capsys, config, tmp_path / "bad")
         (config.parent / name).unlink()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_files_without_rows_alone_are_named(form, tmp_path, capsys):
+    config = small(tmp_path, SMALL.partition("\n")[0] + "\n")
+    if form == "parquet":
+        config = small(tmp_path, b"", "rows.parquet")
+        pq.write_table(pa.table({"user": pa.array([], pa.string()), "x": [], "y": []}), config.parent / "rows.parquet")
+    assert f"rows.{form}: no rows, at most a header. Name files that have rows." in told(capsys, config, tmp_path / "out")
+    scenario = {"column": "d", "values": ["a", "b"], "others": "drop"}
+    config = small(tmp_path, "user,x,d,y\n" + "u,1,c,0\n" * 20, scenario=scenario)
+    words = "rows.csv: no row is kept; all are passed over (other scenarios: 20)."
+    assert words in told(capsys, config, tmp_path / "out")
 
 
 # Separators.
@@ -225,6 +238,23 @@ def test_bytes_of_another_encoding_are_told_its_key(tmp_path, capsys):
     assert "Set its encoding, such as csv: {encoding: cp1252}." in message
     make(small(tmp_path, text, csv={"encoding": "cp1252"}).parent, tmp_path / "out")
     assert "größe" in vocabulary(tmp_path / "out", "user")[0]
+
+
+def test_a_header_that_is_not_utf_8_is_told_its_encoding(tmp_path, capsys):
+    text = SMALL.replace("user", "größe").encode("cp1252")
+    features = {"user": {"kind": "id", "column": "größe"}, "x": {"kind": "number"}}
+    assert "Set its encoding, such as csv: {encoding: cp1252}." in told(
+        capsys, small(tmp_path, text, features=features), tmp_path / "out"
+    )
+    make(small(tmp_path, text, features=features, csv={"encoding": "cp1252"}).parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize("letters", ["ÿþ", "þÿ"])
+def test_letters_of_latin_1_that_begin_utf_16_elsewhere(letters, tmp_path):
+    text = SMALL.replace("user", f"{letters}rir")
+    features = {"user": {"kind": "id", "column": f"{letters}rir"}, "x": {"kind": "number"}}
+    config = small(tmp_path, text.encode("latin-1"), features=features, csv={"encoding": "latin-1"})
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 20
 
 
 # Names.
@@ -324,12 +354,14 @@ def test_booleans_of_three_formats_are_the_same_dataset(tmp_path):
         ("csv", "yes", "y must be a number, found 'yes'. Mend the line. A label of words is a condition, such as y == 'yes'."),
         ("csv", "t", "A label of words is a condition, such as y == 't'."),
         ("csv", "truee", "y must be a number, found 'truee'"),
-        ("json", "true", "y must be a number, found 'true'. Mend the line."),
+        ("json", "yes", "y must be a number, found 'yes'. Mend the line."),
+        ("parquet", "yes", "A label of words is a condition, such as \"`y` == 'yes'\"."),
         ("json", [0.5], "y must be a number, found [0.5]. A vector is not read yet"),
     ],
 )
 def test_what_is_no_boolean(form, value, words, tmp_path, capsys):
-    columns = {"user": ["u"] * 20, "x": list(range(20)), "y": [True] * 19 + [value]}
+    good = ["true"] if form == "parquet" else [True]  # whose columns have one type
+    columns = {"user": ["u"] * 20, "x": list(range(20)), "y": good * 19 + [value]}
     assert words in told(capsys, write(tmp_path, form, columns), tmp_path / "out")
 
 
@@ -361,6 +393,20 @@ def test_integers_of_json_where_text_is_wanted(tmp_path):
 
 
 CELLS = ["true", "false", "7", "7.0", "-7", '"7"', '"true"', "null", '"NA"', "[true]", "1e3", "{}", "7.5", "tru", "true7"]
+CELLS += [
+    "07",
+    '"07.0"',
+    '" -7 "',
+    '"7x"',
+    '"1,5"',
+    '"+.5e1"',
+    '"nan"',
+    '"1e999"',
+    '" "',
+    '""',
+    '"\\u0037"',
+    '"9223372036854775808"',
+]
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.int64(), pa.string(), pa.bool_()], ids=str)
@@ -381,13 +427,82 @@ def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending,
     good = [cell for line, cell in enumerate(CELLS, 1) if line in alone]
     assert [*found(good, 1 << 20).values()] == [*alone.values()]
     expected = {
-        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None, "1e3": 1000, "7.5": 7.5},
-        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None},
+        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, '"7"': 7, '"true"': 1, "null": None, '"NA"': None}
+        | {"1e3": 1000, "7.5": 7.5, '"07.0"': 7, '" -7 "': -7, '"+.5e1"': 5, '""': None, '"\\u0037"': 7}
+        | {'"9223372036854775808"': 2.0**63},
+        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, '"7"': 7, "null": None, '"NA"': None, '"07.0"': 7, '" -7 "': -7, '""': None}
+        | {'"\\u0037"': 7},
         pa.string(): {"true": "true", "false": "false", "7": "7", "-7": "-7", '"7"': "7", '"true"': "true", "null": None}
-        | {'"NA"': None},
-        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None},
+        | {'"NA"': None}
+        | {cell: json.loads(cell) for cell in CELLS[15:] if cell.startswith('"')},
+        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None, '""': None},
     }
     assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
+
+
+TEXTS = ["7", "-7", "7.0", "007", str(2**53 + 1), str(-(2**63)), "", "NA", None]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_integers_as_text_are_the_same_ids_in_every_format_and_in_scoring(several, tmp_path):
+    """As integers are: which of the two a line has does not count, and no digit gets lost."""
+    integers = [7, -7, 7, 7, 2**53 + 1, -(2**63), None, None, None] * 6
+    texts = TEXTS * 6
+    mixed = [value if row % 2 else text for row, (text, value) in enumerate(zip(texts, integers, strict=True))]
+    numbers = {"x": [row + 0.5 for row in range(54)], "k": list(range(54)), "y": [row % 2 for row in range(54)]}
+    others = {name: [str(value) for value in column] for name, column in numbers.items()}
+
+    def ids(cells):
+        return [[cell, cell] for cell in cells] if several else cells
+
+    in_csv = ['"{}"'.format(json.dumps([text, text]).replace('"', '""')) for text in texts] if several else texts
+    forms = {
+        "csv": ("csv", {"u": in_csv, **others}),
+        "texts": ("json", {"u": ids(texts), **others}),
+        "integers": ("json", {"u": ids(integers), **numbers}),
+        "mixed": ("json", {"u": ids(mixed), **numbers}),
+        "parquet texts": ("parquet", {"u": ids(texts), **others}),
+        "parquet": ("parquet", {"u": ids(integers), **numbers}),
+    }
+    features = {"u": {"kind": "ids" if several else "id", "type": "int"}, "x": {"kind": "number"}}
+    made = {}
+    for name, (form, columns) in forms.items():
+        (tmp_path / name).mkdir()
+        config = write(tmp_path / name, form, columns, features=features, missing=["NA"], keys={"k": {"type": "int"}})
+        make(config.parent, tmp_path / name / "out")
+        made[name] = content(tmp_path / name / "out")
+        assert made[name] == made["csv"], name
+    assert set(vocabulary(tmp_path / "csv" / "out", "u")[0]) == {7, -7, 2**53 + 1, -(2**63)}
+    encoder = Encoder.load(tmp_path / "csv" / "out")
+    as_text, as_such = (
+        encoder.inputs(pa.table({"u": pa.array(ids(cells)), "x": x}))
+        for cells, x in ((texts, others["x"]), (integers, numbers["x"]))
+    )
+    assert as_text.ids["u"][0].tolist() == as_such.ids["u"][0].tolist()
+    assert as_text.dense.tolist() == as_such.dense.tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("text", ["7.5", "+7", "1,000", "1 000", "0x7", "1e3", "7_0", "٧"])
+def test_a_text_that_is_no_integer_is_a_bad_row(form, text, tmp_path, capsys):
+    columns = {"u": [str(row) for row in range(30)] + [text], "x": list(range(31)), "y": [row % 2 for row in range(31)]}
+    if form == "csv":
+        columns["u"][-1] = f'"{text}"'
+    features = {"u": {"kind": "id", "type": "int"}, "x": {"kind": "number"}}
+    message = told(capsys, write(tmp_path, form, columns, features=features), tmp_path / "out")
+    assert f"line {32 if form == 'csv' else 31}: u " in message
+    assert f"found {text}" in message or f"found '{text}'" in message
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_integers_in_a_json_list_are_ids_of_text(form, tmp_path):
+    """As those of a list column of Parquet."""
+    lists = [[1, "b", True], [2], [], ["1"]] * 10
+    columns = {"u": lists, "y": [row % 2 for row in range(40)]}
+    if form == "csv":
+        columns["u"] = ['"{}"'.format(json.dumps(each).replace('"', '""')) for each in lists]
+    make(write(tmp_path, form, columns, features={"u": {"kind": "ids"}}).parent, tmp_path / "out")
+    assert set(vocabulary(tmp_path / "out", "u")[0]) == {"1", "2", "b", "true"}
 
 
 # What YAML makes of a text.
