@@ -70,4 +70,7 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A suggestion for a mistyped name, as a sentence with a leading space, or the empty string."""
     spelling = {choice.lower(): choice for choice in allowed}
     close = difflib.get_close_matches(name.lower(), spelling, n=1)
-    return f" Did you mean '{spelling[close[0]]}'?" if close else ""
+    if not close:
+        return ""
+    found = spelling[close[0]]
+    return f" Did you mean '{found}'?" if found.isprintable() else f" Did you mean {found!r}, with what is not seen in it?"

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.encoding import conversions as to
-from mmlrec.encoding.cells import Cells
+from mmlrec.encoding.cells import BLANKS, Cells
 from mmlrec.encoding.conversions import FOUND
 from mmlrec.encoding.features import feature_values, scenario_ids
 from mmlrec.encoding.specs import FeatureSpec, ScenarioSpec
@@ -58,7 +58,7 @@ from preprocessing.own_tables.recorded import encoded_parts, recorded_table_conf
 from preprocessing.reading.delimited import DelimitedText
 from preprocessing.reading.json_lines import JsonLines
 from preprocessing.reading.parquet_rows import ParquetRows
-from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source, where_else
 from preprocessing.rows import own_columns
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
@@ -193,9 +193,9 @@ class Table(Dataset):
         lacking = next((key for key in sorted(wanted - seen.keys()) if not self._occurs(raw, key)), None)
         if lacking is None:
             return
+        path = raw.paths[next(iter(self._sides))]
         raise DataError(
-            f"{raw.paths[next(iter(self._sides))]}: no line has the key '{lacking}'."
-            f"{did_you_mean(lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
+            f"{path}: no line has the key '{lacking}'.{where_else(path, lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
         )
 
     def _occurs(self, raw: RawFolder, key: str) -> bool:
@@ -433,6 +433,8 @@ class Table(Dataset):
         if scenario.others == "error":
             complaint = f"{scenario.column} holds no value of the scenarios{FOUND}."
             remedy = "Add it to scenario.values, or say with scenario.others what to do."
+            if not self._cells.strip and _in_blanks(table[scenario.column].filter(pa.array(~there)), known):
+                remedy = "Blanks stand around it: strip: true drops them."
             if self._is_like_another:  # whose scenarios are those of a model
                 remedy = f"Known are: {', '.join(map(str, known))}. Leave the line out, or pass over it by --max-bad-rows."
             faults.append((there, f"{complaint} {remedy}", scenario.column))
@@ -464,6 +466,12 @@ def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     if like is not None:
         config = with_files(config, options.new_files, one_split=options.one_split)
     return config, where
+
+
+def _in_blanks(values: pa.ChunkedArray, known: dict[int | str, int]) -> bool:
+    """Whether all texts are known without the blanks around them."""
+    texts = [value for value in values.unique().to_pylist() if isinstance(value, str)]
+    return bool(texts) and all(text.strip(BLANKS) in known for text in texts)
 
 
 def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:

@@ -211,6 +211,8 @@ class ScenarioConfig(StrictModel):
         mapping = {value: str(value) for value in values} if isinstance(values, list) else values
         if isinstance(mapping, dict) and any(isinstance(value, bool) for value in (*mapping, *mapping.values())):
             raise ValueError("true or false among the values: YAML reads NO, yes, on and off so; write them in quotes")
+        if isinstance(mapping, dict) and (other := [value for value in mapping if not isinstance(value, int | str)]):
+            raise ValueError(f"{other[0]} among the values: integers and texts tell scenarios; write it in quotes")
         return mapping
 
     @model_validator(mode="after")
@@ -245,6 +247,11 @@ class KeyConfig(StrictModel):
             return self
         if self.type != "datetime":
             raise ValueError(f"format is for type: datetime, not for {self.type}")
+        if "%Z" in self.format.replace("%%", ""):
+            raise ValueError(
+                "format: %Z, the name of a zone, tells no offset: give times with offsets, %z, or in UTC, with the name as it"
+                " stands, such as '%d.%m.%Y %H:%M UTC'"
+            )
         if self.format not in TIME_UNITS and not _dates_rows(self.format):
             raise ValueError(
                 f"format: {self.format!r} is no form of a time.{did_you_mean(self.format, TIME_UNITS)} Give seconds,"

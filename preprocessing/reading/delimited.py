@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mmlrec.encoding.cells import BLANKS, INTEGER, NUMBER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
+from mmlrec.encoding.cells import BLANKS, INTEGER, NUMBER, TYPICAL_MARKS, VECTORS, WHOLE, Cells, how_numbers_stand
 from mmlrec.encoding.conversions import UNSIGNED
-from mmlrec.errors import ConfigError, DataError, did_you_mean
-from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source
+from mmlrec.errors import ConfigError, DataError
+from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source, where_else
 
 _REMEDY = "Mend the line or fetch the file again."
 _OWN_REMEDY = "Mend the line."
-_SEPARATORS = ("\t", ";", "|", ",", "::", " ")  # those that are usual
+_SEPARATORS = ("\t", ";", "|", ",", "::", " ", "\x01")  # those that are usual
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
 _WORDS = tuple(word for word in _BOOLEANS if word.isalpha())
@@ -193,15 +193,17 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
         lacks = f"lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is {first[:80]!r}"
         remedy = "Fetch the file again, or name its columns in the first line."
         if form.cells is not None:
-            remedy = _header_remedy(first, names, missing, form)
+            remedy = _header_remedy(path, first, names, missing, form)
         raise DataError(f"{path}, line {number}: the header {lacks}. {remedy}")
     return names
 
 
-def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form: DelimitedText) -> str:
+def _header_remedy(path: Path, first: str, names: tuple[str, ...], missing: list[str], form: DelimitedText) -> str:
     """What to set so that the header of a table of one's own has the names that it lacks."""
     if first.startswith("#"):
         return "With csv: {comment: '#'} such lines are passed over."
+    if "\0" in first:
+        return "It holds zero bytes, as text in UTF-16 does, which is not read: convert it to UTF-8 by iconv."
     if "\ufffd" in first:
         return f"It holds bytes that are not {form.encoding}. Set its encoding, such as csv: {{encoding: cp1252}}."
     read = f"The separator {form.separator!r} makes {len(names)} column{'s' if len(names) > 1 else ''} of it."
@@ -213,8 +215,8 @@ def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form:
     if any(name.strip(BLANKS) in missing for name in names):
         return "Blanks stand around its names: strip: true drops them."
     return (
-        f"{read}{did_you_mean(missing[0], names)} Name the columns as the header does; or set the separator, csv: {{separator:"
-        " ...}; or, where this line is a row, name the columns, csv: {header: false, columns: [...]}."
+        f"{read}{where_else(path, missing[0], names)} Name the columns as the header does; or set the separator, csv:"
+        " {separator: ...}; or, where this line is a row, name the columns, csv: {header: false, columns: [...]}."
     )
 
 
@@ -357,7 +359,7 @@ def _cell_remedy(name: str, cell: str, kind: pa.DataType, form: DelimitedText) -
         return f"{_OWN_REMEDY} A label of words is a condition, such as {name} == '{cell[:20]}'."
     if pa.types.is_integer(kind) and form.cells is not None and cell.removeprefix("-").isdecimal():
         return UNSIGNED
-    return _remedy(form)
+    return _remedy(form) + ("" if form.cells is None else how_numbers_stand(cell))
 
 
 def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> str:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import BLANKS, NUMBER, TYPICAL_MARKS, VECTORS, Cells
+from mmlrec.encoding.cells import BLANKS, NESTED, NUMBER, TYPICAL_MARKS, VECTORS, Cells, how_numbers_stand
 from mmlrec.encoding.conversions import REMEDY, UNSIGNED, integer_text, json_item
 from mmlrec.encoding.typed import WORDS, as_lists, as_type
 from mmlrec.errors import DataError
@@ -325,6 +325,8 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
         if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
             numbers = isinstance(value, list) and any(isinstance(item, float) for item in value)
             remedy = _remedy_of_text(name, value, kind) if isinstance(value, str) else why.remedy
+            if isinstance(value, _Object) or (isinstance(value, list) and any(isinstance(item, _Object) for item in value)):
+                remedy = NESTED
             return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), remedy)
     return None
 
@@ -336,7 +338,11 @@ def _remedy_of_text(name: str, text: str, kind: pa.DataType) -> str | None:
     if text.strip(BLANKS).lower() in TYPICAL_MARKS:
         return f"If it means a missing value, say so: missing: ['{text}']."
     if pa.types.is_integer(kind):
-        return "A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line."
+        return (
+            f"A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line.{how_numbers_stand(text)}"
+        )
+    if hint := how_numbers_stand(text):
+        return f"{REMEDY}{hint}"
     return f'{REMEDY} A label of words is a condition, such as "`{name}` == {text[:20]!r}".'
 
 

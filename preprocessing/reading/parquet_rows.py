@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmlrec.encoding.cells import VECTORS, Cells
+from mmlrec.encoding.cells import NESTED, VECTORS, Cells
 from mmlrec.encoding.conversions import FOUND, ROUNDED, UNSIGNED, whole
 from mmlrec.encoding.typed import as_lists, as_type, is_list
-from mmlrec.errors import DataError, did_you_mean
+from mmlrec.errors import DataError
 from preprocessing.reading.packed import check_size
-from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
+from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source, where_else
 
 _MOST_ROWS = 1 << 17
 #: Type of texts -> that of the same bytes.
@@ -117,7 +117,7 @@ class ParquetRows(Source):
                 continue
             if name not in schema.names:
                 raise DataError(
-                    f"{path}: there is no column '{name}'.{did_you_mean(name, schema.names)}"
+                    f"{path}: there is no column '{name}'.{where_else(path, name, schema.names)}"
                     f" Columns: {', '.join(schema.names[:20])}{' ...' if len(schema.names) > 20 else ''}."
                 )
             if schema.names.count(name) > 1:
@@ -165,12 +165,13 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_null(found):
         return True
     number = pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
+    text = found in _BYTES
     if pa.types.is_integer(wanted):
-        return number or _is_text(found)
+        return number or text
     if pa.types.is_floating(wanted):
-        return number or _is_text(found) or pa.types.is_boolean(found)
+        return number or text or pa.types.is_boolean(found)
     if pa.types.is_string(wanted):
-        return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
+        return text or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
     return pa.types.is_boolean(found)
 
 
@@ -184,6 +185,8 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     """What can be done with a column of another type than the wanted one."""
     if is_list(found) and pa.types.is_floating(_element(found)):
         return VECTORS
+    if pa.types.is_struct(_element(found)) or pa.types.is_map(found):
+        return NESTED
     if is_list(found) and not is_list(wanted):
         return "A list of ids is a feature of kind: ids."
     if (pa.types.is_floating(found) or pa.types.is_decimal(found)) and pa.types.is_string(wanted):
@@ -202,6 +205,7 @@ def _remedy_of_text(name: str, kind: pa.DataType) -> str:
     words = "Texts that mean a missing value stand under missing."
     if pa.types.is_integer(_element(kind)):
         return f"{words} Others are ids, keys or scenarios with type: string, or in quotes."
+    words += " Numbers have a point before decimals and nothing between thousands."
     return f"{words} A label of words is a condition, such as \"`{name}` == 'yes'\"."
 
 
