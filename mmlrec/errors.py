@@ -74,3 +74,11 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
         return ""
     found = spelling[close[0]]
     return f" Did you mean '{found}'?" if found.isprintable() else f" Did you mean {found!r}, with what is not seen in it?"
+
+
+def kind_of(rows: object) -> str:
+    """What these are that are no rows, for a message; of frames of other libraries, such as polars, how they become some."""
+    name = type(rows).__name__
+    if not hasattr(rows, "__arrow_c_stream__"):
+        return name
+    return f"{type(rows).__module__.partition('.')[0]}.{name}; give pyarrow.table(frame), which takes it as it is"

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.encoding.specs import RawColumn
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, kind_of
 
 if TYPE_CHECKING:
     import pandas
@@ -36,7 +36,7 @@ def raw_table(rows: Any, columns: Mapping[str, RawColumn]) -> pa.Table:
     if _is_frame(rows):
         return pa.table({name: _array(rows[name], columns[name]) for name in _named(list(rows.columns), columns)})
     if not isinstance(rows, list):
-        raise DataError(f"rows must be a pandas DataFrame, an Arrow table or a list of dicts, found {type(rows).__name__}.")
+        raise DataError(f"rows must be a pandas DataFrame, an Arrow table or a list of dicts, found {kind_of(rows)}.")
     for row, cells in enumerate(rows):
         if not isinstance(cells, dict):
             raise _refusal(row, "an object with a value for each column is needed", cells)
