@@ -93,8 +93,9 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -
         one_by_one = [_json_list(text, column, kind, cells) for text in filled.to_pylist()]
     good = np.array([ids is not None for ids in one_by_one], bool)
     fits = np.array([all(isinstance(each, str) or _fits(each) for each in ids or []) for ids in one_by_one], bool)
-    what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
-    complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
+    what, such = ("integers of 64 bits", "[1, 2]") if pa.types.is_integer(kind) else ("strings", '["a", "b"]')
+    remedy = f"Mend the line, such as {such}, or name the separator between the ids."
+    complaint = f"{column} must be a JSON list of {what}{FOUND}. {remedy}"
     lists = pa.array([ids if ids and fit else [] for ids, fit in zip(one_by_one, fits, strict=True)], pa.list_(kind))
     return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column), column)]
 

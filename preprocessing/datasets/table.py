@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.encoding import conversions as to
-from mmlrec.encoding.cells import BLANKS, Cells
+from mmlrec.encoding.cells import BLANKS, NESTED, Cells
 from mmlrec.encoding.conversions import FOUND
 from mmlrec.encoding.features import feature_values, scenario_ids
 from mmlrec.encoding.specs import FeatureSpec, ScenarioSpec
@@ -190,17 +190,24 @@ class Table(Dataset):
                 return
         if not seen:
             return  # no JSON lines at all, as the reader will say
-        lacking = next((key for key in sorted(wanted - seen.keys()) if not self._occurs(raw, key)), None)
+        unseen = sorted(wanted - seen.keys())
+        absent = (key for key in unseen if not any(key in _json_object(line) for line in self._lines_with(raw, key)))
+        lacking = next(absent, None)
         if lacking is None:
             return
         path = raw.paths[next(iter(self._sides))]
-        raise DataError(
-            f"{path}: no line has the key '{lacking}'.{where_else(path, lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
-        )
+        hint = where_else(path, lacking, seen)
+        if not hint and any(True for _ in self._lines_with(raw, lacking)):
+            hint = f" {NESTED}"
+        raise DataError(f"{path}: no line has the key '{lacking}'.{hint} Keys: {', '.join(list(seen)[:20])}.")
 
-    def _occurs(self, raw: RawFolder, key: str) -> bool:
+    def _lines_with(self, raw: RawFolder, key: str) -> Iterator[bytes]:
+        """The lines in whose text a key, or a value, of this name stands."""
         text = json.dumps(key, ensure_ascii=False).encode()
-        return any(text in piece.text for name in self._sides for piece in raw.pieces(name))
+        for name in self._sides:
+            for piece in raw.pieces(name):
+                if text in piece.text:
+                    yield from (line for line in piece.text.split(b"\n") if text in line)
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""

@@ -202,6 +202,10 @@ def _header_remedy(path: Path, first: str, names: tuple[str, ...], missing: list
     """What to set so that the header of a table of one's own has the names that it lacks."""
     if first.startswith("#"):
         return "With csv: {comment: '#'} such lines are passed over."
+    if first.startswith("sep="):
+        return "With csv: {comment: 'sep='} this line of spreadsheets is passed over."
+    if "\r" in first:
+        return "Its lines end in carriage returns alone: write line feeds in their place, tr '\\r' '\\n'."
     if "\0" in first:
         return "It holds zero bytes, as text in UTF-16 does, which is not read: convert it to UTF-8 by iconv."
     if "\ufffd" in first:
@@ -351,13 +355,15 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
 
 
 def _cell_remedy(name: str, cell: str, kind: pa.DataType, form: DelimitedText) -> str:
+    if form.cells is not None and not cell:
+        return "Where blanks alone mean a missing value, say strip: true."
     if form.cells is not None and cell.lower() in TYPICAL_MARKS:
         return f"If it means a missing value, say so: missing: ['{cell}']."
     if form.cells is not None and pa.types.is_floating(kind) and cell.startswith("["):
         return VECTORS
     if form.cells is not None and pa.types.is_floating(kind) and cell.isalpha():
         return f"{_OWN_REMEDY} A label of words is a condition, such as {name} == '{cell[:20]}'."
-    if pa.types.is_integer(kind) and form.cells is not None and cell.removeprefix("-").isdecimal():
+    if pa.types.is_integer(kind) and form.cells is not None and re.match(INTEGER, cell):
         return UNSIGNED
     return _remedy(form) + ("" if form.cells is None else how_numbers_stand(cell))
 
@@ -372,11 +378,11 @@ def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> 
         if cells is not None and (whole := re.match(WHOLE, value)):
             value = whole[1]
         if not (value.isascii() and value.removeprefix("-").isdigit()):
-            return f"{name} must be an integer, found {value[:80]!r}"
+            return f"{name} must be an integer, found {(value or field)[:80]!r}"
         if len(value.lstrip("-0")) > 19 or not -(2**63) <= int(value) < 2**63:
             return f"{name} = {value[:80]} does not fit into 64 bits"
     if pa.types.is_boolean(kind) and field not in _BOOLEANS:
         return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
     if pa.types.is_floating(kind) and not (NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
-        return f"{name} must be a number, found {value[:80]!r}"
+        return f"{name} must be a number, found {(value or field)[:80]!r}"
     return ""

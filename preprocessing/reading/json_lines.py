@@ -332,7 +332,9 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
 
 
 def _remedy_of_text(name: str, text: str, kind: pa.DataType) -> str | None:
-    """What can be done about a text where a number is wanted; None where it is not."""
+    """What can be done about a text where a number, or a list, is wanted; None where neither is."""
+    if pa.types.is_list(kind):
+        return f"{REMEDY} Of several ids in a text, name what stands between them: separator."
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return None
     if text.strip(BLANKS).lower() in TYPICAL_MARKS:

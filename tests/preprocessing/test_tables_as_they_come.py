@@ -614,6 +614,22 @@ NOT_READ = {
     "names of zones": ("a.csv", lines(), ZONE, ["keys.s: format: %Z, the name of a zone, tells no offset"]),
     "packed twice": ("a.csv.gz", gzip.compress(gzip.compress(lines().encode())), {}, ["a.csv.gz: packed by gzip twice."]),
     "an archive": ("a.tar.gz", gzip.compress(lines().encode()), {}, ["a.tar.gz is packed in a way that is not read."]),
+    "a spreadsheet's first line": ("a.csv", "sep=;\n" + lines(separator=";"), {}, ["With csv: {comment: 'sep='} this line"]),
+    "carriage returns alone": ("a.csv", lines().replace("\n", "\r"), {}, ["Its lines end in carriage returns alone: write"]),
+    "blanks alone": (
+        "a.csv",
+        lines(x=" "),
+        {},
+        ["found ' '. Where blanks alone mean a missing value, say"],
+    ),
+    "a list as text": ("a.jsonl", records(user="a,b"), IDS, ["found 'a,b'", "name what stands between them: separator."]),
+    "a list of Python": (
+        "a.csv",
+        lines(user="\"['a', 'b']\""),
+        IDS,
+        ['Mend the line, such as ["a", "b"], or'],
+    ),
+    "all in objects": ("a.jsonl", '{"id": 1, "of": {"user": "u", "x": 1, "y": 1}}\n' * 20, {}, ["the key 'user'.", OBJECTS]),
     "a workbook": ("a.xlsx", b"PK", {}, ["a.xlsx is of a format that is not read. Save it as CSV, JSON lines or Parquet."]),
 }
 
