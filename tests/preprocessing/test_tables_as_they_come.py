@@ -1,6 +1,5 @@
 """Tables of one's own as others write them: tabs, names with blanks, booleans, anchors and 1e6."""
 
-import datetime
 import gzip
 import json
 import zipfile
@@ -441,71 +440,6 @@ def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending,
     assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
 
 
-TEXTS = ["7", "-7", "7.0", "007", str(2**53 + 1), str(-(2**63)), "", "NA", None]
-
-
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
-def test_integers_as_text_are_the_same_ids_in_every_format_and_in_scoring(several, tmp_path):
-    """As integers are: which of the two a line has does not count, and no digit gets lost."""
-    integers = [7, -7, 7, 7, 2**53 + 1, -(2**63), None, None, None] * 6
-    texts = TEXTS * 6
-    mixed = [value if row % 2 else text for row, (text, value) in enumerate(zip(texts, integers, strict=True))]
-    numbers = {"x": [row + 0.5 for row in range(54)], "k": list(range(54)), "y": [row % 2 for row in range(54)]}
-    others = {name: [str(value) for value in column] for name, column in numbers.items()}
-
-    def ids(cells):
-        return [[cell, cell] for cell in cells] if several else cells
-
-    in_csv = ['"{}"'.format(json.dumps([text, text]).replace('"', '""')) for text in texts] if several else texts
-    forms = {
-        "csv": ("csv", {"u": in_csv, **others}),
-        "texts": ("json", {"u": ids(texts), **others}),
-        "integers": ("json", {"u": ids(integers), **numbers}),
-        "mixed": ("json", {"u": ids(mixed), **numbers}),
-        "parquet texts": ("parquet", {"u": ids(texts), **others}),
-        "parquet": ("parquet", {"u": ids(integers), **numbers}),
-    }
-    features = {"u": {"kind": "ids" if several else "id", "type": "int"}, "x": {"kind": "number"}}
-    made = {}
-    for name, (form, columns) in forms.items():
-        (tmp_path / name).mkdir()
-        config = write(tmp_path / name, form, columns, features=features, missing=["NA"], keys={"k": {"type": "int"}})
-        make(config.parent, tmp_path / name / "out")
-        made[name] = content(tmp_path / name / "out")
-        assert made[name] == made["csv"], name
-    assert set(vocabulary(tmp_path / "csv" / "out", "u")[0]) == {7, -7, 2**53 + 1, -(2**63)}
-    encoder = Encoder.load(tmp_path / "csv" / "out")
-    as_text, as_such = (
-        encoder.inputs(pa.table({"u": pa.array(ids(cells)), "x": x}))
-        for cells, x in ((texts, others["x"]), (integers, numbers["x"]))
-    )
-    assert as_text.ids["u"][0].tolist() == as_such.ids["u"][0].tolist()
-    assert as_text.dense.tolist() == as_such.dense.tolist()
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("text", ["7.5", "+7", "1,000", "1 000", "0x7", "1e3", "7_0", "٧"])
-def test_a_text_that_is_no_integer_is_a_bad_row(form, text, tmp_path, capsys):
-    columns = {"u": [str(row) for row in range(30)] + [text], "x": list(range(31)), "y": [row % 2 for row in range(31)]}
-    if form == "csv":
-        columns["u"][-1] = f'"{text}"'
-    features = {"u": {"kind": "id", "type": "int"}, "x": {"kind": "number"}}
-    message = told(capsys, write(tmp_path, form, columns, features=features), tmp_path / "out")
-    assert f"line {32 if form == 'csv' else 31}: u " in message
-    assert f"found {text}" in message or f"found '{text}'" in message
-
-
-@pytest.mark.parametrize("form", ["csv", "json"])
-def test_integers_in_a_json_list_are_ids_of_text(form, tmp_path):
-    """As those of a list column of Parquet."""
-    lists = [[1, "b", True], [2], [], ["1"]] * 10
-    columns = {"u": lists, "y": [row % 2 for row in range(40)]}
-    if form == "csv":
-        columns["u"] = ['"{}"'.format(json.dumps(each).replace('"', '""')) for each in lists]
-    make(write(tmp_path, form, columns, features={"u": {"kind": "ids"}}).parent, tmp_path / "out")
-    assert set(vocabulary(tmp_path / "out", "u")[0]) == {"1", "2", "b", "true"}
-
-
 # What YAML makes of a text.
 
 
@@ -548,101 +482,6 @@ def test_whole_numbers_of_the_command_line_may_be_1e3(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(config, tmp_path / "none", option, "1.5")
         assert f"{option}: a whole number of 0 or more is needed, such as 1000 or 1e6, found '1.5'" in capsys.readouterr().err
-
-
-# What others write, and is not read: by name, with the remedy.
-
-
-def lines(x="1", user="u", s="a", head="user,x,s,y", separator=","):
-    rows = [separator.join([user, x, s, str(row % 2)]) for row in range(20)]
-    return "\n".join([head.replace(",", separator), *rows]) + "\n"
-
-
-def columns(**given):
-    return pa.table({"user": ["u"] * 20, "x": range(20), "y": [0, 1] * 10} | {name: [of] * 20 for name, of in given.items()})
-
-
-def records(**given):
-    return "".join(json.dumps({"user": "u", "x": row, "y": row % 2} | given) + "\n" for row in range(20))
-
-
-NUMBERS = "Numbers have a point before decimals and nothing between thousands"
-OBJECTS = "What lies in an object is not read: write it as a column, or a key, of its own."
-SCENARIO = {"column": "s", "values": ["a", "b"]}
-IDS = {"features": {"user": {"kind": "ids"}}}
-INTEGERS = {"features": {"user": {"kind": "id", "type": "int"}}}
-DOTTED = {"features": {"user": {"kind": "id", "column": "user.id"}}}
-PARTS = {"features": {"day": {"kind": "id"}}}
-ZONE = {"keys": {"s": {"type": "datetime", "format": "%d.%m.%Y %H:%M %Z"}}}
-NOT_READ = {
-    "thousands with commas": ("a.csv", lines('"1,000"'), {}, ["x must be a number, found '1,000'", NUMBERS]),
-    "thousands with blanks": ("a.csv", lines("1 000,5", separator=";"), {"csv": {"separator": ";"}}, [NUMBERS]),
-    "decimal commas": ("a.csv", lines("1.234,5", separator=";"), {"csv": {"separator": ";"}}, [NUMBERS]),
-    "integers with commas": ("a.csv", lines(user='"1,000"'), INTEGERS, ["user must be an integer, found '1,000'", NUMBERS]),
-    "decimal commas in JSON": ("a.jsonl", records(x="1,5"), {}, ["x must be a number, found '1,5'", NUMBERS]),
-    "decimal commas in Parquet": ("a.parquet", columns(x="1,5"), {}, ["x is no number that can be used, found 1,5", NUMBERS]),
-    "a mark of order in a name": ("a.parquet", columns().rename_columns(["\ufeffuser", "x", "y"]), {}, ["mean '\\ufeffuser'"]),
-    "a blank that is none": ("a.csv", lines(head="user\u00a0,x,s,y"), {}, ["Did you mean 'user\\xa0', with what is not seen"]),
-    "UTF-16 without a mark": ("a.csv", lines().encode("utf-16-le"), {}, ["It holds zero bytes, as text in UTF-16 does"]),
-    "control characters": ("a.csv", lines(separator="\x01"), {}, ['Set another: csv: {separator: "\\u0001"}.']),
-    "lists of lists": ("a.parquet", columns(user=[["a"], ["b"]]), IDS, ["is of type list<", "list of strings is needed."]),
-    "lists of structs": ("a.parquet", columns(user=[{"id": "a"}]), IDS, ["list of strings is needed.", OBJECTS]),
-    "a struct": ("a.parquet", columns(user={"id": "a"}), {}, ["is of type struct<", OBJECTS]),
-    "a field of a struct": ("a.parquet", columns(user={"id": "a"}), DOTTED, ["there is no column 'user.id'.", OBJECTS]),
-    "an object": ("a.jsonl", records(user={"id": "a"}), {}, ["user must be a string, found {'id': 'a'}.", OBJECTS]),
-    "a value of an object": ("a.jsonl", records(user={"id": "a"}), DOTTED, ["no line has the key 'user.id'.", OBJECTS]),
-    "a column in folders": ("day=1/a.parquet", columns(), PARTS, ["there is no column 'day'", "folder, day=1, which is not"]),
-    "a field in folders": (
-        "day=1/a.csv",
-        lines(),
-        PARTS,
-        ["the header lacks day", "folder, day=1, which is not read: write it"],
-    ),
-    "a key in folders": ("day=1/a.json", records(), PARTS, ["no line has the key 'day'", "folder, day=1, which is not read"]),
-    "scenarios in blanks": (
-        "a.csv",
-        lines(s=" a"),
-        {"scenario": SCENARIO},
-        ["found ' a'. Blanks stand around it: strip: true"],
-    ),
-    "scenarios of dates": (
-        "a.csv",
-        lines(),
-        {"scenario": SCENARIO | {"values": [datetime.date(2024, 5, 1), datetime.date(2024, 5, 2)]}},
-        ["scenario.values: 2024-05-01 among the values: integers and texts tell scenarios; write it in quotes."],
-    ),
-    "names of zones": ("a.csv", lines(), ZONE, ["keys.s: format: %Z, the name of a zone, tells no offset"]),
-    "packed twice": ("a.csv.gz", gzip.compress(gzip.compress(lines().encode())), {}, ["a.csv.gz: packed by gzip twice."]),
-    "an archive": ("a.tar.gz", gzip.compress(lines().encode()), {}, ["a.tar.gz is packed in a way that is not read."]),
-    "a spreadsheet's first line": ("a.csv", "sep=;\n" + lines(separator=";"), {}, ["With csv: {comment: 'sep='} this line"]),
-    "carriage returns alone": ("a.csv", lines().replace("\n", "\r"), {}, ["Its lines end in carriage returns alone: write"]),
-    "blanks alone": (
-        "a.csv",
-        lines(x=" "),
-        {},
-        ["found ' '. Where blanks alone mean a missing value, say"],
-    ),
-    "a list as text": ("a.jsonl", records(user="a,b"), IDS, ["found 'a,b'", "name what stands between them: separator."]),
-    "a list of Python": (
-        "a.csv",
-        lines(user="\"['a', 'b']\""),
-        IDS,
-        ['Mend the line, such as ["a", "b"], or'],
-    ),
-    "all in objects": ("a.jsonl", '{"id": 1, "of": {"user": "u", "x": 1, "y": 1}}\n' * 20, {}, ["the key 'user'.", OBJECTS]),
-    "a workbook": ("a.xlsx", b"PK", {}, ["a.xlsx is of a format that is not read. Save it as CSV, JSON lines or Parquet."]),
-}
-
-
-@pytest.mark.parametrize("case", NOT_READ)
-def test_what_is_not_read_is_told_by_name_with_the_remedy(case, tmp_path, capsys):
-    name, content, config, words = NOT_READ[case]
-    (tmp_path / "raw" / name).parent.mkdir(parents=True)
-    if isinstance(content, pa.Table):
-        pq.write_table(content, tmp_path / "raw" / name)
-        content = (tmp_path / "raw" / name).read_bytes()
-    message = told(capsys, small(tmp_path, content, name, **config), tmp_path / "out")
-    assert [each for each in words if each not in message] == [], message
 
 
 # Raw ids of 64 bits.
