@@ -227,7 +227,7 @@ def validate_section(
                 quotes = problem["type"] == "string_type" and not isinstance(given, dict | list)
                 message = f"{problem['msg']}; found {given!r}{f': {_QUOTED}' if quotes else ''}."
                 message += _value_hint(problem["type"], given, context, field)
-            lines.append(f"{where}: {key or 'config'}: {message}")
+            lines.append(f"{where}: {f'{key}: ' if key else ''}{message}")
         raise ConfigError("\n".join(lines)) from None
 
 
