@@ -56,7 +56,7 @@ from preprocessing.own_tables.config import (
 from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.reading.delimited import DelimitedText
-from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.json_lines import JsonLines, in_json
 from preprocessing.reading.parquet_rows import ParquetRows
 from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source, where_else
 from preprocessing.rows import own_columns
@@ -203,11 +203,11 @@ class Table(Dataset):
 
     def _lines_with(self, raw: RawFolder, key: str) -> Iterator[bytes]:
         """The lines in whose text a key, or a value, of this name stands."""
-        text = json.dumps(key, ensure_ascii=False).encode()
+        forms = [b'"%s"' % form for form in in_json(key)]
         for name in self._sides:
             for piece in raw.pieces(name):
-                if text in piece.text:
-                    yield from (line for line in piece.text.split(b"\n") if text in line)
+                if any(form in piece.text for form in forms):
+                    yield from (line for line in piece.text.split(b"\n") if any(form in line for form in forms))
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""

@@ -151,7 +151,7 @@ def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes
 
     A quotation mark within a JSON string has a backslash before it, so a quoted name with a colon behind it is a key.
     """
-    kinds = {_in_json(name): (name, kind) for name, kind in columns.items()}
+    kinds = {form: (name, kind) for name, kind in columns.items() for form in in_json(name)}
 
     def mend(found: re.Match[bytes]) -> bytes:
         if found["name"] not in kinds:
@@ -201,9 +201,9 @@ def _python(value: bytes) -> Any:
     return None
 
 
-def _in_json(text: str) -> bytes:
-    """A text as it stands between the quotation marks of JSON."""
-    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
+def in_json(text: str) -> tuple[bytes, bytes]:
+    """A text as it stands between the quotation marks of JSON: in UTF-8, and in ASCII, as Python writes it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode(), json.dumps(text)[1:-1].encode()
 
 
 def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:

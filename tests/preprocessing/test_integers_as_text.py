@@ -7,6 +7,7 @@ import pytest
 
 from mmlrec.encoding.encoder import Encoder
 from tests.preprocessing.decoded import content
+from tests.preprocessing.table_fake import small
 from tests.preprocessing.test_table import make, vocabulary
 from tests.preprocessing.test_tables_as_they_come import FORMS, told, write
 
@@ -73,3 +74,16 @@ def test_integers_in_a_json_list_are_ids_of_text(form, tmp_path):
         columns["u"] = ['"{}"'.format(json.dumps(each).replace('"', '""')) for each in lists]
     make(write(tmp_path, form, columns, features={"u": {"kind": "ids"}}).parent, tmp_path / "out")
     assert set(vocabulary(tmp_path / "out", "u")[0]) == {"1", "2", "b", "true"}
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_keys_that_are_escaped_are_those_of_the_columns(ascii_only, tmp_path):
+    """In lines that are mended, and where a key comes late."""
+    rows = [
+        {"größe": str(row % 7) if row % 2 else row % 7, "y": row % 2} | ({"späte": row} if row > 1500 else {})
+        for row in range(1600)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
+    features = {"u": {"kind": "id", "type": "int", "column": "größe"}, "x": {"kind": "number", "column": "späte"}}
+    make(small(tmp_path, text, "rows.jsonl", features=features).parent, tmp_path / "out")
+    assert set(vocabulary(tmp_path / "out", "u")[0]) == set(range(7))
