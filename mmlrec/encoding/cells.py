@@ -18,6 +18,8 @@ TYPICAL_MARKS = (
 )
 #: What can be done with a list of numbers.
 VECTORS = "A vector is not read yet: give its components as columns of numbers, such as e_0, e_1, e_2."
+#: What can be done with a list where one value is wanted.
+SEVERAL = "A list of ids is a feature of kind: ids, without a separator."
 #: What can be done with fields of a struct, or values of a JSON object.
 NESTED = "What lies in an object is not read: write it as a column, or a key, of its own."
 #: A number as some write it, with a comma, or with something between thousands.

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import BLANKS, NESTED, NUMBER, TYPICAL_MARKS, VECTORS, Cells, how_numbers_stand
+from mmlrec.encoding.cells import BLANKS, NESTED, NUMBER, SEVERAL, TYPICAL_MARKS, VECTORS, Cells, how_numbers_stand
 from mmlrec.encoding.conversions import REMEDY, UNSIGNED, integer_text, json_item
 from mmlrec.encoding.typed import WORDS, as_lists, as_type
 from mmlrec.errors import DataError
@@ -327,6 +327,8 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
             remedy = _remedy_of_text(name, value, kind) if isinstance(value, str) else why.remedy
             if isinstance(value, _Object) or (isinstance(value, list) and any(isinstance(item, _Object) for item in value)):
                 remedy = NESTED
+            elif isinstance(value, list) and pa.types.is_string(kind):
+                remedy = SEVERAL
             return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), remedy)
     return None
 

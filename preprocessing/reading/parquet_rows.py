@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmlrec.encoding.cells import NESTED, VECTORS, Cells
+from mmlrec.encoding.cells import NESTED, SEVERAL, VECTORS, Cells
 from mmlrec.encoding.conversions import FOUND, ROUNDED, UNSIGNED, whole
 from mmlrec.encoding.typed import as_lists, as_type, is_list
 from mmlrec.errors import DataError
@@ -188,7 +188,7 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     if pa.types.is_struct(_element(found)) or pa.types.is_map(found):
         return NESTED
     if is_list(found) and not is_list(wanted):
-        return "A list of ids is a feature of kind: ids."
+        return SEVERAL
     if (pa.types.is_floating(found) or pa.types.is_decimal(found)) and pa.types.is_string(wanted):
         return "Whole numbers are ids with type: int, and times with a format, such as format: seconds."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):

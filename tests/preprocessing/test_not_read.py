@@ -82,6 +82,13 @@ NOT_READ = {
         ["found ' '. Where blanks alone mean a missing value, say"],
     ),
     "a list as text": ("a.jsonl", records(user="a,b"), IDS, ["found 'a,b'", "name what stands between them: separator."]),
+    "a list where a text is wanted": (
+        "a.jsonl",
+        records(user=["a"]),
+        {},
+        ["['a']. A list of ids is a feature of kind: ids, wi"],
+    ),
+    "a list column of one id": ("a.parquet", columns(user=["a"]), {}, ["A list of ids is a feature of kind: ids, without a"]),
     "a list of Python": (
         "a.csv",
         lines(user="\"['a', 'b']\""),

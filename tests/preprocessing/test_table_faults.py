@@ -220,7 +220,7 @@ BAD_PARQUET = {
     ),
     "list for one id": (
         {"user": [["a"]] * 20},
-        "column 'user' is of type list<element: string>; string is needed. A list of ids is a feature of kind: ids.",
+        "column 'user' is of type list<element: string>; string is needed. A list of ids is a feature of kind: ids, without",
     ),
     "vector for a number": (
         {"x": [[0.5, 1.5]] * 20},
