@@ -247,11 +247,6 @@ class KeyConfig(StrictModel):
             return self
         if self.type != "datetime":
             raise ValueError(f"format is for type: datetime, not for {self.type}")
-        if "%Z" in self.format.replace("%%", ""):
-            raise ValueError(
-                "format: %Z, the name of a zone, tells no offset: give times with offsets, %z, or in UTC, with the name as it"
-                " stands, such as '%d.%m.%Y %H:%M UTC'"
-            )
         if self.format not in TIME_UNITS and not _dates_rows(self.format):
             raise ValueError(
                 f"format: {self.format!r} is no form of a time.{did_you_mean(self.format, TIME_UNITS)} Give seconds,"

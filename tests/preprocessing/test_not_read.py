@@ -70,7 +70,7 @@ NOT_READ = {
         {"scenario": SCENARIO | {"values": [datetime.date(2024, 5, 1), datetime.date(2024, 5, 2)]}},
         ["scenario.values: 2024-05-01 among the values: integers and texts tell scenarios; write it in quotes."],
     ),
-    "names of zones": ("a.csv", lines(), ZONE, ["keys.s: format: %Z, the name of a zone, tells no offset"]),
+    "names of zones": ("a.csv", lines(s="31.05.2024 12:00 CET"), ZONE, ["found 31.05.2024 12:00 CET", "UTC and GMT are known"]),
     "packed twice": ("a.csv.gz", gzip.compress(gzip.compress(lines().encode())), {}, ["a.csv.gz: packed by gzip twice."]),
     "an archive": ("a.tar.gz", gzip.compress(lines().encode()), {}, ["a.tar.gz is packed in a way that is not read."]),
     "a spreadsheet's first line": ("a.csv", "sep=;\n" + lines(separator=";"), {}, ["With csv: {comment: 'sep='} this line"]),
