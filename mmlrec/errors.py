@@ -70,4 +70,15 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """A suggestion for a mistyped name, as a sentence with a leading space, or the empty string."""
     spelling = {choice.lower(): choice for choice in allowed}
     close = difflib.get_close_matches(name.lower(), spelling, n=1)
-    return f" Did you mean '{spelling[close[0]]}'?" if close else ""
+    if not close:
+        return ""
+    found = spelling[close[0]]
+    return f" Did you mean '{found}'?" if found.isprintable() else f" Did you mean {found!r}, with what is not seen in it?"
+
+
+def kind_of(rows: object) -> str:
+    """What these are that are no rows, for a message; of frames of other libraries, such as polars, how they become some."""
+    name = type(rows).__name__
+    if not hasattr(rows, "__arrow_c_stream__"):
+        return name
+    return f"{type(rows).__module__.partition('.')[0]}.{name}; give pyarrow.table(frame), which takes it as it is"

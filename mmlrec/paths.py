@@ -59,8 +59,11 @@ def config_file(text: str | Path) -> Path:
         UserError: it is an address.
     """
     path = local_path(text)
-    if path.exists():
-        return path
-    configs = shipped_folder() / "configs"
+    return path if path.exists() else shipped_config(path) or path
+
+
+def shipped_config(name: str | Path) -> Path | None:
+    """The shipped configuration of this name, as `config_file` takes it; None where there is none."""
+    path, configs = Path(name), shipped_folder() / "configs"
     places = (configs.parent / path, configs / path, configs / path.parent / f"{path.name}.yaml")
-    return next((place for place in places if place.is_file()), path)
+    return next((place for place in places if place.is_file()), None)

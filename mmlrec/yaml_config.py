@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmlrec.errors import ConfigError, did_you_mean
+from mmlrec.paths import shipped_config
 from mmlrec.storage.places import Place, read
 
 #: Most keys elsewhere that a message about an unknown key names; a name that more keys have, such as `name`, is no hint.
@@ -115,10 +116,13 @@ def missing(path: Place) -> str:
 
 
 def load_with_base(path: Place, origin: dict[str, str], above: tuple[Place, ...] = ()) -> dict[str, Any]:
-    """A YAML mapping over those that its `base:` names. `origin` learns which file gave each dotted key.
+    """A YAML mapping over those that its `base:` names: files, relative to its own, or else shipped configurations.
+
+    Args:
+        origin: learns which file gave each dotted key.
 
     Raises:
-        ConfigError: as `read_yaml`, and where the bases go round in a circle.
+        ConfigError: as `read_yaml`, and where a base is neither, or the bases go round in a circle.
     """
     if path.resolve() in above:
         raise ConfigError(f"{path}: `base:` leads back to this file.")
@@ -130,9 +134,20 @@ def load_with_base(path: Place, origin: dict[str, str], above: tuple[Place, ...]
         raise ConfigError(f"{path}: base: must be a file name or a list of file names, relative to this file.")
     merged: dict[str, Any] = {}
     for base in bases:
-        merge(merged, load_with_base(path.parent / base, origin, (*above, path.resolve())), None, origin, "")
+        merge(merged, load_with_base(_base(path, base), origin, (*above, path.resolve())), None, origin, "")
     merge(merged, own, str(path), origin, "")
     return merged
+
+
+def _base(path: Place, base: str) -> Place:
+    """Where the file lies that another one names as its base. Raises ConfigError where there is none."""
+    beside = path.parent / base
+    if beside.is_file():
+        return beside
+    shipped = shipped_config(base)
+    if shipped is None:
+        raise ConfigError(f"{path}: base: {missing(beside)} A shipped configuration is meant by its name: base: base/train.")
+    return shipped
 
 
 def merge(into: dict[str, Any], new: dict[str, Any], source: str | None, origin: dict[str, str], prefix: str = "") -> None:
@@ -212,7 +227,7 @@ def validate_section(
                 quotes = problem["type"] == "string_type" and not isinstance(given, dict | list)
                 message = f"{problem['msg']}; found {given!r}{f': {_QUOTED}' if quotes else ''}."
                 message += _value_hint(problem["type"], given, context, field)
-            lines.append(f"{where}: {key or 'config'}: {message}")
+            lines.append(f"{where}: {f'{key}: ' if key else ''}{message}")
         raise ConfigError("\n".join(lines)) from None
 
 

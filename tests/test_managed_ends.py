@@ -12,6 +12,7 @@ from mmlrec.encoding.encoder import Encoder
 from mmlrec.errors import UserError
 from mmlrec.schema import DatasetManifest
 from mmlrec.slots import stored
+from mmlrec.training.advice import advise_on_slots
 from tests.test_hashing import plain_key
 
 CONFIG = {
@@ -106,6 +107,19 @@ def test_rows_that_are_encoded_like_others_may_have_other_slots_and_no_other_see
     extend = ("--day", "2", "--extend", str(tmp_path / "day-1"), "--out", str(tmp_path / "day-2"))
     assert main([*synthetic, "12", *extend]) == 0
     assert DatasetManifest.load(tmp_path / "day-2").tables[0].num_rows == 13
+
+
+@pytest.mark.parametrize(("update_every", "told"), [(9, False), (100, True)])
+def test_a_run_that_ends_before_ids_train_in_slots_says_so(update_every, told, tmp_path):
+    data = prepared(0, out=tmp_path / "data")
+    embeddings = {"managed": {"update_every": update_every}}
+    run = mmlrec.train(CONFIG, dataset=data, run_dir=tmp_path / "run", progress=False, embeddings=embeddings)
+    assert json.loads((run.path / "result.json").read_text())["step"] == 10
+    assert (len(slots_of(run)) > 0) != told
+    lines = [line for line in (run.path / "train.log").read_text().splitlines() if "no id trains in a slot" in line]
+    assert len(lines) == told
+    assert all(f"update_every={update_every}: the run has 10 steps" in line and "update_every=1." in line for line in lines)
+    assert advise_on_slots(10, 10) is not None  # slots that are earned at the last step are trained by none
 
 
 def test_a_run_goes_on_with_its_slots_only(trained, tmp_path):

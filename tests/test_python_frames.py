@@ -8,6 +8,8 @@ import pyarrow as pa
 import pytest
 
 import mmlrec
+from mmlrec.errors import ConfigError, DataError
+from mmlrec.serving.rows import raw_table
 from tests.test_python_api import COLUMNS, data_split, frame_of, parts
 
 KEYS = {"user": {"type": "int"}, "time": {"type": "datetime"}}
@@ -75,3 +77,20 @@ def test_labels_of_which_none_is_known_yet_are_no_labels(frame, data):
     splits = mmlrec.prepare(later, like=data).manifest.splits
     assert splits["test"].num_rows == len(frame)
     assert splits["test"].label_counts["click"]["all"] == (0, 0)
+
+
+def test_a_frame_of_another_library_is_told_how_it_becomes_an_arrow_table(frame):
+    """As those of polars, which gives texts as views and lists as large ones."""
+
+    class DataFrame:
+        def __init__(self, table):
+            self.__arrow_c_stream__ = table.__arrow_c_stream__
+
+    DataFrame.__module__ = "polars.dataframe.frame"
+    given = DataFrame(pa.Table.from_pandas(frame, preserve_index=False))
+    told = r"found polars\.DataFrame; give pyarrow\.table\(frame\)"
+    with pytest.raises(ConfigError, match=told):
+        mmlrec.prepare(given, **COLUMNS)
+    with pytest.raises(DataError, match=told):
+        raw_table(given, {})
+    assert pa.table(given).column_names == list(frame.columns)  # what it is told to do

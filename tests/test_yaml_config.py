@@ -7,6 +7,7 @@ import yaml
 
 from mmlrec.config import load_config
 from mmlrec.errors import ConfigError
+from mmlrec.paths import shipped_folder
 from mmlrec.registry import resolve
 from mmlrec.yaml_config import Loader, StrictModel, load_with_base, read_yaml, validate_section
 from preprocessing.own_tables.config import read_table_config
@@ -84,6 +85,23 @@ def test_a_mapping_that_is_merged_before_it_is_read(tmp_path):
     """What `<<:` brings is in a mapping beside its own keys, which is no key twice."""
     text = "a: [{<<: &b {<<: &c {k: 1, l: 2}, k: 3}, l: 4}, *b, *c]"
     assert read(tmp_path, text) == {"a": [{"k": 3, "l": 4}, {"k": 3, "l": 2}, {"k": 1, "l": 2}]}
+
+
+def test_a_base_may_be_a_shipped_configuration_and_one_that_is_not_there_names_both_files(tmp_path):
+    """A file beside goes first."""
+    config, origin = tmp_path / "my.yaml", {}
+    config.write_text("base: base/train\ntraining: {epochs: 2}\n")
+    found = load_with_base(config, origin)
+    shipped = read_yaml(shipped_folder() / "configs/base/train.yaml")
+    assert found == shipped | {"training": shipped["training"] | {"epochs": 2}}
+    assert origin["training.batch_size"].endswith("base/train.yaml")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "train").write_text("training: {batch_size: 7}\n")
+    assert load_with_base(config, {}) == {"training": {"batch_size": 7, "epochs": 2}}
+    config.write_text("base: ../base/train.yaml\n")  # a copy of a shipped one
+    message = rf"{config}: base: .*base/train\.yaml: no such config file\..* by its name: base: base/train\."
+    with pytest.raises(ConfigError, match=message):
+        load_with_base(config, {})
 
 
 def test_sections_of_one_anchor_are_changed_apart(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmlrec.encoding.conversions import UNSIGNED
-from mmlrec.errors import ConfigError, DataError, did_you_mean
+from mmlrec.errors import ConfigError, DataError, did_you_mean, kind_of
 
 #: Raw rows: a pandas DataFrame or an Arrow table.
 Frame: TypeAlias = pd.DataFrame | pa.Table
@@ -27,7 +27,7 @@ def columns_of(frame: Frame) -> list[str]:
         DataError: names are no text, or not unique.
     """
     if not isinstance(frame, pd.DataFrame | pa.Table):
-        raise ConfigError(f"frame: a pandas DataFrame or an Arrow table is needed, found {type(frame).__name__}.")
+        raise ConfigError(f"frame: a pandas DataFrame or an Arrow table is needed, found {kind_of(frame)}.")
     names = frame.column_names if isinstance(frame, pa.Table) else list(frame.columns)
     for name in names:
         if not isinstance(name, str):

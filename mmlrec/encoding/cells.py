@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,24 @@ TYPICAL_MARKS = (
 )
 #: What can be done with a list of numbers.
 VECTORS = "A vector is not read yet: give its components as columns of numbers, such as e_0, e_1, e_2."
+#: What can be done with a list where one value is wanted.
+SEVERAL = "A list of ids is a feature of kind: ids, without a separator."
+#: What can be done with fields of a struct, or values of a JSON object.
+NESTED = "What lies in an object is not read: write it as a column, or a key, of its own."
+#: A number as some write it, with a comma, or with something between thousands.
+_AS_ELSEWHERE = re.compile(r"[+-]?[0-9]+([.,' \u00a0\u202f\u2019_]+[0-9]+)+", re.ASCII)
 INTEGER = "^-?[0-9]+$"
+#: A number, which may be nan or infinite.
+NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 #: An integer with a point: so does pandas write those of a column in which others are missing.
 WHOLE = r"^(-?[0-9]+)\.0*$"
+
+
+def how_numbers_stand(text: str) -> str:
+    """What can be done where a number of another notation stands, with a leading space; empty where none does."""
+    if _AS_ELSEWHERE.fullmatch(text.strip(BLANKS)) is None:
+        return ""
+    return " Numbers have a point before decimals and nothing between thousands: write 1234.5, not 1.234,5 or 1,234.5."
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ faulty row may hold anything in the new column. A complaint may hold FOUND, whic
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +16,19 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import INTEGER, WHOLE, Cells
+from mmlrec.encoding.cells import BLANKS, INTEGER, WHOLE, Cells
 
 Faults = list[tuple[NDArray[np.bool_], str, str]]
 Converted = tuple[pa.Array, Faults]
 
 #: What can be done with integers beyond 64 bits, as those without a sign may be.
 UNSIGNED = "Integers have a sign; as text, type: string, it can be an id."
-#: The same of one in a JSON list, where numbers are no text.
-UNSIGNED_IN_LIST = "Integers have a sign; in quotes, with type: string, they can be ids."
 #: Why floats that are integers may be none.
 ROUNDED = "Floats are rounded from 2^53 on, in float32 from 2^24 on: give integers, or text."
 #: Stands in a complaint where the value that was found is told.
 FOUND = "\0"
 REMEDY = "Mend the line."
+_MOST_DIGITS = 100  # of an integer that is told; those of 64 bits have 19
 
 
 def whole(values: pa.Array) -> pa.BooleanArray:
@@ -92,10 +93,11 @@ def json_lists(values: pa.Array, column: str, kind: pa.DataType, cells: Cells) -
         one_by_one = [_json_list(text, column, kind, cells) for text in filled.to_pylist()]
     good = np.array([ids is not None for ids in one_by_one], bool)
     fits = np.array([all(isinstance(each, str) or _fits(each) for each in ids or []) for ids in one_by_one], bool)
-    what = "integers of 64 bits" if pa.types.is_integer(kind) else "strings"
-    complaint = f"{column} must be a JSON list of {what}{FOUND}. Mend the line, or name the separator between the ids."
+    what, such = ("integers of 64 bits", "[1, 2]") if pa.types.is_integer(kind) else ("strings", '["a", "b"]')
+    remedy = f"Mend the line, such as {such}, or name the separator between the ids."
+    complaint = f"{column} must be a JSON list of {what}{FOUND}. {remedy}"
     lists = pa.array([ids if ids and fit else [] for ids, fit in zip(one_by_one, fits, strict=True)], pa.list_(kind))
-    return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column, UNSIGNED_IN_LIST), column)]
+    return listed(lists, column, cells), [(good, complaint, column), (fits, beyond(column), column)]
 
 
 def singles(values: pa.Array) -> pa.ListArray:
@@ -138,9 +140,9 @@ def integers(texts: pa.Array, complaint: str, column: str) -> Converted:
         return found, [(good, complaint, column), (fit | ~good, beyond(column), column)]
 
 
-def beyond(column: str, hint: str = UNSIGNED) -> str:
+def beyond(column: str) -> str:
     """The complaint of an integer that is none of 64 bits."""
-    return f"{column} does not fit into 64 bits{FOUND}. {hint}"
+    return f"{column} does not fit into 64 bits{FOUND}. {UNSIGNED}"
 
 
 def _fits(value: int) -> bool:
@@ -161,9 +163,31 @@ def _json_list(text: str, column: str, kind: pa.DataType, cells: Cells) -> list[
         return []
     if not isinstance(ids, list):
         return None
-    ids = [each for each in ids if each is not None]
+    ids = [item for each in ids if (item := json_item(each, column, kind, cells)) is not None]
+    wanted = int if pa.types.is_integer(kind) else str
+    return ids if all(type(each) is wanted for each in ids) else None
+
+
+def json_item(item: Any, column: str, kind: pa.DataType, cells: Cells) -> Any:
+    """An element of a JSON list as int or str; None where it is missing, and itself where it is neither.
+
+    7.0 and "7" are the integer 7; where text is wanted, integers stand in digits, booleans as `true` and `false`.
+    """
     if pa.types.is_integer(kind):
-        ids = [each for each in ids if not (isinstance(each, str) and each in cells.marks(column))]
-        ids = [int(each) if isinstance(each, float) and each.is_integer() and abs(each) < 2**53 else each for each in ids]
-        return ids if all(type(each) is int for each in ids) else None
-    return ids if all(isinstance(each, str) for each in ids) else None
+        if isinstance(item, str):
+            text = cells.text(column, item)
+            number = integer_text(text.strip(BLANKS))
+            return None if not text else item if number is None else int(number)
+        return int(item) if isinstance(item, float) and item.is_integer() and abs(item) < 2**53 else item
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    return str(item) if isinstance(item, int) else item
+
+
+def integer_text(text: str) -> str | None:
+    """The integer that a text is, without leading zeros and what is behind the point; None where it is none.
+
+    Of more digits than any of 64 bits has, Python reads not all: these stay, to be told.
+    """
+    found = re.fullmatch(r"(-?)0*([0-9]+)(?:\.0*)?", text, re.ASCII)
+    return found[1] + found[2][:_MOST_DIGITS] if found else None

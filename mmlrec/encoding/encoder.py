@@ -22,7 +22,7 @@ from mmlrec.encoding.specs import FACTS_FORM, SCENARIO_COLUMN, FeatureSpec, RawC
 from mmlrec.encoding.together import Doubtful, IdFeatures, Numbers
 from mmlrec.encoding.typed import plain
 from mmlrec.encoding.vocabularies import Vocabularies
-from mmlrec.errors import DataError, did_you_mean
+from mmlrec.errors import DataError
 from mmlrec.hashing import UInt64Array, bucket_ids, key_ids
 from mmlrec.storage.places import Place, place
 
@@ -184,7 +184,7 @@ class Encoder:
         cells: dict[str, pa.Array] = {}
         for name, column in self.needed(scenario=scenario).items():
             if name not in places:
-                raise DataError(self._missing(column, names))
+                raise DataError(column.missing_among(names))
             values = rows.column(places[name])
             if isinstance(values, pa.ChunkedArray):
                 values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
@@ -192,11 +192,6 @@ class Encoder:
         if len(places) < len(names) and (twice := [name for name in cells if names.count(name) > 1]):
             raise DataError(f"two columns have the name '{twice[0]}'. Rename one.")
         return cells
-
-    def _missing(self, column: RawColumn, names: list[str]) -> str:
-        shown = f"{', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" or "none"
-        hint = did_you_mean(column.name, names)
-        return f"there is no column '{column.name}', which {' and '.join(column.uses)} is made of.{hint} Columns: {shown}."
 
     def _feature(self, spec: FeatureSpec, cells: pa.Array) -> pa.Array:
         values, faults = feature_values(spec, cells, self._specs.cells, self._specs.empty_is_missing)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from mmlrec.encoding.cells import Cells
+from mmlrec.errors import did_you_mean
 
 #: Of the facts of an encoder. Another form is not guessed at.
 FACTS_FORM = 1
@@ -141,6 +142,13 @@ class RawColumn:
     def is_list(self) -> bool:
         """Whether a cell holds several values."""
         return bool(pa.types.is_list(self.type))
+
+    def missing_among(self, names: Iterable[object]) -> str:
+        """The complaint about rows that have these columns, and not this one."""
+        found = [str(name) for name in names]
+        shown = f"{', '.join(found[:20])}{' ...' if len(found) > 20 else ''}" or "none"
+        hint = did_you_mean(self.name, found)
+        return f"there is no column '{self.name}', which {' and '.join(self.uses)} is made of.{hint} Columns: {shown}."
 
 
 @dataclass(frozen=True)

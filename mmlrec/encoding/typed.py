@@ -5,13 +5,11 @@ See mmlrec/encoding/conversions.py for what faults are.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmlrec.encoding.cells import BLANKS, Cells
+from mmlrec.encoding.cells import BLANKS, NUMBER, Cells
 from mmlrec.encoding.columns import valid
 from mmlrec.encoding.conversions import (
     FOUND,
@@ -27,8 +25,8 @@ from mmlrec.encoding.conversions import (
 )
 from mmlrec.errors import DataError
 
-_WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
+#: Booleans as text -> the numbers that they are.
+WORDS = {"true": "1", "TRUE": "1", "True": "1", "false": "0", "FALSE": "0", "False": "0"}
 _LIST_TYPES = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
     *(pa.types.is_list_view, pa.types.is_large_list_view),
@@ -132,8 +130,8 @@ def _from_text(texts: pa.Array, kind: pa.DataType, column: str, cells: Cells) ->
         found, faults = integers(texts.fill_null("0"), f"{column} must be an integer of 64 bits{FOUND}. {REMEDY}", column)
         found = pc.if_else(known, found, None)
     else:
-        words = pc.index_in(texts, value_set=pa.array(list(_WORDS)))
-        texts = pc.if_else(words.is_valid(), pa.array(list(_WORDS.values())).take(words), texts)
+        words = pc.index_in(texts, value_set=pa.array(list(WORDS)))
+        texts = pc.if_else(words.is_valid(), pa.array(list(WORDS.values())).take(words), texts)
         good = np.ones(len(texts), bool)
         try:
             found = texts.cast(kind)
@@ -150,7 +148,7 @@ def _is_number(text: str) -> bool:
         pa.scalar(text).cast(pa.float64())
     except pa.ArrowInvalid:
         return False
-    return _NUMBER.fullmatch(text) is not None
+    return NUMBER.fullmatch(text) is not None
 
 
 def _bools(values: pa.BooleanArray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmlrec.encoding.specs import RawColumn
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, kind_of
 
 if TYPE_CHECKING:
     import pandas
@@ -24,26 +24,25 @@ _LONGEST_SHOWN = 80
 
 
 def raw_table(rows: Any, columns: Mapping[str, RawColumn]) -> pa.Table:
-    """The columns that an encoder reads, as far as the rows have them; values as they are, whatever their type.
+    """The columns that an encoder reads; values as they are, whatever their type.
 
     Of dicts, a key that some of them lack is a missing cell there; one that all lack is a missing column.
 
     Raises:
-        DataError: rows are none of `Rows`, or a value is none that a column can hold.
+        DataError: rows are none of `Rows`, lack a column, or have one twice; or a value is none that a column can hold.
     """
     if isinstance(rows, pa.Table):
         return rows.select(_named(rows.schema.names, columns))
     if _is_frame(rows):
         return pa.table({name: _array(rows[name], columns[name]) for name in _named(list(rows.columns), columns)})
     if not isinstance(rows, list):
-        raise DataError(f"rows must be a pandas DataFrame, an Arrow table or a list of dicts, found {type(rows).__name__}.")
+        raise DataError(f"rows must be a pandas DataFrame, an Arrow table or a list of dicts, found {kind_of(rows)}.")
     for row, cells in enumerate(rows):
         if not isinstance(cells, dict):
             raise _refusal(row, "an object with a value for each column is needed", cells)
-    given = {name for cells in rows for name in cells} if rows else set(columns)
-    return pa.table(
-        {name: _array([cells.get(name) for cells in rows], column) for name, column in columns.items() if name in given}
-    )
+    if rows:
+        _named(list(dict.fromkeys(name for cells in rows for name in cells)), columns)
+    return pa.table({name: _array([cells.get(name) for cells in rows], column) for name, column in columns.items()})
 
 
 def scores_like(rows: Any, names: Sequence[str], scores: NDArray[np.float32]) -> Any:
@@ -66,11 +65,14 @@ def _is_frame(rows: object) -> bool:
 
 
 def _named(names: list[Any], columns: Mapping[str, RawColumn]) -> list[str]:
-    """Those of the columns that are there. Raises DataError where one is there twice."""
+    """The columns, all of which are there. Raises DataError where one is not, or is there twice."""
     there = Counter(names)
-    if twice := [name for name in columns if there[name] > 1]:
-        raise DataError(f"the column '{twice[0]}' is there {there[twice[0]]} times: drop all but one.")
-    return [name for name in columns if name in there]
+    for name, column in columns.items():
+        if there[name] > 1:
+            raise DataError(f"the column '{name}' is there {there[name]} times: drop all but one.")
+        if not there[name]:
+            raise DataError(column.missing_among(names))
+    return [*columns]
 
 
 def _array(values: list[Any] | pandas.Series, column: RawColumn) -> pa.Array:

@@ -49,6 +49,16 @@ def advise_on_warmup(strategy: str, warmup_steps: int, steps: int, *, ended: boo
     )
 
 
+def advise_on_slots(update_every: int, steps: int) -> str | None:
+    """What to say of a run on managed tables that ends before ids can use the slots that they earn; None where it does not."""
+    if steps > update_every:
+        return None
+    return (
+        f"embeddings.managed.update_every={update_every}: the run has {steps} steps at most, so no id trains in a slot that"
+        f" it earns here. Set embeddings.managed.update_every={max(steps // 10, 1)}."
+    )
+
+
 def _precision(precision: str, device: str) -> str | None:
     if precision != "bf16":
         return None

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmlrec.encoding import conversions as to
-from mmlrec.encoding.cells import Cells
+from mmlrec.encoding.cells import BLANKS, NESTED, Cells
 from mmlrec.encoding.conversions import FOUND
 from mmlrec.encoding.features import feature_values, scenario_ids
 from mmlrec.encoding.specs import FeatureSpec, ScenarioSpec
@@ -56,9 +56,9 @@ from preprocessing.own_tables.config import (
 from preprocessing.own_tables.files import file_format, matching_files, separator_of
 from preprocessing.own_tables.recorded import encoded_parts, recorded_table_config, with_files
 from preprocessing.reading.delimited import DelimitedText
-from preprocessing.reading.json_lines import JsonLines
+from preprocessing.reading.json_lines import JsonLines, in_json
 from preprocessing.reading.parquet_rows import ParquetRows
-from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source
+from preprocessing.reading.raw_files import Block, RawFile, RawFolder, Source, where_else
 from preprocessing.rows import own_columns
 from preprocessing.split_rules import FileSplit, GroupSplit, RandomSplit, SplitRule, TimeSplit
 
@@ -190,17 +190,24 @@ class Table(Dataset):
                 return
         if not seen:
             return  # no JSON lines at all, as the reader will say
-        lacking = next((key for key in sorted(wanted - seen.keys()) if not self._occurs(raw, key)), None)
+        unseen = sorted(wanted - seen.keys())
+        absent = (key for key in unseen if not any(key in _json_object(line) for line in self._lines_with(raw, key)))
+        lacking = next(absent, None)
         if lacking is None:
             return
-        raise DataError(
-            f"{raw.paths[next(iter(self._sides))]}: no line has the key '{lacking}'."
-            f"{did_you_mean(lacking, seen)} Keys: {', '.join(list(seen)[:20])}."
-        )
+        path = raw.paths[next(iter(self._sides))]
+        hint = where_else(path, lacking, seen)
+        if not hint and any(True for _ in self._lines_with(raw, lacking)):
+            hint = f" {NESTED}"
+        raise DataError(f"{path}: no line has the key '{lacking}'.{hint} Keys: {', '.join(list(seen)[:20])}.")
 
-    def _occurs(self, raw: RawFolder, key: str) -> bool:
-        text = json.dumps(key, ensure_ascii=False).encode()
-        return any(text in piece.text for name in self._sides for piece in raw.pieces(name))
+    def _lines_with(self, raw: RawFolder, key: str) -> Iterator[bytes]:
+        """The lines in whose text a key, or a value, of this name stands."""
+        forms = [b'"%s"' % form for form in in_json(key)]
+        for name in self._sides:
+            for piece in raw.pieces(name):
+                if any(form in piece.text for form in forms):
+                    yield from (line for line in piece.text.split(b"\n") if any(form in line for form in forms))
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""
@@ -433,6 +440,8 @@ class Table(Dataset):
         if scenario.others == "error":
             complaint = f"{scenario.column} holds no value of the scenarios{FOUND}."
             remedy = "Add it to scenario.values, or say with scenario.others what to do."
+            if not self._cells.strip and _in_blanks(table[scenario.column].filter(pa.array(~there)), known):
+                remedy = "Blanks stand around it: strip: true drops them."
             if self._is_like_another:  # whose scenarios are those of a model
                 remedy = f"Known are: {', '.join(map(str, known))}. Leave the line out, or pass over it by --max-bad-rows."
             faults.append((there, f"{complaint} {remedy}", scenario.column))
@@ -464,6 +473,12 @@ def _chosen(options: argparse.Namespace) -> tuple[TableConfig, str]:
     if like is not None:
         config = with_files(config, options.new_files, one_split=options.one_split)
     return config, where
+
+
+def _in_blanks(values: pa.ChunkedArray, known: dict[int | str, int]) -> bool:
+    """Whether all texts are known without the blanks around them."""
+    texts = [value for value in values.unique().to_pylist() if isinstance(value, str)]
+    return bool(texts) and all(text.strip(BLANKS) in known for text in texts)
 
 
 def _scenario_type(scenario: ScenarioConfig) -> pa.DataType:

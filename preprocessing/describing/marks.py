@@ -1,4 +1,4 @@
-"""Ids of a table of one's own that look as if they were none: marks of missing values, blanks, 7 and 7.0."""
+"""Ids of a table of one's own that look as if they were none: marks of missing values, blanks, 7 and 7.0, 1.2E+11."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmlrec.storage.places import Place
 
 _SHOWN = 8
 _POINT = r"^-?[0-9]+\.0+$"
+_ROUNDED = r"^-?[0-9]([.,][0-9]+)?[eE]\+[0-9]+$"
 _MOST_POINTED = 1 << 20  # values with a point that are looked for without it
 
 
@@ -27,12 +28,15 @@ class _Found:
         marks: value that looks like a missing one -> train rows.
         blanks: some values with blanks around them. num_blanks: how many there are.
         pointed: integers with a point, without it.
+        rounded: some numbers as spreadsheets write long ones, without their last digits. num_rounded: how many there are.
     """
 
     marks: dict[str, int] = field(default_factory=dict)
     blanks: list[str] = field(default_factory=list)
     num_blanks: int = 0
     pointed: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)
+    num_rounded: int = 0
 
 
 def suspicious_ids(folder: Place, manifest: DatasetManifest) -> list[str]:
@@ -66,6 +70,12 @@ def suspicious_ids(folder: Place, manifest: DatasetManifest) -> list[str]:
             examples = ", ".join(map(_quoted, found.blanks))
             count = f"{found.num_blanks:,} value{'s have' if found.num_blanks > 1 else ' has'}"
             lines.append(f"{names}: {count} blanks around it, such as {examples}. strip: true drops them")
+        if found.num_rounded:
+            count = f"{found.num_rounded:,} value{'s look' if found.num_rounded > 1 else ' looks'}"
+            lines.append(
+                f"{names}: {count} like a number whose last digits a spreadsheet has left out, such as"
+                f" {', '.join(map(_quoted, found.rounded))}: other ids may have become the same. Save the column as text there"
+            )
         if twice:
             examples = f"{_quoted(twice[0])} and {_quoted(twice[0] + '.0')}"
             lines.append(f"{names}: {_number(twice, 'id')} stand twice, such as {examples}. type: int makes them one")
@@ -85,6 +95,9 @@ def _look(values: pa.Array, counts: pa.Array, found: _Found) -> None:
     blanks = values.filter(pc.not_equal(bare, values))
     found.num_blanks += len(blanks)
     found.blanks += blanks.slice(0, max(3 - len(found.blanks), 0)).to_pylist()
+    rounded = values.filter(pc.match_substring_regex(values, _ROUNDED))
+    found.num_rounded += len(rounded)
+    found.rounded += rounded.slice(0, max(3 - len(found.rounded), 0)).to_pylist()
     pointed = values.filter(pc.match_substring_regex(values, _POINT))
     room = max(_MOST_POINTED - len(found.pointed), 0)
     found.pointed += pc.replace_substring_regex(pointed.slice(0, room), pattern=r"\.0+$", replacement="").to_pylist()

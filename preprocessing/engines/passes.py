@@ -143,6 +143,8 @@ class Passes:
         shutil.rmtree(raw.scratch)
         if drop and self._blocks:
             self._drop_copies()
+        if not any(block.num_rows for block in self._blocks):
+            raise raw.nothing()
         self._placement.close(self._dataset.name)
 
     def _drop_copies(self) -> None:

@@ -175,6 +175,7 @@ class _Job:
             return canonical_rows(item[0], item[1], shared.value, placement, limit)
 
         rows = self._spread(numbered).map(rows_of).persist(StorageLevel.DISK_ONLY)
+        kept = 0
         with progress(f"{self._dataset.name}: read") as done:
             found = iter(sorted(rows.map(PieceRows.account).collect(), key=lambda piece: piece.index))
             for file in files:
@@ -189,10 +190,13 @@ class _Job:
                         raise piece.failure
                     self._sizes.append(piece.sizes)
                     done.update(piece.num_rows)
+                    kept += piece.num_rows
                 if file.failure is not None:
                     raise file.failure
                 if not num_rows and (example or not sources[file.name].may_be_empty(self._raw)):
                     raise self._raw.no_rows(file.name, example)
+        if not kept:
+            raise self._raw.nothing()
         return rows
 
     def place(self, rows: RDD[PieceRows]) -> _Placed:

@@ -211,6 +211,8 @@ class ScenarioConfig(StrictModel):
         mapping = {value: str(value) for value in values} if isinstance(values, list) else values
         if isinstance(mapping, dict) and any(isinstance(value, bool) for value in (*mapping, *mapping.values())):
             raise ValueError("true or false among the values: YAML reads NO, yes, on and off so; write them in quotes")
+        if isinstance(mapping, dict) and (other := [value for value in mapping if not isinstance(value, int | str)]):
+            raise ValueError(f"{other[0]} among the values: integers and texts tell scenarios; write it in quotes")
         return mapping
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ from mmlrec.errors import ConfigError, DataError, did_you_mean
 from preprocessing.own_tables.config import FORMATS
 
 _PACKED = (".gz", ".zip")
-_NOT_READ = (".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".snappy")
+_NOT_READ = (".zst", ".bz2", ".xz", ".lz4", ".7z", ".rar", ".snappy", ".tgz", ".tar")
+_OTHER_FORMATS = (".xlsx", ".xls", ".ods", ".feather", ".arrow", ".ipc", ".orc", ".avro", ".pkl", ".pickle", ".h5", ".xml")
 
 
 def matching_files(folder: Path, patterns: list[str], key: str, config: str, *, of_new_rows: bool = False) -> list[str]:
@@ -82,11 +83,13 @@ def file_format(names: list[str], config: str) -> str:
 
     Raises:
         ConfigError: the suffixes say nothing, or not all the same.
-        DataError: a file is packed in a way that is not read.
+        DataError: a file is packed in a way, or of a format, that is not read.
     """
     for name in names:
-        if PurePosixPath(name).suffix.lower() in _NOT_READ:
+        if {PurePosixPath(name).suffix.lower(), suffix_of(name)} & {*_NOT_READ}:
             raise DataError(f"{config}: {name} is packed in a way that is not read. Unpack it, or pack it by gzip.")
+        if suffix_of(name) in _OTHER_FORMATS:
+            raise DataError(f"{config}: {name} is of a format that is not read. Save it as CSV, JSON lines or Parquet.")
     formats: dict[str | None, str] = {}
     for name in names:
         suffix = suffix_of(name)

@@ -15,16 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from mmlrec.encoding.cells import BLANKS, INTEGER, TYPICAL_MARKS, VECTORS, WHOLE, Cells
+from mmlrec.encoding.cells import BLANKS, INTEGER, NUMBER, TYPICAL_MARKS, VECTORS, WHOLE, Cells, how_numbers_stand
 from mmlrec.encoding.conversions import UNSIGNED
-from mmlrec.errors import ConfigError, DataError, did_you_mean
-from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source
+from mmlrec.errors import ConfigError, DataError
+from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source, where_else
 
 _REMEDY = "Mend the line or fetch the file again."
 _OWN_REMEDY = "Mend the line."
-_SEPARATORS = ("\t", ";", "|", ",", "::", " ")  # those that are usual
+_SEPARATORS = ("\t", ";", "|", ",", "::", " ", "\x01")  # those that are usual
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
-_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
 _WORDS = tuple(word for word in _BOOLEANS if word.isalpha())
 _HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
@@ -194,15 +193,23 @@ def _header(path: Path, number: int, line: bytes, form: DelimitedText) -> tuple[
         lacks = f"lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}; it is {first[:80]!r}"
         remedy = "Fetch the file again, or name its columns in the first line."
         if form.cells is not None:
-            remedy = _header_remedy(first, names, missing, form)
+            remedy = _header_remedy(path, first, names, missing, form)
         raise DataError(f"{path}, line {number}: the header {lacks}. {remedy}")
     return names
 
 
-def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form: DelimitedText) -> str:
+def _header_remedy(path: Path, first: str, names: tuple[str, ...], missing: list[str], form: DelimitedText) -> str:
     """What to set so that the header of a table of one's own has the names that it lacks."""
     if first.startswith("#"):
         return "With csv: {comment: '#'} such lines are passed over."
+    if first.startswith("sep="):
+        return "With csv: {comment: 'sep='} this line of spreadsheets is passed over."
+    if "\r" in first:
+        return "Its lines end in carriage returns alone: write line feeds in their place, tr '\\r' '\\n'."
+    if "\0" in first:
+        return "It holds zero bytes, as text in UTF-16 does, which is not read: convert it to UTF-8 by iconv."
+    if "\ufffd" in first:
+        return f"It holds bytes that are not {form.encoding}. Set its encoding, such as csv: {{encoding: cp1252}}."
     read = f"The separator {form.separator!r} makes {len(names)} column{'s' if len(names) > 1 else ''} of it."
     wanted = {*form.columns}
     found = {other: {name.strip(f'{BLANKS}"') for name in first.split(other)} & wanted for other in _SEPARATORS}
@@ -212,8 +219,8 @@ def _header_remedy(first: str, names: tuple[str, ...], missing: list[str], form:
     if any(name.strip(BLANKS) in missing for name in names):
         return "Blanks stand around its names: strip: true drops them."
     return (
-        f"{read}{did_you_mean(missing[0], names)} Name the columns as the header does; or set the separator, csv: {{separator:"
-        " ...}; or, where this line is a row, name the columns, csv: {header: false, columns: [...]}."
+        f"{read}{where_else(path, missing[0], names)} Name the columns as the header does; or set the separator, csv:"
+        " {separator: ...}; or, where this line is a row, name the columns, csv: {header: false, columns: [...]}."
     )
 
 
@@ -348,15 +355,17 @@ def _complaint(raw: bytes, form: DelimitedText) -> str:
 
 
 def _cell_remedy(name: str, cell: str, kind: pa.DataType, form: DelimitedText) -> str:
+    if form.cells is not None and not cell:
+        return "Where blanks alone mean a missing value, say strip: true."
     if form.cells is not None and cell.lower() in TYPICAL_MARKS:
         return f"If it means a missing value, say so: missing: ['{cell}']."
     if form.cells is not None and pa.types.is_floating(kind) and cell.startswith("["):
         return VECTORS
     if form.cells is not None and pa.types.is_floating(kind) and cell.isalpha():
         return f"{_OWN_REMEDY} A label of words is a condition, such as {name} == '{cell[:20]}'."
-    if pa.types.is_integer(kind) and form.cells is not None and cell.removeprefix("-").isdecimal():
+    if pa.types.is_integer(kind) and form.cells is not None and re.match(INTEGER, cell):
         return UNSIGNED
-    return _remedy(form)
+    return _remedy(form) + ("" if form.cells is None else how_numbers_stand(cell))
 
 
 def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> str:
@@ -369,11 +378,11 @@ def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> 
         if cells is not None and (whole := re.match(WHOLE, value)):
             value = whole[1]
         if not (value.isascii() and value.removeprefix("-").isdigit()):
-            return f"{name} must be an integer, found {value[:80]!r}"
+            return f"{name} must be an integer, found {(value or field)[:80]!r}"
         if len(value.lstrip("-0")) > 19 or not -(2**63) <= int(value) < 2**63:
             return f"{name} = {value[:80]} does not fit into 64 bits"
     if pa.types.is_boolean(kind) and field not in _BOOLEANS:
         return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
-    if pa.types.is_floating(kind) and not (_NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
-        return f"{name} must be a number, found {value[:80]!r}"
+    if pa.types.is_floating(kind) and not (NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
+        return f"{name} must be a number, found {(value or field)[:80]!r}"
     return ""

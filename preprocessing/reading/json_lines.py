@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.json
 from numpy.typing import NDArray
 
-from mmlrec.encoding.cells import BLANKS, TYPICAL_MARKS, VECTORS, Cells
-from mmlrec.encoding.conversions import REMEDY, UNSIGNED, UNSIGNED_IN_LIST
+from mmlrec.encoding.cells import BLANKS, NESTED, NUMBER, SEVERAL, TYPICAL_MARKS, VECTORS, Cells, how_numbers_stand
+from mmlrec.encoding.conversions import REMEDY, UNSIGNED, integer_text, json_item
+from mmlrec.encoding.typed import WORDS, as_lists, as_type
 from mmlrec.errors import DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, Source
 
@@ -27,12 +29,11 @@ _BOM = b"\xef\xbb\xbf"
 _FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
 _STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
 _KEY = rb'(?P<key>"(?P<name>' + _STRING + rb')"[ \t]*+:[ \t]*+)'
-_PLAIN = rb"true|false|-?[0-9]++(?:\.0++)?"
-_END = rb"(?=[ \t]*+[,}])"
-#: A key and its value, where that may have to be mended; with texts, or without.
-_CELL = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb")" + _END)
-_CELL_OR_TEXT = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb'|"' + _STRING + rb'")' + _END)
-_NUMBERS = {b"true": b"1", b"false": b"0"}
+_PLAIN = rb"true|false|-?(?:0|[1-9][0-9]*+)(?:\.0++)?"
+_TEXT = rb'"' + _STRING + rb'"'
+_LIST = rb'\[[^"\[\]\n]*+(?:' + _TEXT + rb'[^"\[\]\n]*+)*+\]'
+#: A key and its value, where that may have to be mended.
+_CELL = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb"|" + _TEXT + rb"|" + _LIST + rb")(?=[ \t]*+[,}])")
 _TO_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
 
 Lines = list[tuple[int, bytes]]  # number and content, without blanks and line ends around it
@@ -44,14 +45,14 @@ class JsonLines(Source):
 
     An absent key and a JSON null become null. Bad rows are those that are no JSON object, hold a wanted key twice or with a
     value of another type, an integer beyond 64 bits, a number that is nan, infinite or too large for its type, or bytes that
-    do not decode. `1.0` and `"1"` are no integers.
+    do not decode. `1.0` and `"1"` are no integers, but with `cells`.
 
     Attributes:
         columns: wanted key -> int64, float32, float64, string or bool; a list of one of these; or `pa.json_()` for an object,
             which is given as its JSON text in a column of strings.
-        cells: what is done to a value first; integers may then stand as 7.0, where a number is wanted texts that mean a missing
-            value, and booleans, which are 1 and 0, and where text is wanted integers and booleans. None: values are taken as
-            they stand.
+        cells: what is done to a value first; integers may then stand as 7.0, and where a number is wanted, texts, which are
+            taken as cells of CSV are, and booleans, which are 1 and 0; where text is wanted, integers and booleans. In lists,
+            too. None: values are taken as they stand.
     """
 
     columns: dict[str, pa.DataType]
@@ -97,23 +98,52 @@ class JsonLines(Source):
         """The rows, where nothing has to be mended and no line is bad."""
         with contextlib.suppress(pa.ArrowInvalid, UnicodeDecodeError):
             return _parse(text, self.columns)
-        read = self.columns if self.cells is None else _with_booleans(text, self.columns)
+        read = self.columns if self.cells is None else _as_first_line_has(text, self.columns)
         if read == self.columns:
             return None
         with contextlib.suppress(pa.ArrowInvalid, UnicodeDecodeError):  # ten times as fast as to mend the lines
-            return _parse(text, read).select(list(self.columns)).cast(_schema(self.columns))
+            table = _parse(text, read)
+            return pa.table({name: self._typed(name, table[name].combine_chunks()) for name in self.columns})
         return None
 
+    def _typed(self, name: str, values: pa.Array) -> pa.Array:
+        """Values that were read as another type. Raises ArrowInvalid where one is not of the wanted one."""
+        assert self.cells is not None
+        kind = self.columns[name]
+        if values.type == kind:
+            return values
+        if pa.types.is_list(kind):
+            found, faults = as_lists(values, kind.value_type, None, name, self.cells)
+        else:
+            found, faults = as_type(values, kind, name, self.cells)
+        if not all(good.all() for good, _, _ in faults):
+            raise pa.ArrowInvalid("a value of another type")
+        return found
 
-def _with_booleans(text: bytes, columns: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
-    """The columns with bool for those numbers and texts that are booleans in the first line."""
+
+def _as_first_line_has(text: bytes, columns: dict[str, pa.DataType]) -> dict[str, pa.DataType]:
+    """The columns with other types for numbers and texts that the first line has as booleans, or as each other."""
     try:
         first = json.loads(text.partition(b"\n")[0])
     except (ValueError, RecursionError):
         return columns
-    there = {name for name, value in first.items() if isinstance(value, bool)} if isinstance(first, dict) else set()
-    kinds = (pa.float64(), pa.float32(), pa.string())
-    return {name: pa.bool_() if name in there and kind in kinds else kind for name, kind in columns.items()}
+    if not isinstance(first, dict):
+        return columns
+    return {name: _type_there(first.get(name), kind) for name, kind in columns.items()}
+
+
+def _type_there(value: Any, kind: pa.DataType) -> pa.DataType:
+    """The type as which a column is read whose first value this is."""
+    if pa.types.is_list(kind):
+        there = next((item for item in value if item is not None), None) if isinstance(value, list) else None
+        if pa.types.is_string(kind.value_type) and type(there) is int:
+            return pa.list_(pa.int64())
+        return pa.list_(_type_there(there, kind.value_type))
+    if isinstance(value, bool) and (pa.types.is_floating(kind) or pa.types.is_string(kind)):
+        return pa.bool_()
+    if isinstance(value, str) and (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        return pa.string()
+    return kind
 
 
 def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes:
@@ -121,36 +151,59 @@ def _mended(text: bytes, columns: dict[str, pa.DataType], cells: Cells) -> bytes
 
     A quotation mark within a JSON string has a backslash before it, so a quoted name with a colon behind it is a key.
     """
-    kinds = {_in_json(name): kind for name, kind in columns.items()}
-    marks = {
-        _in_json(name): {_in_json(mark) for mark in cells.marks(name)}
-        for name, kind in columns.items()
-        if not (pa.types.is_string(kind) or pa.types.is_list(kind))
-    }
-    strip = BLANKS.encode() if cells.strip else b""
+    kinds = {form: (name, kind) for name, kind in columns.items() for form in in_json(name)}
 
     def mend(found: re.Match[bytes]) -> bytes:
-        name, value = found["name"], found["value"]
-        kind = kinds.get(name)
-        if kind is None:
+        if found["name"] not in kinds:
             return found[0]
-        if value.startswith(b'"'):
-            missing = value[1:-1].strip(strip) in marks.get(name, ())
-            return found["key"] + b"null" if missing else found[0]
-        if pa.types.is_string(kind) and b"." not in value:
-            return found["key"] + b'"' + value + b'"'
-        if pa.types.is_floating(kind) and value in _NUMBERS:
-            return found["key"] + _NUMBERS[value]
-        if pa.types.is_integer(kind) and b"." in value:
-            return found["key"] + value.partition(b".")[0]
-        return found[0]
+        name, kind = kinds[found["name"]]
+        of_kind = _mended_list if found["value"].startswith(b"[") else _mended_value
+        return found["key"] + of_kind(found["value"], name, kind, cells)
 
-    return (_CELL_OR_TEXT if any(marks.values()) else _CELL).sub(mend, text)
+    return _CELL.sub(mend, text)
 
 
-def _in_json(text: str) -> bytes:
-    """A text as it stands between the quotation marks of JSON."""
-    return json.dumps(text, ensure_ascii=False)[1:-1].encode()
+def _mended_value(value: bytes, name: str, kind: pa.DataType, cells: Cells) -> bytes:
+    """A text, a boolean or an integer, which may stand as 7.0, as it is wanted; as it stands, where it cannot be."""
+    quoted = value.startswith(b'"')
+    if pa.types.is_string(kind):
+        return value if quoted or b"." in value else b'"' + value + b'"'
+    if not quoted:
+        if pa.types.is_integer(kind):
+            return value.partition(b".")[0]
+        return WORDS.get(value.decode(), "").encode() or value if pa.types.is_floating(kind) else value
+    text = _python(value)
+    if not isinstance(text, str) or pa.types.is_list(kind):
+        return value
+    text = cells.text(name, text)
+    if not text:
+        return b"null"
+    text = text.strip(BLANKS)
+    if pa.types.is_integer(kind):
+        return (integer_text(text) or "").encode() or value
+    if pa.types.is_floating(kind) and (text in WORDS or NUMBER.fullmatch(text)):
+        number = float(WORDS.get(text, text))
+        return repr(number).encode() if math.isfinite(number) else value
+    return value
+
+
+def _mended_list(value: bytes, name: str, kind: pa.DataType, cells: Cells) -> bytes:
+    found = _python(value)
+    if not pa.types.is_list(kind) or not isinstance(found, list):
+        return value
+    return json.dumps([json_item(item, name, kind.value_type, cells) for item in found]).encode()
+
+
+def _python(value: bytes) -> Any:
+    """A JSON value; None where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(value.decode())
+    return None
+
+
+def in_json(text: str) -> tuple[bytes, bytes]:
+    """A text as it stands between the quotation marks of JSON: in UTF-8, and in ASCII, as Python writes it."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode(), json.dumps(text)[1:-1].encode()
 
 
 def _schema(columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -272,18 +325,28 @@ def _complaint(line: bytes, columns: dict[str, pa.DataType]) -> _Wrong | None:
         if (value := dict(found).get(name)) is not None and (why := _mismatch(value, kind)):
             numbers = isinstance(value, list) and any(isinstance(item, float) for item in value)
             remedy = _remedy_of_text(name, value, kind) if isinstance(value, str) else why.remedy
+            if isinstance(value, _Object) or (isinstance(value, list) and any(isinstance(item, _Object) for item in value)):
+                remedy = NESTED
+            elif isinstance(value, list) and pa.types.is_string(kind):
+                remedy = SEVERAL
             return _Wrong(f"{name} {why.words}." + (f" {VECTORS}" if numbers else ""), remedy)
     return None
 
 
 def _remedy_of_text(name: str, text: str, kind: pa.DataType) -> str | None:
-    """What can be done about a text where a number is wanted; None where it is not."""
+    """What can be done about a text where a number, or a list, is wanted; None where neither is."""
+    if pa.types.is_list(kind):
+        return f"{REMEDY} Of several ids in a text, name what stands between them: separator."
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return None
     if text.strip(BLANKS).lower() in TYPICAL_MARKS:
         return f"If it means a missing value, say so: missing: ['{text}']."
     if pa.types.is_integer(kind):
-        return "A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line."
+        return (
+            f"A text is an id, a key or a scenario with type: string, or in quotes. Or mend the line.{how_numbers_stand(text)}"
+        )
+    if hint := how_numbers_stand(text):
+        return f"{REMEDY}{hint}"
     return f'{REMEDY} A label of words is a condition, such as "`{name}` == {text[:20]!r}".'
 
 
@@ -294,7 +357,7 @@ def _mismatch(value: Any, kind: pa.DataType) -> _Wrong | None:
         if type(value) is not list:
             return _Wrong(f"must be a list, found {shown}")
         wrong = (why for item in value if item is not None and (why := _mismatch(item, kind.value_type)))
-        return next((_Wrong(f"holds a value that {why.words}", why.remedy and UNSIGNED_IN_LIST) for why in wrong), None)
+        return next((_Wrong(f"holds a value that {why.words}", why.remedy) for why in wrong), None)
     wanted, what = _PYTHON_TYPES[kind]
     if type(value) not in wanted:
         return _Wrong(f"must be {what}, found {shown}")

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmlrec.encoding.cells import VECTORS, Cells
+from mmlrec.encoding.cells import NESTED, SEVERAL, VECTORS, Cells
 from mmlrec.encoding.conversions import FOUND, ROUNDED, UNSIGNED, whole
-from mmlrec.encoding.typed import is_list
-from mmlrec.errors import DataError, did_you_mean
+from mmlrec.encoding.typed import as_lists, as_type, is_list
+from mmlrec.errors import DataError
 from preprocessing.reading.packed import check_size
-from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source
+from preprocessing.reading.raw_files import Block, Piece, RawFolder, Source, where_else
 
 _MOST_ROWS = 1 << 17
 #: Type of texts -> that of the same bytes.
@@ -88,18 +88,28 @@ class ParquetRows(Source):
                 table = table.append_column(name, pa.nulls(len(table), self.columns[name]))
         block = Block(self, piece.path, np.arange(piece.first_line, piece.first_line + len(table)), table)
         for name, kind in self.columns.items():
-            good = _fits(table[name].combine_chunks(), kind)
+            good = _fits(table[name].combine_chunks(), name, kind, cells)
             if good is not None:
                 remedy = "Mend the row, or leave it null."
-                if pa.types.is_integer(_element(kind)) and pa.types.is_floating(_element(table[name].type)):
+                if _is_text(table[name].type) and not _is_text(kind):
+                    remedy = f"{remedy} {_remedy_of_text(name, kind)}"
+                elif pa.types.is_integer(_element(kind)) and pa.types.is_floating(_element(table[name].type)):
                     remedy = f"{remedy} {ROUNDED}"
                 elif pa.types.is_integer(_element(kind)) and self.cells is not None:
                     remedy = f"{remedy} {UNSIGNED}"
                 complaint = f"{name} is no {_word(kind)} that can be used{FOUND}. {remedy}"
                 here = good.to_numpy(zero_copy_only=False)[block.lines - piece.first_line]
                 block = block.require(here, complaint, shown=name)
-        columns = {name: cells.take(name, _as(block.table[name].combine_chunks(), kind)) for name, kind in self.columns.items()}
+        columns = {name: self._as(name, block.table[name].combine_chunks(), cells) for name in self.columns}
         return Block(self, piece.path, block.lines, pa.table(columns), block.bad_rows)
+
+    def _as(self, name: str, values: pa.Array, cells: Cells) -> pa.Array:
+        """Values that fit, as they are wanted."""
+        kind = self.columns[name]
+        if not _is_text(values.type) or _is_text(kind):
+            return cells.take(name, _as(values, kind))
+        of_text = as_lists(values, _element(kind), None, name, cells) if is_list(kind) else as_type(values, kind, name, cells)
+        return of_text[0]
 
     def _check(self, path: Path, schema: pa.Schema) -> None:
         for name, kind in self.columns.items():
@@ -107,7 +117,7 @@ class ParquetRows(Source):
                 continue
             if name not in schema.names:
                 raise DataError(
-                    f"{path}: there is no column '{name}'.{did_you_mean(name, schema.names)}"
+                    f"{path}: there is no column '{name}'.{where_else(path, name, schema.names)}"
                     f" Columns: {', '.join(schema.names[:20])}{' ...' if len(schema.names) > 20 else ''}."
                 )
             if schema.names.count(name) > 1:
@@ -155,12 +165,13 @@ def _usable(found: pa.DataType, wanted: pa.DataType) -> bool:
     if pa.types.is_null(found):
         return True
     number = pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
+    text = found in _BYTES
     if pa.types.is_integer(wanted):
-        return number
+        return number or text
     if pa.types.is_floating(wanted):
-        return number or pa.types.is_boolean(found)
+        return number or text or pa.types.is_boolean(found)
     if pa.types.is_string(wanted):
-        return _is_text(found) or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
+        return text or pa.types.is_temporal(found) or pa.types.is_integer(found) or pa.types.is_boolean(found)
     return pa.types.is_boolean(found)
 
 
@@ -174,14 +185,12 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     """What can be done with a column of another type than the wanted one."""
     if is_list(found) and pa.types.is_floating(_element(found)):
         return VECTORS
+    if pa.types.is_struct(_element(found)) or pa.types.is_map(found):
+        return NESTED
     if is_list(found) and not is_list(wanted):
-        return "A list of ids is a feature of kind: ids."
+        return SEVERAL
     if (pa.types.is_floating(found) or pa.types.is_decimal(found)) and pa.types.is_string(wanted):
         return "Whole numbers are ids with type: int, and times with a format, such as format: seconds."
-    if _is_text(found) and not is_list(found) and pa.types.is_integer(wanted):
-        return "Text is an id, a key or a scenario with type: string, or in quotes; or write it anew as integers."
-    if _is_text(found) and not is_list(found) and pa.types.is_floating(wanted):
-        return f"Write it anew as numbers. A label of words is a condition, such as \"`{name}` == 'yes'\"."
     if pa.types.is_boolean(found) and pa.types.is_integer(wanted):
         return "Booleans are ids with type: string, 'true' and 'false'."
     if is_list(wanted) and not is_list(found):
@@ -191,13 +200,22 @@ def _remedy(name: str, found: pa.DataType, wanted: pa.DataType) -> str:
     return "Leave it away, or write it anew in that type."
 
 
-def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
+def _remedy_of_text(name: str, kind: pa.DataType) -> str:
+    """What can be done with a text that is no number."""
+    words = "Texts that mean a missing value stand under missing."
+    if pa.types.is_integer(_element(kind)):
+        return f"{words} Others are ids, keys or scenarios with type: string, or in quotes."
+    words += " Numbers have a point before decimals and nothing between thousands."
+    return f"{words} A label of words is a condition, such as \"`{name}` == 'yes'\"."
+
+
+def _fits(values: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.BooleanArray | None:
     """[rows] whether a value can be given as the wanted type; None where every value of this type can."""
     if pa.types.is_null(values.type):
         return None
     if is_list(kind):
         values = _plain_lists(values)
-        inner = _fits(pc.list_flatten(values), _element(kind))
+        inner = _fits(pc.list_flatten(values), name, _element(kind), cells)
         if inner is None or pc.all(inner).as_py() is not False:
             return None
         good = np.ones(len(values), bool)
@@ -215,12 +233,22 @@ def _fits(values: pa.Array, kind: pa.DataType) -> pa.BooleanArray | None:
         return None
     if pa.types.is_uint64(values.type) and pa.types.is_integer(kind):
         return pc.less(values, pa.scalar(2**63, pa.uint64())).fill_null(True)
-    if _is_text(values.type):
-        try:
-            values.validate(full=True)
-        except pa.ArrowInvalid:
-            return pa.array([_decodes(text) for text in values.view(_BYTES[values.type]).to_pylist()])
-    return None
+    if not _is_text(values.type):
+        return None
+    decodes = None
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        texts = values.view(_BYTES[values.type]).to_pylist()
+        decodes = pa.array([_decodes(text) for text in texts])
+        values = pa.array([text and text.decode(errors="replace") for text in texts], pa.string())
+    if _is_text(kind):
+        return decodes
+    found, faults = as_type(values, kind, name, cells)
+    good = np.logical_and.reduce([good for good, _, _ in faults]) if faults else np.ones(len(values), bool)
+    if pa.types.is_floating(kind):
+        good = good & pc.is_finite(found).fill_null(True).to_numpy(zero_copy_only=False)
+    return pa.array(good) if decodes is None else pc.and_(decodes, pa.array(good))
 
 
 def _is_integer(number: Decimal) -> bool:

@@ -6,7 +6,7 @@ import codecs
 import itertools
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmlrec.encoding.cells import NESTED
 from mmlrec.encoding.conversions import FOUND
-from mmlrec.errors import DataError
+from mmlrec.errors import DataError, did_you_mean
 from mmlrec.identity import file_sha256
 from preprocessing.reading.packed import open_unpacked, readable
 from preprocessing.workers import in_order, num_cores
@@ -121,7 +122,9 @@ class Block:
         except UnicodeDecodeError:
             return "bytes that are no text"
         text = value if isinstance(value, str) else str(value)
-        return value if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+        if len(text) > _LONGEST_SHOWN:
+            return f"{text[:_LONGEST_SHOWN]}..."
+        return repr(value) if text != text.strip() else value  # of which blanks would not be seen
 
     def only(self, wanted: NDArray[np.bool_], reason: str = "") -> Block:
         """The rows that are `wanted`. The others are not bad, only no part of the dataset; a `reason` counts them."""
@@ -299,6 +302,18 @@ class RawFolder:
             return DataError(f"{example.path}, line {example.line}: {example.complaint} No row of the file is good.")
         return DataError(f"{self.paths[name]}: the file is empty, or has no good row. Fetch it again, or leave it out.")
 
+    def nothing(self) -> DataError:
+        """The complaint where no file has a row, or none that is kept."""
+        shown = ", ".join(map(str, [*self.paths.values()][:3])) + (" ..." if len(self.paths) > 3 else "")
+        reasons: dict[str, int] = {}
+        for counts in self.passed_over.values():
+            for reason, count in counts.items():
+                reasons[reason] = reasons.get(reason, 0) + count
+        if not reasons:
+            return DataError(f"{shown}: no rows, at most a header. Name files that have rows.")
+        counted = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+        return DataError(f"{shown}: no row is kept; all are passed over ({counted}). Name files with others.")
+
     def blocks(self, source: Source, piece_bytes: int | None = None) -> Iterator[Block]:
         """The blocks of a file that have rows. Raises as `map` does; a caller that finds bad rows in them adds them itself."""
         return self.map(lambda block: block, source, piece_bytes)
@@ -316,6 +331,15 @@ class RawFolder:
                 _refuse_others(path, text)
             yield Piece(path, first_line, text)
             first_line += text.count(b"\n")
+
+
+def where_else(path: Path, name: str, names: Iterable[str]) -> str:
+    """What may be meant by a column that a file lacks, as a sentence with a leading space; empty where nothing is like it."""
+    names = [*names]
+    if partition := next((part for part in path.parts if part.startswith(f"{name}=")), None):
+        return f" It stands in the name of a folder, {partition}, which is not read: write it into the files."
+    outer = name.partition(".")[0]
+    return f" {NESTED}" if outer != name and outer in names else did_you_mean(name, names)
 
 
 def find_raw(folder: Path, name: str) -> Path | None:
@@ -361,8 +385,11 @@ def _whole_lines(path: Path, name: str, block_bytes: int) -> Iterator[bytes]:
 
 def _refuse_others(path: Path, text: bytes) -> None:
     """Raise DataError where a file is no text that can be read as a table."""
-    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # In Latin-1 the two bytes are letters; but in UTF-16 every line end, at least, has a zero byte.
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in text:
         raise DataError(f"{path}: text in UTF-16, which is not read. Convert it: iconv -f UTF-16 -t UTF-8 {path.name}.")
+    if text.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path}: packed by gzip twice. Unpack it once: gunzip {path.name}.")
     start = text[:512].lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise DataError(f"{path}: an HTML page, not data (a login or error page saved under this name?). Fetch the file again.")

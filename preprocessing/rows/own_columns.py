@@ -5,7 +5,9 @@ Features are made by mmlrec/encoding/conversions.py, which also says what faults
 
 from __future__ import annotations
 
+import contextlib
 import keyword
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -20,6 +22,8 @@ from mmlrec.encoding.conversions import FOUND, REMEDY, Converted, present
 TIME_UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
 _DIGITS = {"seconds": "9,10", "milliseconds": "12,13", "microseconds": "15,16", "nanoseconds": "18,19"}  # from 1973 to 2286
 _LARGEST_WEIGHT = float(np.float32(1e30))  # as a column holds it
+#: Names of zones that are offset 0 everywhere. Python takes those of the machine's own zone, too, and gives no offset for any.
+_ZONES = ("UTC", "GMT")
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799  # of the years 1 and 9999
 
 
@@ -56,8 +60,10 @@ def seconds(values: pa.Array, column: str, form: str | None) -> Converted:
         return _iso_seconds(present(values), column)
     if form in TIME_UNITS:
         return _unit_seconds(values, column, form)
-    complaint = f"{column} must be a time of the form {form}{FOUND}. {REMEDY}"
-    return _each_once(present(values), lambda text: datetime.strptime(text, form), complaint, column)
+    forms = _without_zones(form)
+    known = f" Of names of zones, %Z, {' and '.join(_ZONES)} are known: give offsets, %z." if len(forms) > 1 else ""
+    complaint = f"{column} must be a time of the form {form}{FOUND}. {REMEDY}{known}"
+    return _each_once(present(values), lambda text: _by_form(text, forms), complaint, column)
 
 
 def _iso_seconds(text: pa.Array, column: str) -> Converted:
@@ -94,6 +100,20 @@ def _each_once(texts: pa.Array, read: Callable[[str], datetime], complaint: str,
     moments = [_moment(text, read) for text in distinct.dictionary.to_pylist()]
     found = pa.array(moments, pa.int64()).take(distinct.indices)
     return found, [(_bools(pc.or_(found.is_valid(), texts.is_null())), complaint, column)]
+
+
+def _without_zones(form: str) -> list[str]:
+    """The form, once for each of `_ZONES` where it holds the name of a zone."""
+    marks = re.findall("%.|[^%]+|%", form)
+    return list(dict.fromkeys("".join(zone if mark == "%Z" else mark for mark in marks) for zone in _ZONES))
+
+
+def _by_form(text: str, forms: list[str]) -> datetime:
+    """By the first form that reads it. Raises ValueError where none does."""
+    for form in forms[:-1]:
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(text, form)
+    return datetime.strptime(text, forms[-1])
 
 
 def _bools(values: pa.BooleanArray) -> NDArray[np.bool_]:

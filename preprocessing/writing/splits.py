@@ -27,7 +27,6 @@ from preprocessing.split_rules import (
     FileSplit,
     Fractions,
     GroupSplit,
-    OneSplit,
     RandomSplit,
     SplitRule,
     TimeSplit,
@@ -144,8 +143,6 @@ class Placement:
             shares = _ratio(self._rule.fractions)
             raise DataError(f"{name}: {self.num_rows} rows are too few to be split {shares}; give at least 10.")
         for split, size in zip(self.names, sizes, strict=False):
-            if size == 0 and isinstance(self._rule, OneSplit):
-                raise DataError(f"{name}: there is no row for {split}. Give more rows.")
             if size == 0:
                 raise DataError(
                     f"{name}: no row of {self.num_rows:,} falls to {split}: they are divided {self._words()}. {self._remedy()}"

@@ -69,7 +69,7 @@ BAD_CELLS = {
     "large one among several": ({"tags": ["1", f"1|{2**63}"]}, large("tags", f"1|{2**63}")),
     "large one in a JSON list": (
         {"codes": ["[1]", f"[2, {2**63}]"]},
-        f"codes does not fit into 64 bits, found [2, {2**63}]. Integers have a sign; in quotes, with type: string",
+        f"codes does not fit into 64 bits, found [2, {2**63}]. Integers have a sign; as text, type: string, it can be an id",
     ),
     "zeros before a number beside another fault": ({"user": ["0" * 30 + "7", "x"]}, "row 1 (counted from 0): user must be"),
     "large float": (

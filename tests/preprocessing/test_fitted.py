@@ -355,6 +355,6 @@ def test_damaged_vocabularies_and_folders_without_a_record_are_refused(days, tmp
 
 def test_no_row_at_all(days, tmp_path, monkeypatch):
     monkeypatch.setattr(Log, "batches", lambda self, raw: iter(()))
-    with pytest.raises(DataError, match="log: there is no row for later"):
+    with pytest.raises(DataError, match=r"raw-2.*: no rows, at most a header\."):
         make(days / "raw-2", tmp_path / "out", Log(split=OneSplit("later")), days / "one")
     assert not (tmp_path / "out").exists()

@@ -269,6 +269,15 @@ def test_integers_with_a_point_are_one_id(form, tmp_path, capsys):
         assert ".0'. type: int makes them one" in out
 
 
+def test_ids_that_a_spreadsheet_has_rounded_are_told(tmp_path, capsys):
+    users = ["1.23457E+11", "9E+15", "-1.5e+12", "4,7E+10", "E+12", "1.5", "12E+1", "1E-7"] * 10
+    rows = "".join(f'"{user}",{k % 2}\n' for k, user in enumerate(users))
+    make(small(tmp_path, f"user,y\n{rows}", features={"user": {"kind": "id"}}).parent, tmp_path / "out")
+    told = re.search(r"\* user: 4 values look like a number whose last digits .*", capsys.readouterr().out)
+    assert told is not None
+    assert all(each in ("1.23457E+11", "9E+15", "-1.5e+12", "4,7E+10") for each in re.findall("'(.*?)'", told[0]))
+
+
 def test_ids_that_look_like_marks_are_told_with_the_key_that_mends_them(tmp_path, capsys):
     texts = {"NULL": 40, "\\N": 30, "N/A": 20, " ?": 20, "it's": 50, "b ": 30}
     items = [text for text, count in texts.items() for _ in range(count)]

@@ -451,7 +451,7 @@ def test_parquet_files_without_rows_are_passed_over_beside_others(tmp_path, caps
     assert make(config.parent, tmp_path / "out").statistics["rows"] == 40
     (config.parent / "rows.parquet").unlink()
     assert run(config, tmp_path / "none") == 2
-    assert "0 rows are too few" in capsys.readouterr().err
+    assert "empty.parquet: no rows, at most a header." in capsys.readouterr().err
 
 
 def test_a_json_key_that_comes_late_is_found(tmp_path, capsys):

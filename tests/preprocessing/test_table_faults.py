@@ -167,7 +167,7 @@ BAD_LINES = {
     "large one in a JSON list": (
         7,
         f'1,1,1,2024-01-01,a,1,"[1, {2**64}]"',
-        f"line 8: list does not fit into 64 bits, found [1, {2**64}]. Integers have a sign; in quotes, with type: string",
+        f"line 8: list does not fit into 64 bits, found [1, {2**64}]. Integers have a sign; as text, type: string",
     ),
     "no JSON list": (7, "1,1,1,2024-01-01,a,1,[1", "line 8: list must be a JSON list of integers of 64 bits, found [1"),
     "JSON list of text": (7, '1,1,1,2024-01-01,a,1,"[""a""]"', "line 8: list must be a JSON list of integers"),
@@ -220,14 +220,14 @@ BAD_PARQUET = {
     ),
     "list for one id": (
         {"user": [["a"]] * 20},
-        "column 'user' is of type list<element: string>; string is needed. A list of ids is a feature of kind: ids.",
+        "column 'user' is of type list<element: string>; string is needed. A list of ids is a feature of kind: ids, without",
     ),
     "vector for a number": (
         {"x": [[0.5, 1.5]] * 20},
         "column 'x' is of type list<element: double>; number is needed. A vector is not read yet: give its components as",
     ),
     "vector for ids": ({"user": [[0.5]] * 20}, "string is needed. A vector is not read yet"),
-    "text for a number": ({"x": ["1"] * 20}, "column 'x' is of type string; number is needed"),
+    "text for a number": ({"x": ["1"] * 19 + ["one"]}, "line 20: x is no number that can be used, found one"),
     "label of words": ({"y": ["no", "yes"] * 10}, "A label of words is a condition, such as \"`y` == 'yes'\"."),
     "decimals for text": ({"user": [Decimal(1)] * 20}, "string is needed. Whole numbers are ids with type: int"),
     "nan": ({"x": [1.0] * 6 + [math.nan] + [2.0] * 13}, "line 7: x is no number that can be used, found nan"),
@@ -329,7 +329,7 @@ def test_parquet_that_unpacks_to_too_much_is_refused(tmp_path, capsys, monkeypat
         ({"user": -(10**400)}, "user does not fit into 64 bits, found -100"),
         (
             {"tags": [1, 2**63]},
-            f"tags holds a value that does not fit into 64 bits, found {2**63}. Integers have a sign; in quotes",
+            f"tags holds a value that does not fit into 64 bits, found {2**63}. Integers have a sign; as text",
         ),
     ],
 )
@@ -345,8 +345,6 @@ def test_what_is_said_of_integers_beyond_64_bits_in_json_lines_can_be_done(tmp_p
     assert run(config("int"), tmp_path / "out") == 2
     assert f"rows.jsonl, line 31: {words}" in (message := capsys.readouterr().err)
     assert len(message) < 500
-    for row in rows:
-        row["tags"] = [str(tag) for tag in row["tags"]]
     assert run(config("string"), tmp_path / "out") == 0
 
 

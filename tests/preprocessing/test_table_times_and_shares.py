@@ -1,6 +1,7 @@
 """Tables of one's own: times in any form, and splits by any shares."""
 
 import math
+import time
 from datetime import UTC, datetime, timedelta, timezone
 from fractions import Fraction
 
@@ -9,7 +10,7 @@ import pytest
 
 from preprocessing.split_rules import GroupSplit, TimeSplit
 from tests.preprocessing.movielens_fake import folder_bytes
-from tests.preprocessing.table_fake import SMALL, small
+from tests.preprocessing.table_fake import SMALL, run, small
 from tests.preprocessing.test_splits import chance, rows_of, toy_columns
 from tests.preprocessing.test_splits import run as run_toy
 from tests.preprocessing.test_table import make, read
@@ -78,6 +79,22 @@ def test_days_that_are_numbers(tmp_path):
         make(timed(tmp_path, form, days, {"format": "%Y%m%d"}).parent, tmp_path / form)
         found = {row["key.row"]: row["key.ts"] for row in read(tmp_path / form)}
         assert found == {k: datetime(2024, 1, 1, tzinfo=UTC).timestamp() + 86400 * k for k in range(60)}
+
+
+def test_names_of_zones_are_utc_and_gmt_wherever_the_machine_is(tmp_path, capsys, monkeypatch):
+    """Python takes the names of the machine's own zone, too, and forgets what they say."""
+    texts = [f"{k + 1:02}.05.2024 12:00 {('UTC', 'GMT')[k % 2]}" for k in range(20)]
+    pattern = {"format": "%d.%m.%Y %H:%M %Z"}
+    with monkeypatch.context() as of_zone:
+        of_zone.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        make(timed(tmp_path, "csv", texts, pattern).parent, tmp_path / "out")
+        code = run(timed(tmp_path, "csv", [*texts, "30.05.2024 12:00 CEST"], pattern), tmp_path / "none")
+    time.tzset()
+    found = sorted(row["key.ts"] for row in read(tmp_path / "out"))
+    assert found == [int(datetime(2024, 5, k + 1, 12, tzinfo=UTC).timestamp()) for k in range(20)]
+    assert code == 2
+    assert "found 30.05.2024 12:00 CEST. Mend the line. Of names of zones, %Z, UTC and GMT are known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -88,12 +88,12 @@ def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path)
     ("lines", "words"),
     [
         (
-            ['{"user": "7", "x": 1, "y": 1}'],
-            "user must be an integer, found '7'. A text is an id, a key or a scenario with type: string",
+            ['{"user": "u7", "x": 1, "y": 1}'],
+            "user must be an integer, found 'u7'. A text is an id, a key or a scenario with type: string",
         ),
         (
-            ['{"user": 7, "x": 1, "y": "1"}'],
-            "y must be a number, found '1'. Mend the line. A label of words is a condition, such as \"`y` ==",
+            ['{"user": 7, "x": 1, "y": "yes"}'],
+            "y must be a number, found 'yes'. Mend the line. A label of words is a condition, such as \"`y` ==",
         ),
         (
             ['{"user": 7, "x": "NA", "y": 1}'],
@@ -149,6 +149,19 @@ def test_a_header_alone_is_a_file_without_rows(tmp_path, capsys):
         config = small(tmp_path, files=["rows*"])
         assert f"{name}: the file is empty, or has no good row." in told(capsys, config, tmp_path / "bad")
         (config.parent / name).unlink()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_files_without_rows_alone_are_named(form, tmp_path, capsys):
+    config = small(tmp_path, SMALL.partition("\n")[0] + "\n")
+    if form == "parquet":
+        config = small(tmp_path, b"", "rows.parquet")
+        pq.write_table(pa.table({"user": pa.array([], pa.string()), "x": [], "y": []}), config.parent / "rows.parquet")
+    assert f"rows.{form}: no rows, at most a header. Name files that have rows." in told(capsys, config, tmp_path / "out")
+    scenario = {"column": "d", "values": ["a", "b"], "others": "drop"}
+    config = small(tmp_path, "user,x,d,y\n" + "u,1,c,0\n" * 20, scenario=scenario)
+    words = "rows.csv: no row is kept; all are passed over (other scenarios: 20)."
+    assert words in told(capsys, config, tmp_path / "out")
 
 
 # Separators.
@@ -225,6 +238,23 @@ def test_bytes_of_another_encoding_are_told_its_key(tmp_path, capsys):
     assert "Set its encoding, such as csv: {encoding: cp1252}." in message
     make(small(tmp_path, text, csv={"encoding": "cp1252"}).parent, tmp_path / "out")
     assert "größe" in vocabulary(tmp_path / "out", "user")[0]
+
+
+def test_a_header_that_is_not_utf_8_is_told_its_encoding(tmp_path, capsys):
+    text = SMALL.replace("user", "größe").encode("cp1252")
+    features = {"user": {"kind": "id", "column": "größe"}, "x": {"kind": "number"}}
+    assert "Set its encoding, such as csv: {encoding: cp1252}." in told(
+        capsys, small(tmp_path, text, features=features), tmp_path / "out"
+    )
+    make(small(tmp_path, text, features=features, csv={"encoding": "cp1252"}).parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize("letters", ["ÿþ", "þÿ"])
+def test_letters_of_latin_1_that_begin_utf_16_elsewhere(letters, tmp_path):
+    text = SMALL.replace("user", f"{letters}rir")
+    features = {"user": {"kind": "id", "column": f"{letters}rir"}, "x": {"kind": "number"}}
+    config = small(tmp_path, text.encode("latin-1"), features=features, csv={"encoding": "latin-1"})
+    assert make(config.parent, tmp_path / "out").statistics["rows"] == 20
 
 
 # Names.
@@ -324,12 +354,14 @@ def test_booleans_of_three_formats_are_the_same_dataset(tmp_path):
         ("csv", "yes", "y must be a number, found 'yes'. Mend the line. A label of words is a condition, such as y == 'yes'."),
         ("csv", "t", "A label of words is a condition, such as y == 't'."),
         ("csv", "truee", "y must be a number, found 'truee'"),
-        ("json", "true", "y must be a number, found 'true'. Mend the line."),
+        ("json", "yes", "y must be a number, found 'yes'. Mend the line."),
+        ("parquet", "yes", "A label of words is a condition, such as \"`y` == 'yes'\"."),
         ("json", [0.5], "y must be a number, found [0.5]. A vector is not read yet"),
     ],
 )
 def test_what_is_no_boolean(form, value, words, tmp_path, capsys):
-    columns = {"user": ["u"] * 20, "x": list(range(20)), "y": [True] * 19 + [value]}
+    good = ["true"] if form == "parquet" else [True]  # whose columns have one type
+    columns = {"user": ["u"] * 20, "x": list(range(20)), "y": good * 19 + [value]}
     assert words in told(capsys, write(tmp_path, form, columns), tmp_path / "out")
 
 
@@ -361,6 +393,20 @@ def test_integers_of_json_where_text_is_wanted(tmp_path):
 
 
 CELLS = ["true", "false", "7", "7.0", "-7", '"7"', '"true"', "null", '"NA"', "[true]", "1e3", "{}", "7.5", "tru", "true7"]
+CELLS += [
+    "07",
+    '"07.0"',
+    '" -7 "',
+    '"7x"',
+    '"1,5"',
+    '"+.5e1"',
+    '"nan"',
+    '"1e999"',
+    '" "',
+    '""',
+    '"\\u0037"',
+    '"9223372036854775808"',
+]
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.int64(), pa.string(), pa.bool_()], ids=str)
@@ -381,11 +427,15 @@ def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending,
     good = [cell for line, cell in enumerate(CELLS, 1) if line in alone]
     assert [*found(good, 1 << 20).values()] == [*alone.values()]
     expected = {
-        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None, "1e3": 1000, "7.5": 7.5},
-        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, "null": None, '"NA"': None},
+        pa.float64(): {"true": 1, "false": 0, "7": 7, "7.0": 7, "-7": -7, '"7"': 7, '"true"': 1, "null": None, '"NA"': None}
+        | {"1e3": 1000, "7.5": 7.5, '"07.0"': 7, '" -7 "': -7, '"+.5e1"': 5, '""': None, '"\\u0037"': 7}
+        | {'"9223372036854775808"': 2.0**63},
+        pa.int64(): {"7": 7, "7.0": 7, "-7": -7, '"7"': 7, "null": None, '"NA"': None, '"07.0"': 7, '" -7 "': -7, '""': None}
+        | {'"\\u0037"': 7},
         pa.string(): {"true": "true", "false": "false", "7": "7", "-7": "-7", '"7"': "7", '"true"': "true", "null": None}
-        | {'"NA"': None},
-        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None},
+        | {'"NA"': None}
+        | {cell: json.loads(cell) for cell in CELLS[15:] if cell.startswith('"')},
+        pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None, '""': None},
     }
     assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
 

@@ -99,7 +99,10 @@ REFUSED = {
     "infinite": (put("price", float("inf")), r"row 2 .*price must be a finite number"),
     "surrogate": (put("user", "\ud800"), r"row 2 .*user is no text"),
     "no row": (lambda rows: rows.__setitem__(2, 7), r"row 2 .*an object with a value for each column is needed, found 7"),
-    "no column": (lambda rows: [row.pop("age") for row in rows], "there is no column 'age', which feature age is made of"),
+    "no column": (
+        lambda rows: [row.update(Age=row.pop("age"), more=1) for row in rows],
+        r"there is no column 'age', which feature age is made of\. Did you mean 'Age'\? Columns: .*more",
+    ),
 }
 
 
