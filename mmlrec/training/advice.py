@@ -49,6 +49,20 @@ def advise_on_warmup(strategy: str, warmup_steps: int, steps: int, *, ended: boo
     )
 
 
+def advise_on_slots(update_every: int, steps: int) -> str | None:
+    """What to say of a run with managed tables that ends before anybody has trained a row; None of others.
+
+    Args:
+        steps: that it will take at most.
+    """
+    if steps > update_every:
+        return None
+    return (
+        f"embeddings.managed.update_every={update_every}: the run has {steps} steps at most, so no id will earn a row and train"
+        " it. Set a smaller one (steps)."
+    )
+
+
 def _precision(precision: str, device: str) -> str | None:
     if precision != "bf16":
         return None

@@ -28,7 +28,7 @@ from mmlrec.run_folder.one_writer import hold
 from mmlrec.run_folder.reports import reports
 from mmlrec.session.session import Session, build_session
 from mmlrec.storage.places import Place, place
-from mmlrec.training.advice import advise_on_speed, advise_on_warmup
+from mmlrec.training.advice import advise_on_slots, advise_on_speed, advise_on_warmup
 from mmlrec.training.chain import check_chain
 from mmlrec.training.trainer import Trainer
 from mmlrec.warm_start.source import open_source
@@ -205,12 +205,13 @@ def _train(
         )
         balancing = (config.balancing["name"], session.head.balancing.warmup_steps)
         short = advise_on_warmup(*balancing, trainer.total_steps, ended=False)
+        never = advise_on_slots(config.embeddings.managed.update_every, trainer.total_steps) if session.managed else None
         if world.is_main:
             logger.info("best checkpoint and early stopping by valid, higher is better: %s", monitor)
             late = None
             if profiled is not None and profiled[1] <= trainer.progress.step:
                 late = f"--profile {profiled[0]}:{profiled[1]}: these steps are behind this run, so there is nothing to record."
-            for warning in [doubt, short, late, *monitor.notes]:
+            for warning in [doubt, short, never, late, *monitor.notes]:
                 if warning:
                     logger.warning(warning)
         with StopSignal(world, signals) as stop, trainer.saver:
