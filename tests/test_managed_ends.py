@@ -66,6 +66,16 @@ def test_an_export_knows_who_holds_which_slot_and_an_unseen_id_is_as_a_missing_o
     assert len(set(scores["score.y"].round(5))) > 100
 
 
+def test_an_export_of_branches_with_tables_of_their_own_has_the_one_map(tmp_path):
+    model = {"name": "single_task", "expert_hidden_units": [8], "tower_hidden_units": []}
+    run = mmlrec.train(CONFIG | {"model": model}, dataset=prepared(0), run_dir=tmp_path / "run", progress=False)
+    assert len(slots_of(run)) == SLOTS
+    rows = frame(1, users=10**6)
+    scores = mmlrec.serving.load(run.export(tmp_path / "model")).score(rows)
+    np.testing.assert_allclose(scores, run.predict(rows), atol=1e-6)
+    assert len(set(scores["score.y"].round(5))) > 100
+
+
 def test_a_dataset_with_other_slots_is_encoded_alike_and_one_with_another_seed_is_not(trained, tmp_path):
     own, same, more = trained.evaluate(), prepared(0), prepared(0, slots=77)
     assert same.manifest.encoding == more.manifest.encoding
@@ -106,6 +116,19 @@ def test_rows_that_are_encoded_like_others_may_have_other_slots_and_no_other_see
     extend = ("--day", "2", "--extend", str(tmp_path / "day-1"), "--out", str(tmp_path / "day-2"))
     assert main([*synthetic, "12", *extend]) == 0
     assert DatasetManifest.load(tmp_path / "day-2").tables[0].num_rows == 13
+
+
+def test_a_run_that_ends_before_an_id_has_trained_a_row_says_so(tmp_path):
+    data, words = prepared(0), "the run has 10 steps at most, so no id will earn a row and train it"
+    for every in (9, 10):
+        embeddings = CONFIG["embeddings"] | {"managed": {"update_every": every}}
+        run = mmlrec.train(CONFIG | {"embeddings": embeddings}, dataset=data, run_dir=tmp_path / str(every), progress=False)
+        assert (f"embeddings.managed.update_every={every}: {words}" in (run.path / "train.log").read_text()) == (every == 10)
+
+
+def test_more_slots_than_a_training_takes_are_refused_before_rows_are_read():
+    with pytest.raises(UserError, match=r"features.user.managed.slots: Input should be less than 2147483648; found 2147483648"):
+        prepared(0, slots=2**31)
 
 
 def test_a_run_goes_on_with_its_slots_only(trained, tmp_path):
