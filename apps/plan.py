@@ -35,7 +35,7 @@ Sizes are numbers with a unit, such as 80GiB or 25GB. Times are predictions of s
 GPUs given here in brackets are usual ones, which nobody has measured for this package; those of CPUs are of one AMD EPYC.
 """
 _UNITS = {
-    "": 1,
+    "B": 1,
     **{f"{letter}{kind}": base**power for power, letter in enumerate("KMGT", 1) for kind, base in (("B", 1000), ("iB", 1024))},
 }
 _GIB = 2**30
@@ -57,12 +57,13 @@ def size(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is nothing of the kind.
     """
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?([KMGT]i?B|)", text)
-    if not found or not float(found[1]):
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) ?((?:[KMGT]i?)?B)", text)
+    number = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not number:
         raise argparse.ArgumentTypeError(
-            f"'{text}' is no size: a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB"
+            f"'{text}' is no size: a number with B, KB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 80GiB"
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return number
 
 
 def count(text: str) -> int:

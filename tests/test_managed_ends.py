@@ -67,6 +67,16 @@ def test_an_export_knows_who_holds_which_slot_and_an_unseen_id_is_as_a_missing_o
     assert len(set(scores["score.y"].round(5))) > 100
 
 
+def test_an_export_of_branches_with_tables_of_their_own_has_the_one_map(tmp_path):
+    model = {"name": "single_task", "expert_hidden_units": [8], "tower_hidden_units": []}
+    run = mmlrec.train(CONFIG | {"model": model}, dataset=prepared(0), run_dir=tmp_path / "run", progress=False)
+    assert len(slots_of(run)) == SLOTS
+    rows = frame(1, users=10**6)
+    scores = mmlrec.serving.load(run.export(tmp_path / "model")).score(rows)
+    np.testing.assert_allclose(scores, run.predict(rows), atol=1e-6)
+    assert len(set(scores["score.y"].round(5))) > 100
+
+
 def test_a_dataset_with_other_slots_is_encoded_alike_and_one_with_another_seed_is_not(trained, tmp_path):
     own, same, more = trained.evaluate(), prepared(0), prepared(0, slots=77)
     assert same.manifest.encoding == more.manifest.encoding
@@ -120,6 +130,11 @@ def test_a_run_that_ends_before_ids_train_in_slots_says_so(update_every, told, t
     assert len(lines) == told
     assert all(f"update_every={update_every}: the run has 10 steps" in line and "update_every=1." in line for line in lines)
     assert advise_on_slots(10, 10) is not None  # slots that are earned at the last step are trained by none
+
+
+def test_more_slots_than_a_training_takes_are_refused_before_rows_are_read():
+    with pytest.raises(UserError, match=r"features.user.managed.slots: Input should be less than 2147483648; found 2147483648"):
+        prepared(0, slots=2**31)
 
 
 def test_a_run_goes_on_with_its_slots_only(trained, tmp_path):

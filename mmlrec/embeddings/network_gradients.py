@@ -21,7 +21,7 @@ class SameBuckets(DataParallelWrapper):
         tables = list(DistributedModelParallel._sharded_parameter_names(module))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, tables)
         dmp._dmp_wrapped_module = _Joined(
-            module.to(device),
+            module,
             device_ids=None if device.type == "cpu" else [device],
             process_group=env.process_group,
             gradient_as_bucket_view=True,

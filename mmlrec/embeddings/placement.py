@@ -41,6 +41,11 @@ PHASES = {
 FUSED, CACHED = "fused", "fused_uvm_caching"
 
 
+#: Proposals one after the other that fit and are no better than the best one, after which no more are tried: there are as many
+#: as tables, and each takes time for every table, so that all of them are hours for some thousand tables.
+_MOST_IN_VAIN = 100
+
+
 class Where(NamedTuple):
     """Where a table lies."""
 
@@ -235,7 +240,8 @@ def place_tables(
     if all(len(types) == 1 for types in wanted.values()) and len(kernels) == 1:
         return placed(flattest, {name: why for name, (_, why) in asked.items()})
     # Trying all combinations (GridSearchProposer) found nothing better on 8, 64 and 512 ranks, and takes 3^8 proposals on 512.
-    proposers = [GreedyProposer(), GreedyProposer(use_depth=False), UniformProposer()]
+    greedy = [GreedyProposer(use_depth=use_depth, threshold=_MOST_IN_VAIN) for use_depth in (True, False)]
+    proposers = [*greedy, UniformProposer()]
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
@@ -393,9 +399,10 @@ def _shortage(fullest: int, on_host: int, optimizer: str, hardware: Hardware) ->
     return (
         f"embeddings.sharding: no plan fits {hardware.world_size} ranks of {hardware.memory / gib:.2f} GiB, of which"
         f" {hardware.usable / gib:.2f} can be planned with. Split as evenly as possible, tables with the state of"
-        f" '{optimizer}', their buffers and the network take {fullest / gib:.2f} GiB on the fullest rank,"
+        f" '{optimizer}', their buffers, the network and its activations take {fullest / gib:.2f} GiB on the fullest rank,"
         f" {(fullest - hardware.usable) / gib:.2f} too many. python -m apps.plan shows what would fit: more ranks, another"
-        " embeddings.optimizer.name, a smaller embeddings.dim, another embeddings.dtype, on GPUs embeddings.host_cache."
+        " embeddings.optimizer.name, a smaller embeddings.dim, another embeddings.dtype, on GPUs embeddings.host_cache; a"
+        " smaller training.batch_size leaves tables more room."
     )
 
 

@@ -31,9 +31,9 @@ class TableOfPlan(BaseModel):
     sharding: Literal["table_wise", "table_row_wise", "row_wise"]
     ranks: list[int] = Field(min_length=1)
     kernel: Literal["fused", "fused_uvm_caching"] = "fused"
-    weight_bytes: int
+    weight_bytes: int = Field(ge=0)
     #: Releases before wrote none into `plan.json`.
-    state_bytes: int | None = None
+    state_bytes: int | None = Field(default=None, ge=0)
     #: Copies of the table, of which `ranks` are those of the first. Releases before wrote none: then it is
     #: what all ranks of a plan hold, over what its tables take, and None of a run, whose file does not say it.
     replicas: int | None = Field(default=None, ge=1)
@@ -77,6 +77,9 @@ def read_plan(there: str | Place) -> tuple[list[TableOfPlan], BesideTables]:
         tables, known = [TableOfPlan.model_validate(row) for row in rows], BesideTables.model_validate(beside)
     except (ValueError, TypeError, KeyError, ValidationError) as error:
         raise DataError(f"{path} is no plan of tables, or damaged: {error}") from error
+    names = Counter(table.table for table in tables)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise DataError(f"{path} is no plan of tables, or damaged: it places '{twice[0]}' twice.")
     of_all = sum(rank.weight_bytes + rank.state_bytes + rank.host_bytes for rank in known.ranks)
     of_one = sum(table.weight_bytes + (table.state_bytes or 0) for table in tables)
     if of_all and of_one and all(table.replicas is None for table in tables):
@@ -103,12 +106,18 @@ def given_placement(
         host_cache: `embeddings.host_cache`, without which no table lies in the memory of a host.
 
     Raises:
-        ConfigError: the plan is of other tables or other ranks.
+        ConfigError: the plan is of other tables or another number of ranks.
         DataError: it cannot be read.
     """
-    rows, _ = read_plan(there)
+    rows, beside = read_plan(there)
     found = {row.table: row for row in rows}
     again = "Plan again, or leave embeddings.plan out."
+    of_copy = None if beside.hardware is None else beside.hardware.ranks // max((row.replicas or 1 for row in rows), default=1)
+    if of_copy not in (None, hardware.world_size):
+        raise ConfigError(
+            f"embeddings.plan: {there} is of {of_copy} rank(s) for a copy of the tables; the training has"
+            f" {hardware.world_size} rank(s). {again}"
+        )
     if missing := sizes.keys() - found.keys():
         raise ConfigError(f"embeddings.plan: {there} has no table '{min(missing)}', which the training has. {again}")
     if unknown := found.keys() - sizes.keys():
@@ -194,7 +203,8 @@ def _totals(rows: list[TableOfPlan], beside: BesideTables) -> list[str]:
     replicas = max(recorded, default=1)
     holding = on_device.keys() | on_host.keys()
     of_copy = beside.hardware.ranks // replicas if beside.hardware else max(holding, default=-1) + 1
-    loads = [on_device[rank] / _GIB for rank in range(of_copy)] or [0.0]
+    fullest = max(on_device.values(), default=0)
+    emptiest = min(on_device.values(), default=0) if len(on_device) >= of_copy else 0
     return [
         str(len(rows)),
         str(replicas) if recorded or not rows else "not recorded",
@@ -202,8 +212,8 @@ def _totals(rows: list[TableOfPlan], beside: BesideTables) -> list[str]:
         " / ".join(str(kinds[kind]) for kind in SHARDING_TYPES),
         f"{sum(row.weight_bytes for row in rows) / _GIB:.2f}",
         f"{sum(row.state_bytes or 0 for row in rows) / _GIB:.2f}" if known else "not recorded",
-        f"{max(loads):.2f}",
-        f"{min(loads):.2f}",
+        f"{fullest / _GIB:.2f}",
+        f"{emptiest / _GIB:.2f}",
         f"{max(on_host.values(), default=0) / _GIB:.2f}",
         "not in this file" if beside.step_ms is None else f"{beside.step_ms:.3f}",
         "not in this file" if beside.fits is None else "yes" if beside.fits else "no",

@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmlrec.config import RunConfig
+from mmlrec.layers.over_ranks import alone
 from mmlrec.layers.products import LEAST_ROWS
 from mmlrec.models.base.model import MultiTaskModel
+from mmlrec.session.optim import STATE_NUMBERS
 
 #: Twice as many are still too few for the products of oneDNN, which the counter of torch does not see.
 _ROWS = LEAST_ROWS // 4
@@ -44,6 +47,18 @@ class NetworkCost(NamedTuple):
     activations: float
     launches: int
     launches_of_scenario: float
+
+
+def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
+    """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
+    copies = 2 + STATE_NUMBERS[optimizer] + (world_size > 1)
+    return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def bytes_beside_tables(network: MultiTaskModel, cost: NetworkCost, config: RunConfig, world_size: int) -> tuple[int, int]:
+    """What a training takes on each rank beside its tables: bytes of the network, and of the activations of its rows."""
+    rows = -(-config.training.batch_size // world_size)
+    return network_bytes(network, config.dense.optimizer.name, world_size), int(cost.activations * rows)
 
 
 class _Step(NamedTuple):
@@ -83,7 +98,7 @@ def network_cost(network: MultiTaskModel, *, bf16: bool) -> NetworkCost:
     """
     # The same in both steps, so that their weights are not counted as of rows.
     scenarios = min(network.spec.num_scenarios, _ROWS)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), alone():
         torch.manual_seed(0)
         few, many = (_step(copy.deepcopy(network), rows, scenarios, bf16) for rows in (_ROWS, 2 * _ROWS))
         of_one = few if scenarios == 1 else _step(copy.deepcopy(network), _ROWS, 1, bf16)

@@ -15,7 +15,6 @@ from mmlrec.models.base.model import ModelSpec, MultiTaskModel
 from mmlrec.registry import balancing_config, method, model_config
 from mmlrec.schema import SPLITS, DatasetManifest, Setting, Task
 from mmlrec.session.objective import balancing_of, label_counts, label_scales, loss_of
-from mmlrec.slots.managed import managed_of
 from mmlrec.storage.places import Place, place
 
 
@@ -138,24 +137,6 @@ def table_branches(network: MultiTaskModel, manifest: DatasetManifest) -> list[s
         return None
     names = branch_names(network.spec.setting, network.spec.tasks, manifest.scenario)
     return [names[branch] for branch in network.branches]
-
-
-def check_managed(config: RunConfig, manifest: DatasetManifest, branches: list[str] | None) -> None:
-    """Refuse managed tables where a training cannot have them.
-
-    Args:
-        branches: of `table_branches`.
-
-    Raises:
-        ConfigError: naming the tables.
-    """
-    managed = [table.name for table in managed_of(manifest)]
-    if managed and branches is not None:
-        raise ConfigError(
-            f"model.name={config.model['name']}: each branch has tables of its own, and the best checkpoint takes each from"
-            f" another step; an id of a managed table ({', '.join(managed)}) has one row in all of them. Choose another method,"
-            " or preprocess again with a vocabulary or hashed ids."
-        )
 
 
 def mean_lengths(manifest: DatasetManifest, branches: list[str] | None) -> tuple[dict[str, float], list[str]]:

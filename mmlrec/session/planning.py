@@ -33,10 +33,9 @@ from mmlrec.embeddings.tables import NoTables, build_tables, table_configs
 from mmlrec.models.base.model import MultiTaskModel
 from mmlrec.registry import strategy
 from mmlrec.schema import DatasetManifest
-from mmlrec.session.network_cost import NetworkCost, network_cost
+from mmlrec.session.network_cost import NetworkCost, bytes_beside_tables, network_cost
 from mmlrec.session.optim import STATE_NUMBERS
-from mmlrec.session.parts import build_network, build_spec, check_managed, mean_lengths, table_branches
-from mmlrec.session.session import network_bytes
+from mmlrec.session.parts import build_network, build_spec, mean_lengths, table_branches
 from mmlrec.slots.managed import managed_of
 from mmlrec.slots.slot_map import map_bytes
 
@@ -140,6 +139,7 @@ class TrainingPlan:
 
     Attributes:
         unknown: features whose length is not recorded, and taken as 1.
+        map_bytes: of the maps of managed tables, on each rank.
     """
 
     request: Request
@@ -147,6 +147,7 @@ class TrainingPlan:
     network: MultiTaskModel
     cost: NetworkCost
     unknown: list[str]
+    map_bytes: int
 
     @property
     def rows_per_rank(self) -> int:
@@ -169,8 +170,7 @@ class TrainingPlan:
                 own[4] += shard.buffers
                 for phase, milliseconds in shard.times.items():
                     times[shard.rank][phase] += milliseconds
-        network = network_bytes(self.network, self.request.config.dense.optimizer.name, world_size)
-        activations = int(self.cost.activations * self.rows_per_rank)
+        network, activations = bytes_beside_tables(self.network, self.cost, self.request.config, world_size)
         return [
             Rank(rank, weights, state, network, activations, buffers, times[rank % len(sums)], *of_host)
             for rank, (weights, state, *of_host, buffers) in enumerate(sums * replicas)
@@ -292,11 +292,6 @@ class TrainingPlan:
             mean = sum(values) / len(values)
             found[name] = max(values) / mean if mean else 1.0
         return found
-
-    @property
-    def map_bytes(self) -> int:
-        """Of the maps of managed tables, on each rank."""
-        return sum(map_bytes(table.num_rows - 1) for table in managed_of(self.request.manifest))
 
     def warnings(self) -> list[str]:
         """What is wrong or unwise, a sentence each."""
@@ -439,7 +434,7 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
 
     Raises:
         ConfigError: the method, its options or the setting do not fit, `embeddings` names tables that are not there, managed
-            ones that a training cannot have, or a plan of other tables or ranks.
+            ones with more rows than slots can tell, or a plan of other tables or ranks.
     """
     config, manifest, hardware = request.config, request.manifest, request.hardware
     embeddings = config.embeddings
@@ -451,14 +446,13 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
         network = build_network(config, spec, request.source)
         cost = network_cost(network, bf16=config.training.precision == "bf16")
     branches = table_branches(network, manifest)
-    check_managed(config, manifest, branches)
+    maps = sum(map_bytes(table.num_rows - 1) for table in managed_of(manifest))
     tables = build_tables(table_configs(manifest, embeddings, branches))
     lengths, without = mean_lengths(manifest, branches)
     if isinstance(tables, NoTables):
-        return TrainingPlan(request, [], network, cost, without)
+        return TrainingPlan(request, [], network, cost, without, maps)
     apply_table_optimizer(tables, embeddings.optimizer, torch.device(hardware.device))
     rows = -(-config.training.batch_size // hardware.world_size)
-    reserved = network_bytes(network, config.dense.optimizer.name, hardware.world_size) + int(cost.activations * rows)
     try:
         placed = place_tables(
             tables,
@@ -466,9 +460,9 @@ def plan_training(request: Request, known: TrainingPlan | None = None) -> Traini
             replica,
             batch_size=rows,
             lengths=lengths,
-            reserved=reserved,
+            reserved=sum(bytes_beside_tables(network, cost, config, hardware.world_size)),
             given=placement_of_plan(tables, embeddings, replica),
         )
     except TablesDoNotFit as error:
         placed = error.flattest
-    return TrainingPlan(request, placed, network, cost, without)
+    return TrainingPlan(request, placed, network, cost, without, maps)

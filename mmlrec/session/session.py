@@ -49,9 +49,10 @@ from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.encoder import check_own_encoder, is_encoded_alike
 from mmlrec.run_folder.folder import MEASURED_OTHERWISE, RunFolder, differences
 from mmlrec.schema import MANIFEST, DatasetManifest
+from mmlrec.session.network_cost import bytes_beside_tables, network_bytes, network_cost
 from mmlrec.session.objective import label_deviations
-from mmlrec.session.optim import STATE_NUMBERS, build_optimizer
-from mmlrec.session.parts import branches_of, build_parts, check_managed, mean_lengths, table_branches
+from mmlrec.session.optim import build_optimizer
+from mmlrec.session.parts import branches_of, build_parts, mean_lengths, table_branches
 from mmlrec.session.pipeline import Pipeline, WithoutTables, WithTables
 from mmlrec.session.recommender import TABLES, Head, Recommender
 from mmlrec.slots.managed import ManagedTables
@@ -124,7 +125,8 @@ class Session:
     def update_slots(self) -> None:
         """At a boundary, between two steps: let rows of managed tables go to other ids. All ranks call it."""
         tables, config = get_unwrapped_module(self.model).tables, self.config
-        anew = self.managed.update()
+        prefixes = [f"{name}/" for name, _, _ in self.branches()] or [""]
+        anew = {prefix + name: slots for name, slots in self.managed.update().items() for prefix in prefixes}
         begin_anew(tables, self.model.fused_optimizer, anew, std=config.embeddings.init_std, seed=config.training.seed)
 
     @property
@@ -208,6 +210,10 @@ class Session:
         """`branches_of` its network and data."""
         return branches_of(self.network, self.manifest)
 
+    def selected_apart(self) -> list[tuple[str, str, str | None]]:
+        """The branches of which each has a best step of its own: none where tables are managed, with one map for all."""
+        return [] if self.managed else self.branches()
+
     def prepare(self, batches: Iterator[Batch], *, training: bool) -> Iterator[Batch]:
         """Batches as the model wants them.
 
@@ -273,12 +279,6 @@ def check_memory(report: list[dict[str, Any]], optimizer: str, world: World, *, 
     world.raise_together(short)
 
 
-def network_bytes(network: MultiTaskModel, optimizer: str, world_size: int) -> int:
-    """What the network takes on each rank: parameters, gradients, the optimizer's state, and buckets to exchange gradients."""
-    copies = 2 + STATE_NUMBERS[optimizer] + (world_size > 1)
-    return copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-
-
 def build_session(
     config: RunConfig,
     world: World,
@@ -316,7 +316,11 @@ def build_session(
     precision = config.embeddings.communication if for_training else "fp32"
     dims = [table.embedding_dim for table in tables.embedding_bag_configs()]
     communication = Communication(precision, config.training.batch_size, dims)
-    # On one rank nobody else moves it: torchrec does so only where it joins ranks.
+    reserved = network_bytes(network, dense.optimizer.name, world.world_size)
+    if for_training and (world.world_size > 1 or config.embeddings.host_cache is not None):  # else nothing is to be chosen
+        cost = network_cost(network, bf16=config.training.precision == "bf16")
+        reserved = world.highest(sum(bytes_beside_tables(network, cost, config, world.world_size)))
+    # Nobody else moves it: torchrec makes its shards where they belong, and our wrapper takes what it gets.
     head = Head(network, loss, balancing, config, prefixes, scales, world.parts).to(world.device)
     recommender = Recommender(tables, head, communication)
     lengths, unknown = mean_lengths(manifest, branches)
@@ -341,12 +345,11 @@ def build_session(
         hardware,
         batch_size=-(-config.training.batch_size // world.world_size),
         lengths=lengths,
-        reserved=network_bytes(network, dense.optimizer.name, world.world_size),
+        reserved=reserved,
     )
     if world.device.type == "cuda" and replicas == 1:  # of replicas torchrec names them itself
         name_gpus(plan, world.gather(world.device.index))
     report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
-    check_managed(config, manifest, branches)
     managed = ManagedTables(manifest, config.embeddings.managed, world)
     if not managed and config.embeddings.managed != ManagedConfig():
         raise ConfigError(

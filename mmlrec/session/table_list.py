@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mmlrec.errors import DataError
 from mmlrec.schema import DatasetManifest, Feature, Scenario, Split, Table, Task
@@ -14,7 +14,7 @@ class DescribedTable(StrictModel):
     """One table, used by one feature of the same name."""
 
     name: str
-    rows: int = Field(ge=1)
+    rows: int = Field(ge=1, le=10**15)
     dim: int | None = Field(default=None, gt=0, multiple_of=4, description="Width; embeddings.dim when absent.")
     pooling_length: float = Field(default=1.0, gt=0, description="Mean number of ids of a row.")
 
@@ -33,6 +33,14 @@ class TableList(StrictModel):
         names = [table.name for table in self.tables]
         if len(set(names)) < len(names):
             raise ValueError(f"a table is named twice: {max(names, key=names.count)}")
+        return self
+
+    @model_validator(mode="after")
+    def _as_a_dataset_may_have_them(self) -> TableList:
+        try:
+            self.manifest()
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
         return self
 
     @property

@@ -1,7 +1,8 @@
 """The best checkpoint: the weights to evaluate, chosen by validation.
 
 A method whose branches have tables of their own (Single-Task) has a best checkpoint for each branch. They are kept as one:
-the tensors of each branch come from that branch's best step.
+the tensors of each branch come from that branch's best step. Where tables are managed, all come from one
+step: a checkpoint has one map of who holds which row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def save_best(
         then: what is to happen on rank 0 once they are whole.
     """
     tensors = checkpoint.model_tensors(session.model) | session.managed.tensors(history=False)
-    branches = [name for name, _, _ in session.branches()]
+    branches = [name for name, _, _ in session.selected_apart()]
     mixed = bool(branches) and set(improved) != set(branches)
     if mixed:
         saver.finish()  # The former best is read.

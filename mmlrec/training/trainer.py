@@ -98,7 +98,7 @@ class Trainer:
             self.config.monitor,
             session.manifest,
             session.spec.tasks,
-            session.branches(),
+            session.selected_apart(),
             cvr=metrics_of_cvr(session.network),
             knows_r2=session.knows_r2,
         )
@@ -346,7 +346,7 @@ class Trainer:
                 **data_state(self.session.manifest),
             }
             # A branch that nothing can be said of goes along with the others.
-            unknown = [name for name, _, _ in self.session.branches() if name not in values]
+            unknown = [name for name, _, _ in self.session.selected_apart() if name not in values]
             self.world.at("saving the best checkpoint")
             with self.world.parts.of(CHECKPOINT):
                 save_best(self.session, self.saver, self.folder.best, [*improved, *unknown], state, then)

@@ -108,17 +108,22 @@ def _take_tables(
     world, old = session.world, source.encoded
     names = [key.removeprefix(_WEIGHTS).removesuffix(".weight") for key in own if key.startswith(_WEIGHTS)]
     matchings = _matchings(sorted({_table(name) for name in names}), new, old, world)
-    here: list[tuple[int, bool, bool]] = []  # of each table: rows taken, whether there is state, and whether any is taken
+    here: dict[str, tuple[int, bool, bool]] = {}  # of each table: rows taken, whether there is state, and whether any is taken
     there = {name: weights[f"{_WEIGHTS}{name}.weight"].size[0] for name in names if f"{_WEIGHTS}{name}.weight" in weights}
     error: UserError | None = None
-    for name in names:
+    table, by_key = "", None
+    for name in sorted(names, key=_table):
         world.at(f"taking rows of {name}")
         try:
             gone, match = forgotten.get(_table(name), np.empty(0, np.int64)), _match(name, matchings, own, weights)
-            keyed = _by_key(_table(name), session, new, source) if match.how == "by key" else None
+            if table != _table(name):
+                table, by_key = _table(name), None
+            if match.how == "by key" and by_key is None:
+                by_key = _by_key(table, session, new, source)  # once: all branches have one map
+            keyed = by_key if match.how == "by key" else None
             if keyed is not None:
                 there[name] = keyed.there
-            here.append(_take_table(name, match, keyed, own, weights, state, new, old, gone))
+            here[name] = _take_table(name, match, keyed, own, weights, state, new, old, gone)
         except UserError as cause:
             error = cause
         except OSError as cause:
@@ -130,7 +135,7 @@ def _take_tables(
     world = world.without_limit()
     world.raise_together(error)
     found = []
-    for name, of_ranks in zip(names, zip(*world.gather(here), strict=True), strict=True):
+    for name, of_ranks in zip(names, zip(*world.gather([here[name] for name in names]), strict=True), strict=True):
         key = f"{_WEIGHTS}{name}.weight"
         match = _match(name, matchings, own, weights)
         num_rows, total = sum(rows for rows, _, _ in of_ranks), int(own[key].size()[0])

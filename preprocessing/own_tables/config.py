@@ -92,7 +92,7 @@ class HashConfig(StrictModel):
 class ManagedConfig(StrictModel):
     """Ids by key: values earn and lose the slots of a table in training."""
 
-    slots: int = Field(ge=1, le=2**40, description="Rows of the table, without row 0.")
+    slots: int = Field(ge=1, lt=2**31, description="Rows of the table, without row 0.")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 

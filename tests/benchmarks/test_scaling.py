@@ -155,7 +155,7 @@ def test_points_that_do_not_fit_are_planned_here_and_where_they_would_fit(tmp_pa
 def test_planned_rows_are_those_of_apps_plan(point, tmp_path):
     (tmp_path / "tables.json").write_text(described(point).model_dump_json())
     key, memory = "embeddings.optimizer.name=rowwise_adagrad", 24 * GIB
-    hosts = ["--hosts", str(point.ranks // 2), "--processes-per-host", "2", "--ram", str(memory)]
+    hosts = ["--hosts", str(point.ranks // 2), "--processes-per-host", "2", "--ram", f"{memory}B"]
     command = [
         sys.executable,
         "-m",

@@ -12,6 +12,7 @@ from mmlrec.distributed.world import process_group
 from mmlrec.embeddings import hardware, sharding
 from mmlrec.errors import ConfigError
 from mmlrec.registry import load
+from mmlrec.session import session
 from mmlrec.session.session import build_session, check_memory, hardware_of
 
 
@@ -36,6 +37,13 @@ def grow(rank, world_size, port, config, small, folder):
         growth = resident() - before
         Path(folder, f"rank-{rank}.json").write_text(json.dumps({"growth": growth, "plan": second.plan}))
         del first, second
+
+
+def lie(rank, world_size, port, config, memory, folder):
+    """Write where a training lays its tables on ranks of so much memory."""
+    with rank_of(rank, world_size, port) as world, mock.patch.object(session, "memory_of", return_value=memory):
+        plan = build_session(load(str(config), []), world, for_training=True).plan
+        Path(folder, f"rank-{rank}.json").write_text(json.dumps(plan))
 
 
 def fit(rank, hosts, port, report, gib, folder):
@@ -78,16 +86,16 @@ def count(rank, world_size, port, on_host, config, cases, folder):
     with rank_of(rank, world_size, port, on_host) as world:
         found = []
         for overrides in cases:
-            session = build_session(load(str(config), overrides), world, for_training=True)
-            session.model.train()
-            reader = session.reader("train")
-            feed = session.prepare(reader.epoch(0), training=True)
+            built = build_session(load(str(config), overrides), world, for_training=True)
+            built.model.train()
+            reader = built.reader("train")
+            feed = built.prepare(reader.epoch(0), training=True)
             # The first steps open what later ones have; the pipeline is two batches ahead.
             for _ in range(3):
-                session.pipeline.progress(feed)
+                built.pipeline.progress(feed)
             with Operators() as operators:
                 for _ in range(4):
-                    session.pipeline.progress(feed)
+                    built.pipeline.progress(feed)
             found.append({name: number / 4 for name, number in operators.names.items()})
         if rank == 0:
             Path(folder, "operators.json").write_text(json.dumps(found))

@@ -109,6 +109,25 @@ def test_a_plan_of_something_else_is_refused(tmp_path, changes, world_size, word
         given_placement(path, SIZES, ranks(world_size))
 
 
+def test_a_plan_of_fewer_ranks_is_refused_wherever_its_tables_lie(tmp_path):
+    tables = rows(a__sharding="table_wise", a__ranks=[0])
+    plan = {"tables": tables, "hardware": {"ranks": 2}}
+    assert given_placement(written(tmp_path, plan), SIZES, ranks(2))["a"][:2] == ("table_wise", [0])
+    with pytest.raises(ConfigError, match=r"is of 2 rank\(s\) for a copy of the tables; the training has 4 rank"):
+        given_placement(written(tmp_path, plan), SIZES, ranks(4))
+    of_copies = {"tables": [row | {"replicas": 2} for row in tables], "hardware": {"ranks": 4}}
+    assert given_placement(written(tmp_path, of_copies), SIZES, ranks(2))["b"][:2] == ("table_wise", [1])
+
+
+def test_a_plan_that_names_a_table_twice_or_ranks_without_number_is_told(tmp_path):
+    with pytest.raises(DataError, match="is no plan of tables, or damaged: it places 'b' twice"):
+        read_plan(written(tmp_path, [*rows(), rows()[1]]))
+    with pytest.raises(DataError, match="is no plan of tables, or damaged"):
+        read_plan(written(tmp_path, rows(a__weight_bytes=-1)))
+    far = written(tmp_path, rows(a__sharding="table_wise", a__ranks=[10**12]))
+    assert totals(compare_plans(far, far))["ranks with tables"] == [f"2 of {10**12 + 1}"] * 2
+
+
 def test_a_table_may_lie_on_any_one_host(tmp_path):
     for own in ([0, 1], [2, 3]):
         path = written(tmp_path, rows(a__sharding="table_row_wise", a__ranks=own))

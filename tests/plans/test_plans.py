@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchrec.distributed.planner.proposers import GreedyProposer
 
 from apps.plan import microseconds, size, text
 from mmlrec.config import load_config
+from mmlrec.embeddings import placement
 from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, RESERVED_SHARE, Hardware
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables, table_configs
@@ -24,7 +26,7 @@ from mmlrec.session.table_list import TableList, read_table_list
 from mmlrec.storage.places import place
 from tests import processes
 from tests.datasets import write_dataset
-from tests.plans.growth import grow
+from tests.plans.growth import grow, lie
 from tests.training.launch import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +264,27 @@ def test_more_hosts_end_where_a_split_that_is_asked_for_does():
     assert not [line for line in remedies(plan, alternatives(plan)) if "hosts" in line]
 
 
+def test_many_tables_are_not_tried_one_after_the_other_to_the_end(monkeypatch):
+    tried = []
+
+    class Counted(GreedyProposer):
+        def propose(self):
+            tried.append(self)
+            return super().propose()
+
+    monkeypatch.setattr(placement, "GreedyProposer", Counted)
+    request = small({f"t{i}": (10**3 * (1 + i % 7) ** 4, 1 + i % 3) for i in range(40)}, Hardware(8, 8, "cuda", GIB, GPU))
+    found = []
+    for most in (10**6, 10):
+        monkeypatch.setattr(placement, "_MOST_IN_VAIN", most)
+        tried.clear()
+        placed = [(table.name, table.sharding, table.ranks) for table in plan_training(request).tables]
+        found.append((placed, len(tried)))
+    (all_tried, most), (some_tried, fewer) = found
+    assert some_tried == all_tried
+    assert 20 < fewer < most - 20
+
+
 def test_times_follow_bandwidths_by_hand():
     """One row-wise table on four ranks of one host: the lookup reads B * length / 4 rows on each."""
     hardware = Hardware(4, 4, "cpu", 8 * GIB, CPU)
@@ -347,8 +370,27 @@ def test_times_of_the_command_line_are_microseconds():
     for given in ("25", "25ms", "-1us", "nanus", "us", "1e3us", f"{'9' * 400}us"):
         with pytest.raises(ArgumentTypeError, match="is no time: microseconds such as 25us"):
             microseconds(given)
-    with pytest.raises(ArgumentTypeError, match="is no size"):
-        size(f"{'9' * 400}GiB")
+
+
+def test_sizes_of_the_command_line_have_a_unit():
+    assert (size("80GiB"), size("80 GB"), size("1.5KiB"), size("7B")) == (80 * GIB, 80 * 10**9, 1536, 7)
+    for given in ("80", "80G", "80gib", "0GiB", "0.5B", "-1GiB", "1e3GiB", f"{'9' * 400}GiB"):
+        with pytest.raises(ArgumentTypeError, match="is no size"):
+            size(given)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ("[{name: user.id, rows: 10}]", "'user.id' may hold letters, digits, '_' and '-' only"),
+        ("[{name: dense_0, rows: 10}]", "feature names are not unique: ['dense_0', 'dense_0']"),
+        ("[{name: a, rows: 10000000000000000000}]", "tables.0.rows: Input should be less than or equal to 1000000000000000"),
+    ],
+)
+def test_described_tables_that_no_dataset_may_have_are_refused(tmp_path, tables, words):
+    (tmp_path / "tables.yaml").write_text(f"name: odd\ndense: 1\ntables: {tables}\n")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        read_table_list(tmp_path / "tables.yaml")
 
 
 def test_a_plan_for_gpus_says_which_rates_nobody_has_measured():
@@ -400,14 +442,9 @@ def test_what_maps_of_managed_tables_take_is_told_where_it_is_much():
 
 def test_managed_tables_that_no_training_can_have_are_not_planned():
     request = small({"users": (1001, 1.0)}, Hardware(2, 2, "cuda", GIB, GPU))
-    for update, model, words in (
-        ({"num_rows": 1001}, "single_task", r"model.name=single_task: each branch has tables of its own.*\(users\)"),
-        ({"num_rows": 2**31 + 1}, "mmoe", "table 'users' is managed: it may have 2,147,483,648 rows at most"),
-    ):
-        table = request.manifest.table("users").model_copy(update={"managed": True, "hash_seed": 1, **update})
-        config = request.config.model_copy(update={"model": {"name": model}})
-        with pytest.raises(ConfigError, match=words):
-            plan_training(replace(request, config=config, manifest=request.manifest.model_copy(update={"tables": [table]})))
+    table = request.manifest.table("users").model_copy(update={"managed": True, "hash_seed": 1, "num_rows": 2**31 + 1})
+    with pytest.raises(ConfigError, match="table 'users' is managed: it may have 2,147,483,648 rows at most"):
+        plan_training(replace(request, manifest=request.manifest.model_copy(update={"tables": [table]})))
 
 
 def test_backward_passes_that_a_strategy_adds_are_told():
@@ -460,6 +497,29 @@ def test_operations_of_an_mlp_by_hand(tmp_path):
     products = (3 * 8 + 2) * 64 + 64 * 32 + 32
     # Forward, gradient of the inputs and of the weights: two operations for each weight in each.
     assert plan.cost.operations == pytest.approx(6 * products, rel=0.02)
+
+
+def test_a_training_lays_its_tables_where_the_plan_says_when_activations_leave_little_room(tmp_path):
+    data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0, table_rows=20_000)
+    config = tmp_path / "config.yaml"
+    # A normalisation, whose sums are over ranks: what a row takes is found by each rank alone.
+    config.write_text(
+        f"dataset: {{path: {data.folder}}}\nmodel: {{name: shared_bottom, use_bn: true}}\n"
+        "model_defaults: {bottom_hidden_units: [256], tower_hidden_units: []}\n"
+        "embeddings: {dim: 16, table_dim: {t0: 64}}\ntraining: {batch_size: 4096}\n"
+    )
+    plenty = Request(load(str(config), []), data.manifest, Hardware(2, 2, "cpu", GIB, CPU), 1e11, "x")
+    roomy = plan_training(plenty)
+    assert [(table.sharding, table.ranks) for table in roomy.tables] == [("table_wise", [0]), ("table_wise", [1])]
+    # On the rank of the wide table all would fit but a quarter of the activations.
+    memory = int((roomy.fullest.total - roomy.fullest.activations / 4) / (1 - RESERVED_SHARE))
+    tight = plan_training(replace(plenty, hardware=replace(plenty.hardware, memory=memory)))
+    assert [table.sharding for table in tight.tables] == ["row_wise", "row_wise"]
+    assert not tight.missing
+    processes.spawn(lie, (2, str(free_port()), config, memory, tmp_path), 2)
+    for rank in (0, 1):
+        placed = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert [(row["sharding"], row["ranks"]) for row in placed] == [("row_wise", [0, 1])] * 2
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,27 @@ def test_rows_and_state_follow_their_keys_and_counts_go_on(root, tmp_path, name,
         assert checkpoint.read_state(begun)["managed"][table]["steps_before"] == STEPS
 
 
+def test_tables_of_all_branches_take_rows_by_one_map_and_counts_once(root, tmp_path):
+    model = "model: {name: single_task, expert_hidden_units: [6], tower_hidden_units: []}"
+    for name in ("before", "now"):
+        config = (root / f"{name}.yaml").read_text().splitlines()
+        (tmp_path / f"{name}.yaml").write_text("\n".join(model if "shared_bottom" in line else line for line in config))
+    run = action(tmp_path, "train", "run", data="before", **rule("lfu"))
+    here([run, action(tmp_path, "begin", "begun", init_from=str(tmp_path / "run"), **rule("lfu"))])
+    dataset = write_managed(tmp_path / "again", steps=20, batch_size=BATCH, slots=SLOTS[0])
+    best, begun = tmp_path / "run/checkpoints/best", tmp_path / "begun/begun"
+    theirs, found = tensors(best), tensors(begun)
+    for table, num_slots in SLOTS[1].items():
+        before, mine = held(best, table), held(begun, table)
+        assert len(mine) == min(num_slots, len(before))
+        for branch in ("click", "buy"):
+            name = WEIGHTS.format(f"{branch}/{table}")
+            assert all(torch.equal(found[name][slot], theirs[name][before[key]]) for key, slot in mine.items())
+        keys, numbers, _ = stored.StoredTable(begun, table).history()
+        counted = dict(zip(keys.view(np.int64).tolist(), numbers.tolist(), strict=True))
+        assert counted == brute_force(dataset, table, BATCH, STEPS, **RULES["lfu"]).counts
+
+
 TABLE = {
     "features": {"u": {"kind": "id", "type": "int"}, "x": {"kind": "number"}},
     "tasks": [{"name": "y", "label": "y"}],

@@ -97,8 +97,8 @@ class MultiTaskModel(nn.Module):
     alternative: ClassVar[str] = ""
     #: True: in setting 'mtl' one task is enough. Others are about what several tasks or scenarios share.
     one_task: ClassVar[bool] = False
-    #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint;
-    #: then x is [B, H, d_in] and fields are [B, H, D_f].
+    #: True: every branch (head) has its own tables, named `branch/table`, its own early stopping and best checkpoint (but for
+    #: managed tables, see `Session.selected_apart`); then x is [B, H, d_in] and fields are [B, H, D_f].
     tables_per_branch: ClassVar[bool] = False
     #: The heads with tables of their own; empty when tables are shared.
     branches: tuple[int, ...] = ()
