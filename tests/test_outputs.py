@@ -99,7 +99,7 @@ def test_a_file_that_holds_no_scores_is_not_replaced(root, tmp_path, run_app):
         assert output.read_bytes() == before
 
 
-@pytest.mark.parametrize("ending", score_files.ENDINGS)
+@pytest.mark.parametrize("ending", [".parquet", ".csv.gz", ".jsonl"])
 def test_scores_and_empty_files_are_replaced(root, tmp_path, run_app, ending):
     output = tmp_path / f"scores{ending}"
     output.touch()
