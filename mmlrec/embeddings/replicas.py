@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec.distributed import DistributedModelParallel, comm
+from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.types import ShardingPlan
 
@@ -30,28 +29,6 @@ def check_replicas(config: EmbeddingsConfig, device: torch.device) -> None:
             f"embeddings.replicas: {config.replicas} copies of the tables need GPUs; torchrec averages them there only. Leave"
             " it out on CPUs. python -m apps.plan plans it anywhere."
         )
-
-
-def check_gpu_numbers(numbers: Sequence[int]) -> None:
-    """Refuse replicas where ranks do not see the GPUs of their host as torchrec numbers them: by the rank on the host.
-
-    It puts these numbers into the plan of each replica, and refuses the shards of a rank that has another one.
-
-    Args:
-        numbers: of the GPU of each rank, as that rank sees it.
-
-    Raises:
-        ConfigError: naming a rank.
-    """
-    ranks_per_host = comm.get_local_size(len(numbers))  # as torchrec asks for it
-    for rank, number in enumerate(numbers):
-        if number != rank % ranks_per_host:
-            raise ConfigError(
-                f"embeddings.replicas: rank {rank} is number {rank % ranks_per_host} of its host, and the GPU that it uses is"
-                f" number {number} of those that it sees; torchrec's replicas need equal numbers. Let each process see all GPUs"
-                " of its host, as torchrun does: no CUDA_VISIBLE_DEVICES of one, and under Slurm no --gpus-per-task and no"
-                " --gpu-bind. Or leave embeddings.replicas out."
-            )
 
 
 def shard(

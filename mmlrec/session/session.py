@@ -23,7 +23,7 @@ from mmlrec.distributed.world import World, logger
 from mmlrec.embeddings.communication import Communication
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware, host_memory, memory_of
 from mmlrec.embeddings.placement import PortableSharder
-from mmlrec.embeddings.replicas import average, check_gpu_numbers, check_replicas, shard
+from mmlrec.embeddings.replicas import average, check_replicas, shard
 from mmlrec.embeddings.sharding import (
     apply_table_optimizer,
     forget_former_groups,
@@ -343,12 +343,8 @@ def build_session(
         lengths=lengths,
         reserved=network_bytes(network, dense.optimizer.name, world.world_size),
     )
-    if world.device.type == "cuda":
-        numbers = world.gather(world.device.index)
-        if replicas == 1:
-            name_gpus(plan, numbers)
-        else:  # torchrec names them itself
-            check_gpu_numbers(numbers)
+    if world.device.type == "cuda" and replicas == 1:  # of replicas torchrec names them itself
+        name_gpus(plan, world.gather(world.device.index))
     report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
     check_managed(config, manifest, branches)
     managed = ManagedTables(manifest, config.embeddings.managed, world)

@@ -2,20 +2,16 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed._shard.sharding_spec import EnumerableShardingSpec, ShardMetadata
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DMPCollection
 from torchrec.distributed.train_pipeline import train_pipelines
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 
 from mmlrec.config import EmbeddingsConfig, load_config
 from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.hardware import GPU, Hardware
-from mmlrec.embeddings.replicas import check_gpu_numbers, check_replicas
+from mmlrec.embeddings.replicas import check_replicas
 from mmlrec.errors import ConfigError
 from mmlrec.session.session import build_session
 from tests.datasets import write_dataset
@@ -118,30 +114,6 @@ def test_refused_where_nothing_averages_them():
     content = {"dataset": {"path": "x"}, "embeddings": {"replicas": 2, "optimizer": {"name": "adam"}}}
     with pytest.raises(ConfigError, match=r"embeddings: the state of 'adam' is not averaged over replicas"):
         load_config(content)  # for a plan, too
-
-
-@pytest.mark.parametrize("each", [2, 4])
-@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 3, 2]])
-def test_gpus_must_be_numbered_as_torchrec_names_them_in_the_plan_of_a_replica(monkeypatch, each, numbers):
-    """As where each task of Slurm sees one GPU alone, which is number 0 for it."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(each))
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
-    named = []
-    for rank in range(4):
-        shards = [ShardMetadata([5 * n, 0], [5, 4], f"rank:{n}/cuda:0") for n in range(2)]
-        sharding = ParameterSharding("row_wise", "fused", [0, 1], EnumerableShardingSpec(shards))
-        plan = ShardingPlan({"tables": EmbeddingModuleShardingPlan({"t": sharding})})
-        collection = SimpleNamespace(_device=torch.device("cuda"))
-        DMPCollection._remap_sharding_plan(collection, plan, rank, 2, 2, True)
-        own = [shard.placement for shard in sharding.sharding_spec.shards if shard.placement.rank() == rank]
-        named += [placement.device().index for placement in own]
-    if named == numbers:
-        check_gpu_numbers(numbers)
-    else:
-        with pytest.raises(
-            ConfigError, match=r"embeddings.replicas: rank \d is number \d of its host, .* Let each process see all"
-        ):
-            check_gpu_numbers(numbers)
 
 
 @pytest.mark.parametrize(
