@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmlrec.errors import RankError, UserError, discard_output
 from mmlrec.terminal import plain, plain_output
@@ -98,6 +98,25 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """What is no option: changes of the configuration, for `parse_intermixed_args`."""
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
+
+
+def check_replaced(path: Path, is_own: Callable[[Any], bool]) -> None:
+    """Refuse to replace a file, unless it is empty or holds JSON of the kind that the command writes there.
+
+    Args:
+        is_own: of what the file holds.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        known = is_own(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise UserError(f"{path} is there, and this command has not written it: it is not replaced. Name another file.")
 
 
 def _end_with_agent() -> None:

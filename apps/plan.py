@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from apps.cli import Parser, add_import, add_overrides, all_imported, run
+from apps.cli import Parser, add_import, add_overrides, all_imported, check_replaced, run
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
 from mmlrec.paths import local_path
@@ -145,9 +145,12 @@ def main() -> None:
     from mmlrec.distributed.world import quiet_libraries
     from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, Hardware
     from mmlrec.registry import load
+    from mmlrec.run_folder.folder import write_atomically
     from mmlrec.session.alternatives import alternatives, recommendations, remedies
     from mmlrec.session.planning import Request, plan_training
 
+    if arguments.json:
+        check_replaced(arguments.json, lambda found: isinstance(found, dict) and {"hardware", "tables"} <= found.keys())
     quiet_libraries()
     config = load(arguments.config, arguments.overrides)
     config, manifest = _data(config, arguments)
@@ -179,7 +182,7 @@ def main() -> None:
     if arguments.json:
         beside = {"alternatives": [other.as_dict() for other in others], "recommendations": advice, "would_fit": helps}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(plan.as_dict() | beside, indent=1) + "\n", encoding="utf-8")
+        write_atomically(arguments.json, json.dumps(plan.as_dict() | beside, indent=1) + "\n")
     print(text(plan, others, advice, helps))
     if short := plan.short:
         raise UserError(f"this does not fit: {short.missing / _GIB:.2f} GiB too many on {short.where}. See above.")

@@ -56,6 +56,7 @@ def main() -> None:
     from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table
+    from mmlrec.training.guard import Diverged
     from mmlrec.training.run import default_run_dir, train
 
     all_imported()
@@ -67,7 +68,12 @@ def main() -> None:
             base = arguments.run_dir or config.run_dir
             default = default_run_dir(config, Path(arguments.config))
             run_dir = place(base) / f"seed{config.training.seed}" if base else default
-            reports.append(train(config, run_dir, world, source=arguments.config))
+            try:
+                reports.append(train(config, run_dir, world, source=arguments.config))
+            except Diverged as error:
+                others = ",".join(str(seed) for seed in arguments.seeds if seed != config.training.seed)
+                without = f" Without this seed: --seeds {others}." if others else ""
+                raise error.of_several(f"seed {config.training.seed}", f"{done}, and kept.{without}") from None
             gc.collect()  # its tables, which circles of references hold
         if world.is_main:
             print(

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from mmlrec.config import load_config
 from mmlrec.distributed.world import World, process_group
+from mmlrec.errors import UserError
 from mmlrec.paths import local_path
 from mmlrec.registry import strategy_names
 from mmlrec.schema import DatasetManifest
@@ -55,7 +56,10 @@ def main() -> None:
     if not data.is_dir():
         command = [sys.executable, "-m", "preprocessing", "synthetic", "--out", str(data), *DATA.split()]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    config.write_text(CONFIG.format(data=data), encoding="utf-8")
+    text = CONFIG.format(data=data)
+    if config.exists() and config.read_text(encoding="utf-8") != text:
+        raise UserError(f"{config} is there, and of something else: give another --out.")
+    config.write_text(text, encoding="utf-8")
     rows = []
     with process_group() as world:
         for strategy in arguments.strategies.split(","):

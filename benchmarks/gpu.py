@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from apps.cli import run
+from apps.cli import check_replaced, run
 from benchmarks.throughput import RESIDENT, SHAPES, generation, resident_row, write_config
 from mmlrec.errors import UserError
 from mmlrec.paths import local_path
@@ -355,6 +355,7 @@ def main() -> None:
     until = time.monotonic() + arguments.seconds
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible; python -m mmlrec.doctor tells more. --device cpu tries it in small.")
+    check_replaced(arguments.out / "results.json", lambda found: isinstance(found, dict) and "stages" in found)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         work = Path(folder)

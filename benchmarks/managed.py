@@ -28,10 +28,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
+from apps.cli import check_replaced
 from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day, find_days
 from mmlrec.days.run import run_days
 from mmlrec.distributed.world import World, process_group
+from mmlrec.errors import UserError
 from mmlrec.paths import local_path
 from mmlrec.registry import load
 from preprocessing.command_line import main as preprocess
@@ -160,6 +162,9 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     size, work = SIZES[options.size], options.work_dir / options.size
     out = options.out or work / "managed.json"
+    check_replaced(out, lambda found: isinstance(found, list) and all("way" in result for result in found))
+    if out.with_suffix(".csv").exists() and not out.exists():
+        raise UserError(f"{out.with_suffix('.csv')} is there, and would be replaced: give another --out.")
     results: list[dict[str, Any]] = []
     rows: dict[str, int] = {}
     with process_group() as world:

@@ -28,7 +28,6 @@ import mmlrec
 from mmlrec.errors import ConfigError, DataError, UserError
 from mmlrec.schema import DatasetManifest
 from preprocessing.command_line import main
-from tests import processes
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = {"model": {"name": "mmoe", "num_experts": 2, "expert_hidden_units": [8], "tower_hidden_units": [4]}}
@@ -371,44 +370,6 @@ def test_history_and_network(run):
     loaded = mmlrec.load_run(run.path)
     assert loaded.config == run.config
     assert loaded.path == run.path
-
-
-INTERRUPTED = """
-import os, signal, sys, threading, time
-import mmlrec
-data, folder = mmlrec.Dataset(sys.argv[1]), sys.argv[2]
-before = signal.getsignal(signal.SIGTERM)
-signal.signal(signal.SIGINT, signal.{before})
-
-def interrupt():
-    while not os.path.isdir(os.path.join(folder, "checkpoints", "best")):
-        time.sleep(0.05)
-    assert signal.getsignal(signal.SIGTERM) == before
-    os.kill(os.getpid(), signal.SIGINT)
-
-threading.Thread(target=interrupt, daemon=True).start()
-try:
-    mmlrec.train({{}}, dataset=data, run_dir=folder, training={{"epochs": 5000, "batch_size": 200, "patience": None}})
-except mmlrec.errors.UserError as error:
-    print("told:", type(error).__name__)
-assert signal.getsignal(signal.SIGINT) == signal.{before}
-"""
-
-
-@pytest.mark.parametrize("before", ["default_int_handler", "SIG_IGN"])
-def test_an_interrupt_ends_a_training_with_a_checkpoint_from_which_it_goes_on(data, tmp_path, before):
-    """Also in a process that was started with interrupts ignored, as those in the background of a script are."""
-    (tmp_path / "script.py").write_text(INTERRUPTED.format(before=before))
-    command = [sys.executable, str(tmp_path / "script.py"), str(data.path), str(tmp_path / "run")]
-    result = processes.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "told: Interrupted\n"
-    steps = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    config["training"]["epochs"], config["training"]["max_steps"] = 5000, steps[-1] + 3
-    run = mmlrec.train(config, run_dir=tmp_path / "run", progress=False)
-    assert run.history().train["step"].max() == steps[-1] + 3
-    assert run.history().train["step"].is_monotonic_increasing
 
 
 def test_raw_rows_get_the_scores_of_the_same_rows_in_the_dataset(frame, data, run):

@@ -141,6 +141,9 @@ def words(options: argparse.Namespace) -> list[str]:
 
 def here(options: argparse.Namespace) -> None:
     """Measure on this machine, one number of ranks after the other."""
+    from benchmarks.scaling.page import check_page
+
+    check_page(options.out)
     ranks = options.ranks or [1, 2]
     options.ranks_per_host = options.ranks_per_host or max(ranks)
     failed = 0

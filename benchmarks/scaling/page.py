@@ -11,11 +11,13 @@ from tabulate import tabulate
 
 from benchmarks.scaling.points import AXES, FEATURES, NUMBERS, Point
 from benchmarks.scaling.results import GIB, MEASURED, Row, Rows, Study, all_rows
+from mmlrec.errors import ConfigError
 
 if TYPE_CHECKING:  # imported where it is used: tables need no plots
     from matplotlib.axes import Axes
 
 PAGE = "README.md"
+_MADE_BY = "Made by `python -m benchmarks.scaling`"
 _MIB = 2**20
 
 
@@ -56,6 +58,17 @@ def explained(rows: Sequence[tuple[int, Row]]) -> dict[int, float]:
     return {ids: known[0][1] + bare - known[0][2] for ids, _, bare in known}
 
 
+def check_page(folder: Path) -> None:
+    """Refuse a folder with a page that this command has not written.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    page = folder / PAGE
+    if page.is_file() and _MADE_BY not in page.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(f"{page} is there, and of something else: it would be replaced. Give another --out.")
+
+
 def write_page(folder: Path) -> Path:
     """Write the page and its curves into the folder of the results.
 
@@ -65,6 +78,7 @@ def write_page(folder: Path) -> Path:
     Raises:
         ConfigError: there are no results, or they do not belong together.
     """
+    check_page(folder)
     results = Results(*all_rows(folder))
     sections = [_head(results), _ranks(results), _ids(results), _axes(results), _parts(results), _wire(results), _all(results)]
     _draw(folder / "ranks.png", results, _draw_ranks, 2)
@@ -81,7 +95,7 @@ def _head(results: Results) -> str:
     releases = sorted({row.torch for row in results.rows.values() if row.torch})
     return f"""# Scaling on {study.machine}
 
-Made by `python -m benchmarks.scaling`; how to repeat it: docs/scaling.md. Raw results: the CSV files beside this page.
+{_MADE_BY}; how to repeat it: docs/scaling.md. Raw results: the CSV files beside this page.
 
 * device {study.device}, {study.threads} CPU thread(s) a rank, torch {", ".join(releases) or "-"}
 * configuration `{study.config}`: {FEATURES} features with one id a row, a table of equal size each, and {NUMBERS} numbers

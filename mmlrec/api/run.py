@@ -17,6 +17,7 @@ from mmlrec.api.process import one_process, signals_to_hear
 from mmlrec.api.scoring import score_rows
 from mmlrec.api.temporary import TemporaryFolder
 from mmlrec.config import RunConfig
+from mmlrec.distributed.stopping import StopSignal
 from mmlrec.encoding.encoder import Encoder
 from mmlrec.encoding.folders import encoder_folder
 from mmlrec.errors import ConfigError, UserError
@@ -206,8 +207,9 @@ def train(
     """Train in this process, and evaluate the best checkpoint on test, as `python -m apps.train` does.
 
     In the main thread an interrupt (of the notebook's kernel, or Ctrl-C) ends the training between two steps, with a
-    checkpoint, as `mmlrec.distributed.stopping.Interrupted`. Signals are as they were afterwards, and SIGTERM is never taken.
-    In another thread no signal is heard. Several processes are for `torchrun -m apps.train`.
+    checkpoint, as `mmlrec.distributed.stopping.Interrupted`; behind the last step as well, when the run is done. A second one
+    ends the call at once, as KeyboardInterrupt. Signals are as they were afterwards, and SIGTERM is never taken. In another
+    thread no signal is heard. Several processes are for `torchrun -m apps.train`.
 
     Args:
         config: a YAML file, the name of a shipped configuration such as "mtl/movielens", or the content of one.
@@ -235,6 +237,8 @@ def train(
     with one_process(checked.training.timeout, quiet=not progress) as world:
         source = "config" if isinstance(config, Mapping) else str(config)
         training.train(checked, there, world, source=source, signals=signals_to_hear())
+        kept = "" if held is not None else f" mmlrec.load_run('{there}') gives it, and so does the same call."
+        StopSignal.end_if_late(world, f"interrupted when the run was trained and measured.{kept}")
     gc.collect()  # its tables, which circles of references hold: the cells of a notebook that follow need their memory
     return Run(there, _held=(held, dataset))
 

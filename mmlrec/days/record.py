@@ -17,10 +17,17 @@ from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day
 from mmlrec.distributed.world import World
 from mmlrec.errors import ConfigError, UserError
-from mmlrec.run_folder.folder import RunFolder, data_state, delete_leftovers, differences, write_atomically
+from mmlrec.run_folder.folder import (
+    RunFolder,
+    check_no_others,
+    data_state,
+    delete_leftovers,
+    differences,
+    write_atomically,
+)
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import facts_digest
-from mmlrec.storage.places import Place, read
+from mmlrec.storage.places import Place, names_in, read
 
 #: What the line of a day has, see `Record`.
 KEYS = ("day", "dataset", "data", "rows", "new_ids", "next_day", "unseen", "forgotten", "step")
@@ -45,6 +52,19 @@ class Record:
         self.lines: list[dict[str, Any]] = []
         self._text = ""
 
+    def check_place(self, days: Sequence[Day]) -> None:
+        """Refuse a folder of other things; see `RunFolder.check_place`.
+
+        Raises:
+            ConfigError: it holds a run.
+            UserError: it is neither new, nor empty, nor one of days, nor what a start that was killed has left.
+        """
+        names = names_in(self.folder)
+        if "config.yaml" in names:
+            raise ConfigError(f"{self.folder} holds a run; days have a folder of their own. Choose another --run-dir.")
+        if not names & {self._settings.name, self._lines.name}:
+            check_no_others(self.folder, names, [self._settings.name, *(day.name for day in days)])
+
     def begin(self, config: RunConfig, forget_after: int | None, days: Sequence[Day]) -> None:
         """Read what is there, and refuse other days and another configuration.
 
@@ -60,8 +80,6 @@ class Record:
         error: UserError | None = None
         if self._world.is_main:
             try:
-                if (self.folder / "config.yaml").is_file():
-                    raise ConfigError(f"{self.folder} holds a run; days have a folder of their own. Choose another --run-dir.")
                 self._clear()
                 self.lines = self._read()
                 if self.lines:

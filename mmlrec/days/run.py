@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from mmlrec.days.table import can_draw, draw_days
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
 from mmlrec.encoding.folders import encoder_folder
-from mmlrec.errors import StorageError, UserError
+from mmlrec.errors import StorageError
 from mmlrec.evaluation.evaluation import evaluate_splits
 from mmlrec.run_folder.folder import RunFolder, delete_leftovers
 from mmlrec.run_folder.one_writer import hold
 from mmlrec.schema import SPLITS, DatasetManifest
 from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place
+from mmlrec.training.guard import Diverged
 from mmlrec.training.run import train
 
 CURVES = "days.png"
@@ -56,12 +57,13 @@ def run_days(
         UserError: a day or the configuration is unusable, or other than those on record; another run writes there; or a signal
             stopped it.
     """
+    record = Record(run_dir, world)
+    world.on_main(record.check_place, days)
     with hold(run_dir, world):
-        record = Record(run_dir, world)
         record.begin(config, forget_after, days)
         begun = sum(line["step"] is not None for line in record.lines)
         world.at("comparing the vocabularies of the days")
-        world.without_limit().raise_together(_error_of(check_extended, days[max(begun - 1, 0) :]) if world.is_main else None)
+        world.without_limit().on_main(check_extended, days[max(begun - 1, 0) :])
         for number in range(begun, len(days)):
             if number > begun:
                 _end_if_late(record, days[number - 1], "trained", world)
@@ -130,11 +132,15 @@ def _one_day(
     changes: dict[str, Any] = {"dataset": config.dataset.model_copy(update={"path": str(day.folder)})}
     changes["init_from"] = None if before.run is None else str(before.run)
     of_day = record.folder / day.name
-    train(config.model_copy(update=changes), of_day, world, source=source, forgotten=forgotten)
+    # The folder of all days may be elsewhere by now, or be spelt otherwise: the day before is the one in it all the same.
+    moved = ("init_from",) if number else ()
+    try:
+        train(config.model_copy(update=changes), of_day, world, source=source, forgotten=forgotten, may_differ=moved)
+    except Diverged as error:
+        raise error.of_several(f"day {day.name}", f"{record.folder} keeps {number} day(s) that are trained.") from None
     if forget_after is not None:
         world.at("noting which rows were seen")
-        error = _error_of(_note_seen, of_day, before, day, number) if world.is_main else None
-        world.without_limit().raise_together(error)
+        world.without_limit().on_main(_note_seen, of_day, before, day, number)
     # Rank 0 has written it; another one may be here before that.
     step = world.from_main(RunFolder(of_day).read_result()["step"] if world.is_main else None)
     record.put(line | {"step": step})
@@ -175,11 +181,3 @@ def _note_seen(of_day: Place, before: _Before, day: Day, number: int) -> None:
     """On rank 0: write into the run folder of a day on which days rows were last seen."""
     if not (of_day / LAST_SEEN).is_file():
         save_seen(of_day, note_seen(before.seen(number), day.folder, day.manifest, number))
-
-
-def _error_of(work: Callable[..., None], *arguments: Any) -> UserError | None:
-    try:
-        work(*arguments)
-    except UserError as error:
-        return error
-    return None

@@ -135,7 +135,7 @@ class Heartbeat:
         if answer is not None:
             return answer
         known, self._cut_off = self._cut_off, not reachable(f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-        if self._cut_off and not known and os.environ["LOCAL_RANK"] == "0":
+        if self._cut_off and not known and os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"cut off: {message}\n")
             sys.stderr.flush()
         return self._cut_off or self._rank != 1

@@ -44,7 +44,8 @@ class StopSignal:
     """Turns SIGINT, SIGTERM and SIGUSR1 into a flag that loops read between steps. A second SIGINT kills.
 
     Args:
-        signals: others than these three, where the process belongs to somebody else. Python takes some in its main thread only.
+        signals: others than these three, where the process belongs to somebody else; a second SIGINT is a KeyboardInterrupt
+            there. Python takes some in its main thread only.
     """
 
     #: Exit code for a run that a scheduler stopped and should start again.
@@ -86,6 +87,8 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == number:
+            if self._signals is not SIGNALS:
+                raise KeyboardInterrupt
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         self._received = number

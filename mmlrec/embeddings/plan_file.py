@@ -18,6 +18,7 @@ from mmlrec.errors import ConfigError, DataError
 from mmlrec.storage.places import Place, place, read
 
 _GIB = 2**30
+_AGAIN = "Plan again, or leave embeddings.plan out."
 
 
 class TableOfPlan(BaseModel):
@@ -111,30 +112,18 @@ def given_placement(
     """
     rows, beside = read_plan(there)
     found = {row.table: row for row in rows}
-    again = "Plan again, or leave embeddings.plan out."
-    of_copy = None if beside.hardware is None else beside.hardware.ranks // max((row.replicas or 1 for row in rows), default=1)
-    if of_copy not in (None, hardware.world_size):
-        raise ConfigError(
-            f"embeddings.plan: {there} is of {of_copy} rank(s) for a copy of the tables; the training has"
-            f" {hardware.world_size} rank(s). {again}"
-        )
+    _check_number(there, rows, beside, hardware)
     if missing := sizes.keys() - found.keys():
-        raise ConfigError(f"embeddings.plan: {there} has no table '{min(missing)}', which the training has. {again}")
+        raise ConfigError(f"embeddings.plan: {there} has no table '{min(missing)}', which the training has. {_AGAIN}")
     if unknown := found.keys() - sizes.keys():
-        raise ConfigError(f"embeddings.plan: {there} has a table '{min(unknown)}', which the training has not. {again}")
+        raise ConfigError(f"embeddings.plan: {there} has a table '{min(unknown)}', which the training has not. {_AGAIN}")
     for name, row in found.items():
         if (row.rows, row.dim) != sizes[name]:
             raise ConfigError(
                 f"embeddings.plan: in {there} table '{name}' is {row.rows} x {row.dim}, in the training"
-                f" {sizes[name][0]} x {sizes[name][1]}. {again}"
+                f" {sizes[name][0]} x {sizes[name][1]}. {_AGAIN}"
             )
-        if row.ranks not in _places(row.sharding, hardware):
-            hosts = f" on {hardware.num_hosts} host(s)" if row.sharding == "table_row_wise" else ""
-            raise ConfigError(
-                f"embeddings.plan: {there} places '{name}' {row.sharding} on {_ranks(row.ranks)}; the training has"
-                f" {hardware.world_size} rank(s){hosts}, row_wise tables lie on all, table_row_wise ones on those of one host."
-                f" {again}"
-            )
+        _check_ranks(there, row, hardware)
         if row.kernel != FUSED and host_cache is None:
             raise ConfigError(
                 f"embeddings.plan: {there} places '{name}' in the memory of the host. Say which share of its rows GPUs cache:"
@@ -143,9 +132,46 @@ def given_placement(
         if too_small(row.rows, len(row.ranks)):
             raise ConfigError(
                 f"embeddings.plan: {there} splits '{name}', which has too few rows to give each of {len(row.ranks)} ranks"
-                f" some. {again}"
+                f" some. {_AGAIN}"
             )
     return {name: Where(row.sharding, row.ranks, row.kernel) for name, row in found.items()}
+
+
+def check_ranks(there: str, hardware: Hardware) -> None:
+    """Refuse a plan of other ranks, whatever its tables are.
+
+    Args:
+        hardware: the ranks of one copy of the tables.
+
+    Raises:
+        ConfigError: naming a table.
+        DataError: it cannot be read.
+    """
+    rows, beside = read_plan(there)
+    _check_number(there, rows, beside, hardware)
+    for row in rows:
+        _check_ranks(there, row, hardware)
+
+
+def _check_number(there: str, rows: list[TableOfPlan], beside: BesideTables, hardware: Hardware) -> None:
+    if beside.hardware is None:
+        return
+    of_copy = beside.hardware.ranks // max((row.replicas or 1 for row in rows), default=1)
+    if of_copy != hardware.world_size:
+        raise ConfigError(
+            f"embeddings.plan: {there} is of {of_copy} rank(s) for a copy of the tables; the training has"
+            f" {hardware.world_size} rank(s). {_AGAIN}"
+        )
+
+
+def _check_ranks(there: str, row: TableOfPlan, hardware: Hardware) -> None:
+    if row.ranks not in _places(row.sharding, hardware):
+        hosts = f" on {hardware.num_hosts} host(s)" if row.sharding == "table_row_wise" else ""
+        raise ConfigError(
+            f"embeddings.plan: {there} places '{row.table}' {row.sharding} on {_ranks(row.ranks)}; the training has"
+            f" {hardware.world_size} rank(s){hosts}, row_wise tables lie on all, table_row_wise ones on those of one host."
+            f" {_AGAIN}"
+        )
 
 
 def _places(sharding: str, hardware: Hardware) -> list[list[int]]:

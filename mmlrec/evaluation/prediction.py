@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +11,16 @@ from mmlrec.distributed.stopping import Interrupted, StopSignal
 from mmlrec.distributed.world import logger
 from mmlrec.errors import DataError, StorageError, UserError
 from mmlrec.evaluation.evaluation import predict_split, stopped, tell_slots, tell_unseen, unseen_ids
-from mmlrec.evaluation.score_files import ScoreFile, ending
+from mmlrec.evaluation.score_files import ScoreFile, check_replaced, ending
 from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.metrics.gather import gather_rows
 from mmlrec.models.base.chain import ChainModel
 from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
+from mmlrec.storage.new_file import new_file
 from mmlrec.storage.parquet import open_parquet
-from mmlrec.storage.places import Place, put_file
+from mmlrec.storage.places import Place
 
 _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularies of the training data."
 
@@ -39,10 +36,11 @@ def write_predictions(session: Session, dataset: Place, split: str, output: Plac
 
     Raises:
         DataError: the dataset does not have the features and tables the run was trained on.
-        UserError: the output has the name of another format, or cannot be written; no part of it is left.
+        UserError: the output has the name of another format, is there and holds no scores, or cannot be written; no part of it
+            is left.
         Interrupted: a signal asked to stop; no part of the output is left.
     """
-    ending(output)
+    session.world.on_main(check_replaced, output)
     manifest = DatasetManifest.load(dataset)
     check_same_inputs(session, manifest, dataset)
     reader = session.reader(split, dataset)
@@ -168,7 +166,7 @@ def _write(
     columns = [key_column(key) for key in manifest.keys] + ([SCENARIO_COLUMN] if manifest.scenario else [])
     columns += [label_column(task) for task, counts in manifest.splits[split].label_counts.items() if counts["all"][0]]
     start = 0
-    with _written_beside(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
+    with new_file(output, session.world.start) as temporary, contextlib.ExitStack() as stack:
         writer: ScoreFile | None = None
         for part in manifest.splits[split].parts:
             with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
@@ -211,30 +209,6 @@ def score_columns(session: Session, logits: np.ndarray, scenario: np.ndarray) ->
         rate = _probability(conditional_logit(*steps)) if network.conditional else np.exp(log_ratio(*steps))
         columns["score.cvr"] = pa.array(rate.astype(np.float32))
     return columns
-
-
-@contextlib.contextmanager
-def _written_beside(output: Place, start: str) -> Iterator[Path]:
-    """A file of this machine to write, which takes the place of the output when it is whole; nothing is left of it if not.
-
-    Args:
-        start: of this process: another one may write the same output.
-    """
-    if isinstance(output, Path):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f"{output.name}.{start}.tmp")
-    else:
-        temporary = Path(tempfile.gettempdir()) / f"{output.name}.{start}.tmp"
-    try:
-        yield temporary
-        if isinstance(output, Path):
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(output)
-        else:
-            put_file(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _probability(logits: np.ndarray) -> np.ndarray:

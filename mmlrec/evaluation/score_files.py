@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from mmlrec.errors import UserError
+from mmlrec.errors import StorageError, UserError
+from mmlrec.storage.parquet import open_parquet
 from mmlrec.storage.places import Place
 
 #: Endings of names that say how scores are written.
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
+#: Bytes of a line that are looked at.
+_LONGEST_LINE = 1 << 20
 
 
 def ending(output: Place) -> str:
@@ -31,6 +37,33 @@ def ending(output: Place) -> str:
     raise UserError(
         f"{output}: how scores are written is told by the name: give --output one that ends in {listed} or {ENDINGS[-1]}."
     )
+
+
+def check_replaced(output: Place) -> None:
+    """Refuse to replace a file that holds anything but scores.
+
+    Raises:
+        UserError: it does, or its name has none of `ENDINGS`.
+        StorageError: the store cannot be reached, or refuses.
+    """
+    kind = ending(output)
+    if output.is_file() and output.stat().st_size and not _holds_scores(output, kind):
+        raise UserError(
+            f"{output} is there, and holds no scores: it is not replaced. Choose another --output, or move it away."
+        )
+
+
+def _holds_scores(there: Place, kind: str) -> bool:
+    try:
+        if kind == ".parquet":
+            with open_parquet(there) as file:
+                return any(name.startswith("score.") for name in file.schema_arrow.names)
+        with there.open("rb") as file, gzip.open(file) if kind.endswith(".gz") else contextlib.nullcontext(file) as lines:
+            return b'"score.' in lines.readline(_LONGEST_LINE)  # the names of columns, or the first row with them
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UserError) as error:
+        if isinstance(error, StorageError):
+            raise
+        return False
 
 
 class ScoreFile:

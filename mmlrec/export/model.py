@@ -98,7 +98,7 @@ def _check_out(asked: Exported) -> None:
     if not asked.overwrite:
         raise UserError(f"{asked.out} exists. Choose another --out, or replace it with --overwrite.")
     names = {path.name for path in asked.out.iterdir()} if asked.out.is_dir() else {asked.out.name}
-    if others := sorted(names - _PARTS):
+    if others := sorted(names - _PARTS if CARD in names else names):
         raise UserError(f"{asked.out} is no exported model: it holds {others[0]}, which is not deleted. Choose another --out.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -128,9 +129,12 @@ def save_network(program: ExportedProgram, path: Path, kind: Format) -> None:
 
     Raises:
         UserError: ONNX, and its packages are not installed.
+        OSError: it cannot be written.
     """
     if kind == "pt2":
-        torch.export.save(program, path)
+        content = io.BytesIO()  # where torch writes a file itself and the disk is full, it ends the process
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
         return
     try:
         import onnx  # noqa: F401

@@ -15,6 +15,7 @@ from typing import Any
 from torchx import specs
 from torchx.specs.overlays import set_overlay
 
+from mmlrec.config import RunConfig
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.extensions import import_modules
 from mmlrec.launch.pods import check_overlay, end_at_mistakes
@@ -56,8 +57,10 @@ def train_app(
         ConfigError: the config is missing or wrong, or a path is of this machine and the job runs in a container.
         UserError: a module of `imports` cannot be used, or a path is an address that cannot be used.
     """
-    _check_paths(preset, read=[config], written=[run_dir or "runs"])
-    _check_config(preset, config, overrides, imports)
+    _check_paths(preset, read=[config])
+    checked = _check_config(preset, config, overrides, imports)
+    into = run_dir or (checked.run_dir if checked is not None else None) or "runs"
+    _check_paths(preset, read=[] if checked is None else [checked.dataset.path], written=[into])
     script = [*_imports(imports), "--config", config]
     if run_dir is not None:
         script += ["--run-dir", run_dir]
@@ -92,15 +95,21 @@ def days_app(
     return _app(preset, name, torchrun(preset, name, "apps.days", [*script, *overrides], python))
 
 
-def _check_config(preset: Preset, config: str, overrides: list[str], imports: Sequence[str]) -> None:
-    """Refuse here what the job would refuse; what lies on a mount of the job is not necessarily here."""
+def _check_config(preset: Preset, config: str, overrides: list[str], imports: Sequence[str]) -> RunConfig | None:
+    """Refuse here what the job would refuse; what lies on a mount of the job is not necessarily here: then None."""
     import_modules(imports)
-    if not (preset.image and PurePosixPath(config).is_absolute() and not Path(config).exists()):
-        if not config_file(config).is_file():
-            raise ConfigError(
-                f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}."
-            )
-        load(config, overrides)
+    if preset.image and PurePosixPath(config).is_absolute() and not Path(config).exists():
+        return None
+    if not config_file(config).is_file():
+        raise ConfigError(f"{config}: no such config file in {Path.cwd()}. Shipped configs: {shipped_folder() / 'configs'}.")
+    checked = load(config, overrides)
+    embeddings = checked.embeddings
+    _check_paths(preset, read=[path for path in (checked.init_from, embeddings.plan) if path is not None])
+    if embeddings.replicas > 1 or embeddings.plan is not None:
+        from mmlrec.launch.ranks import check_ranks
+
+        check_ranks(preset, embeddings)
+    return checked
 
 
 def evaluate_app(
@@ -191,6 +200,11 @@ def torchrun(preset: Preset, name: str, module: str, arguments: list[str], pytho
     A preset's variables are exported here and not in the role's env: Slurm passes that as one comma-separated option,
     and a comma or a quote in a value damages every variable behind it.
     """
+    if 0 < preset.resource.gpu < preset.nproc:
+        raise ConfigError(
+            f"nproc: {preset.nproc} processes on a node that has resource.gpu: {preset.resource.gpu} would share GPUs, which"
+            " NCCL does not do. Give each process a GPU of its own (--nproc), or ask for none."
+        )
     endpoint, waits = "localhost:0", preset.rdzv_conf.model_dump(exclude_none=True)
     prepare = _exports(preset)
     if preset.most_nodes > 1:

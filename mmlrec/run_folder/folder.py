@@ -9,6 +9,8 @@ import platform
 import shlex
 import subprocess
 import uuid
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from mmlrec.config import RunConfig, load_config
 from mmlrec.distributed.world import World, logger
 from mmlrec.errors import ConfigError, UserError
 from mmlrec.identity import DATA_FORM, data_differences, data_facts, encoding_differences, parts_digest, rows_alone_differ
-from mmlrec.run_folder.lock import unwritable
+from mmlrec.run_folder.lease import LEASE
+from mmlrec.run_folder.lock import LOCK, unwritable
 from mmlrec.run_folder.one_writer import Holder
 from mmlrec.run_folder.reports import Reports, log_name
 from mmlrec.schema import DatasetManifest, Encoding
-from mmlrec.storage.places import Place, read
+from mmlrec.storage.places import Place, names_in, read
 from mmlrec.yaml_config import StrictModel
 
 #: Keys that may differ between the run that wrote a checkpoint and the one that resumes it.
@@ -60,6 +63,11 @@ REMEDIES = (
 #: Keys that may differ, too, in an evaluation, whose result is then shown and not kept.
 MEASURED_OTHERWISE = ("training.precision",)
 
+#: What says that a start was here.
+_HELD = frozenset((LOCK, LEASE))
+#: What a start makes before there is a `config.yaml`, where it may be killed.
+_BEGUN = ("checkpoints", ".writable", "encoder", "init_from.json", "config.yaml", "logs", log_name(0))
+
 
 class RunFolder:
     """Paths and small files of one run. Rank 0 alone writes.
@@ -94,6 +102,16 @@ class RunFolder:
     def log_of(self, rank: int) -> Path:
         """Where a rank logs."""
         return self._written / log_name(rank)
+
+    def check_place(self) -> None:
+        """Refuse a folder of other things: a run replaces and deletes what bears the names of its own files.
+
+        Raises:
+            UserError: it is neither new, nor empty, nor a run folder, nor what a start that was killed has left.
+        """
+        names = names_in(self.path)
+        if self.config.name not in names or not names & {*_HELD, self.checkpoints.name, self.environment.name}:
+            check_no_others(self.path, names, _BEGUN)
 
     def create(self) -> None:
         """Make the folders and prove that they can be written.
@@ -290,6 +308,25 @@ def write_atomically(path: Place, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_no_others(folder: Place, names: AbstractSet[str], begun: Iterable[str]) -> None:
+    """Refuse a folder to write in that is not empty.
+
+    Args:
+        names: of what lies in it.
+        begun: what else it may hold, under these names or about to get them, where a start was here.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    own = [*begun, *_HELD] if names & _HELD else []
+    for name in sorted(names - {"lost+found"}):  # which some file systems have in their root
+        if name not in own and not (name.endswith(".tmp") and name.startswith(tuple(f"{of_own}." for of_own in own))):
+            raise UserError(
+                f"{folder} is not empty: it holds '{name}', which is of no run. Files there that bear the names of a run's own"
+                " would be replaced or deleted. Choose a new or an empty folder with --run-dir."
+            )
 
 
 def delete_leftovers(path: Place) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from mmlrec.distributed.world import logger
 from mmlrec.errors import StorageError, UserError
 from mmlrec.run_folder.lock import taken
-from mmlrec.storage.places import create, read
+from mmlrec.storage.places import create, names_in, read
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -90,7 +90,7 @@ class Lease:
             # Where the store has not been reached of late, it may expire: nobody has to wait here for another refusal.
             if not self._out_of_reach and self._is_own(self._newest()[1]):
                 self._put({**self._content, "left": True})
-                if [path.name for path in _listed(self._folder)] == [LEASE]:
+                if names_in(self._folder) == {LEASE}:
                     (self._objects / str(self._number)).unlink()
         self._number = None
 
@@ -122,9 +122,9 @@ class Lease:
         if found_number != number or not self._is_own(found):
             return False
         self._number = number
-        for old in _listed(self._objects):
-            if old.name.isdigit() and int(old.name) < number:
-                old.unlink(missing_ok=True)
+        for old in names_in(self._objects):
+            if old.isdigit() and int(old) < number:
+                (self._objects / old).unlink(missing_ok=True)
         return True
 
     def _wait_until_free(self, number: int, holder: dict[str, Any]) -> None:
@@ -182,20 +182,11 @@ class Lease:
 
     def _newest(self) -> tuple[int, dict[str, Any]]:
         """Number and content of the object that counts; 0 and nothing where there is none."""
-        while numbers := [int(path.name) for path in _listed(self._objects) if path.name.isdigit()]:
+        while numbers := [int(name) for name in names_in(self._objects) if name.isdigit()]:
             number = max(numbers)
             if content := _read(self._objects / str(number)):
                 return number, content
         return 0, {}
-
-
-def _listed(folder: UPath) -> list[UPath]:
-    """What lies directly in a folder, now: nothing that was listed before is used."""
-    try:
-        names = folder.fs.ls(folder.path, detail=False, refresh=True)
-    except FileNotFoundError:
-        return []
-    return [folder / name.rstrip("/").rpartition("/")[2] for name in names]
 
 
 def _read(path: UPath) -> dict[str, Any]:

@@ -203,7 +203,8 @@ def taken(folder: Place, holder: dict[str, Any], ranks: list[int]) -> UserError:
 
 def unwritable(folder: Place, error: OSError) -> UserError:
     """What to say of a run folder that cannot be made or written."""
-    return UserError(f"{folder}: the run folder cannot be written: {error}. Choose another with --run-dir.")
+    remedy = "Free space, or choose another" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose another"
+    return UserError(f"{folder}: the run folder cannot be written: {error}. {remedy} with --run-dir.")
 
 
 def _read(descriptor: int) -> dict[str, Any]:

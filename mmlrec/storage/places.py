@@ -92,6 +92,22 @@ def read(there: Place) -> bytes:
     return there.read_bytes() if isinstance(there, Path) else bytes(there.fs.cat_file(there.path, max_concurrency=1))
 
 
+def names_in(folder: Place) -> set[str]:
+    """Names of what lies directly in a folder, now: nothing that was listed before is used. None where there is no folder.
+
+    Raises:
+        OSError: it cannot be read.
+        StorageError: the store cannot be reached, or refuses.
+    """
+    try:
+        if isinstance(folder, Path):
+            return {path.name for path in folder.iterdir()}
+        paths = {str(path).rstrip("/") for path in folder.fs.ls(folder.path, detail=False, refresh=True)}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    return {path.rpartition("/")[2] for path in paths - {folder.path.rstrip("/")}}  # itself, where a console has made it
+
+
 def create(there: Place, data: bytes) -> None:
     """Write a file or an object that is not there yet. Of several writers one wins, also on an object store (If-None-Match: *).
 

@@ -21,6 +21,25 @@ _MOST_GROWTH = 1e4
 _LOWER = "Lower dense.optimizer.lr or embeddings.optimizer.lr, or set dense.clip_norm"
 
 
+class Diverged(UserError):
+    """A run whose losses or tensors left all bounds: what did, and the remedy."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+    def of_several(self, name: str, kept: str) -> Diverged:
+        """The same of one of several runs that share a configuration, so that none goes on with other rates by itself.
+
+        Args:
+            name: of the run among them, such as `seed 2`.
+            kept: what becomes of the others.
+        """
+        return Diverged(f"{name}: {self.args[0]}", f"{_LOWER}, and start all again with another --run-dir. {kept}")
+
+
 def remedy(run_dir: Place, saved_step: int | None) -> str:
     """What to do about a run that diverged.
 
@@ -46,16 +65,14 @@ def check_losses(losses: Mapping[str, float], first: Mapping[str, float], step: 
         remedy: what to do, for the message.
 
     Raises:
-        UserError: naming the objective.
+        Diverged: naming the objective.
     """
     for name, value in losses.items():
         if not math.isfinite(value):
-            raise UserError(f"loss '{name}' is not finite ({value}) near step {step}. {remedy}")
+            raise Diverged(f"loss '{name}' is not finite ({value}) near step {step}.", remedy)
         if value > _MOST_GROWTH * max(1.0, first[name]):
-            raise UserError(
-                f"loss '{name}' has grown to {value:.3g} near step {step}, from {first[name]:.3g} at the first step: the run"
-                f" diverges. {remedy}"
-            )
+            grown = f"has grown to {value:.3g} near step {step}, from {first[name]:.3g} at the first step"
+            raise Diverged(f"loss '{name}' {grown}: the run diverges.", remedy)
 
 
 @torch.no_grad()
@@ -69,7 +86,7 @@ def check_finite(tensors: Mapping[str, Any], step: int, remedy: str, world: Worl
         remedy: what to do, for the message.
 
     Raises:
-        UserError: naming tensor and rows.
+        Diverged: naming tensor and rows.
     """
     world.at("checking that weights are finite")
     error: UserError | None = None
@@ -80,7 +97,7 @@ def check_finite(tensors: Mapping[str, Any], step: int, remedy: str, world: Worl
             if error is None and piece.is_floating_point() and not bool(piece.sum(dtype=wide).isfinite()):
                 bad = _bad_rows(piece, offsets[0] if offsets else 0)
                 if bad:
-                    error = UserError(f"'{key}' is not finite in {bad} at step {step}; not saved. {remedy}")
+                    error = Diverged(f"'{key}' is not finite in {bad} at step {step}; not saved.", remedy)
     world.raise_together(error)
 
 

@@ -93,6 +93,7 @@ def train(
     source: str = "config",
     profiled: tuple[int, int] | None = None,
     forgotten: Mapping[str, NDArray[np.int64]] | None = None,
+    may_differ: tuple[str, ...] = (),
     signals: Sequence[signal.Signals] = SIGNALS,
 ) -> dict[str, Any]:
     """Train a configuration in a run folder, resuming when the folder holds a whole checkpoint, and evaluate it on test.
@@ -105,16 +106,18 @@ def train(
         source: config file, for messages.
         profiled: first and last step of a profile, see `Profile`.
         forgotten: table -> rows that a run with `init_from` begins with as new ones, though the other run has them.
+        may_differ: keys that may differ from those that the run was begun with, besides those of any run that goes on.
         signals: that end the run between two steps, see `StopSignal`.
 
     Returns:
         The test report, on every rank.
 
     Raises:
-        UserError: configuration, data, checkpoint or folder are unusable, another run writes there, or a signal stopped the
-            run.
+        UserError: configuration, data, checkpoint or folder are unusable, the folder holds other things, another run writes
+            there, or a signal stopped the run.
     """
     config = resolve(config, source)
+    world.on_main(RunFolder(run_dir).check_place)
     with hold(run_dir, world) as holder, reports(run_dir, world, holder.lost) as written:
         folder = RunFolder(run_dir, holder, written)
         return _train(
@@ -127,6 +130,7 @@ def train(
             source=source,
             profiled=profiled,
             forgotten=forgotten,
+            may_differ=may_differ,
             signals=signals,
         )
 
@@ -142,6 +146,7 @@ def _train(
     source: str,
     profiled: tuple[int, int] | None,
     forgotten: Mapping[str, NDArray[np.int64]] | None,
+    may_differ: tuple[str, ...],
     signals: Sequence[signal.Signals],
 ) -> dict[str, Any]:
     run_dir = folder.path
@@ -153,7 +158,7 @@ def _train(
         )
     goes_back = from_step is not None and found is not None and not _went_back(folder, found, from_step, config)
     if found is not None or folder.config.is_file():  # from the first second of a run on, whatever became of its checkpoints
-        folder.check_same_run(config, REMEDIES if goes_back else ())
+        folder.check_same_run(config, (*may_differ, *(REMEDIES if goes_back else ())))
     if found is not None:
         folder.check_same_data(checkpoint.read_state(found), place(config.dataset.path))
         if goes_back and from_step is not None:
@@ -184,7 +189,7 @@ def _train(
     monitor = trainer.monitor  # That it can be had, too.
     # A run that resumes has been checked, on the same data.
     doubt = check_chain(session) if found is None else None
-    _create(folder, world)
+    world.on_main(folder.create)
     with log_file(folder.log_of(world.rank), world):
         if first is not None:
             take(session, first, folder, forgotten)
@@ -225,33 +230,22 @@ def _train(
             checkpoint.verify(folder.best, world)
             best = session.load_best(folder.best)
             report = evaluate_split(session, "test", stop)
-        folder.check_held(world)
-        if world.is_main:
-            logger.debug("test, best checkpoint by validation:\n%s", report_text(report, "test"))
-            write_result(folder, "test", report, step=best["step"])
+            folder.check_held(world)
+            # Before a signal ends this process again: it would end a run that is all but done, or some ranks and not others.
+            world.without_limit().on_main(_write_result, folder, report, best["step"])
     return report
 
 
-def _create(folder: RunFolder, world: World) -> None:
-    error: UserError | None = None
-    if world.is_main:
-        try:
-            folder.create()
-        except UserError as cause:
-            error = cause
-    world.raise_together(error)
+def _write_result(folder: RunFolder, report: dict[str, Any], step: int) -> None:
+    logger.debug("test, best checkpoint by validation:\n%s", report_text(report, "test"))
+    write_result(folder, "test", report, step=step)
 
 
 def _write_encoder(session: Session, folder: RunFolder) -> None:
     """All ranks wait for it, however long copies of vocabularies take."""
-    world, error = session.world.without_limit(), None
+    world = session.world.without_limit()
     world.at("writing the encoder into the run folder")
-    if world.is_main:
-        try:
-            write_encoder(folder.encoder, session.encoder, session.manifest, world.start)
-        except UserError as cause:
-            error = cause
-    world.raise_together(error)
+    world.on_main(write_encoder, folder.encoder, session.encoder, session.manifest, world.start)
 
 
 def _check_usable(folder: RunFolder, found: Place | None, world: World, *, restart: bool) -> None:

@@ -149,6 +149,11 @@ def test_points_that_do_not_fit_are_planned_here_and_where_they_would_fit(tmp_pa
     assert kinds[("1", "1e+10")] == kinds[(str(ranks), "1e+10")] == kinds[("4", "8e+02")] == "planned"
     for name in ("ranks", "ids", "axes", "memory"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert write_page(tmp_path).read_text() == page
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"README\.md is there, and of something else"):
+        write_page(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("point", [Point(2, 10**6, 4096, 8, 3), Point(64, 10**10, 65536, 1, 16)], ids=["small", "huge"])

@@ -22,6 +22,7 @@ from mmlrec.days.run import measure
 from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.tables import initial_rows
 from mmlrec.storage.places import place
+from mmlrec.training.trainer import Trainer
 from tests.days.support import NEW_ROWS, ids_in_train, ids_of, lines, read_day, without_ids, write_day, write_days
 from tests.processes import Command, run
 from tests.storage import upload
@@ -152,6 +153,48 @@ def test_ranks_that_are_faster_than_rank_0_writes_go_on_to_the_next_day(root, tm
     ranks = start_ranks([*command, "--days", str(first_day), "--run-dir", str(run_dir)], logs(tmp_path, "run", 2))
     assert [rank.wait(240) for rank in ranks] == [0, 0], (tmp_path / "run-1.log").read_text()
     assert [line["step"] for line in lines(run_dir)] == [lines(root / "whole-2")[0]["step"]]
+
+
+def test_the_day_that_diverged_is_named_and_the_days_before_are_kept(root, tmp_path, run_app, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(root / "whole-1", run_dir, ignore=shutil.ignore_patterns("day-03", "day-04"))
+    (run_dir / "days.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(root / "whole-1")[:2]))
+    monkeypatch.setattr("mmlrec.training.guard._MOST_GROWTH", 0.0)
+    code, error = run_app("days", *arguments(root, run_dir)[3:])
+    assert code == 2
+    assert re.search(
+        r"error: day day-03: loss '\w+' has grown to .* another --run-dir\. .* keeps 2 day\(s\) that are trained", error
+    )
+    assert "--from-step" not in error
+
+
+def test_days_that_were_moved_in_the_middle_of_one_go_on(root, tmp_path, run_app, monkeypatch):
+    """That day began with the one before it where the folder was then."""
+    run_dir, plain = tmp_path / "run", Trainer._train_segment
+    shutil.copytree(root / "whole-1", run_dir, ignore=shutil.ignore_patterns("day-03", "day-04"))
+    (run_dir / "days.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines(root / "whole-1")[:2]))
+
+    def asked_to_stop(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return plain(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_segment", asked_to_stop)
+        assert run_app("days", *arguments(root, run_dir)[3:])[0] == 85
+    assert (run_dir / "day-03/config.yaml").is_file()
+    moved = run_dir.rename(tmp_path / "moved")
+    code, error = run_app("days", *arguments(root, moved)[3:])
+    assert code == 0, error
+    assert_same_end(moved, root / "whole-1")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "result.json", "day-01"])
+def test_days_are_refused_in_a_folder_of_other_things(root, tmp_path, run_app, name):
+    (tmp_path / name).write_text("mine")
+    code, error = run_app("days", *arguments(root, tmp_path)[3:])
+    assert code == 2
+    assert f"error: {tmp_path} is not empty: it holds '{name}'" in error
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.long

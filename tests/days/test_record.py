@@ -129,8 +129,21 @@ def test_other_days_another_configuration_and_changed_days_are_refused_by_name(t
 
 def test_a_run_folder_is_no_folder_of_days(tmp_path, world):
     write_days(tmp_path, 1, rows=40)
-    (tmp_path / "config.yaml").rename(tmp_path / "run.yaml")
-    days, config = find_days(str(tmp_path / "day-*")), load_config(tmp_path / "run.yaml")
-    (tmp_path / "config.yaml").touch()
+    assert (tmp_path / "config.yaml").is_file()
     with pytest.raises(ConfigError, match="holds a run; days have a folder of their own"):
-        Record(tmp_path, world).begin(config, None, days)
+        Record(tmp_path, world).check_place(find_days(str(tmp_path / "day-*")))
+
+
+def test_a_folder_that_a_killed_start_left_is_one_of_days_and_any_other_is_none(tmp_path, world):
+    write_days(tmp_path, 2, rows=40)
+    days, record = find_days(str(tmp_path / "day-*")), Record(tmp_path / "run", world)
+    record.check_place(days)
+    (tmp_path / "run/day-01").mkdir(parents=True)  # of which there is no line yet
+    with pytest.raises(UserError, match="is not empty: it holds 'day-01'"):
+        record.check_place(days)
+    (tmp_path / "run/.lock").touch()
+    (tmp_path / "run/days.yaml.0123456789ab.tmp").touch()
+    record.check_place(days)
+    (tmp_path / "run/day-03").mkdir()
+    with pytest.raises(UserError, match="is not empty: it holds 'day-03'"):
+        record.check_place(days)

@@ -1,8 +1,10 @@
 """`python -m apps.export` on runs of real trainings: the folder, the proof, and what is refused without a trace."""
 
+import functools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -327,6 +329,28 @@ def test_values_that_joined_a_vocabulary_after_the_run_are_compared_as_unseen_on
     parity = json.loads((out / "model.json").read_text())["parity"]
     assert parity["rows"] == 60
     assert parity["encoder"]["equal"] == ["f0", "m0", "f1", "f2", "scenario page"]
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_disk_that_is_full_under_the_network_is_one_line(run_of, tmp_path, format):
+    limited = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3000, 3000))
+    command = [sys.executable, "-m", "apps.export", "--run-dir", str(run_of("mmoe")), "--out", str(tmp_path / "model")]
+    done = processes.run([*command, "--format", format], prepare=limited)
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {tmp_path / 'model'}: the model cannot be written: File too large. Free space or choose another --out; nothing"
+        " was left behind."
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_only_looks_like_a_model_is_not_replaced(run_of, run_app, tmp_path):
+    (tmp_path / "mine/tables").mkdir(parents=True)
+    (tmp_path / "mine/README.md").write_text("mine")
+    code, error = run_app("export", "--run-dir", run_of("mmoe"), "--out", tmp_path / "mine", "--overwrite")
+    assert code == 2
+    assert "is no exported model: it holds README.md, which is not deleted" in error
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_a_model(run_of, run_app, tmp_path):

@@ -1,14 +1,16 @@
+import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from torchx.specs import macros
 
 from mmlrec.errors import ConfigError
-from mmlrec.launch.presets import Preset, ResourceConfig
-from mmlrec.launch.spec import job_name, torchrun, train_app
+from mmlrec.launch.presets import MountConfig, Preset, ResourceConfig
+from mmlrec.launch.spec import days_app, job_name, torchrun, train_app
 
-RESOURCE = ResourceConfig(cpu=2, gpu=1, memMB=1000)
+RESOURCE = ResourceConfig(cpu=2, gpu=8, memMB=1000)
 ODD = ["a b", "x,y=2", "it's", '"q"', "$HOME", "${app_id}", "$$", "`id`", "back\\slash", "ä*?;&|", ""]
 
 
@@ -39,7 +41,7 @@ def test_app_of_one_node(tmp_path, monkeypatch):
     ]
     assert role.env == {}
     assert (role.num_replicas, role.max_retries) == (1, 0)
-    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (2, 1, 1000)
+    assert (role.resource.cpu, role.resource.gpu, role.resource.memMB) == (2, 8, 1000)
 
 
 def test_app_of_two_nodes_meets_on_the_first(tmp_path, monkeypatch):
@@ -87,6 +89,78 @@ def test_missing_or_wrong_config_is_refused_before_submission(tmp_path, monkeypa
         train_app(preset, config="c.yaml", overrides=["training.batchsize=3"])
     with pytest.raises(ConfigError, match=r"'--lr' is not of the form key\.path=value"):
         train_app(preset, config="c.yaml", overrides=["--lr"])
+
+
+PLAN = [
+    {"table": "a", "rows": 1000, "dim": 8, "sharding": "row_wise", "ranks": [0, 1, 2, 3], "weight_bytes": 32000},
+    {"table": "b", "rows": 3, "dim": 8, "sharding": "table_wise", "ranks": [1], "weight_bytes": 96},
+]
+#: Nodes of two processes, keys -> what is told; None: the job is made.
+RANKS = [
+    (2, ["embeddings.plan=plan.json"], None),
+    ("1:2", ["embeddings.plan=whole.json"], None),
+    (2, ["embeddings.plan=not-made-yet.json"], None),
+    (
+        3,
+        ["embeddings.plan=plan.json"],
+        r"With its 3 node\(s\) of 2 process\(es\) the job would end: embeddings\.plan: plan\.json places 'a' row_wise on ranks"
+        r" 0-3; the training has 6 rank\(s\)",
+    ),
+    (
+        "1:2",
+        ["embeddings.plan=plan.json"],
+        r"With 1 of its 1:2 nodes of 2 process\(es\) .* the training has 2 rank\(s\).* Give the job a number of nodes that",
+    ),
+    (4, ["embeddings.plan=plan.json", "embeddings.replicas=2"], None),
+    (2, ["embeddings.plan=plan.json", "embeddings.replicas=2"], r"embeddings\.plan: .* the training has 2 rank\(s\)"),
+    (4, ["embeddings.replicas=4"], None),
+    (
+        3,
+        ["embeddings.replicas=4"],
+        r"With its 3 node\(s\) .*embeddings\.replicas: 6 ranks on hosts of 2 cannot be divided into 4",
+    ),
+    ("2:4", ["embeddings.replicas=2"], r"With 3 of its 2:4 nodes .*embeddings\.replicas: 6 ranks .*--nodes N"),
+]
+
+
+@pytest.mark.parametrize(("nodes", "overrides", "told"), RANKS)
+def test_tables_that_are_placed_for_other_ranks_are_refused_before_submission(tmp_path, monkeypatch, nodes, overrides, told):
+    """What each start of the job would refuse; of one that trains on as many nodes as there are, at any number of them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("dataset: {path: d}")
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    (tmp_path / "whole.json").write_text(json.dumps(PLAN[1:]))
+    preset = Preset(nodes=nodes, nproc=2, resource=RESOURCE)
+    makes = [
+        partial(train_app, preset, config="c.yaml", overrides=overrides),
+        partial(days_app, preset, config="c.yaml", overrides=overrides, days="data/day-*", run_dir="runs/days"),
+    ]
+    for make in makes:
+        if told is None:
+            assert make().roles
+        else:
+            with pytest.raises(ConfigError, match=told):
+                make()
+
+
+def test_processes_that_would_share_a_gpu_are_refused():
+    with pytest.raises(ConfigError, match=r"nproc: 8 processes on a node that has resource\.gpu: 4 would share GPUs"):
+        torchrun(Preset(nproc=8, resource=RESOURCE.model_copy(update={"gpu": 4})), "a", "m", [])
+
+
+def test_what_the_configuration_names_must_be_there_in_a_container(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("dataset: {path: data/d}")
+    mounts = [MountConfig(type="volume", src="runs", dst="/mmlrec/runs")]
+    preset = Preset(nproc=1, resource=RESOURCE, image="i", mounts=mounts)
+    assert train_app(preset, config="c.yaml", overrides=["run_dir=runs/a"]).roles
+    for override in ("dataset.path=/here/d", "init_from=/here/run", "embeddings.plan=/here/plan.json"):
+        with pytest.raises(ConfigError, match=r"/here/.*: a path of this machine, and the job runs in the image i"):
+            train_app(preset, config="c.yaml", overrides=[override])
+    with pytest.raises(ConfigError, match=r"/here/run: on no writable mount"):
+        train_app(preset, config="c.yaml", overrides=["run_dir=/here/run"])
+    # An address needs no mount.
+    assert train_app(preset.model_copy(update={"mounts": []}), config="c.yaml", overrides=["run_dir=s3://b/run"]).roles
 
 
 @pytest.mark.parametrize(

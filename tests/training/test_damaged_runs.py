@@ -286,6 +286,8 @@ def test_broken_lines_of_metrics_are_named_and_dropped(stopped, half, app, kind)
 def test_metrics_and_tensorboard_on_a_full_disk_do_not_end_a_run(stopped, tmp_path, app):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
+    for name in ("config.yaml", "environment.json"):  # a run that has no checkpoint yet
+        shutil.copy(stopped / "whole" / name, run_dir)
     # All writes to this device fail as on a full disk.
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
     (run_dir / "train.log").symlink_to("/dev/full")

@@ -20,7 +20,7 @@ from mmlrec.registry import resolve
 from mmlrec.run_folder import checkpoint, whole
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.session.session import build_session, load_session
-from mmlrec.training import guard
+from mmlrec.training import guard, run
 from mmlrec.training.guard import check_losses, remedy
 from mmlrec.training.run import train
 from mmlrec.training.trainer import Trainer
@@ -113,6 +113,30 @@ def test_absurd_rates_of_tables_end_a_run(config, tmp_path):
         train(config("embeddings.optimizer.lr=1e30", "training.log_every_steps=50"), tmp_path / "run", world)
     assert not (tmp_path / "run/result.json").exists()
     assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_of_several_seeds_the_one_that_diverged_is_named_and_the_others_are_kept(data, tmp_path, monkeypatch, run_app):
+    """No seed goes on with other rates than the others have, so that is not advised."""
+    plain = run.train
+
+    def absurd(config, *arguments, **options):
+        if config.training.seed == 7:
+            optimizer = config.embeddings.optimizer.model_copy(update={"lr": 1e30})
+            config = config.model_copy(update={"embeddings": config.embeddings.model_copy(update={"optimizer": optimizer})})
+        return plain(config, *arguments, **options)
+
+    given = ("seeds", "--config", data.folder.parent / "config.yaml", "--run-dir", tmp_path, "training.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train", absurd)
+        code, error = run_app(*given, "--seeds", "3,7,5")
+    assert code == 2
+    told = r"error: seed 7: loss '\w+' .* near step \d+.* Lower .*, and start all again with another --run-dir\."
+    assert re.search(told + r" 1 of 3 seeds are trained, and kept\. Without this seed: --seeds 3,5\.", error)
+    assert "--from-step" not in error
+    assert (tmp_path / "seed3/result.json").is_file()
+    code, error = run_app(*given, "--seeds", "3,5")
+    assert code == 0, error
+    assert f"{tmp_path / 'seed3'} is complete" in error
 
 
 def test_scores_that_are_not_finite_are_an_error_that_counts_their_rows(data, config, tmp_path):

@@ -243,6 +243,12 @@ def test_two_that_write_the_same_scores_do_not_write_one_file(root, tmp_path, ap
     assert sorted(path.name for path in tmp_path.glob("*scores*")) == ["scores.parquet"]
 
 
+def test_a_full_disk_can_be_freed_and_another_fault_cannot():
+    full, forbidden = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "forbidden")
+    assert str(lock.unwritable(Path("runs/a"), full)).endswith("Free space, or choose another with --run-dir.")
+    assert str(lock.unwritable(Path("runs/a"), forbidden)).endswith("forbidden. Choose another with --run-dir.")
+
+
 def test_the_lock_file_alone_makes_no_run_folder(root, tmp_path, app):
     code, error = app(*train(root, tmp_path / "new/run", "dataset.tasks=[clik, buy]"))
     assert code == 2, error

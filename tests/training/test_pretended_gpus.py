@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mmlrec.distributed.world import _PEER_GONE
+from mmlrec.distributed.last_words import _PEER_GONE
 from tests.processes import Command
 from tests.training.launch import start_ranks
 
@@ -32,10 +32,10 @@ def left():
 dist.init_process_group, dist.destroy_process_group = pretended, left
 
 from apps.cli import run
-from mmlrec.distributed import world as of_mmlrec
+from mmlrec.distributed import last_words
 from mmlrec.distributed.world import process_group
 
-of_mmlrec._hang_up = lambda: print("hung up", flush=True)
+last_words._hang_up = lambda: print("hung up", flush=True)
 
 def main():
     with process_group(timeout=30) as world:

@@ -132,7 +132,7 @@ def test_steps_behind_the_end_are_refused_and_those_behind_the_run_are_told(star
 
 
 def test_a_profile_that_cannot_be_written_ends_no_run(start, tmp_path):
-    (tmp_path / "run").mkdir()
+    assert start("training.max_steps=1")[0] == 0
     (tmp_path / "run/profile").write_text("in the way")
     code, error = start("--profile", "4:5")
     assert code == 0, error

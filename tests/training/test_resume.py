@@ -280,6 +280,22 @@ def test_kill_between_the_two_renames_of_best(root, tmp_path):
 
 
 SLOW = str(Path(__file__).with_name("slow_evaluation.py"))
+SLOW_RESULT = """
+import runpy, sys, time
+from pathlib import Path
+from mmlrec.training import run
+
+plain, flag = run.write_result, sys.argv.pop(1)
+
+def write_result(*arguments, **options):
+    Path(flag).touch()
+    time.sleep(2)
+    plain(*arguments, **options)
+
+run.write_result = write_result
+sys.argv[0] = "apps.train"
+runpy.run_module("apps.train", run_name="__main__")
+"""
 
 
 def wait_for(flag: Path, process: Command) -> None:
@@ -346,6 +362,24 @@ def test_a_signal_behind_the_last_step_of_a_seed_ends_the_command_before_the_nex
     assert (tmp_path / "seeds/seed0/result.json").exists()
     assert not (tmp_path / "seeds/seed1").exists()
     assert run_app(*seeds)[0] == 0
+
+
+def test_a_signal_while_the_result_is_written_ends_no_rank_before_that(root, tmp_path):
+    """The run is all but done: its ranks wait for each other, and the scheduler is told that it is."""
+    (tmp_path / "slow.py").write_text(SLOW_RESULT)
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    arguments = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "flag"), *command(root, tmp_path / "run")[3:]]
+    ranks = start_ranks([*arguments, "training.max_steps=2"], logs)
+    try:
+        wait_for(tmp_path / "flag", ranks[0])
+        time.sleep(0.5)  # the other rank has nothing left to do
+        for rank in ranks:
+            rank.send_signal(signal.SIGTERM)
+        assert [rank.wait(20) for rank in ranks] == [0, 0], [log.read_text() for log in logs]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert json.loads((tmp_path / "run/result.json").read_text())["test"]
 
 
 @pytest.mark.long
