@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import uuid
@@ -67,6 +68,8 @@ MEASURED_OTHERWISE = ("training.precision",)
 _HELD = frozenset((LOCK, LEASE))
 #: What a start makes before there is a `config.yaml`, where it may be killed.
 _BEGUN = ("checkpoints", ".writable", "encoder", "init_from.json", "config.yaml", "logs", log_name(0))
+#: What lies in a folder before a run begins: logs of consoles, notes; and in the root of some file systems.
+_BESIDE = re.compile(r".*\.(log|out|err|txt|md)|\.git(keep|ignore)|\.DS_Store|lost\+found", re.IGNORECASE)
 
 
 class RunFolder:
@@ -107,7 +110,8 @@ class RunFolder:
         """Refuse a folder of other things: a run replaces and deletes what bears the names of its own files.
 
         Raises:
-            UserError: it is neither new, nor empty, nor a run folder, nor what a start that was killed has left.
+            UserError: it is neither new, nor empty but for logs and notes, nor a run folder, nor what a start that was killed
+                has left.
         """
         names = names_in(self.path)
         if self.config.name not in names or not names & {*_HELD, self.checkpoints.name, self.environment.name}:
@@ -311,7 +315,7 @@ def write_atomically(path: Place, content: str | bytes) -> None:
 
 
 def check_no_others(folder: Place, names: AbstractSet[str], begun: Iterable[str]) -> None:
-    """Refuse a folder to write in that is not empty.
+    """Refuse a folder to write in that holds more than logs of consoles and notes.
 
     Args:
         names: of what lies in it.
@@ -321,7 +325,7 @@ def check_no_others(folder: Place, names: AbstractSet[str], begun: Iterable[str]
         UserError: it holds anything else.
     """
     own = [*begun, *_HELD] if names & _HELD else []
-    for name in sorted(names - {"lost+found"}):  # which some file systems have in their root
+    for name in sorted(name for name in names if name == log_name(0) or not _BESIDE.fullmatch(name)):
         if name not in own and not (name.endswith(".tmp") and name.startswith(tuple(f"{of_own}." for of_own in own))):
             raise UserError(
                 f"{folder} is not empty: it holds '{name}', which is of no run. Files there that bear the names of a run's own"

@@ -68,7 +68,8 @@ def own_config(root: Path, folder: Path) -> None:
 
 
 OTHERS = {
-    "notes": (functools.partial(file, "notes.txt"), "notes.txt"),
+    "scores": (functools.partial(file, "scores.csv"), "scores.csv"),
+    "a log that a run would add to": (functools.partial(file, "train.log"), "train.log"),
     "home": (functools.partial(file, ".bashrc"), ".bashrc"),
     "results": (functools.partial(file, "result.json"), "result.json"),
     "checkpoints of something else": (functools.partial(file, "checkpoints/step_000000001/model.pt"), "checkpoints"),
@@ -90,14 +91,18 @@ def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(root, tmp_path, 
     assert content(tmp_path / "folder") == before
 
 
-@pytest.mark.parametrize("left", [[], ["lost+found"], [".lock"], [".lock", "config.yaml.0123456789ab.tmp"]])
-def test_a_folder_that_is_empty_or_was_emptied_is_taken(tmp_path, app, left):
+CONSOLE = ["console.log", "slurm-12.out", "slurm-12.err", "notes.txt", "README.md", ".gitkeep"]
+
+
+@pytest.mark.parametrize("left", [[], ["lost+found"], CONSOLE, [".lock"], [".lock", "config.yaml.0123456789ab.tmp"]])
+def test_a_folder_that_is_empty_or_was_emptied_or_has_the_console_s_log_is_taken(tmp_path, app, left):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in left:
         (folder / name).mkdir() if name == "lost+found" else (folder / name).touch()
     code, error = app(folder)
     assert code == 0, error
+    assert {path.name for path in folder.iterdir()} >= {*left} - {"config.yaml.0123456789ab.tmp"}
 
 
 def test_a_start_that_was_killed_before_it_was_a_run_is_begun_again(root, tmp_path, app):
