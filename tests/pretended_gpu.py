@@ -2,7 +2,7 @@
 
 Tensors of the device "cuda" have their numbers in the memory of the host (`pretended_gpu.cpp`, compiled at the first use), and
 CPU kernels compute with them, once it is known that CUDA would: it has the operator, and all tensors are its own. So code takes
-the ways of GPUs, with autograd's thread of the device, autocast, fused and foreach optimizers, streams, page-locked memory. What
+the ways of GPUs: autograd with a thread for the device, autocast, fused and foreach optimizers, streams, page-locked memory. What
 shows: tensors on the wrong device, operators that CUDA does not have, memory that is read before it was written, by the device
 or by a copy that nobody waited for (it holds what is not a number), and where the host waits, as
 `torch.cuda.set_sync_debug_mode` tells it, and for copies from memory that is not page-locked besides. What does not:
@@ -33,13 +33,22 @@ _MODES = {"default": 0, "warn": 1, "error": 2}
 def library() -> Path:
     """The compiled source, made anew where it or torch has changed."""
     found = importlib.util.find_spec("torch")
-    assert found is not None and found.origin is not None
-    torch_folder = Path(found.origin).parent
+    torch_folder = Path(str(found and found.origin)).parent
     key = hashlib.sha256(SOURCE.read_bytes() + (torch_folder / "version.py").read_bytes()).hexdigest()[:16]
     made = Path(tempfile.gettempdir()) / f"mmlrec-pretended-gpu-{key}.so"
     if not made.exists():
         beside = made.with_suffix(f".{os.getpid()}")
-        command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", str(SOURCE), "-o", str(beside)]
+        command = [
+            "g++",
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            f"-I{torch_folder / 'include'}",
+            str(SOURCE),
+            "-o",
+            str(beside),
+        ]
         command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder / 'lib'}"]
         subprocess.run(command, check=True)
         beside.replace(made)
@@ -98,7 +107,7 @@ def install() -> None:
         beside.replace(table)
     loaded.pretended_operators(str(table).encode())
     properties = SimpleNamespace(
-        name="pretended", total_memory=MEMORY, uuid="pretended", major=9, minor=0, multi_processor_count=4, gcnArchName=""
+        name="pretended", total_memory=MEMORY, uuid=os.environ.get("LOCAL_RANK"), major=9, minor=0, multi_processor_count=4, gcnArchName=""
     )
     mode = [0]
 
@@ -180,7 +189,8 @@ def install() -> None:
 
 
 def _exchange_by_gloo() -> None:
-    """In place of NCCL."""
+    """In place of NCCL; the gradients of the network are not timed."""
+    import torch
     import torch.distributed as dist
 
     plain = dist.init_process_group
@@ -189,6 +199,7 @@ def _exchange_by_gloo() -> None:
         plain("cpu:gloo,cuda:gloo" if backend == "nccl" else backend, *arguments, **options)
 
     dist.init_process_group = init_process_group
+    torch._C._distributed_c10d.Logger.set_runtime_stats_and_log = lambda logger: None
 
 
 if __name__ == "__main__":
