@@ -2,11 +2,13 @@
 
 Tensors of the device "cuda" have their numbers in the memory of the host (`pretended_gpu.cpp`, compiled at the first use), and
 CPU kernels compute with them, once it is known that CUDA would: it has the operator, and all tensors are its own. So code takes
-the ways of GPUs: autograd with a thread for the device, autocast, fused and foreach optimizers, streams, page-locked memory. What
-shows: tensors on the wrong device, operators that CUDA does not have, memory that is read before it was written, by the device
-or by a copy that nobody waited for (it holds what is not a number), and where the host waits, as
-`torch.cuda.set_sync_debug_mode` tells it, and for copies from memory that is not page-locked besides. What does not:
-other kernels' numbers and limits, what streams must wait for, times.
+the ways of GPUs: a thread of autograd for the device, autocast, fused and foreach optimizers, streams, page-locked memory.
+
+It shows tensors on the wrong device; operators that CUDA does not have; memory that is read before it was written, by the
+device or by a copy that nobody waited for, as it holds what is not a number; and where the host waits, as
+`torch.cuda.set_sync_debug_mode` tells it, with copies from memory that is not page-locked besides. It does not show other
+kernels' numbers and limits, what streams must wait for, and times. What has no kernel for CPUs cannot run: Adam of tables,
+tables in the memory of the host, fp8 between ranks, a profile of the GPU.
 """
 
 from __future__ import annotations
@@ -107,12 +109,18 @@ def install() -> None:
         beside.replace(table)
     loaded.pretended_operators(str(table).encode())
     properties = SimpleNamespace(
-        name="pretended", total_memory=MEMORY, uuid=os.environ.get("LOCAL_RANK"), major=9, minor=0, multi_processor_count=4, gcnArchName=""
+        name="pretended",
+        total_memory=MEMORY,
+        uuid=os.environ.get("LOCAL_RANK"),
+        major=9,
+        minor=0,
+        multi_processor_count=4,
+        gcnArchName="",
     )
     mode = [0]
 
     def set_sync_debug_mode(to: int | str) -> None:
-        mode[0] = _MODES.get(to, to)  # type: ignore[call-overload]
+        mode[0] = _MODES[to] if isinstance(to, str) else to
         loaded.pretended_debug_mode(mode[0])
 
     def only(number: Any = None) -> None:
@@ -199,7 +207,7 @@ def _exchange_by_gloo() -> None:
         plain("cpu:gloo,cuda:gloo" if backend == "nccl" else backend, *arguments, **options)
 
     dist.init_process_group = init_process_group
-    torch._C._distributed_c10d.Logger.set_runtime_stats_and_log = lambda logger: None
+    setattr(torch._C._distributed_c10d.Logger, "set_runtime_stats_and_log", lambda logger: None)  # noqa: B010 (not mypy's)
 
 
 if __name__ == "__main__":
