@@ -1,5 +1,6 @@
 """What is written for GPUs, executed on one that is none (`tests/pretended_gpu.py`): on the right device, and as on a CPU."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from mmlrec.schema import Setting
 from tests.datasets import write_dataset
 from tests.models.support import TINY
 from tests.processes import ROOT, environment
-from tests.training.launch import launch, losses
+from tests.training.launch import free_port, launch, losses
 
 pytestmark = [
     pytest.mark.long,
@@ -38,6 +39,13 @@ RUNS = {
     **{f"tables-{name}": [f"embeddings.optimizer.name={name}"] for name in ("sgd", "rowwise_adagrad")},
     "normalised": ["model.use_bn=true", "embeddings.l2=0.1"],
     "row_wise": ["embeddings.sharding=row_wise"],
+}
+_SGD = ["embeddings.optimizer.name=sgd", "dense.optimizer.name=sgd"]
+#: On two ranks, which see one GPU alone each.
+RUNS_OF_TWO = {
+    "table_wise": ["embeddings.sharding=table_wise", "model.use_bn=true"],
+    "row_wise": ["embeddings.sharding=row_wise", "balancing.name=pcgrad"],
+    "replicas": ["embeddings.replicas=2", *_SGD],  # whose mean after each step is the step of the mean gradient
 }
 #: Where the host waits for the GPU in steps after the first two, by the file of the code that asks, a line each.
 WAITS = """
@@ -70,6 +78,24 @@ with process_group() as world:
 """
 
 
+WORKER = ("-m", "tests.pretended_gpu", "tests.training.worker")
+
+
+def actions(root, device, runs, **options):
+    """Of `worker.py`: to train these runs."""
+    return [
+        {
+            "kind": "train",
+            "name": "all",
+            "config": str(root / "config.yaml"),
+            "overrides": overrides,
+            "run_dir": str(root / f"{device}-{name}"),
+            **options,
+        }
+        for name, overrides in runs.items()
+    ]
+
+
 def pretended(*arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
@@ -91,22 +117,9 @@ def root(tmp_path_factory):
 def runs(root):
     """All runs, on the GPU and on the CPU."""
 
-    def actions(device):
-        return [
-            {
-                "kind": "train",
-                "name": "all",
-                "config": str(root / "config.yaml"),
-                "overrides": overrides,
-                "run_dir": str(root / f"{device}-{name}"),
-                "go_on": True,
-            }
-            for name, overrides in RUNS.items()
-        ]
-
-    (root / "actions.json").write_text(json.dumps(actions("cuda")))
-    pretended("-m", "tests.pretended_gpu", "tests.training.worker", str(root / "actions.json"))
-    launch(1, actions("cpu"), root)
+    (root / "actions.json").write_text(json.dumps(actions(root, "cuda", RUNS, go_on=True)))
+    pretended(*WORKER, str(root / "actions.json"))
+    launch(1, actions(root, "cpu", RUNS), root)
     return root
 
 
@@ -118,6 +131,34 @@ def test_trains_validates_saves_and_tests_as_on_a_cpu(runs, name):
     assert found.keys() == expected.keys() == {1, 2}
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+def test_two_gpus_train_as_one_process(root):
+    """By gloo in place of NCCL; tensors of the host it refuses as that does."""
+    file = root / "of-two.json"
+    file.write_text(json.dumps(actions(root, "two", RUNS_OF_TWO)))
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [root / f"of-two-{rank}.log" for rank in range(2)]
+    with contextlib.ExitStack() as opened:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *WORKER, str(file)],
+                env=environment(**where, RANK=str(rank), LOCAL_RANK=str(rank)),
+                cwd=ROOT,
+                stdout=opened.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for rank in ranks:
+            opened.callback(rank.kill)
+        codes = [rank.wait(300) for rank in ranks]
+    assert codes == [0, 0], "".join(log.read_text()[-4000:] for log in logs)
+    alone = {name: [o for o in of if not o.startswith("embeddings.replicas")] for name, of in RUNS_OF_TWO.items()}
+    launch(1, actions(root, "one", alone), root)
+    for name in RUNS_OF_TWO:
+        for step, values in losses(root / f"one-{name}").items():
+            assert losses(root / f"two-{name}")[step] == pytest.approx(values, rel=1e-4, abs=1e-5), (name, step)
 
 
 def test_in_a_step_only_torchrec_waits_and_batches_come_from_page_locked_memory(root):
