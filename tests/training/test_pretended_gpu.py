@@ -134,7 +134,7 @@ def test_trains_validates_saves_and_tests_as_on_a_cpu(runs, name):
 
 
 def test_two_gpus_train_as_one_process(root):
-    """By gloo in place of NCCL; tensors of the host it refuses as that does."""
+    """By gloo in place of NCCL."""
     file = root / "of-two.json"
     file.write_text(json.dumps(actions(root, "two", RUNS_OF_TWO)))
     where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
