@@ -43,7 +43,7 @@ def expand_branches(
 
     Returns:
         The batch with U*F keys `branch/field`, branch-major. Bags are empty for padding and rows of other scenarios;
-        labels of heads that are not among the branches are masked.
+        labels of heads that are not among the branches are masked. It lies in page-locked memory where the given one does.
     """
     heads = torch.arange(len(names)) if branches is None else torch.tensor(branches)
     own = batch.valid.unsqueeze(0).expand(len(names), -1)
@@ -65,4 +65,5 @@ def expand_branches(
     trained = torch.zeros(batch.labels.shape[1] * num_scenarios, dtype=batch.mask.dtype)
     trained[heads] = 1
     scenario = batch.scenario if num_scenarios > 1 else torch.zeros_like(batch.scenario)
-    return replace(batch, sparse=expanded, mask=batch.mask * trained.view(-1, num_scenarios)[:, scenario].t())
+    made = replace(batch, sparse=expanded, mask=batch.mask * trained.view(-1, num_scenarios)[:, scenario].t())
+    return made.pin_memory() if batch.mask.is_pinned() else made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from mmlrec.config import EmbeddingsConfig
 from mmlrec.embeddings.hardware import Hardware
 from mmlrec.embeddings.network_gradients import SameBuckets
 from mmlrec.embeddings.placement import PortableSharder
+from mmlrec.embeddings.sharding import name_gpus
 from mmlrec.errors import ConfigError
 
 
@@ -32,19 +35,28 @@ def check_replicas(config: EmbeddingsConfig, device: torch.device) -> None:
 
 
 def shard(
-    module: nn.Module, plan: ShardingPlan, sharder: PortableSharder, device: torch.device, replicas: int, hardware: Hardware
+    module: nn.Module,
+    plan: ShardingPlan,
+    sharder: PortableSharder,
+    device: torch.device,
+    replicas: int,
+    hardware: Hardware,
+    gpus: Sequence[int],
 ) -> DistributedModelParallel:
     """Shard the tables of a module by a plan, and join its other parameters over all ranks.
 
     Args:
         replicas: how many times; 1: once, over all ranks.
         hardware: the ranks of one replica.
+        gpus: the number of the GPU of each of all ranks, as that rank sees it; empty on CPUs.
     """
     # It tells the root logger of each group, and where no launcher says which ranks a host has.
     logging.disable(logging.WARNING)
     try:
         if replicas > 1:
-            return _collection(module, plan, sharder, device, hardware)
+            return _collection(module, plan, sharder, device, hardware, gpus)
+        if gpus:
+            name_gpus(plan, gpus)
         return DistributedModelParallel(
             module,
             device=device,
@@ -57,12 +69,34 @@ def shard(
         logging.disable(logging.NOTSET)
 
 
+class Replicas(DMPCollection):
+    """torchrec's, with the shards of each replica on the GPUs that its ranks have: see `name_gpus`.
+
+    Args:
+        gpus: of `shard`.
+    """
+
+    def __init__(self, *args: Any, gpus: Sequence[int], **kwargs: Any) -> None:
+        self._gpus = gpus
+        super().__init__(*args, **kwargs)
+
+    def _remap_sharding_plan(self, plan: ShardingPlan, *args: Any, **kwargs: Any) -> None:
+        super()._remap_sharding_plan(plan, *args, **kwargs)
+        if self._gpus:
+            name_gpus(plan, self._gpus)
+
+
 def _collection(
-    module: nn.Module, plan: ShardingPlan, sharder: PortableSharder, device: torch.device, hardware: Hardware
+    module: nn.Module,
+    plan: ShardingPlan,
+    sharder: PortableSharder,
+    device: torch.device,
+    hardware: Hardware,
+    gpus: Sequence[int],
 ) -> DMPCollection:
     world = dist.group.WORLD
     assert world is not None
-    return DMPCollection(
+    return Replicas(
         module,
         device,
         plan,
@@ -74,6 +108,7 @@ def _collection(
         data_parallel_wrapper=SameBuckets(),
         # Ranks of a replica follow each other, so that looked-up vectors stay in few hosts; averages cross them.
         use_inter_host_allreduce=True,
+        gpus=gpus,
     )
 
 

@@ -28,7 +28,6 @@ from mmlrec.embeddings.sharding import (
     apply_table_optimizer,
     forget_former_groups,
     make_plan,
-    name_gpus,
     plan_report,
     short_of_memory,
     tell_rounding,
@@ -347,8 +346,6 @@ def build_session(
         lengths=lengths,
         reserved=reserved,
     )
-    if world.device.type == "cuda" and replicas == 1:  # of replicas torchrec names them itself
-        name_gpus(plan, world.gather(world.device.index))
     report = plan_report(plan, TABLES, tables, optimizer_config.name, replicas)
     managed = ManagedTables(manifest, config.embeddings.managed, world)
     if not managed and config.embeddings.managed != ManagedConfig():
@@ -357,7 +354,8 @@ def build_session(
         )
     check_memory(report, optimizer_config.name, world, replica=hardware.world_size, host_bytes=managed.num_bytes)
     forget_former_groups()
-    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware)
+    gpus = world.gather(world.device.index) if world.device.type == "cuda" else []
+    model = shard(recommender, plan, PortableSharder(communication), world.device, replicas, hardware, gpus)
     sharded = get_unwrapped_module(model)
     if config.embeddings.host_cache is not None:
         forget_cached_rows(sharded.tables)

@@ -1,10 +1,13 @@
 """Plans: no rank gets a shard without rows, whatever the sizes; what a name asks for in vain is refused."""
 
 import pytest
+import torch
 from torchrec import EmbeddingBagConfig
 
 from mmlrec.config import ConfigError, EmbeddingsConfig
+from mmlrec.distributed.world import process_group
 from mmlrec.embeddings.hardware import CPU, GPU, Hardware
+from mmlrec.embeddings.replicas import Replicas
 from mmlrec.embeddings.sharding import make_plan, name_gpus, plan_report
 from mmlrec.embeddings.tables import build_tables
 
@@ -50,3 +53,16 @@ def test_shards_lie_on_the_gpus_that_ranks_have():
         name_gpus(plan, numbers)
         places = [str(shard.placement) for shard in plan.plan["tables"]["t"].sharding_spec.shards]
         assert places == [f"rank:{rank}/cuda:{number}" for rank, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [0, 0, 0, 0]])
+def test_shards_of_each_replica_lie_on_the_gpus_that_its_ranks_have(numbers):
+    """torchrec by itself takes the number of a rank on its host for that of its GPU, and then refuses where it is another."""
+    tables = build_tables([EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=9, feature_names=["f"])])
+    replicas = Replicas.__new__(Replicas)
+    replicas._device, replicas._gpus = torch.device("cuda"), numbers
+    plan = make_plan("tables", tables, EmbeddingsConfig(sharding="row_wise"), Hardware(2, 2, "cuda", 2**30, GPU), batch_size=8)
+    with process_group():
+        replicas._remap_sharding_plan(plan=plan, rank=2, step=2, sharding_group_size=2, use_inter_host_allreduce=True)
+    places = [str(shard.placement) for shard in plan.plan["tables"]["t"].sharding_spec.shards]
+    assert places == [f"rank:2/cuda:{numbers[2]}", f"rank:3/cuda:{numbers[3]}"]
