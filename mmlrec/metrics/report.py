@@ -219,12 +219,11 @@ def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
     ranked = zip(aucs(rows, ranks), without if rows.group is None else gaucs(rows, ranks), strict=True)
     found = []
     for (auc, gauc), (loss, rate, probability), (num_rows, positives) in zip(ranked, means, counts.tolist(), strict=True):
-        share = rate.value()
         found.append(
             {
                 "auc": _json(auc),
                 "logloss": _json(loss.value()),
-                "normalized_entropy": _json(loss.value() / entropy(share)),
+                "normalized_entropy": _json(loss.value() / entropy(rate)),
                 "calibration": _json(float(probability.total / rate.total) if rate.total else float("nan")),
                 "gauc": None if gauc is None else _json(gauc),
                 "rows": num_rows,
