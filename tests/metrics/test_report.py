@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from mmlrec.days.table import days_table
 from mmlrec.errors import DataError, UserAdvice
 from mmlrec.metrics import exact
 from mmlrec.metrics.gather import PredictionRows
@@ -237,6 +238,18 @@ def test_no_line_of_a_report_is_called_like_another():
             assert entry[("mean", "all")] is report["mean"]
     plain = build_report(rows, tasks=TASKS, scenario=PAGES)
     assert [name for _, name, _ in lines_of(plain)][:5] == ["all", "home", "cart", "mean", "weighted mean"]
+
+
+def test_a_task_called_cvr_has_its_own_numbers_in_the_table_of_days():
+    """Beside the conditional rate of a chain, which has that name, too."""
+    report = build_report(prediction_rows(), tasks=[Task(name="click"), Task(name="cvr")], scenario=None, chain=(0, 1))
+    line = {"day": "monday", "rows": {"train": 1}, "new_ids": {}, "forgotten": None, "next_day": report}
+    heading, _, cells = days_table([line]).splitlines()
+    names = [f"{task} {name}" for task in ("click", '"cvr"', "cvr") for name in ("auc", "logloss")]
+    assert heading.split("new ids")[1].split() == " ".join(names).split()
+    entries = [report["tasks"]["click"], report["tasks"]["cvr"], report["cvr"]]
+    assert cells.split()[3:] == [f"{entry[name]:.4f}" for entry in entries for name in ("auc", "logloss")]
+    assert report["tasks"]["cvr"]["auc"] != report["cvr"]["auc"]
 
 
 def test_what_is_undefined_everywhere_has_a_column_and_is_told():
