@@ -17,8 +17,9 @@ def parse() -> argparse.Namespace:
     """Command line of this entry point."""
     parser = argparse.ArgumentParser(
         prog="python -m apps.predict",
-        description="Score the rows of a dataset folder and write one file: the keys, the scenario, the labels, and"
-        " score.<task>, the probability (or value) that the best checkpoint gives, in row order.",
+        description="Score the rows of a dataset folder and write one file: the keys, the scenario's number, the labels, and"
+        " score.<task>, the probability (or value) that the best checkpoint gives; then the scenario's name and the row's"
+        " weight. In row order.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python -m apps.predict --run-dir runs/NAME --input data/movielens-1m --output scores.parquet",
     )

@@ -84,7 +84,8 @@ def test_one_odd_row_changes_no_other_score_and_labels_are_not_needed(trained, a
     names = {name: pq.read_schema(tmp_path / f"{name}.parquet").names for name in ("day2", "bare")}
     place = ["key.source_file", "key.source_line"]
     keys = ["key.session", "key.time", *place, "key.session_hash"]
-    assert names["day2"] == [*keys, "sample.scenario", "label.click", "label.buy", "score.click", "score.buy"]
+    further = ["scenario.device", "sample.weight"]
+    assert names["day2"] == [*keys, "sample.scenario", "label.click", "label.buy", "score.click", "score.buy", *further]
     assert [name for name in names["day2"] if name not in names["bare"]] == ["label.click", "label.buy"]
 
 

@@ -104,7 +104,7 @@ class Run:
             split: of a dataset; None: test, or the only one.
 
         Returns:
-            float32 columns `score.<task>`. Of a DataFrame with its index; of a dataset beside keys, scenario and labels.
+            float32 columns `score.<task>`. Of a DataFrame with its index; of a dataset beside keys, scenario, labels, weight.
 
         Raises:
             ConfigError: raw rows lack a column; the message names its feature.

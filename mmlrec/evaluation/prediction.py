@@ -16,7 +16,7 @@ from mmlrec.identity import encoding_differences, grown_tables
 from mmlrec.metrics.exact import conditional_logit, log_ratio
 from mmlrec.metrics.gather import gather_rows
 from mmlrec.models.base.chain import ChainModel
-from mmlrec.schema import SCENARIO_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
+from mmlrec.schema import SCENARIO_COLUMN, WEIGHT_COLUMN, DatasetManifest, Setting, Table, key_column, label_column
 from mmlrec.session.session import Session
 from mmlrec.storage.new_file import new_file
 from mmlrec.storage.parquet import open_parquet
@@ -28,7 +28,9 @@ _OTHER_IDS = "the ids mean something else. Encode the input with the vocabularie
 def write_predictions(session: Session, dataset: Place, split: str, output: Place, stop: StopSignal | None = None) -> None:
     """Score a split of a dataset folder and write keys, scenario, labels and `score.<task>` in row order; on rank 0.
 
-    The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split.
+    The name of the output says how: see `score_files.ENDINGS`. Of labels those of tasks that have some in the split. Last
+    come the scenario by name, `scenario.<what divides the rows>`, and `sample.weight`, where there are such: with them the
+    metrics of a report can be worked out.
 
     A method on a chain of tasks adds `score.cvr`, the probability of the last step given the first; of one whose steps are not
     `conditional` it is the ratio of their probabilities, which may be above 1. Where branches have
@@ -170,17 +172,23 @@ def _write(
         writer: ScoreFile | None = None
         for part in manifest.splits[split].parts:
             with open_parquet(dataset / part.path, part.num_bytes, part.sha256) as file:
-                for batch in file.iter_batches(batch_size=1 << 18, columns=columns):
+                weights = [WEIGHT_COLUMN] if WEIGHT_COLUMN in file.schema_arrow.names else []
+                for batch in file.iter_batches(batch_size=1 << 18, columns=columns + weights):
                     if stop is not None and stop.received:  # of this rank, which alone writes
                         raise stop.interrupted(f"{output}: not written: stopped by a signal. Run the same command again.")
                     scores = logits[start : start + batch.num_rows]
-                    arrays, names = list(batch.columns), list(columns)
+                    arrays, names = [batch.column(name) for name in columns], list(columns)
                     scenario = np.zeros(len(scores), np.int64)
                     if session.spec.num_scenarios > 1:
                         scenario = batch.column(SCENARIO_COLUMN).to_numpy()
                     for name, column in score_columns(session, scores, scenario).items():
                         arrays.append(column)
                         names.append(name)
+                    if manifest.scenario is not None:
+                        arrays.append(pa.array(manifest.scenario.values).take(batch.column(SCENARIO_COLUMN)))
+                        names.append(f"scenario.{manifest.scenario.name}")
+                    arrays += [batch.column(name) for name in weights]
+                    names += weights
                     table = pa.table(arrays, names=names)
                     if writer is None:
                         writer = ScoreFile(temporary, ending(output), table.schema)

@@ -3,7 +3,8 @@
 No rank ever holds the rows of another but for a bounded number at a time. Means are sums without rounding. For AUC the rows go
 to ranks by ranges of their scores, for GAUC by their groups, some million rows at a time; what a range or a group contributes
 is small, and adds up. So every number is the same at every number of ranks: to the bit without weights, and to the rounding of
-sums of weights with them.
+sums of weights with them. No sum runs over the rows of several scenarios or groups to be told apart afterwards: weights of one
+may be so small beside those of another that it would hold nothing of them.
 
 Scores and logits are float arrays, labels hold 0 and 1, weights are not negative; all are [N] and without missing values. A
 metric that is not defined for a slice (one class only, no rows, no weight) is NaN.
@@ -128,9 +129,13 @@ def probabilities(logit: Floats) -> Floats:
     return 0.5 * (1 + np.tanh(logit.astype(np.float64) / 2))
 
 
-def entropy(rate: float) -> float:
-    """Of a share of positives; NaN for one class only."""
-    return float(-(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))) if 0 < rate < 1 else float("nan")
+def entropy(rate: Mean) -> float:
+    """Of the two classes, by the mean of labels; NaN for one class only."""
+    if not 0 < rate.total < rate.weight:
+        return float("nan")
+    share = rate.total / rate.weight
+    rarer = float(min(share, 1 - share))  # of a share near 1 a float does not hold what it lacks
+    return float(-(rarer * np.log(rarer) + (1 - rarer) * np.log1p(-rarer)))
 
 
 def log_ratio(first: Floats, last: Floats) -> NDArray[np.float64]:
@@ -183,12 +188,33 @@ def _ranked(
     kind = np.int64 if own is None else np.float64
     # Of each tie: what its classes count, and twice the negatives below it in its key with once its own.
     tie_high, tie_low = (np.add.reduceat(values.astype(kind), tie_starts) for values in (high, low))
+    del own, high, low  # which the next sums need the memory of
     first_tie = np.searchsorted(tie_starts, starts)
-    below = np.cumsum(tie_low) - tie_low
-    below -= np.repeat(below[first_tie], np.diff(np.append(first_tie, len(tie_starts))))
-    right = np.add.reduceat(tie_high * (2 * below + tie_low), first_tie)
     positives, negatives = (np.add.reduceat(values, first_tie) for values in (tie_high, tie_low))
+    right = np.add.reduceat(tie_high * (2 * _before(tie_low, first_tie, negatives) + tie_low), first_tie)
     return _Ranked([key[starts] for key in keys], right, positives, negatives)
+
+
+def _before(counts: NDArray[Any], first: NDArray[np.integer], totals: NDArray[Any]) -> NDArray[Any]:
+    """What stands before each of some counts in its key, [n]: the sum of the others.
+
+    One sum over all keys, less what it is where a key begins, is that of the key alone in integers, where it may even wrap
+    around; in floats it lacks what is small beside former keys. So weights become integers, multiples of a 2^-62nd of their
+    key's sum.
+
+    Args:
+        counts: int64, or float64 of which none is negative, [n].
+        first: where each key begins, [K].
+        totals: sum of each key, [K].
+    """
+    sizes = np.diff(np.append(first, len(counts)))
+    weighted = counts.dtype == np.float64
+    if weighted:
+        unit = np.repeat(np.ldexp(1.0, np.frexp(totals)[1] - 62), sizes)
+        counts = np.rint(counts / unit).astype(np.int64)
+    before = np.cumsum(counts) - counts
+    before -= np.repeat(before[first], sizes)
+    return before * unit if weighted else before
 
 
 def aucs(rows: Slices, ranks: Ranks) -> list[float]:
@@ -257,13 +283,13 @@ def _mean_auc(groups: _Ranked) -> Mean:
     pairs = groups.positives.astype(np.float64) * groups.negatives
     both = pairs > 0
     sizes = (groups.positives + groups.negatives)[both].astype(np.float64)
-    auc = groups.right[both] / (2 * pairs[both])
+    auc = np.minimum(groups.right[both] / (2 * pairs[both]), 1)  # sums of weights are rounded
     return Mean(exact_sum(auc * sizes), exact_sum(sizes))
 
 
 def _ratio(above: float, below: float) -> float:
-    """Of integers the exact one, rounded once."""
-    return float(Fraction(above) / Fraction(below)) if isinstance(above, int) else above / below
+    """Of integers the exact one, rounded once; of rounded sums of weights 1 at most."""
+    return float(Fraction(above) / Fraction(below)) if isinstance(above, int) else min(above / below, 1.0)
 
 
 def _borders(rows: Slices, ranks: Ranks) -> Floats:

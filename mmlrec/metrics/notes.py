@@ -74,6 +74,8 @@ def _like_chance(name: str, entry: dict[str, Any], split: str) -> list[str]:
 
 def _worse_than_the_rate(name: str, entry: dict[str, Any], split: str) -> list[str]:
     logloss, relative = entry["logloss"], entry["normalized_entropy"]
+    if logloss is None and all(entry[name] is None for name in ("auc", "calibration")):
+        return []  # of rows that all weigh 0 there is none; that metrics are undefined is told
     if logloss is None:  # as infinity is written in JSON
         found = "is infinite: a row was held to be impossible"
     elif relative is not None and relative > 1:

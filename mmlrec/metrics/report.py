@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +40,14 @@ REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
 RANKING_METRICS = ("auc", "gauc")
 _METRICS = (*BINARY_METRICS, *REGRESSION_METRICS)
 _COUNTS = ("rows", "positives")
+#: What tables and tags of curves call means, beside tasks and beside scenarios.
+_BESIDE_TASKS = {"mean", "mean_over_tasks"}
+_BESIDE_SCENARIOS = {"mean", "weighted mean", "scenario_mean", "scenario_weighted_mean"}
+#: Why metrics are undefined.
+_ONE_CLASS = "Labels of one class only (or no rows, or weights of 0): AUC is"
+_NO_MIXED_GROUP = "No group with labels of both classes: GAUC is"
+_NO_ROW = "No rows (or weights of 0): errors are"
+_NO_VARIANCE = "Labels of one value in train, or none recorded: R² is"
 
 
 def build_report(
@@ -74,7 +83,7 @@ def build_report(
     Raises:
         DataError: a logit is NaN, so nothing can be ranked.
     """
-    undefined: list[str] = []
+    undefined: dict[str, list[str]] = {}
     alike = _alike(rows, ranks)
     entries = {
         task.name: _task_entry(rows, column, task, scenario, deviations.get(task.name, {}), alike, undefined, ranks)
@@ -87,21 +96,32 @@ def build_report(
         if not conditional:
             _rank_only(report["cvr"])
             report["cvr"]["above_one"] = sum(ranks.gather(int((clicked.logits[clicked.mask] > 0).sum())))
-    if undefined and ranks.rank == 0:
-        text = "Labels of one class only (or no rows): AUC is undefined and left out of means for"
-        warnings.warn(f"{text} {', '.join(undefined)}.", UserAdvice, stacklevel=2)
+    for why, slices in undefined.items() if ranks.rank == 0 else ():
+        warnings.warn(f"{why} undefined and left out of means for {', '.join(slices)}.", UserAdvice, stacklevel=2)
     return report
 
 
+def shown_name(name: str, taken: Collection[str] = _BESIDE_SCENARIOS) -> str:
+    """A scenario as tables and tags of curves have it: in double quotes where it is empty or called like what is beside it.
+
+    Args:
+        taken: names of what is beside it; for tasks others.
+    """
+    quoted = len(name) > 1 and name[0] == name[-1] == '"'
+    return json.dumps(name, ensure_ascii=False) if not name or quoted or name in taken else name
+
+
 def entries_of(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Name and entry of each task, and of cvr where the report has it."""
-    return [*report["tasks"].items(), *([("cvr", report["cvr"])] if "cvr" in report else [])]
+    """Name, as it is shown, and entry of each task, and of cvr where the report has it."""
+    of_chain = [("cvr", report["cvr"])] if "cvr" in report else []
+    taken = _BESIDE_TASKS | {name for name, _ in of_chain}
+    return [*((shown_name(name, taken), entry) for name, entry in report["tasks"].items()), *of_chain]
 
 
 def report_table(report: dict[str, Any]) -> str:
     """A report as an aligned text table, one line for each task, scenario and mean."""
     lines = list(lines_of(report))
-    columns = [name for name in (*_COUNTS, *_METRICS) if any(entry.get(name) is not None for _, _, entry in lines)]
+    columns = [name for name in _COUNTS if any(name in entry for _, _, entry in lines)] + _columns([lines])
     cells = [[task, scenario, *(_cell(entry, name) for name in columns)] for task, scenario, entry in lines]
     return _mark(report) + _table(columns, cells)
 
@@ -109,10 +129,10 @@ def report_table(report: dict[str, Any]) -> str:
 def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
     """Mean and sample standard deviation over reports of the same tasks and scenarios, as an aligned text table.
 
-    A metric that one of the reports lacks is left empty. One report has no deviation: its values stand alone.
+    A metric that is undefined in one of the reports is in all. One report has no deviation: its values stand alone.
     """
     runs = [list(lines_of(report)) for report in reports]
-    columns = [name for name in _METRICS if any(entry.get(name) is not None for _, _, entry in runs[0])]
+    columns = _columns(runs)
     cells = []
     for lines in zip(*runs, strict=True):
         row = [lines[0][0], lines[0][1]]
@@ -120,9 +140,18 @@ def seeds_table(reports: Sequence[dict[str, Any]]) -> str:
             values = [entry.get(name) for _, _, entry in lines]
             known = [value for value in values if value is not None]
             spread = f" ± {statistics.stdev(known):.4f}" if len(known) > 1 else ""
-            row.append(f"{statistics.mean(known):.4f}{spread}" if len(known) == len(values) else "")
+            undefined = "-" if name in lines[0][2] else ""
+            row.append(f"{statistics.mean(known):.4f}{spread}" if len(known) == len(values) else undefined)
         cells.append(row)
     return _mark(reports[0]) + _table(columns, cells)
+
+
+def _columns(runs: Sequence[Sequence[tuple[str, str, dict[str, Any]]]]) -> list[str]:
+    """Metrics that the lines of some reports have, also where none is defined; but GAUC, which needs groups."""
+    entries = [entry for lines in runs for _, _, entry in lines]
+    return [
+        name for name in _METRICS if any(name in entry and (name != "gauc" or entry[name] is not None) for entry in entries)
+    ]
 
 
 def _clicked(rows: PredictionRows, chain: Sequence[int], conditional: bool) -> PredictionRows:
@@ -166,10 +195,10 @@ def _task_entry(
     scenario: Scenario | None,
     deviations: Mapping[str, float],
     alike: _Alike,
-    undefined: list[str],
+    undefined: dict[str, list[str]],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """One task's part of the report; adds slices without an AUC to `undefined`."""
+    """One task's part of the report; adds slices of which something is undefined to `undefined`, by why it is."""
     present = rows.mask[:, column]
     found_here = int((np.isnan(rows.logits[:, column]) & present).sum()), int(present.sum())
     num_nan, num_rows = (sum(counts) for counts in zip(*ranks.gather(found_here), strict=True))
@@ -192,19 +221,26 @@ def _task_entry(
         found = _regression(slices, [deviations.get(name) for name in names], ranks)
     else:
         found = _binary(slices, ranks)
-        undefined += [task.name] if found[0]["auc"] is None else []
+    for name, part in zip(names, found, strict=True):
+        if (why := _undefined(part, grouped=not alike.group)) is not None:
+            of_scenario = "" if part is found[0] or scenario is None else f" in {scenario.name}={shown_name(name)}"
+            undefined.setdefault(why, []).append(task.name + of_scenario)
     totals = [part.pop("weight") for part in found]
     entry = found[0]
     if scenario is None:
         return entry
     parts = dict(zip(scenario.values, found[1:], strict=True))
-    undefined += [
-        f"{task.name} in {scenario.name}={value}" for value, part in parts.items() if "auc" in part and part["auc"] is None
-    ]
     entry["scenarios"] = parts
     entry["scenario_mean"] = _mean_of(list(parts.values()), [1] * len(parts))
     entry["scenario_weighted_mean"] = _mean_of(list(parts.values()), totals[1:])
     return entry
+
+
+def _undefined(part: dict[str, Any], *, grouped: bool) -> str | None:
+    """Why metrics of a slice are undefined; None where they are not."""
+    if "auc" in part:
+        return _ONE_CLASS if part["auc"] is None else _NO_MIXED_GROUP if grouped and part["gauc"] is None else None
+    return _NO_ROW if part["mse"] is None else _NO_VARIANCE if part["r2"] is None else None
 
 
 def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
@@ -219,12 +255,11 @@ def _binary(rows: Slices, ranks: Ranks) -> list[dict[str, Any]]:
     ranked = zip(aucs(rows, ranks), without if rows.group is None else gaucs(rows, ranks), strict=True)
     found = []
     for (auc, gauc), (loss, rate, probability), (num_rows, positives) in zip(ranked, means, counts.tolist(), strict=True):
-        share = rate.value()
         found.append(
             {
                 "auc": _json(auc),
                 "logloss": _json(loss.value()),
-                "normalized_entropy": _json(loss.value() / entropy(share)),
+                "normalized_entropy": _json(loss.value() / entropy(rate)),
                 "calibration": _json(float(probability.total / rate.total) if rate.total else float("nan")),
                 "gauc": None if gauc is None else _json(gauc),
                 "rows": num_rows,
@@ -314,11 +349,14 @@ def _json(value: float) -> float | None:
 
 
 def lines_of(report: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Task, scenario and entry of each line of the report as a table; "all", "mean" and "weighted mean" are scenarios, too."""
+    """Task, scenario and entry of each line of the report as a table; "all", "mean" and "weighted mean" are scenarios, too.
+
+    A task or scenario that is called like such a line is in double quotes, so that no two lines have the same names.
+    """
     for task, entry in entries_of(report):
         yield task, "all", entry
         for value, part in entry.get("scenarios", {}).items():
-            yield task, value, part
+            yield task, shown_name(value), part
         if "scenarios" in entry:
             yield task, "mean", entry["scenario_mean"]
             yield task, "weighted mean", entry["scenario_weighted_mean"]

@@ -110,7 +110,8 @@ class Monitor:
         if not values:
             raise DataError(
                 f"the valid split gives no value to {'; '.join(lacking.values())}, by which the best checkpoint is chosen: its"
-                " labels are of one class, in every group for GAUC. Use more rows, or choose another training.monitor."
+                " labels are of one class, in every group for GAUC, or its rows weigh 0. Use more rows, or choose another"
+                " training.monitor."
             )
         if lacking:
             self._told |= lacking.keys()

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mmlrec.distributed.world import World, logger
 from mmlrec.metrics.notes import too_good
-from mmlrec.metrics.report import entries_of
+from mmlrec.metrics.report import entries_of, shown_name
 from mmlrec.run_folder.folder import RunFolder
 from mmlrec.training.slowest import REPORTED, RankTimes
 
@@ -152,7 +152,7 @@ class Reporter:
             return
         shown = []
         for name, task in report["tasks"].items():
-            metric = next((name for name in ("r2", "mse") if task.get(name) is not None), "auc")
+            metric = next((name for name in ("r2", "mse") if task.get(name) is not None), "auc" if "auc" in task else "r2")
             value = task.get(metric)
             shown.append(f"{metric} {name} {'-' if value is None else format(value, '.4f')}")
         followed = ", ".join(f"{value:.4f}" if name == "all" else f"{name} {value:.4f}" for name, value in monitor.items())
@@ -178,7 +178,7 @@ class Reporter:
             told = "TensorBoard has curves of the %d scenarios with most rows; %s has those of all %d."
             logger.info(told, len(shown), self._folder.path / self._folder.metrics.name, len(scenarios))
         for value in shown:
-            self._plot_metrics("valid_scenarios", f"{name}/{value}", scenarios[value], step)
+            self._plot_metrics("valid_scenarios", f"{name}/{shown_name(value)}", scenarios[value], step)
         if scenarios:
             for mean in ("scenario_mean", "scenario_weighted_mean"):
                 self._plot_metrics("valid_scenarios", f"{name}/{mean}", task[mean], step)

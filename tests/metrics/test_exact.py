@@ -3,16 +3,18 @@
 import functools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
 from mmlrec.errors import UserAdvice
+from mmlrec.metrics import exact
 from mmlrec.metrics.exact import conditional_logit
 from mmlrec.metrics.gather import PredictionRows
 from mmlrec.metrics.report import build_report
-from mmlrec.schema import Task
+from mmlrec.schema import Scenario, Task
 
 
 def measured(name, score, label, weight=None, group=None, deviation=None):
@@ -199,6 +201,69 @@ def test_r2_worked_by_hand():
     assert r2(prediction, label, 2.0) == 1 - 5 / 4
     assert r2(prediction, label, 2.0, np.array([3.0, 1.0])) == 1 - 3 / 4
     assert math.isnan(r2(prediction, label, 0.0))
+
+
+def pairs(score, label, weight):
+    """Twice the weight of pairs in the right order, and of all pairs, one by one and without rounding."""
+    right = total = Fraction(0)
+    for i in np.flatnonzero(label > 0):
+        for j in np.flatnonzero(label <= 0):
+            pair = Fraction(float(weight[i])) * Fraction(float(weight[j]))
+            total += 2 * pair
+            right += pair * (2 if score[i] > score[j] else 1 if score[i] == score[j] else 0)
+    return right, total
+
+
+def of_groups(score, label, weight, group):
+    """GAUC, without rounding but for that of each group's AUC."""
+    found = Fraction(0), Fraction(0)
+    for each in np.unique(group):
+        own = group == each
+        right, total = pairs(score[own], label[own], weight[own])
+        if total:
+            size = sum(map(Fraction, weight[own].tolist()))
+            found = found[0] + size * (right / total), found[1] + size
+    return found[0] / found[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_weights_of_other_scenarios_and_groups_do_not_drown_those_of_one(monkeypatch, seed):
+    """Weights of 1e-35 to 1e30, each scenario and group in a range of its own, alone and some rows at a time."""
+    monkeypatch.setattr(exact, "ROUND_ROWS", [1 << 22, 16][seed % 2])
+    rng, n = np.random.default_rng(seed), 90
+    label = (rng.random(n) < 0.4).astype(np.float32)
+    score = rng.normal(label, 1).astype(np.float32)
+    score = np.round(score) if seed < 3 else score
+    scenario, group = rng.integers(0, 3, n), rng.integers(0, 6, n)
+    of_scenario, of_group = rng.permutation([-33.0, -2.0, 28.0]), rng.uniform(-2, 2, 6) * 5 * (seed % 3)
+    weight = rng.uniform(0.1, 1, n) * 10 ** np.clip(of_scenario[scenario] + of_group[group], -35, 30)
+    weight = weight.astype(np.float32)
+    rows = PredictionRows(score[:, None], label[:, None], np.ones((n, 1), bool), scenario, weight, group, np.arange(n))
+    pages = Scenario(name="page", values=["a", "b", "c"])
+    entry = build_report(rows, tasks=[Task(name="t")], scenario=pages)["tasks"]["t"]
+    for index, part in enumerate([entry, *entry["scenarios"].values()]):
+        own = scenario == index - 1 if index else np.ones(n, bool)
+        right, total = pairs(score[own], label[own], weight[own])
+        assert part["auc"] == pytest.approx(float(right / total), abs=1e-14)
+        assert part["gauc"] == pytest.approx(float(of_groups(score[own], label[own], weight[own], group[own])), abs=1e-14)
+
+
+def test_entropy_of_a_rate_that_no_float_tells_from_1():
+    """One negative of weight 1e-20: -(1 - q) log(1 - q) - q log q is q (1 - log q), to the first 19 digits."""
+    logit, label, weight = np.zeros(2, np.float32), np.array([1, 0], np.float32), np.array([1, 1e-20], np.float32)
+    q = float(weight[1])
+    assert normalized_entropy(logit, label, weight) == pytest.approx(math.log(2) / (q * (1 - math.log(q))), rel=1e-12)
+    swapped = normalized_entropy(logit, 1 - label, weight)
+    assert swapped == pytest.approx(math.log(2) / (q * (1 - math.log(q))), rel=1e-12)
+
+
+def test_rounding_of_weights_makes_no_auc_above_1():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        label = (rng.random(300) < 0.4).astype(np.float32)
+        weight = (rng.uniform(0.1, 2, 300) * 10 ** rng.uniform(-6, 6, 300)).astype(np.float32)
+        found = auc(label + rng.random(300), label, weight), gauc(label, label, np.arange(300) % 4, weight)
+        assert all(1 - 1e-14 < value <= 1 for value in found)
 
 
 @pytest.mark.parametrize("label", [np.zeros(5, np.float32), np.ones(5, np.float32), np.zeros(0, np.float32)])

@@ -87,6 +87,23 @@ def test_logloss_above_that_of_the_rate_is_told():
     assert "is infinite" in note
 
 
+def test_rows_that_weigh_nothing_have_no_infinite_logloss():
+    label = np.repeat([1.0, 0.0], 50)
+    rows = PredictionRows(
+        logits=label[:, None],
+        labels=label[:, None],
+        mask=np.ones((100, 1), bool),
+        scenario=np.zeros(100, np.int64),
+        weight=np.zeros(100, np.float32),
+        group=np.arange(100) % 7,
+        row=np.arange(100),
+    )
+    with pytest.warns(UserWarning, match=r"weights of 0\): AUC is undefined"):
+        found = build_report(rows, tasks=TASKS[:1], scenario=None)
+    assert found["tasks"]["click"]["logloss"] is None
+    assert look_at(found, "test") == []
+
+
 def test_an_auc_that_is_seldom_earned_is_told():
     logit, label = scored(1.0)
     (note,) = [note for note in look_at(report(logit, label), "test") if "AUC" in note]

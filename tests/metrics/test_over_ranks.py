@@ -23,6 +23,7 @@ WORLD_SIZE = 3
 
 
 def rows_of(weighted, tied, grouped):
+    """With weights those of the third scenario are 1e-20 of the others."""
     rng = np.random.default_rng(5)
     mask = rng.random((N, 3)) < 0.8
     labels = (rng.random((N, 3)) < 0.3).astype(np.float32) * mask
@@ -30,12 +31,14 @@ def rows_of(weighted, tied, grouped):
     if tied:  # half of all rows have one score, and there are few others
         logits = np.round(2 * logits) / 2
         logits[rng.random(N) < 0.5] = 0.5
+    scenario = np.minimum(rng.integers(0, 5, N), 2)
+    weight = rng.uniform(0, 2, N) * np.where(scenario == 2, 1e-20, 1)
     return PredictionRows(
         logits=logits,
         labels=labels,
         mask=mask,
-        scenario=np.minimum(rng.integers(0, 5, N), 2),
-        weight=rng.uniform(0, 2, N).astype(np.float32) if weighted else np.ones(N, np.float32),
+        scenario=scenario,
+        weight=weight.astype(np.float32) if weighted else np.ones(N, np.float32),
         group=rng.integers(-40, 40, N) * 10**9 if grouped else np.zeros(N, np.int64),
         row=np.arange(N),
     )

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from mmlrec.errors import DataError
+from mmlrec.days.table import days_table
+from mmlrec.errors import DataError, UserAdvice
 from mmlrec.metrics import exact
 from mmlrec.metrics.gather import PredictionRows
-from mmlrec.metrics.report import build_report, report_table, seeds_table
+from mmlrec.metrics.report import build_report, entries_of, lines_of, report_table, seeds_table
 from mmlrec.schema import Scenario, Task
 
 TASKS = [Task(name="click"), Task(name="buy")]
@@ -217,6 +218,73 @@ def test_one_seed_has_no_deviation():
     line = next(x for x in seeds_table([report]).splitlines() if x.startswith("buy "))
     assert line.split()[2] == f"{report['tasks']['buy']['auc']:.4f}"
     assert "±" not in line
+
+
+def test_no_line_of_a_report_is_called_like_another():
+    """Tasks and scenarios may have the names of means, of the entry of a chain, and of what these become in quotes."""
+    rows, tasks = prediction_rows(), [Task(name="mean"), Task(name="cvr")]
+    for first, second in [("mean", '"mean"'), ("weighted mean", ""), ("scenario_mean", '""'), ('"', '"\\"mean\\""')]:
+        place = Scenario(name="page", values=[first, second])
+        for chain in ((), (0, 1)):
+            report = build_report(rows, tasks=tasks, scenario=place, chain=chain)
+            names = [(task, scenario) for task, scenario, _ in lines_of(report)]
+            assert len(set(names)) == len(names) == 5 * (3 if chain else 2) + 1
+            named = dict(entries_of(report))
+            assert named['"mean"'] is report["tasks"]["mean"]
+            assert named['"cvr"' if chain else "cvr"] is report["tasks"]["cvr"]
+            assert report.get("cvr") is (named["cvr"] if chain else None)
+            entry = {(task, scenario): entry for task, scenario, entry in lines_of(report)}
+            assert entry[('"mean"', "mean")] is report["tasks"]["mean"]["scenario_mean"]
+            assert entry[("mean", "all")] is report["mean"]
+    plain = build_report(rows, tasks=TASKS, scenario=PAGES)
+    assert [name for _, name, _ in lines_of(plain)][:5] == ["all", "home", "cart", "mean", "weighted mean"]
+
+
+def test_a_task_called_cvr_has_its_own_numbers_in_the_table_of_days():
+    """Beside the conditional rate of a chain, which has that name, too."""
+    report = build_report(prediction_rows(), tasks=[Task(name="click"), Task(name="cvr")], scenario=None, chain=(0, 1))
+    line = {"day": "monday", "rows": {"train": 1}, "new_ids": {}, "forgotten": None, "next_day": report}
+    heading, _, cells = days_table([line]).splitlines()
+    names = [f"{task} {name}" for task in ("click", '"cvr"', "cvr") for name in ("auc", "logloss")]
+    assert heading.split("new ids")[1].split() == " ".join(names).split()
+    entries = [report["tasks"]["click"], report["tasks"]["cvr"], report["cvr"]]
+    assert cells.split()[3:] == [f"{entry[name]:.4f}" for entry in entries for name in ("auc", "logloss")]
+    assert report["tasks"]["cvr"]["auc"] != report["cvr"]["auc"]
+
+
+def test_what_is_undefined_everywhere_has_a_column_and_is_told():
+    rows, tasks = prediction_rows(), [TASKS[0], Task(name="seconds", kind="regression")]
+    rows.labels[:] = rows.mask
+    with pytest.warns(UserAdvice) as told:
+        report = build_report(rows, tasks=tasks, scenario=None)
+    assert sorted(str(each.message).split(" for ")[-1] for each in told) == ["click.", "seconds."]
+    assert any("R² is undefined" in str(each.message) for each in told)
+    heading, _, click, seconds, mean = report_table(report).splitlines()
+    assert [name for name in (*COLUMNS, "mse", "rmse", "mae", "r2") if name not in heading.split()] == ["gauc"]
+    assert (click.count("-"), seconds.count("-"), mean.count("-")) == (2, 1, 3)
+    assert "nan" not in report_table(report)
+
+
+def test_gauc_that_no_group_of_a_scenario_has_is_told():
+    rows = prediction_rows(groups=100)
+    alone = dataclasses.replace(rows, group=np.where(rows.scenario == 1, rows.row, rows.group))
+    with pytest.warns(UserWarning, match=r"No group with .* GAUC is .* for click in page=cart, buy in page=cart\.$"):
+        report = build_report(alone, tasks=TASKS, scenario=PAGES)
+    click = report["tasks"]["click"]
+    assert click["scenarios"]["cart"]["gauc"] is None
+    assert click["scenario_mean"]["gauc"] == click["scenarios"]["home"]["gauc"]
+    assert click["scenarios"]["cart"]["auc"] is not None
+
+
+def test_seeds_of_which_one_has_no_value():
+    reports = [build_report(prediction_rows(seed=s), tasks=TASKS, scenario=None) for s in range(2)]
+    for lacking in (0, 1):
+        some = [json.loads(json.dumps(report)) for report in reports]
+        some[lacking]["tasks"]["buy"]["auc"] = None
+        heading, _, click, buy, _ = seeds_table(some).splitlines()
+        assert heading.split()[2] == "auc"
+        assert buy.split()[2] == "-"
+        assert "±" in click.split()
 
 
 def test_tables_of_one_and_of_several_reports_are_marked_where_labels_are_no_chain():

@@ -70,10 +70,11 @@ def test_a_validation_names_the_metric_that_selects(reporter, heard, tmp_path):
         "price": {"mse": 1.5, "r2": None},
         "seconds": {"mse": 9.0, "r2": 0.5},
         "buy": {"auc": None},
+        "stay": {"mse": None, "r2": None},
     }
     reporter.validation(7, 0, {"tasks": tasks, "mean": {"auc": 0.75}}, {"all": 0.625}, "best so far")
     reporter.validation(8, 0, {"tasks": {}, "mean": {}}, {"click": 0.75, "buy": -1.5}, "no better for 1 of 3")
-    shown = "auc click 0.7500 mse price 1.5000 r2 seconds 0.5000 auc buy -"
+    shown = "auc click 0.7500 mse price 1.5000 r2 seconds 0.5000 auc buy - r2 stay -"
     assert heard == [
         f"epoch 0 step 7 | valid {shown} | monitor 0.6250, best so far",
         "epoch 0 step 8 | valid  | monitor click 0.7500, buy -1.5000, no better for 1 of 3",
