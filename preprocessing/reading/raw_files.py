@@ -111,7 +111,7 @@ class Block:
             if shown is None:
                 text = complaint.format(**{name: self._value(name, row) for name in self.table.column_names})
             else:
-                text = complaint.replace(FOUND, f", found {self._value(shown, row)}") if FOUND in complaint else complaint
+                text = complaint.replace(FOUND, f", found {self._seen(shown, row)}") if FOUND in complaint else complaint
             self.bad_rows.append(BadRow(self.path, int(self.lines[row]), text))
         return self.only(good)
 
@@ -122,9 +122,12 @@ class Block:
         except UnicodeDecodeError:
             return "bytes that are no text"
         text = value if isinstance(value, str) else str(value)
-        if len(text) > _LONGEST_SHOWN:
-            return f"{text[:_LONGEST_SHOWN]}..."
-        return repr(value) if text != text.strip() else value  # of which blanks would not be seen
+        return value if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+    def _seen(self, name: str, row: np.int64) -> str:
+        """A cell as a complaint shows it, in quotes where blanks around it would not be seen."""
+        text = str(self._value(name, row))
+        return repr(text) if text != text.strip() else text
 
     def only(self, wanted: NDArray[np.bool_], reason: str = "") -> Block:
         """The rows that are `wanted`. The others are not bad, only no part of the dataset; a `reason` counts them."""
