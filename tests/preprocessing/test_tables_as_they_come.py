@@ -76,6 +76,20 @@ def test_types_of_parquet_are_taken_as_what_they_hold(case, missing, tmp_path):
     assert content(tmp_path / "found-out") == content(tmp_path / "plain-out")
 
 
+@pytest.mark.parametrize("case", ["views of texts", "views of lists", "lists of views"])
+def test_a_bad_row_of_parquet_beside_views_is_passed_over(case, tmp_path):
+    """Arrow takes no rows of views out of a table."""
+    feature, cells, found, plain = TYPES[case]
+    for kind, name in ((found, "found"), (plain, "plain")):
+        (tmp_path / name).mkdir()
+        config = small(tmp_path / name, b"", "rows.parquet", features={"x": feature, "z": {"kind": "number"}})
+        columns = {"x": pa.array(cells * 10, kind), "z": [float("nan"), *range(39)], "y": [0, 1] * 20}
+        pq.write_table(pa.table(columns), config.parent / "rows.parquet")
+        make(config.parent, tmp_path / f"{name}-out", "--max-bad-rows", "1")
+    assert content(tmp_path / "found-out") == content(tmp_path / "plain-out")
+    assert len(read(tmp_path / "found-out")) == 39
+
+
 def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path):
     config = small(tmp_path, b"", "a.parquet", files=["*.parquet"])
     for name, labels in (("a", pa.nulls(20)), ("b", pa.array([0, 1] * 10))):
