@@ -27,7 +27,7 @@ _REMEDY = "Mend the line or fetch the file again."
 _BOM = b"\xef\xbb\xbf"
 #: A value that is an object without lists and objects in it.
 _FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
-_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
+_STRING = rb'[^"\\\n]*+(?:\\.[^"\\\n]*+)*+'
 _KEY = rb'(?P<key>"(?P<name>' + _STRING + rb')"[ \t]*+:[ \t]*+)'
 _PLAIN = rb"true|false|-?(?:0|[1-9][0-9]*+)(?:\.0++)?"
 _TEXT = rb'"' + _STRING + rb'"'

@@ -454,6 +454,16 @@ def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending,
     assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
 
 
+def test_lines_of_json_with_an_open_text_are_bad_alone(tmp_path):
+    """One between them, in which values have to be mended, is no part of a text."""
+    first, last = '{"l": ["a"], "z": [q", "u": "7", "x": 1}', '{"z": ["p], "u": "8", "l": ["a", "b"], "x": "2"}'
+    (tmp_path / "rows.json").write_text(first + '\n{"l": [1], "u": "5", "x": "2", "z": "w"}\n' + last + "\n")
+    raw = RawFolder(tmp_path, (RawFile("rows.json"),), "", 9)
+    (block,) = raw.blocks(JsonLines("rows.json", {"u": pa.int64(), "x": pa.float64(), "l": pa.list_(pa.string())}, Cells()))
+    assert block.table.to_pylist() == [{"u": 5, "x": 2.0, "l": ["1"]}]
+    assert [row.line for row in block.bad_rows] == [1, 3]
+
+
 # What YAML makes of a text.
 
 
