@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -202,12 +203,12 @@ class Table(Dataset):
         raise DataError(f"{path}: no line has the key '{lacking}'.{hint} Keys: {', '.join(list(seen)[:20])}.")
 
     def _lines_with(self, raw: RawFolder, key: str) -> Iterator[bytes]:
-        """The lines in whose text a key, or a value, of this name stands."""
-        forms = [b'"%s"' % form for form in in_json(key)]
+        """The lines in which a key of this name stands, be it within another object."""
+        wanted = re.compile(b"|".join(b'"%s"[ \t]*:' % re.escape(form) for form in in_json(key)))
         for name in self._sides:
             for piece in raw.pieces(name):
-                if any(form in piece.text for form in forms):
-                    yield from (line for line in piece.text.split(b"\n") if any(form in line for form in forms))
+                if wanted.search(piece.text):
+                    yield from (line for line in piece.text.split(b"\n") if wanted.search(line))
 
     def sources(self) -> Iterator[Source]:
         """The files in the order in which they are named, those of a pattern by name."""

@@ -27,13 +27,16 @@ _REMEDY = "Mend the line or fetch the file again."
 _BOM = b"\xef\xbb\xbf"
 #: A value that is an object without lists and objects in it.
 _FLAT_OBJECT = r'\{(?:[^"{}\[\]]|"(?:[^"\\]|\\.)*")*\}'
-_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
+_STRING = rb'[^"\\\n]*+(?:\\.[^"\\\n]*+)*+'
 _KEY = rb'(?P<key>"(?P<name>' + _STRING + rb')"[ \t]*+:[ \t]*+)'
 _PLAIN = rb"true|false|-?(?:0|[1-9][0-9]*+)(?:\.0++)?"
 _TEXT = rb'"' + _STRING + rb'"'
 _LIST = rb'\[[^"\[\]\n]*+(?:' + _TEXT + rb'[^"\[\]\n]*+)*+\]'
 #: A key and its value, where that may have to be mended.
 _CELL = re.compile(_KEY + rb"(?P<value>" + _PLAIN + rb"|" + _TEXT + rb"|" + _LIST + rb")(?=[ \t]*+[,}])")
+#: Lists of texts, and of integers, in which nothing has to be mended; lists are slow to read.
+_TEXTS_ALONE = re.compile(rb"\[[ \t]*+(?:" + _TEXT + rb"[, \t]*+)*+\]")
+_INTEGERS_ALONE = re.compile(rb"\[[0-9, \t-]*+\]")
 _TO_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
 
 Lines = list[tuple[int, bytes]]  # number and content, without blanks and line ends around it
@@ -188,8 +191,12 @@ def _mended_value(value: bytes, name: str, kind: pa.DataType, cells: Cells) -> b
 
 
 def _mended_list(value: bytes, name: str, kind: pa.DataType, cells: Cells) -> bytes:
+    if not pa.types.is_list(kind):
+        return value
+    if (_TEXTS_ALONE if pa.types.is_string(kind.value_type) else _INTEGERS_ALONE).fullmatch(value):
+        return value
     found = _python(value)
-    if not pa.types.is_list(kind) or not isinstance(found, list):
+    if not isinstance(found, list):
         return value
     return json.dumps([json_item(item, name, kind.value_type, cells) for item in found]).encode()
 

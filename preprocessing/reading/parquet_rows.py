@@ -79,10 +79,11 @@ class ParquetRows(Source):
             table = stream.read_all().combine_chunks()
         cells = self.cells or Cells()
         for index, name in enumerate(table.column_names):
-            found = table[name].type
+            values = _without_views(table[name].combine_chunks())
+            table, found = table.set_column(index, name, values), values.type
             # Of texts the bytes are looked at first, and decimals that are integers would become floats.
             if not _is_text(found) and not (pa.types.is_decimal(found) and pa.types.is_integer(self.columns[name])):
-                table = table.set_column(index, name, cells.take(name, table[name].combine_chunks()))
+                table = table.set_column(index, name, cells.take(name, values))
         for name in self.optional:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(len(table), self.columns[name]))
@@ -214,7 +215,6 @@ def _fits(values: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.Bo
     if pa.types.is_null(values.type):
         return None
     if is_list(kind):
-        values = _plain_lists(values)
         inner = _fits(pc.list_flatten(values), name, _element(kind), cells)
         if inner is None or pc.all(inner).as_py() is not False:
             return None
@@ -272,8 +272,17 @@ def _plain_lists(values: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pc.list_flatten(values), mask=values.is_null())
 
 
-def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
+def _without_views(values: pa.Array) -> pa.Array:
+    """Views of texts and lists as what they hold, bytes that are no text, too: Arrow takes no rows of views out of a table."""
     values = _plain_lists(values)
+    if not is_list(values.type):
+        return values.cast(pa.string()) if pa.types.is_string_view(values.type) else values
+    if not pa.types.is_string_view(values.type.value_type):
+        return values
+    return values.cast(pa.large_list(pa.string()) if pa.types.is_large_list(values.type) else pa.list_(pa.string()))
+
+
+def _as(values: pa.Array, kind: pa.DataType) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_boolean(values.type) and pa.types.is_floating(kind):

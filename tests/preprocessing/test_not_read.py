@@ -50,6 +50,12 @@ NOT_READ = {
     "a field of a struct": ("a.parquet", columns(user={"id": "a"}), DOTTED, ["there is no column 'user.id'.", OBJECTS]),
     "an object": ("a.jsonl", records(user={"id": "a"}), {}, ["user must be a string, found {'id': 'a'}.", OBJECTS]),
     "a value of an object": ("a.jsonl", records(user={"id": "a"}), DOTTED, ["no line has the key 'user.id'.", OBJECTS]),
+    "a key that stands as a value": (
+        "a.jsonl",
+        records(user="shop"),
+        {"features": {"shop": {"kind": "id"}}},
+        ["no line has the key 'shop'. Keys: user"],
+    ),
     "a column in folders": ("day=1/a.parquet", columns(), PARTS, ["there is no column 'day'", "folder, day=1, which is not"]),
     "a field in folders": (
         "day=1/a.csv",

@@ -76,6 +76,20 @@ def test_types_of_parquet_are_taken_as_what_they_hold(case, missing, tmp_path):
     assert content(tmp_path / "found-out") == content(tmp_path / "plain-out")
 
 
+@pytest.mark.parametrize("case", ["views of texts", "views of lists", "lists of views"])
+def test_a_bad_row_of_parquet_beside_views_is_passed_over(case, tmp_path):
+    """Arrow takes no rows of views out of a table."""
+    feature, cells, found, plain = TYPES[case]
+    for kind, name in ((found, "found"), (plain, "plain")):
+        (tmp_path / name).mkdir()
+        config = small(tmp_path / name, b"", "rows.parquet", features={"x": feature, "z": {"kind": "number"}})
+        columns = {"x": pa.array(cells * 10, kind), "z": [float("nan"), *range(39)], "y": [0, 1] * 20}
+        pq.write_table(pa.table(columns), config.parent / "rows.parquet")
+        make(config.parent, tmp_path / f"{name}-out", "--max-bad-rows", "1")
+    assert content(tmp_path / "found-out") == content(tmp_path / "plain-out")
+    assert len(read(tmp_path / "found-out")) == 39
+
+
 def test_a_label_that_a_file_of_parquet_lacks_everywhere_is_unlabelled(tmp_path):
     config = small(tmp_path, b"", "a.parquet", files=["*.parquet"])
     for name, labels in (("a", pa.nulls(20)), ("b", pa.array([0, 1] * 10))):
@@ -438,6 +452,16 @@ def test_a_line_of_json_is_good_or_bad_whatever_its_neighbours_are(kind, ending,
         pa.bool_(): {"true": True, "false": False, "null": None, '"NA"': None, '""': None},
     }
     assert dict(zip(good, alone.values(), strict=True)) == expected[kind]
+
+
+def test_lines_of_json_with_an_open_text_are_bad_alone(tmp_path):
+    """One between them, in which values have to be mended, is no part of a text."""
+    first, last = '{"l": ["a"], "z": [q", "u": "7", "x": 1}', '{"z": ["p], "u": "8", "l": ["a", "b"], "x": "2"}'
+    (tmp_path / "rows.json").write_text(first + '\n{"l": [1], "u": "5", "x": "2", "z": "w"}\n' + last + "\n")
+    raw = RawFolder(tmp_path, (RawFile("rows.json"),), "", 9)
+    (block,) = raw.blocks(JsonLines("rows.json", {"u": pa.int64(), "x": pa.float64(), "l": pa.list_(pa.string())}, Cells()))
+    assert block.table.to_pylist() == [{"u": 5, "x": 2.0, "l": ["1"]}]
+    assert [row.line for row in block.bad_rows] == [1, 3]
 
 
 # What YAML makes of a text.
