@@ -146,11 +146,12 @@ def test_a_run_goes_on_beside_other_files_and_where_the_lock_was_left_out_of_a_c
 def test_seeds_are_refused_where_the_folder_of_one_holds_other_things(root, tmp_path, run_app):
     (tmp_path / "seeds/seed1").mkdir(parents=True)
     (tmp_path / "seeds/seed1/result.json").write_text("mine")
-    given = ("--config", root / "config.yaml", "--run-dir", tmp_path / "seeds", "--seeds", "1,0")
+    given = ("--config", root / "config.yaml", "--run-dir", tmp_path / "seeds", "--seeds", "0,1")
     code, error = run_app("seeds", *given)
     assert code == 2
     assert f"{tmp_path / 'seeds/seed1'} is not empty: it holds 'result.json'" in error
     assert (tmp_path / "seeds/seed1/result.json").read_text() == "mine"
+    assert not (tmp_path / "seeds/seed0").exists()
 
 
 def test_on_object_storage_too(root, store):
