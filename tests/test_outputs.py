@@ -154,3 +154,6 @@ def test_a_file_in_another_encoding_is_none_that_was_written(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match=r"a\.json is there"):
         check_replaced(tmp_path / "a.json", lambda _: True)
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"a\.json is there"):
+        check_replaced(tmp_path / "a.json", lambda found: all("way" in one for one in found))
