@@ -157,3 +157,11 @@ def test_a_file_in_another_encoding_is_none_that_was_written(tmp_path):
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(UserError, match=r"a\.json is there"):
         check_replaced(tmp_path / "a.json", lambda found: all("way" in one for one in found))
+
+
+@pytest.mark.parametrize("name", ["managed", "methods"])
+def test_a_benchmark_says_in_a_line_that_it_replaces_no_other_file(tmp_path, name):
+    (tmp_path / "a.json").write_text("{}")
+    ended = run([sys.executable, "-m", f"benchmarks.{name}", "--out", str(tmp_path / "a.json")])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path}/a.json is there, and this command has not written it")
