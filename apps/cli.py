@@ -113,7 +113,7 @@ def check_replaced(path: Path, is_own: Callable[[Any], bool]) -> None:
         return
     try:
         known = is_own(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         known = False
     if not known:
         raise UserError(f"{path} is there, and this command has not written it: it is not replaced. Name another file.")

@@ -182,7 +182,11 @@ def main() -> None:
     if arguments.json:
         beside = {"alternatives": [other.as_dict() for other in others], "recommendations": advice, "would_fit": helps}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.json, json.dumps(plan.as_dict() | beside, indent=1) + "\n")
+        content = json.dumps(plan.as_dict() | beside, indent=1) + "\n"
+        if arguments.json.is_file() or not arguments.json.exists():
+            write_atomically(arguments.json.resolve(), content)  # of a link what it names
+        else:
+            arguments.json.write_text(content, encoding="utf-8")  # a pipe or a device, which stays what it is
     print(text(plan, others, advice, helps))
     if short := plan.short:
         raise UserError(f"this does not fit: {short.missing / _GIB:.2f} GiB too many on {short.where}. See above.")

@@ -56,18 +56,23 @@ def main() -> None:
     from mmlrec.distributed.world import process_group
     from mmlrec.metrics.notes import look_at
     from mmlrec.metrics.report import seeds_table
+    from mmlrec.run_folder.folder import RunFolder
     from mmlrec.training.guard import Diverged
     from mmlrec.training.run import default_run_dir, train
 
     all_imported()
     with process_group(configs[0].training.timeout) as world:
         reports: list[dict[str, Any]] = []
-        for config in configs:
+        base = arguments.run_dir or configs[0].run_dir
+        run_dirs = [
+            place(base) / f"seed{config.training.seed}" if base else default_run_dir(config, Path(arguments.config))
+            for config in configs
+        ]
+        for run_dir in run_dirs:  # before hours are spent on the seeds before it
+            world.on_main(RunFolder(run_dir).check_place)
+        for config, run_dir in zip(configs, run_dirs, strict=True):
             done = f"{len(reports)} of {len(configs)} seeds are trained"
             StopSignal.end_if_late(world, f"stopped when {done}. Run the same command again to continue.")
-            base = arguments.run_dir or config.run_dir
-            default = default_run_dir(config, Path(arguments.config))
-            run_dir = place(base) / f"seed{config.training.seed}" if base else default
             try:
                 reports.append(train(config, run_dir, world, source=arguments.config))
             except Diverged as error:

@@ -18,6 +18,7 @@ from statistics import mean, stdev
 
 from tabulate import tabulate
 
+from apps.cli import all_imported, run
 from mmlrec.config import load_config
 from mmlrec.distributed.world import World, process_group
 from mmlrec.errors import UserError
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=local_path, default=Path("runs/balancing"), help="(default: runs/balancing)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override configuration keys")
     arguments = parser.parse_intermixed_args()
+    all_imported()
     data, config = arguments.out / "data", arguments.out / "config.yaml"
     if not data.is_dir():
         command = [sys.executable, "-m", "preprocessing", "synthetic", "--out", str(data), *DATA.split()]
@@ -74,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

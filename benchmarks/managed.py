@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tabulate import tabulate
 
-from apps.cli import check_replaced
+from apps.cli import all_imported, check_replaced, run
 from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day, find_days
 from mmlrec.days.run import run_days
@@ -90,7 +90,7 @@ def distinct(days: list[Day]) -> int:
     return len(found)
 
 
-def run(config: RunConfig, days: list[Day], folder: Path, world: World) -> dict[str, Any]:
+def one_way(config: RunConfig, days: list[Day], folder: Path, world: World) -> dict[str, Any]:
     """Next-day AUC of each day but the first, mean over tasks; what became of the slots; seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     start = time.process_time()
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=local_path, default=None, help="results as JSON, CSV beside it (default: below DIR)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="for every run")
     options = parser.parse_intermixed_args()
+    all_imported()
     size, work = SIZES[options.size], options.work_dir / options.size
     out = options.out or work / "managed.json"
     check_replaced(out, lambda found: isinstance(found, list) and all("way" in result for result in found))
@@ -179,11 +180,11 @@ def main() -> None:
                     rule = {"evict": way, "admit_after": options.admit_after, "update_every": size.update_every}
                     own.append(f"embeddings.managed={json.dumps(rule)}")
                 config = load("scaling/synthetic", [*_CONFIG, *own, *options.overrides])
-                found = run(config, days, work / f"run-{way}-{seed}", world)
+                found = one_way(config, days, work / f"run-{way}-{seed}", world)
                 results.append({"size": options.size, "way": way, "seed": int(seed), **found})
                 save(results, out)
                 print(f"{table(results, rows)}\n", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,7 +27,7 @@ from typing import Any, get_args
 import torch
 from tabulate import tabulate
 
-from apps.cli import check_replaced
+from apps.cli import all_imported, check_replaced, run
 from benchmarks import throughput
 from benchmarks.flops import FORWARD, Case
 from mmlrec.distributed.world import keep_freed_memory
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=local_path, default=Path("runs/methods.json"))
     parser.add_argument("--exported", action="store_true", help="exported graphs of --methods in place of all other tables")
     arguments = parser.parse_args()
+    all_imported()
     check_replaced(arguments.out, lambda found: isinstance(found, dict) and {"cost", "growth"} <= found.keys())
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()  # As in training.
@@ -242,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

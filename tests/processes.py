@@ -136,6 +136,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: Path, outputs: list[Pat
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    tempfile.tempdir = None  # which TMPDIR may say otherwise than to the process that this one was forked from
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

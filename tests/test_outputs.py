@@ -1,7 +1,9 @@
 """Files that commands write: what a killed one has left goes, and a file of something else is not replaced."""
 
+import fcntl
 import gzip
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -99,6 +101,20 @@ def test_a_file_that_holds_no_scores_is_not_replaced(root, tmp_path, run_app):
         assert output.read_bytes() == before
 
 
+#: Scores as other tools write them again, and files of a split without rows.
+REWRITTEN = {
+    "pandas.csv": b"key.user,score.click\n1,0.5\n",
+    "first.csv.gz": gzip.compress(b"score.click,key.user\n0.5,1\n"),
+    "no_rows.jsonl.gz": gzip.compress(b""),
+}
+
+
+def test_scores_that_were_written_again_and_those_of_no_rows_are_replaced(tmp_path):
+    for name, content in REWRITTEN.items():
+        (tmp_path / name).write_bytes(content)
+        score_files.check_replaced(tmp_path / name)
+
+
 @pytest.mark.parametrize("ending", [".parquet", ".csv.gz", ".jsonl"])
 def test_scores_and_empty_files_are_replaced(root, tmp_path, run_app, ending):
     output = tmp_path / f"scores{ending}"
@@ -121,9 +137,31 @@ def test_a_plan_replaces_plans_only(tmp_path, run_app):
     for _ in range(2):
         assert run_app("plan", *given, "--hosts", 1, "--json", out)[0] == 0
     assert json.loads(out.read_text())["hardware"]["hosts"] == 1
+    link, pipe = tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to("linked.json")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
+    for there in (link, pipe):
+        assert run_app("plan", *given, "--hosts", 1, "--json", there)[0] == 0
+    assert os.read(reader, 1 << 20) == (tmp_path / "linked.json").read_bytes() == out.read_bytes()
+    os.close(reader)
+    assert link.is_symlink()
+    assert pipe.is_fifo()
 
 
 def test_a_file_in_another_encoding_is_none_that_was_written(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match=r"a\.json is there"):
         check_replaced(tmp_path / "a.json", lambda _: True)
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"a\.json is there"):
+        check_replaced(tmp_path / "a.json", lambda found: all("way" in one for one in found))
+
+
+@pytest.mark.parametrize("name", ["managed", "methods"])
+def test_a_benchmark_says_in_a_line_that_it_replaces_no_other_file(tmp_path, name):
+    (tmp_path / "a.json").write_text("{}")
+    ended = run([sys.executable, "-m", f"benchmarks.{name}", "--out", str(tmp_path / "a.json")])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path}/a.json is there, and this command has not written it")

@@ -165,7 +165,11 @@ def test_predictions_hold_keys_and_scores(data, train, run_app, tmp_path):
     assert code == 0
     scores, test = pq.read_table(output), data.tables["test"]
     labels = ["label.click", "label.buy"]
-    assert scores.column_names == ["key.user", "key.session", "sample.scenario", *labels, "score.click", "score.buy"]
+    names = ["key.user", "key.session", "sample.scenario", *labels, "score.click", "score.buy", "scenario.page"]
+    assert scores.column_names == names
+    numbers = test["sample.scenario"].to_pylist()
+    values = DatasetManifest.load(data.folder).scenario.values
+    assert scores["scenario.page"].to_pylist() == [values[number] for number in numbers]
     assert [scores[name].combine_chunks() for name in labels] == [test[name].combine_chunks() for name in labels]
     assert scores["key.session"].to_pylist() == test["key.session"].to_pylist()
     report = json.loads((tmp_path / "run/result.json").read_text())["test"]

@@ -23,12 +23,14 @@ from mmlrec.run_folder.folder import (
     data_state,
     delete_leftovers,
     differences,
+    names_of,
     write_atomically,
 )
 from mmlrec.run_folder.lock import unwritable
 from mmlrec.schema import facts_digest
-from mmlrec.storage.places import Place, names_in, read
+from mmlrec.storage.places import Place, read
 
+CURVES = "days.png"
 #: What the line of a day has, see `Record`.
 KEYS = ("day", "dataset", "data", "rows", "new_ids", "next_day", "unseen", "forgotten", "step")
 #: Of training: a run may go on for longer, but not a day, as the next one has begun with what came of it.
@@ -57,13 +59,14 @@ class Record:
 
         Raises:
             ConfigError: it holds a run.
-            UserError: it is neither new, nor empty, nor one of days, nor what a start that was killed has left.
+            UserError: it holds things of other kinds under the names of what is written there.
         """
-        names = names_in(self.folder)
+        names = names_of(self.folder)
         if "config.yaml" in names:
             raise ConfigError(f"{self.folder} holds a run; days have a folder of their own. Choose another --run-dir.")
         if not names & {self._settings.name, self._lines.name}:
-            check_no_others(self.folder, names, [self._settings.name, *(day.name for day in days)])
+            begun = [self._settings.name, *(day.name for day in days)]
+            check_no_others(self.folder, names, [*begun, CURVES], begun)
 
     def begin(self, config: RunConfig, forget_after: int | None, days: Sequence[Day]) -> None:
         """Read what is there, and refuse other days and another configuration.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mmlrec.config import RunConfig
 from mmlrec.days.folders import Day, check_extended, new_ids
 from mmlrec.days.forgetting import LAST_SEEN, LastSeen, forgotten_rows, load_seen, note_seen, save_seen, seen_before
-from mmlrec.days.record import Record, data_digest
+from mmlrec.days.record import CURVES, Record, data_digest
 from mmlrec.days.table import can_draw, draw_days
 from mmlrec.distributed.stopping import StopSignal
 from mmlrec.distributed.world import World, logger
@@ -27,8 +27,6 @@ from mmlrec.session.session import load_session
 from mmlrec.storage.places import Place, place
 from mmlrec.training.guard import Diverged
 from mmlrec.training.run import train
-
-CURVES = "days.png"
 
 
 def run_days(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from mmlrec.storage.places import Place
 ENDINGS = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz")
 #: Bytes of a line that are looked at.
 _LONGEST_LINE = 1 << 20
+#: A name of a score, among those of columns or in the first row of JSON; other tools write CSV again without quotes.
+_SCORE = re.compile(rb'(?:^|[,"])score\.')
 
 
 def ending(output: Place) -> str:
@@ -59,7 +62,8 @@ def _holds_scores(there: Place, kind: str) -> bool:
             with open_parquet(there) as file:
                 return any(name.startswith("score.") for name in file.schema_arrow.names)
         with there.open("rb") as file, gzip.open(file) if kind.endswith(".gz") else contextlib.nullcontext(file) as lines:
-            return b'"score.' in lines.readline(_LONGEST_LINE)  # the names of columns, or the first row with them
+            first = lines.readline(_LONGEST_LINE)
+            return not first or _SCORE.search(first) is not None
     except (OSError, EOFError, zlib.error, pa.ArrowException, UserError) as error:
         if isinstance(error, StorageError):
             raise

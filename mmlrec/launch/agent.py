@@ -80,7 +80,10 @@ def outcome(codes: Iterable[int], stopped_by: int = 0) -> int:
         stopped_by: the signal that all were sent by way of the agent, if any: one that died of it had done nothing yet.
     """
     stopped = INTERRUPTED if stopped_by == signal.SIGINT else PREEMPTED
-    found = {stopped if stopped_by and code == -stopped_by else code for code in codes} - {0}
+    found = set(codes) - {0}
+    gone = {-stopped_by, INTERRUPTED} if stopped == INTERRUPTED else {-stopped_by}
+    if stopped_by and found & gone:
+        found = found - {-stopped_by, LOST} | {stopped}  # Ranks that had not heard of it yet have lost those that had.
     if len(found) > 1:
         found.discard(-signal.SIGTERM)  # With it the agent ends the others, which may be about to end by themselves.
     for mistake in MISTAKES:  # Other ranks have ended because of it.

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import uuid
@@ -25,7 +24,7 @@ from mmlrec.run_folder.lease import LEASE
 from mmlrec.run_folder.lock import LOCK, unwritable
 from mmlrec.run_folder.one_writer import Holder
 from mmlrec.run_folder.reports import Reports, log_name
-from mmlrec.schema import DatasetManifest, Encoding
+from mmlrec.schema import MANIFEST, DatasetManifest, Encoding
 from mmlrec.storage.places import Place, names_in, read
 from mmlrec.yaml_config import StrictModel
 
@@ -67,9 +66,19 @@ MEASURED_OTHERWISE = ("training.precision",)
 #: What says that a start was here.
 _HELD = frozenset((LOCK, LEASE))
 #: What a start makes before there is a `config.yaml`, where it may be killed.
-_BEGUN = ("checkpoints", ".writable", "encoder", "init_from.json", "config.yaml", "logs", log_name(0))
-#: What lies in a folder before a run begins: logs of consoles, notes; and in the root of some file systems.
-_BESIDE = re.compile(r".*\.(log|out|err|txt|md)|\.git(keep|ignore)|\.DS_Store|lost\+found", re.IGNORECASE)
+_BEGUN = ("checkpoints", ".writable", "encoder", "init_from.json", "config.yaml", log_name(0))
+#: What a run replaces, deletes or adds to; and what a dataset is known by. Not `logs`: launchers write there, too.
+_OWN = (
+    *_BEGUN,
+    "environment.json",
+    "plan.json",
+    "dataset.json",
+    "metrics.jsonl",
+    "result.json",
+    "profile",
+    "tensorboard",
+    MANIFEST,
+)
 
 
 class RunFolder:
@@ -107,15 +116,14 @@ class RunFolder:
         return self._written / log_name(rank)
 
     def check_place(self) -> None:
-        """Refuse a folder of other things: a run replaces and deletes what bears the names of its own files.
+        """Refuse a folder without a run where things lie that a run would replace, delete or add to, and a dataset.
 
         Raises:
-            UserError: it is neither new, nor empty but for logs and notes, nor a run folder, nor what a start that was killed
-                has left.
+            UserError: such things are of neither a run nor a start that was killed; or the folder cannot be read.
         """
-        names = names_in(self.path)
+        names = names_of(self.path)
         if self.config.name not in names or not names & {*_HELD, self.checkpoints.name, self.environment.name}:
-            check_no_others(self.path, names, _BEGUN)
+            check_no_others(self.path, names, _OWN, _BEGUN)
 
     def create(self) -> None:
         """Make the folders and prove that they can be written.
@@ -314,22 +322,35 @@ def write_atomically(path: Place, content: str | bytes) -> None:
         raise
 
 
-def check_no_others(folder: Place, names: AbstractSet[str], begun: Iterable[str]) -> None:
-    """Refuse a folder to write in that holds more than logs of consoles and notes.
+def names_of(folder: Place) -> set[str]:
+    """Names of what lies in a folder that is to be written in; none where there is no folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return names_in(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def check_no_others(folder: Place, names: AbstractSet[str], own: Iterable[str], begun: Iterable[str]) -> None:
+    """Refuse a folder to write in where other things have the names of what is to be written.
 
     Args:
         names: of what lies in it.
-        begun: what else it may hold, under these names or about to get them, where a start was here.
+        own: names of what is to be written, which may also be about to get them.
+        begun: those of them that it may hold where a start was here.
 
     Raises:
-        UserError: it holds anything else.
+        UserError: it holds one of them.
     """
-    own = [*begun, *_HELD] if names & _HELD else []
-    for name in sorted(name for name in names if name == log_name(0) or not _BESIDE.fullmatch(name)):
-        if name not in own and not (name.endswith(".tmp") and name.startswith(tuple(f"{of_own}." for of_own in own))):
+    taken = set(own) - (set(begun) if names & _HELD else set())
+    for name in sorted(names):
+        if name in taken or (name.endswith(".tmp") and name.startswith(tuple(f"{of_own}." for of_own in taken))):
             raise UserError(
-                f"{folder} is not empty: it holds '{name}', which is of no run. Files there that bear the names of a run's own"
-                " would be replaced or deleted. Choose a new or an empty folder with --run-dir."
+                f"{folder} is not empty: it holds '{name}', which is of no run, and has the name of a file that a run replaces,"
+                " deletes or adds to, or of a dataset's. Choose another folder with --run-dir, or move it away."
             )
 
 

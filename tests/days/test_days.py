@@ -188,7 +188,7 @@ def test_days_that_were_moved_in_the_middle_of_one_go_on(root, tmp_path, run_app
     assert_same_end(moved, root / "whole-1")
 
 
-@pytest.mark.parametrize("name", ["notes.csv", "result.json", "day-01"])
+@pytest.mark.parametrize("name", ["days.png", "day-01"])
 def test_days_are_refused_in_a_folder_of_other_things(root, tmp_path, run_app, name):
     (tmp_path / name).write_text("mine")
     code, error = run_app("days", *arguments(root, tmp_path)[3:])

@@ -134,7 +134,7 @@ def test_a_run_folder_is_no_folder_of_days(tmp_path, world):
         Record(tmp_path, world).check_place(find_days(str(tmp_path / "day-*")))
 
 
-def test_a_folder_that_a_killed_start_left_is_one_of_days_and_any_other_is_none(tmp_path, world):
+def test_a_folder_that_a_killed_start_left_is_one_of_days_and_none_where_others_have_their_names(tmp_path, world):
     write_days(tmp_path, 2, rows=40)
     days, record = find_days(str(tmp_path / "day-*")), Record(tmp_path / "run", world)
     record.check_place(days)
@@ -144,6 +144,8 @@ def test_a_folder_that_a_killed_start_left_is_one_of_days_and_any_other_is_none(
     (tmp_path / "run/.lock").touch()
     (tmp_path / "run/days.yaml.0123456789ab.tmp").touch()
     record.check_place(days)
-    (tmp_path / "run/day-03").mkdir()
-    with pytest.raises(UserError, match="is not empty: it holds 'day-03'"):
+    (tmp_path / "run/job.sh").touch()
+    record.check_place(days)
+    (tmp_path / "run/days.png").touch()
+    with pytest.raises(UserError, match=r"is not empty: it holds 'days\.png'"):
         record.check_place(days)

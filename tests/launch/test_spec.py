@@ -100,6 +100,7 @@ RANKS = [
     (2, ["embeddings.plan=plan.json"], None),
     ("1:2", ["embeddings.plan=whole.json"], None),
     (2, ["embeddings.plan=not-made-yet.json"], None),
+    (2, ["embeddings.plan=s3://bucket/plan.json"], None),  # which only the job may be able to read
     (
         3,
         ["embeddings.plan=plan.json"],

@@ -15,7 +15,7 @@ from mmlrec.distributed.world import process_group
 from mmlrec.errors import ConfigError, DataError
 from mmlrec.evaluation.score_files import ENDINGS
 from mmlrec.registry import method, method_names
-from mmlrec.schema import Setting
+from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.session.parts import build_parts
 from mmlrec.session.session import build_session
 from mmlrec.testing.networks import TINY
@@ -100,6 +100,7 @@ def test_the_best_checkpoint_scores_the_same_on_one_rank(runs):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_scores_are_written_alike_in_all_forms_and_by_any_number_of_ranks(ending, runs):
     test = pq.read_table(runs / "data/test").to_pylist()
+    values = DatasetManifest.load(runs / "data").scenario.values
     for world_size in (1, 2):
         if not (runs / str(world_size) / f"scores{ending}").exists():
             assert (world_size, ending) in {(2, ".csv.gz"), (2, ".jsonl")}
@@ -111,7 +112,7 @@ def test_scores_are_written_alike_in_all_forms_and_by_any_number_of_ranks(ending
             assert [np.float32(row[name]) for name in TASKS] == [np.float32(expected[name]) for name in TASKS]
             assert {name: row[name] for name in row if not name.startswith("score.")} == {
                 name: raw[name] for name in raw if name.startswith(("key.", "label.", "sample."))
-            }
+            } | {"scenario.page": values[raw["sample.scenario"]]}
         assert any(row["label.click"] is None for row in rows)
         assert list((runs / str(world_size)).glob("*.tmp")) == []
     one, two = (pq.read_table(runs / str(size) / "scores.parquet").to_pylist() for size in (1, 2))
@@ -126,7 +127,10 @@ def read_scores(path):
         if ".jsonl" in path.name:
             return [json.loads(line) for line in file]
         return [
-            {name: cell if name == "key.session" else None if cell == "" else float(cell) for name, cell in row.items()}
+            {
+                name: cell if name in ("key.session", "scenario.page") else None if cell == "" else float(cell)
+                for name, cell in row.items()
+            }
             for row in csv.DictReader(file)
         ]
 

@@ -1,4 +1,4 @@
-"""Where a run may write: in a folder that is new, empty, or of a run. What lies in any other one stays as it is."""
+"""Where a run may write: in its own folder, a new one, or beside things that have none of its files' names."""
 
 import functools
 import hashlib
@@ -68,9 +68,8 @@ def own_config(root: Path, folder: Path) -> None:
 
 
 OTHERS = {
-    "scores": (functools.partial(file, "scores.csv"), "scores.csv"),
     "a log that a run would add to": (functools.partial(file, "train.log"), "train.log"),
-    "home": (functools.partial(file, ".bashrc"), ".bashrc"),
+    "metrics that are being written": (functools.partial(file, "metrics.jsonl.mine.tmp"), "metrics.jsonl.mine.tmp"),
     "results": (functools.partial(file, "result.json"), "result.json"),
     "checkpoints of something else": (functools.partial(file, "checkpoints/step_000000001/model.pt"), "checkpoints"),
     "model": (functools.partial(file, "encoder/manifest.json"), "encoder"),
@@ -91,18 +90,37 @@ def test_a_folder_of_other_things_is_refused_and_stays_as_it_is(root, tmp_path, 
     assert content(tmp_path / "folder") == before
 
 
-CONSOLE = ["console.log", "slurm-12.out", "slurm-12.err", "notes.txt", "README.md", ".gitkeep"]
+#: What launchers and people put there before a run begins: logs of consoles, scripts, configurations, data.
+BESIDE = [
+    "slurm-12.out",
+    "job.sh",
+    "mine.yaml",
+    "logs/12.out",
+    "logs/none_x/attempt_0/0/stderr.log",
+    "wandb/run.json",
+    "data/manifest.json",
+]
+LEFT = [[], ["lost+found/x"], BESIDE, [".lock"], [".lock", "config.yaml.0123456789ab.tmp"]]
 
 
-@pytest.mark.parametrize("left", [[], ["lost+found"], CONSOLE, [".lock"], [".lock", "config.yaml.0123456789ab.tmp"]])
-def test_a_folder_that_is_empty_or_was_emptied_or_has_the_console_s_log_is_taken(tmp_path, app, left):
+@pytest.mark.parametrize("left", LEFT)
+def test_a_folder_that_is_empty_or_was_emptied_or_has_nothing_that_a_run_would_write_is_taken(tmp_path, app, left):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in left:
-        (folder / name).mkdir() if name == "lost+found" else (folder / name).touch()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    before = {name: digest for name, digest in content(folder).items() if not name.startswith((".lock", "config.yaml."))}
     code, error = app(folder)
     assert code == 0, error
-    assert {path.name for path in folder.iterdir()} >= {*left} - {"config.yaml.0123456789ab.tmp"}
+    assert before.items() <= content(folder).items()
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, app):
+    (tmp_path / "a").symlink_to("a")
+    code, error = app(tmp_path / "a")
+    assert code == 2
+    assert f"error: {tmp_path}/a: the run folder cannot be written: " in error
 
 
 def test_a_start_that_was_killed_before_it_was_a_run_is_begun_again(root, tmp_path, app):
@@ -128,11 +146,12 @@ def test_a_run_goes_on_beside_other_files_and_where_the_lock_was_left_out_of_a_c
 def test_seeds_are_refused_where_the_folder_of_one_holds_other_things(root, tmp_path, run_app):
     (tmp_path / "seeds/seed1").mkdir(parents=True)
     (tmp_path / "seeds/seed1/result.json").write_text("mine")
-    given = ("--config", root / "config.yaml", "--run-dir", tmp_path / "seeds", "--seeds", "1,0")
+    given = ("--config", root / "config.yaml", "--run-dir", tmp_path / "seeds", "--seeds", "0,1")
     code, error = run_app("seeds", *given)
     assert code == 2
     assert f"{tmp_path / 'seeds/seed1'} is not empty: it holds 'result.json'" in error
     assert (tmp_path / "seeds/seed1/result.json").read_text() == "mine"
+    assert not (tmp_path / "seeds/seed0").exists()
 
 
 def test_on_object_storage_too(root, store):
