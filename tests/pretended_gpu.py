@@ -199,6 +199,15 @@ def install() -> None:
     }
     for name, value in in_place_of.items():
         setattr(torch.cuda, name, value)
+    clone = torch.UntypedStorage.clone
+
+    def copied(storage: Any) -> Any:
+        """As `copy.deepcopy` of a buffer asks for it."""
+        if storage.device.type != "cuda":
+            return clone(storage)
+        return torch.empty(0, dtype=torch.uint8, device="cuda").set_(storage).clone().untyped_storage()
+
+    setattr(torch.UntypedStorage, "clone", copied)  # noqa: B010 (not mypy's)
     for name in ("get_rng_state", "set_rng_state"):
         setattr(torch.cuda.random, name, in_place_of[name])
     _exchange_by_gloo()

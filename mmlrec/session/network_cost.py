@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlrec.config import RunConfig
+from mmlrec.errors import ConfigError
 from mmlrec.layers.over_ranks import alone
 from mmlrec.layers.products import LEAST_ROWS
 from mmlrec.models.base.model import MultiTaskModel
@@ -95,13 +96,22 @@ def network_cost(network: MultiTaskModel, *, bf16: bool) -> NetworkCost:
     Args:
         network: on the CPU; it stays as it is.
         bf16: with autocast, as `training.precision` bf16 trains.
+
+    Raises:
+        ConfigError: such a step fails, as of a network that needs a GPU, or more rows.
     """
     # The same in both steps, so that their weights are not counted as of rows.
     scenarios = min(network.spec.num_scenarios, _ROWS)
-    with torch.random.fork_rng(devices=[]), alone():
-        torch.manual_seed(0)
-        few, many = (_step(copy.deepcopy(network), rows, scenarios, bf16) for rows in (_ROWS, 2 * _ROWS))
-        of_one = few if scenarios == 1 else _step(copy.deepcopy(network), _ROWS, 1, bf16)
+    try:
+        with torch.random.fork_rng(devices=[]), alone():
+            torch.manual_seed(0)
+            few, many = (_step(copy.deepcopy(network), rows, scenarios, bf16) for rows in (_ROWS, 2 * _ROWS))
+            of_one = few if scenarios == 1 else _step(copy.deepcopy(network), _ROWS, 1, bf16)
+    except Exception as error:  # of the method, which may be of another package
+        raise ConfigError(
+            f"{type(network).__name__}: a step of {_ROWS} or {2 * _ROWS} random rows on the CPU, which tells what a row costs,"
+            f" fails: {type(error).__name__}: {error}."
+        ) from error
     operations = (many.operations - few.operations) / _ROWS
     occupied = operations
     if len(few.products) == len(many.products):

@@ -278,6 +278,21 @@ def check_memory(report: list[dict[str, Any]], optimizer: str, world: World, *, 
     world.raise_together(short)
 
 
+def _with_activations(without: int, network: MultiTaskModel, config: RunConfig, world: World) -> int:
+    """Bytes to keep free of tables on this rank; those of the network alone, `without`, where its activations are not known."""
+    try:
+        cost = network_cost(network, bf16=config.training.precision == "bf16")
+    except ConfigError as error:  # it may train nevertheless
+        if world.is_main:
+            logger.warning(
+                "%s The plan of the tables keeps %.2f GiB free on each rank, for the network, and nothing for its activations.",
+                error,
+                without / 2**30,
+            )
+        return without
+    return sum(bytes_beside_tables(network, cost, config, world.world_size))
+
+
 def build_session(
     config: RunConfig,
     world: World,
@@ -317,8 +332,7 @@ def build_session(
     communication = Communication(precision, config.training.batch_size, dims)
     reserved = network_bytes(network, dense.optimizer.name, world.world_size)
     if for_training and (world.world_size > 1 or config.embeddings.host_cache is not None):  # else nothing is to be chosen
-        cost = network_cost(network, bf16=config.training.precision == "bf16")
-        reserved = world.highest(sum(bytes_beside_tables(network, cost, config, world.world_size)))
+        reserved = world.highest(_with_activations(reserved, network, config, world))
     # Nobody else moves it: torchrec makes its shards where they belong, and our wrapper takes what it gets.
     head = Head(network, loss, balancing, config, prefixes, scales, world.parts).to(world.device)
     recommender = Recommender(tables, head, communication)

@@ -1,6 +1,7 @@
 """What a rank of the tests of memory and of time does, in a module that imports nothing beside what it needs."""
 
 import json
+import logging.handlers
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,10 @@ from unittest import mock
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmlrec.distributed.world import process_group
+from mmlrec.distributed.world import logger, process_group
 from mmlrec.embeddings import hardware, sharding
 from mmlrec.errors import ConfigError
+from mmlrec.models.shared_bottom import SharedBottom
 from mmlrec.registry import load
 from mmlrec.session import session
 from mmlrec.session.session import build_session, check_memory, hardware_of
@@ -44,6 +46,16 @@ def lie(rank, world_size, port, config, memory, folder):
     with rank_of(rank, world_size, port) as world, mock.patch.object(session, "memory_of", return_value=memory):
         plan = build_session(load(str(config), []), world, for_training=True).plan
         Path(folder, f"rank-{rank}.json").write_text(json.dumps(plan))
+
+
+def refuse(rank, world_size, port, config, folder):
+    """Write what a training says whose network cannot be tried out: on a few rows, without its GPU."""
+    told = logging.handlers.BufferingHandler(1000)
+    refusal = mock.patch.object(SharedBottom, "forward", side_effect=NotImplementedError("no kernel for CPUs"))
+    with rank_of(rank, world_size, port) as world, refusal:
+        logger.addHandler(told)
+        plan = build_session(load(str(config), []), world, for_training=True).plan
+    Path(folder, f"refused-{rank}.json").write_text(json.dumps([plan, [record.getMessage() for record in told.buffer]]))
 
 
 def fit(rank, hosts, port, report, gib, folder):

@@ -18,6 +18,7 @@ from mmlrec.embeddings.hardware import CPU, GPU, OPERATIONS, RESERVED_SHARE, Har
 from mmlrec.embeddings.sharding import apply_table_optimizer, make_plan
 from mmlrec.embeddings.tables import build_tables, table_configs
 from mmlrec.errors import ConfigError
+from mmlrec.models.shared_bottom import SharedBottom
 from mmlrec.registry import load
 from mmlrec.schema import DatasetManifest, Setting
 from mmlrec.session.alternatives import alternatives, recommendations, remedies
@@ -26,7 +27,7 @@ from mmlrec.session.table_list import TableList, read_table_list
 from mmlrec.storage.places import place
 from tests import processes
 from tests.datasets import write_dataset
-from tests.plans.growth import grow, lie
+from tests.plans.growth import grow, lie, refuse
 from tests.training.launch import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -520,6 +521,24 @@ def test_a_training_lays_its_tables_where_the_plan_says_when_activations_leave_l
     for rank in (0, 1):
         placed = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert [(row["sharding"], row["ranks"]) for row in placed] == [("row_wise", [0, 1])] * 2
+
+
+def test_a_network_that_cannot_be_tried_out_trains_and_the_log_says_what_is_kept_free(tmp_path, monkeypatch):
+    data = write_dataset(tmp_path / "data", num_sparse=2, num_multi=0)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset: {{path: {data.folder}}}\nmodel: {{name: shared_bottom}}\nembeddings: {{dim: 4}}\n")
+    processes.spawn(refuse, (2, str(free_port()), config, tmp_path), 2)
+    plans, told = zip(*(json.loads((tmp_path / f"refused-{rank}.json").read_text()) for rank in (0, 1)), strict=True)
+    assert plans[0] == plans[1]
+    words = "SharedBottom: a step of 32 or 64 random rows on the CPU, which tells what a row costs, fails: NotImplementedError"
+    said = [message for message in told[0] if words in message]
+    assert len(said) == 1
+    assert re.search(r"keeps 0\.\d\d GiB free on each rank, for the network, and nothing for its activations", said[0])
+    assert not [message for message in told[1] if words in message]  # once is enough
+    monkeypatch.setattr(SharedBottom, "forward", lambda *_, **__: 1 / 0)
+    request = Request(load(str(config), []), data.manifest, Hardware(2, 2, "cpu", GIB, CPU), 1e11, "x")
+    with pytest.raises(ConfigError, match="fails: ZeroDivisionError: division by zero"):
+        plan_training(request)
 
 
 @pytest.mark.parametrize(

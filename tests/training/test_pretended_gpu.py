@@ -175,7 +175,7 @@ def test_it_refuses_what_cuda_would(root):
         """
 from tests.pretended_gpu import install
 install()
-import torch
+import copy, torch
 there, here = torch.ones(2, 2, device="cuda"), torch.ones(2, 2)
 
 def refused(call, words):
@@ -194,10 +194,13 @@ torch.cuda.set_sync_debug_mode("error")
 for call in (there.tolist, there.nonzero, there.cpu, lambda: there[there > 0], lambda: torch.tensor([1.0], device="cuda")):
     refused(call, "synchronizing CUDA operation")
 refused(lambda: here.to("cuda", non_blocking=True), "not page-locked")
-copy = there.to("cpu", non_blocking=True)
-assert copy.isnan().all()  # until it is waited for
+late = there.to("cpu", non_blocking=True)
+assert late.isnan().all()  # until it is waited for
 torch.cuda.current_stream().record_event().synchronize()
-assert copy.eq(1).all()
+assert late.eq(1).all()
+torch.cuda.set_sync_debug_mode("default")
+twin = copy.deepcopy(there)
+assert twin.is_cuda and twin.data_ptr() != there.data_ptr() and twin.cpu().eq(1).all()
 assert (there * torch.tensor(2.0)).requires_grad is False  # one number of the host is let pass
 with torch.autocast("cuda", torch.bfloat16):
     assert (there @ there).dtype == torch.bfloat16
