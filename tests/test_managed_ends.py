@@ -130,6 +130,7 @@ def test_a_run_that_ends_before_ids_train_in_slots_says_so(update_every, told, t
     assert len(lines) == told
     assert all(f"update_every={update_every}: the run has 10 steps" in line and "update_every=1." in line for line in lines)
     assert advise_on_slots(10, 10) is not None  # slots that are earned at the last step are trained by none
+    assert "Set" not in str(advise_on_slots(1, 1))  # no number of steps would do
 
 
 def test_more_slots_than_a_training_takes_are_refused_before_rows_are_read():

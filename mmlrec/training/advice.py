@@ -55,7 +55,7 @@ def advise_on_slots(update_every: int, steps: int) -> str | None:
         return None
     return (
         f"embeddings.managed.update_every={update_every}: the run has {steps} steps at most, so no id trains in a slot that"
-        f" it earns here. Set embeddings.managed.update_every={max(steps // 10, 1)}."
+        f" it earns here.{f' Set embeddings.managed.update_every={max(steps // 10, 1)}.' if steps > 1 else ''}"
     )
 
 
