@@ -80,20 +80,17 @@ class Record:
         """
         content = {"forget_after": forget_after, "config": config.model_dump(mode="json")}
         self._text = yaml.safe_dump(content, sort_keys=False)
-        error: UserError | None = None
-        if self._world.is_main:
-            try:
-                self._clear()
-                self.lines = self._read()
-                if self.lines:
-                    self._check_settings(config, forget_after)
-                    self._check_days(days)
-            except UserError as cause:
-                error = cause
-        self._world.raise_together(error)
+        self._world.on_main(self._take_up, config, forget_after, days)
         lines = self._world.from_main(self.lines)
         assert isinstance(lines, list)
         self.lines = lines
+
+    def _take_up(self, config: RunConfig, forget_after: int | None, days: Sequence[Day]) -> None:
+        self._clear()
+        self.lines = self._read()
+        if self.lines:
+            self._check_settings(config, forget_after)
+            self._check_days(days)
 
     def line(self, day: Day) -> dict[str, Any] | None:
         """That of a day; None where it was not begun."""
@@ -107,15 +104,12 @@ class Record:
         """
         first = not self.lines
         self.lines = [other for other in self.lines if other["day"] != line["day"]] + [line]
-        error: UserError | None = None
-        if self._world.is_main:
-            try:
-                if first:
-                    self._write(self._settings, self._text)
-                self._write(self._lines, "".join(json.dumps(of_day) + "\n" for of_day in self.lines))
-            except UserError as cause:
-                error = cause
-        self._world.raise_together(error)
+        self._world.on_main(self._write_all, first)
+
+    def _write_all(self, first: bool) -> None:
+        if first:
+            self._write(self._settings, self._text)
+        self._write(self._lines, "".join(json.dumps(of_day) + "\n" for of_day in self.lines))
 
     def _clear(self) -> None:
         try:

@@ -154,14 +154,19 @@ def check_ranks(there: str, hardware: Hardware) -> None:
 
 
 def _check_number(there: str, rows: list[TableOfPlan], beside: BesideTables, hardware: Hardware) -> None:
-    if beside.hardware is None:
-        return
-    of_copy = beside.hardware.ranks // max((row.replicas or 1 for row in rows), default=1)
-    if of_copy != hardware.world_size:
+    of_copy = _ranks_of_copy(rows, beside)
+    if of_copy not in (None, hardware.world_size):
         raise ConfigError(
             f"embeddings.plan: {there} is of {of_copy} rank(s) for a copy of the tables; the training has"
             f" {hardware.world_size} rank(s). {_AGAIN}"
         )
+
+
+def _ranks_of_copy(rows: list[TableOfPlan], beside: BesideTables) -> int | None:
+    """How many ranks hold one copy of the tables, all replicas alike; None where the file does not say it."""
+    if beside.hardware is None:
+        return None
+    return beside.hardware.ranks // max((row.replicas or 1 for row in rows), default=1)
 
 
 def _check_ranks(there: str, row: TableOfPlan, hardware: Hardware) -> None:
@@ -228,7 +233,8 @@ def _totals(rows: list[TableOfPlan], beside: BesideTables) -> list[str]:
     recorded = [row.replicas for row in rows if row.replicas]
     replicas = max(recorded, default=1)
     holding = on_device.keys() | on_host.keys()
-    of_copy = beside.hardware.ranks // replicas if beside.hardware else max(holding, default=-1) + 1
+    recorded_ranks = _ranks_of_copy(rows, beside)
+    of_copy = max(holding, default=-1) + 1 if recorded_ranks is None else recorded_ranks
     fullest = max(on_device.values(), default=0)
     emptiest = min(on_device.values(), default=0) if len(on_device) >= of_copy else 0
     return [

@@ -45,6 +45,12 @@ def plain(values: pa.Array) -> pa.Array:
     return values.cast(pa.string()) if isinstance(values, pa.LargeStringArray | pa.StringViewArray) else values
 
 
+def words_as_numbers(texts: pa.Array) -> pa.Array:
+    """Texts with those that are booleans as numbers, see `WORDS`."""
+    words = pc.index_in(texts, value_set=pa.array(list(WORDS)))
+    return pc.if_else(words.is_valid(), pa.array(list(WORDS.values())).take(words), texts)
+
+
 def as_type(values: pa.Array, kind: pa.DataType, column: str, cells: Cells) -> Converted:
     """int64, float64 or string. A cell that `cells` names, and NaN where it is no text, are null; an empty text stays one.
 
@@ -130,8 +136,7 @@ def _from_text(texts: pa.Array, kind: pa.DataType, column: str, cells: Cells) ->
         found, faults = integers(texts.fill_null("0"), f"{column} must be an integer of 64 bits{FOUND}. {REMEDY}", column)
         found = pc.if_else(known, found, None)
     else:
-        words = pc.index_in(texts, value_set=pa.array(list(WORDS)))
-        texts = pc.if_else(words.is_valid(), pa.array(list(WORDS.values())).take(words), texts)
+        texts = words_as_numbers(texts)
         good = np.ones(len(texts), bool)
         try:
             found = texts.cast(kind)

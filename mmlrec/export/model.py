@@ -82,13 +82,7 @@ def export_model(asked: Exported, world: World, stop: StopSignal | None = None) 
     rows = gather_rows(own, rank=world.rank, world_size=world.world_size, group=world.control)
     if not session.check_parts(stop) and stop is not None:
         raise stopped(stop, title)
-    error: UserError | None = None
-    if rows is not None:
-        try:
-            _write(asked, loaded, dataset, rows, stop)
-        except UserError as cause:
-            error = cause
-    world.without_limit().raise_together(error)  # Large tables take their time.
+    world.without_limit().on_main(_write, asked, loaded, dataset, rows, stop)  # Large tables take their time.
 
 
 def _check_out(asked: Exported) -> None:

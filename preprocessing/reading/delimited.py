@@ -17,6 +17,7 @@ import pyarrow.csv
 
 from mmlrec.encoding.cells import BLANKS, INTEGER, NUMBER, TYPICAL_MARKS, VECTORS, WHOLE, Cells, how_numbers_stand
 from mmlrec.encoding.conversions import UNSIGNED
+from mmlrec.encoding.typed import WORDS, words_as_numbers
 from mmlrec.errors import ConfigError, DataError
 from preprocessing.reading.raw_files import BadRow, Block, Piece, RawFolder, Source, where_else
 
@@ -25,7 +26,6 @@ _OWN_REMEDY = "Mend the line."
 _SEPARATORS = ("\t", ";", "|", ",", "::", " ", "\x01")  # those that are usual
 _SEPARATOR = "\x01"  # stands for a separator of several characters: Arrow's reader takes only one
 _BOOLEANS = ("1", "true", "TRUE", "True", "0", "false", "FALSE", "False")  # those that Arrow reads
-_WORDS = tuple(word for word in _BOOLEANS if word.isalpha())
 _HEXADECIMAL = r"^[ \t]*[+-]?0[xX]"  # which Arrow takes for integers
 _BLANK_LINE = re.compile(rb"(?:\A|\n)[ \t]*\r?\n")
 
@@ -302,8 +302,7 @@ def _taken(texts: pa.Array, name: str, kind: pa.DataType, cells: Cells) -> pa.Ar
         if pc.all(pc.match_substring_regex(values, INTEGER)).as_py() is False:
             raise pa.ArrowInvalid("no integer")
     elif pa.types.is_floating(kind):
-        place = pc.index_in(values, value_set=pa.array(_WORDS))
-        values = pc.if_else(place.is_valid(), pc.if_else(pc.less(place, _WORDS.index("false")), "1", "0"), values)
+        values = words_as_numbers(values)
     return cells.take(name, values.cast(kind))
 
 
@@ -383,6 +382,6 @@ def _mismatch(name: str, field: str, kind: pa.DataType, cells: Cells | None) -> 
             return f"{name} = {value[:80]} does not fit into 64 bits"
     if pa.types.is_boolean(kind) and field not in _BOOLEANS:
         return f"{name} must be true or false, or 1 or 0, found {field[:80]!r}"
-    if pa.types.is_floating(kind) and not (NUMBER.fullmatch(value) or (cells is not None and value in _WORDS)):
+    if pa.types.is_floating(kind) and not (NUMBER.fullmatch(value) or (cells is not None and value in WORDS)):
         return f"{name} must be a number, found {(value or field)[:80]!r}"
     return ""
